@@ -1,0 +1,5 @@
+"""`python -m fedtune`."""
+
+from fedtune.cli import main
+
+main()

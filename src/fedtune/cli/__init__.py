@@ -1,0 +1,71 @@
+"""The command line. Each command imports what it needs when it runs, so that `--help` and lists are instant."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+
+import typer
+
+from fedtune import __version__
+from fedtune.cli import evaluate, info, run, score
+from fedtune.types import FedtuneError
+
+# nothing leaves the machine that nobody asked for, and libraries keep quiet beside our own progress
+QUIET = {
+    "FLWR_TELEMETRY_ENABLED": "0",
+    "FLWR_DISABLE_UPDATE_CHECK": "1",
+    "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
+    "HF_HUB_DISABLE_TELEMETRY": "1",
+    "TRANSFORMERS_VERBOSITY": "error",
+    "TRANSFORMERS_NO_ADVISORY_WARNINGS": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
+    "TQDM_DISABLE": "1",
+}
+
+app = typer.Typer(
+    name="fedtune",
+    help="Benchmark, toolkit and leaderboard for federated fine-tuning of large language models.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+app.command("run")(run.run)
+app.command("eval")(evaluate.evaluate)
+app.command("compare")(evaluate.compare)
+app.command("score")(score.score)
+app.command("data")(info.data)
+app.command("ls")(info.ls)
+app.command("doctor")(info.doctor)
+
+
+def _version(show: bool) -> None:
+    if show:
+        typer.echo(__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: bool = typer.Option(False, "--version", callback=_version, is_eager=True, help="Show the version."),
+) -> None:
+    """Benchmark, toolkit and leaderboard for federated fine-tuning of large language models."""
+
+
+def main() -> None:
+    """Run the command line; an error a user can repair is printed without a traceback."""
+    for name, value in QUIET.items():
+        os.environ.setdefault(name, value)
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
+    logging.getLogger("fedtune").setLevel(logging.INFO)
+    try:
+        app()
+    except FedtuneError as err:
+        typer.echo(f"{type(err).__name__}: {err}", err=True)
+        sys.exit(err.exit_code)
+    except KeyboardInterrupt:
+        sys.exit(130)

@@ -1,0 +1,150 @@
+"""`fedtune eval` and `fedtune compare`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from fedtune.types import AdapterError, ConfigError, DataError, Problem
+
+if TYPE_CHECKING:
+    from fedtune.results.schema import Score
+
+
+def _modes(mode: str) -> list[str]:
+    known = {"official": ["official"], "likelihood": ["likelihood"], "both": ["likelihood", "official"]}
+    if mode not in known:
+        raise ConfigError("command line", [Problem(f"--mode {mode}", "unknown mode", "official, likelihood or both")])
+    return known[mode]
+
+
+def _layers(base: str, tasks: list[str] | None, mode: str, limit: int, prompt: str | None) -> dict[str, Any]:
+    settings: dict[str, Any] = {
+        "modes": _modes(mode),
+        "tasks": tasks or [],
+        "limit": limit,
+        "official_limit": 0,
+    }
+    if prompt:
+        settings["prompt"] = prompt
+    return {"model": {"name": base}, "eval": settings}
+
+
+def _base_of(target: str, base: str | None) -> tuple[str, Path | None]:
+    """Return the base model's name, and the adapter folder if `target` is one."""
+    from fedtune.io import read_json
+
+    folder = Path(target)
+    config = folder / "adapter_config.json"
+    if not config.is_file():
+        return target, None
+    name = base or str(read_json(config).get("base_model_name_or_path") or "")
+    if not name:
+        raise AdapterError(f"{folder}: its adapter_config.json names no base model; give one with --base")
+    return name, folder
+
+
+def evaluate(
+    target: Annotated[str, typer.Argument(metavar="ADAPTER|MODEL", help="A PEFT folder, or a model's name.")],
+    domain: Annotated[str, typer.Option(help="general, finance, medical or code")],
+    task: Annotated[list[str] | None, typer.Option(help="A task's name; again for more.")] = None,
+    mode: Annotated[str, typer.Option(help="official, likelihood or both")] = "both",
+    limit: Annotated[int, typer.Option(help="Items a task (a seeded sample); 0 is all.")] = 0,
+    data: Annotated[Path | None, typer.Option(help="A folder with eval/<domain>/ files.")] = None,
+    prompt: Annotated[str | None, typer.Option(help="For likelihood: training, official or chat.")] = None,
+    base: Annotated[str | None, typer.Option(help="The adapter's base model, if its folder does not say.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder of the per-sample logs.")] = None,
+    settings: Annotated[list[str] | None, typer.Option("--set", "-s", help="Any setting.")] = None,
+    json_output: Annotated[bool, typer.Option("--json", help="Print the scores as JSON.")] = False,
+) -> None:
+    """Evaluate an adapter or a base model; run again, it does only what is missing."""
+    from rich.console import Console
+
+    from fedtune.cli.progress import TerminalReporter
+    from fedtune.cli.settings import resolve
+    from fedtune.cli.tables import scores as table
+    from fedtune.io import digest
+    from fedtune.results.schema import Arm
+
+    name, adapter = _base_of(target, base)
+    resolved = resolve(None, {"domain": domain, **_layers(name, task, mode, limit, prompt)}, settings or [], data)
+    folder = out or Path("evals") / digest([str(Path(target).name), resolved.config.semantic()])[:12]
+    console = Console(stderr=json_output)
+    watch = TerminalReporter(console)
+    try:
+        found = _scores(resolved.config, adapter, folder, watch)
+    finally:
+        watch.close()
+    if json_output:
+        import json
+
+        typer.echo(json.dumps([s.model_dump(mode="json") for s in found], indent=1))
+    console.print(table([Arm(name=Path(target).name, scores=found)]))
+    console.print(f"per-sample logs: {folder.resolve()}", soft_wrap=True, highlight=False)
+    withheld = [s for s in found if s.withheld]
+    if withheld:
+        raise DataError(f"{withheld[0].task}: score withheld: {withheld[0].withheld}")
+
+
+def _scores(config: Any, adapter: Path | None, folder: Path, watch: Any) -> list[Score]:
+    from fedtune import domains
+    from fedtune.evaluation.run import evaluate_all
+    from fedtune.io import digest, file_sha256
+    from fedtune.models import load
+    from fedtune.models.adapter import WEIGHTS, load_folder
+
+    if adapter is not None and not (adapter / WEIGHTS).exists():
+        from fedtune.models.adapter import read_folder
+
+        read_folder(adapter)  # says why it is refused before the base model is loaded
+    loaded = load.load(config.model)
+    who = [f"{loaded.name}@{loaded.revision}"]
+    model = loaded.model
+    if adapter is not None:
+        model = load_folder(loaded, adapter).model
+        model.eval()
+        who.append(file_sha256(adapter / WEIGHTS))
+    tasks = domains.chosen_tasks(config)
+    return evaluate_all(model, loaded.tokenizer, tasks, config, folder, digest(who), watch.evaluating)
+
+
+def compare(
+    first: Annotated[Path, typer.Argument(help="A run folder.")],
+    second: Annotated[Path, typer.Argument(help="Another run folder.")],
+    arm: Annotated[str, typer.Option(help="Which arm of both.")] = "federated",
+    json_output: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Compare two runs on the items both were evaluated on: paired bootstrap, and McNemar's exact test."""
+    import json
+    from dataclasses import asdict
+
+    from rich.console import Console
+    from rich.table import Table
+
+    from fedtune.cli.tables import paired
+    from fedtune.results.stats import compare as test
+
+    logs = {p.name: p for p in sorted((first / "evals" / arm).glob("*.jsonl"))}
+    shared = [
+        n for n in logs if (second / "evals" / arm / n).exists() and _same_items(logs[n], second / "evals" / arm / n)
+    ]
+    if not shared:
+        raise DataError(f"{first} and {second} have no evaluation of the arm {arm!r} on the same items")
+    results = {n.removesuffix(".jsonl"): test(*paired(logs[n], second / "evals" / arm / n)) for n in shared}
+    if json_output:
+        typer.echo(json.dumps({n: asdict(r) for n, r in results.items()}, indent=1))
+        return
+    table = Table("task.mode", "n", "second - first", "95 % interval", "only first", "only second", "p")
+    for name, r in results.items():
+        span = f"{r.interval.low:+.4f} to {r.interval.high:+.4f}"
+        table.add_row(name, str(r.n), f"{r.difference:+.4f}", span, str(r.only_first), str(r.only_second), f"{r.p:.3g}")
+    Console().print(table)
+
+
+def _same_items(first: Path, second: Path) -> bool:
+    from fedtune.io import read_lines
+
+    heads = [read_lines(p, torn_tail=True)[:1] for p in (first, second)]
+    return bool(heads[0]) and bool(heads[1]) and heads[0][0]["items"] == heads[1][0]["items"]

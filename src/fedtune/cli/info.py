@@ -1,0 +1,254 @@
+"""`fedtune ls`, `fedtune data`, `fedtune doctor`: what there is, and whether it works here."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from fedtune.types import ConfigError, Problem, nearest
+
+Rows = list[dict[str, Any]]
+
+
+def _models() -> Rows:
+    from fedtune.models.zoo import zoo
+
+    return [
+        {
+            "model": m.id,
+            "parameters": f"{m.parameters / 1000:.2f} B" if m.parameters >= 1000 else f"{m.parameters:.0f} M",
+            "licence": m.licence + (" (gated)" if m.gated else ""),
+            "LoRA targets": ",".join(m.targets),
+            "template": m.template,
+            "pinned": m.revision[:14] if m.revision else "no: unranked until model.revision is set",
+            "traps": m.traps,
+        }
+        for m in zoo().values()
+    ]
+
+
+def _methods() -> Rows:
+    from fedtune.methods import METHODS
+
+    return [
+        {
+            "method": m.name,
+            "title": m.title,
+            "paper": m.paper,
+            "exact": m.exact,
+            "mixed ranks": m.mixed_ranks,
+            "secure sum": m.linear,
+            "personalised": m.personalised,
+            "settings": ", ".join(m.Parameters.model_fields) or "-",
+        }
+        for m in METHODS.values()
+    ]
+
+
+def _domains() -> Rows:
+    from fedtune.domains import DOMAINS
+
+    return [
+        {
+            "domain": d.name,
+            "training (Hub)": d.training.hub.id if d.training.hub else "-",
+            "training (packaged)": d.packaged.name,
+            "tasks": " ".join(t.name for t in d.tasks) or "-",
+            "packaged tasks": " ".join(t.name for t in d.packaged_tasks),
+        }
+        for d in DOMAINS.values()
+    ]
+
+
+def _tasks() -> Rows:
+    from fedtune.domains import DOMAINS
+
+    return [
+        {
+            "task": t.name,
+            "domain": d.name,
+            "kind": t.kind,
+            "items": t.n or "-",
+            "packaged": t.packaged is not None,
+        }
+        for d in DOMAINS.values()
+        for t in (*d.tasks, *d.packaged_tasks)
+    ]
+
+
+def _protocols() -> Rows:
+    from fedtune.config import protocol_names, read_protocol
+
+    found = [read_protocol(n) for n in protocol_names()]
+    return [
+        {
+            "protocol": p.name,
+            "title": p.title,
+            "ranked": p.ranked,
+            "sha256": p.hash[:16],
+            "locked": len(p.locked),
+        }
+        for p in found
+    ]
+
+
+def _partitions() -> Rows:
+    from fedtune.data.partition import KINDS
+
+    return [{"partition": name, "what": what} for name, what in KINDS.items()]
+
+
+def _packages() -> Rows:
+    from fedtune.data import packages
+
+    found = [p for p in vars(packages).values() if isinstance(p, packages.Package)]
+    return [{"package": p.filename, "sha256": p.sha256[:16], "licence": p.licence} for p in found]
+
+
+LISTS: dict[str, Callable[[], Rows]] = {
+    "models": _models,
+    "methods": _methods,
+    "domains": _domains,
+    "tasks": _tasks,
+    "protocols": _protocols,
+    "partitions": _partitions,
+    "packages": _packages,
+}
+
+
+def _cell(value: object) -> str:
+    return {True: "yes", False: "no"}[value] if isinstance(value, bool) else str(value)
+
+
+def _show(rows: Rows) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(*rows[0], header_style="bold")
+    for row in rows:
+        table.add_row(*map(_cell, row.values()))
+    Console().print(table)
+
+
+def ls(
+    what: Annotated[str, typer.Argument(help=f"One of: {', '.join(LISTS)}")] = "domains",
+    json_output: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """List models, methods, domains, tasks, protocols, partitions or packages."""
+    if what not in LISTS:
+        fix = nearest(what, LISTS) or f"one of {', '.join(LISTS)}"
+        raise ConfigError("command line", [Problem(f"ls {what}", "unknown list", fix)])
+    rows = LISTS[what]()
+    if json_output:
+        typer.echo(json.dumps(rows, indent=1))
+    else:
+        _show(rows)
+
+
+def _plot(counts: list[dict[str, int]], path: Path, title: str) -> None:
+    """Draw rows a client, stacked by natural key, as SVG or PNG by the file's ending."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    keys = sorted({k for c in counts for k in c})
+    figure, axes = plt.subplots(figsize=(max(6, len(counts) * 0.35), 4))
+    bottom = [0] * len(counts)
+    for key in keys:
+        heights = [c.get(key, 0) for c in counts]
+        axes.bar(range(len(counts)), heights, bottom=bottom, label=key or "rows")
+        bottom = [b + h for b, h in zip(bottom, heights, strict=True)]
+    axes.set(xlabel="client", ylabel="rows", title=title)
+    if 1 < len(keys) <= 12:
+        axes.legend(fontsize=8)
+    figure.tight_layout()
+    figure.savefig(path)
+
+
+def _shares(counts: list[dict[str, int]]) -> None:
+    """Print rows a client as a table with bars; many natural keys are summed up."""
+    from rich.console import Console
+    from rich.table import Table
+
+    keys = sorted({k for c in counts for k in c})
+    shown = keys if len(keys) <= 6 else []
+    table = Table("client", "rows", *(k or "all" for k in shown), "share", header_style="bold")
+    most = max(sum(c.values()) for c in counts) or 1
+    for client, count in enumerate(counts):
+        total = sum(count.values())
+        bar = "█" * round(30 * total / most) or "·"
+        table.add_row(str(client), str(total), *(str(count.get(k, 0)) for k in shown), bar)
+    Console().print(table)
+
+
+def data(
+    domain: Annotated[str, typer.Argument(help="general, finance, medical or code")],
+    partition: Annotated[str | None, typer.Option(help="iid, dirichlet:0.3, natural, shards:2 …")] = None,
+    clients: Annotated[int | None, typer.Option(help="Clients (partitions).")] = None,
+    protocol: Annotated[str | None, typer.Option(help="Frozen settings.")] = None,
+    folder: Annotated[Path | None, typer.Option("--data", help="A folder with train/ files.")] = None,
+    settings: Annotated[list[str] | None, typer.Option("--set", "-s", help="Any setting.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="Also draw it: a .svg or .png file.")] = None,
+) -> None:
+    """Show a domain's training rows: what is wrong with them, and how they are split over the clients."""
+    from fedtune.cli.settings import options, resolve
+    from fedtune.data.partition import table
+    from fedtune.training import workload
+
+    chosen = options(domain=domain, partition=partition, clients=clients, protocol=protocol)
+    config = resolve(None, chosen, settings or [], folder).config
+    loaded = workload.load(config)
+    counts = table(loaded.checked.rows, loaded.shards)
+    typer.echo(f"{loaded.name}: {len(loaded.checked.rows)} rows, partition {config.data.partition}")
+    _shares(counts)
+    for line in loaded.checked.lines():
+        typer.echo(line)
+    if plot:
+        _plot(counts, plot, f"{loaded.name}, {config.data.partition}")
+        typer.echo(f"plot: {plot}")
+
+
+def _cuda() -> str:
+    return "nvidia-smi found" if shutil.which("nvidia-smi") else "none (CPU, float32)"
+
+
+def _cache_room() -> str:
+    from fedtune.io import cache_dir
+
+    path = cache_dir()
+    existing = next(p for p in (path, *path.parents) if p.exists())
+    return f"{path} ({shutil.disk_usage(existing).free / 1024**3:.0f} GiB free)"
+
+
+def doctor() -> None:
+    """Say what this machine has, what would leave it, and what is missing for which job."""
+    from fedtune.data.packages import index_url
+    from fedtune.results.manifest import versions
+
+    for name, version in versions().items():
+        typer.echo(f"{name:16} {version}")
+    sandbox = shutil.which("bwrap") or shutil.which("docker") or shutil.which("podman")
+    offline = os.environ.get("HF_HUB_OFFLINE", "") not in ("", "0")
+    facts = {
+        "accelerator": _cuda(),
+        "cache": _cache_room(),
+        "package index": index_url(),
+        "Hub": "offline (HF_HUB_OFFLINE)" if offline else "online if reachable; HF_HUB_OFFLINE=1 forbids it",
+        "Flower telemetry": "off" if os.environ.get("FLWR_TELEMETRY_ENABLED") == "0" else "ON",
+        "simulation": "ray found" if importlib.util.find_spec("ray") else "pip install 'fedtune[simulation]'",
+        "4/8-bit": "bitsandbytes found"
+        if importlib.util.find_spec("bitsandbytes")
+        else "pip install 'fedtune[quantization]'",
+        "code sandbox": sandbox or "none: generated code is never run (apt install bubblewrap)",
+    }
+    for name, fact in facts.items():
+        typer.echo(f"{name:16} {fact}")
+    typer.echo("outbound: the package index and the Hub, to fetch what a run asks for; nothing else")

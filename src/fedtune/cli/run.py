@@ -1,0 +1,119 @@
+"""`fedtune run`: the main job."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from fedtune.types import ConfigError, Problem, ResumeError, nearest
+
+ARMS = ("federated", "local-only", "centralised")
+Setting = Annotated[list[str] | None, typer.Option("--set", "-s", help="Any setting: -s train.max_steps=10")]
+
+
+def _arms(text: str | None) -> list[str]:
+    """Read `--arms all` or a comma list."""
+    names = list(ARMS) if text == "all" else [a.strip() for a in (text or "").split(",") if a.strip()]
+    wrong = [n for n in names if n not in ARMS]
+    if wrong:
+        problems = [
+            Problem(f"--arms {n}", "unknown arm", nearest(n, ARMS) or f"one of {', '.join(ARMS)}") for n in wrong
+        ]
+        raise ConfigError("command line", problems)
+    return names
+
+
+def run(
+    domain: Annotated[str | None, typer.Argument(help="general, finance, medical or code")] = None,
+    config: Annotated[Path | None, typer.Option("--config", "-c", help="A TOML file of settings.")] = None,
+    protocol: Annotated[str | None, typer.Option(help="Frozen settings: fedtune ls protocols")] = None,
+    model: Annotated[str | None, typer.Option(help="A zoo name, Hub id or local folder.")] = None,
+    method: Annotated[str | None, typer.Option(help="The federated method: fedtune ls methods")] = None,
+    rounds: Annotated[int | None, typer.Option(help="Rounds.")] = None,
+    clients: Annotated[int | None, typer.Option(help="Clients (partitions).")] = None,
+    partition: Annotated[str | None, typer.Option(help="iid, dirichlet:0.3, natural, shards:2 …")] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of everything.")] = None,
+    arm: Annotated[str | None, typer.Option(help="federated, local-only or centralised.")] = None,
+    arms: Annotated[str | None, typer.Option(help="More arms beside it: all, or a comma list.")] = None,
+    data: Annotated[Path | None, typer.Option(help="A folder with train/ and eval/<domain>/ files.")] = None,
+    settings: Setting = None,
+    out: Annotated[Path | None, typer.Option(help="The run folder (default: a new one under runs/).")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue the run in --out, else the last one.")] = False,
+    force_resume: Annotated[bool, typer.Option("--force-resume", help="…although something changed.")] = False,
+    print_config: Annotated[bool, typer.Option("--print-config", help="Show the settings and stop.")] = False,
+    json_output: Annotated[bool, typer.Option("--json", help="Print result.json at the end.")] = False,
+) -> None:
+    """Fine-tune a model federatedly on one domain, evaluate it, and write a result that can be re-checked."""
+    from fedtune.cli.settings import options, resolve
+
+    extra = _arms(arms)
+    resume = resume or force_resume
+    if resume:
+        out, config = _continued(out, config)
+    chosen = options(
+        domain=domain,
+        protocol=protocol,
+        model=model,
+        method=method,
+        rounds=rounds,
+        clients=clients,
+        partition=partition,
+        seed=seed,
+        arm=arm,
+    )
+    resolved = resolve(config, chosen, settings or [], data)
+    if print_config:
+        _print(resolved)
+        return
+    _execute(resolved, out, resume, force_resume, extra, json_output)
+
+
+def _continued(out: Path | None, config: Path | None) -> tuple[Path, Path]:
+    """Return the run folder to continue, and the settings it was made with unless others are given."""
+    from fedtune.experiment.folder import SETTINGS, unfinished
+
+    folder = out or unfinished()
+    if folder is None:
+        raise ResumeError("there is no unfinished run under runs/; name one with --out")
+    if not (folder / SETTINGS).exists():
+        raise ResumeError(f"{folder} holds no run to continue")
+    return folder, config or folder / SETTINGS
+
+
+def _print(resolved: object) -> None:
+    import tomli_w
+
+    from fedtune.config import Settings
+
+    if isinstance(resolved, Settings):
+        typer.echo(tomli_w.dumps(resolved.config.plain()), nl=False)
+        typer.echo(f"# config sha256 {resolved.config.hash}")
+        typer.echo(f"# protocol {resolved.protocol.name} sha256 {resolved.protocol.hash}")
+        for reason in resolved.unranked:
+            typer.echo(f"# unranked: {reason}")
+
+
+def _execute(
+    resolved: object, out: Path | None, resume: bool, force: bool, extra: list[str], json_output: bool
+) -> None:
+    from rich.console import Console
+
+    from fedtune.cli.progress import TerminalReporter
+    from fedtune.cli.tables import doubts, scores
+    from fedtune.config import Settings
+    from fedtune.experiment.run import run as execute
+
+    if not isinstance(resolved, Settings):
+        raise TypeError("settings were not resolved")
+    console = Console(stderr=json_output)
+    watch = TerminalReporter(console)
+    folder, result = execute(resolved, out, resume=resume, force=force, extra_arms=extra, reporter=watch)
+    if json_output:
+        typer.echo(result.model_dump_json(indent=1))
+    console.print(scores(result.arms, folder))
+    console.print("* the paired 95 % interval of the gain excludes 0", style="dim")
+    for line in doubts(result):
+        console.print(line, highlight=False)
+    console.print(f"run folder: {folder.resolve()}", soft_wrap=True, highlight=False)

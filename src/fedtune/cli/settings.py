@@ -1,0 +1,63 @@
+"""From command-line options to validated settings."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from fedtune import domains, methods
+from fedtune.config import Settings, load, parse_assignment
+from fedtune.config.load import merge, read_toml
+from fedtune.models import zoo
+from fedtune.types import ConfigError, Problem
+
+CHECKS = (domains.problems, methods.problems, zoo.problems)
+
+
+def options(**named: Any) -> dict[str, Any]:
+    """Turn the shortcuts of the command line (`--rounds 3`) into settings; None means not given."""
+    places = {
+        "domain": "domain",
+        "protocol": "protocol",
+        "arm": "arm",
+        "model": "model.name",
+        "method": "method.name",
+        "rounds": "federation.rounds",
+        "clients": "federation.clients",
+        "partition": "data.partition",
+        "seed": "seed",
+    }
+    nested: dict[str, Any] = {}
+    for name, value in named.items():
+        if value is None:
+            continue
+        layer: Any = value
+        for part in reversed(places[name].split(".")):
+            layer = {part: layer}
+        nested = merge(nested, layer)
+    return nested
+
+
+def with_folder(folder: Path | None) -> dict[str, Any]:
+    """Return the settings of `--data FOLDER`."""
+    if folder is None:
+        return {}
+    if not folder.is_dir():
+        raise ConfigError("command line", [Problem(f"--data {folder}", "no such folder", "it holds train/ and eval/")])
+    return {"data": {"source": "folder", "path": str(folder.resolve()), "limit": 0, "balance": False}}
+
+
+def resolve(
+    file: Path | None, chosen: dict[str, Any], assignments: Sequence[str], folder: Path | None = None
+) -> Settings:
+    """Validate file, shortcuts and `-s key=value`, later over earlier.
+
+    Raises:
+        ConfigError: with every problem found.
+    """
+    layers = [read_toml(file)] if file else []
+    layers += [with_folder(folder), chosen]
+    for text in assignments:
+        layers.append(parse_assignment(text))
+    return load(layers, CHECKS, title=str(file) if file else "settings")

@@ -1,0 +1,167 @@
+"""Merge protocol, file and command line; report every mistake at once, each with what would repair it."""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ValidationError
+
+from fedtune.config.protocol import Protocol, read_protocol
+from fedtune.config.schema import Config
+from fedtune.io import canonical, read_text
+from fedtune.types import ConfigError, Problem, nearest
+
+Check = Callable[[Config], Iterable[Problem]]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The validated settings of a run, with the protocol they come from.
+
+    Attributes:
+        config: every setting.
+        protocol: the protocol's frozen file.
+        unranked: why the run cannot be ranked; empty when it can.
+    """
+
+    config: Config
+    protocol: Protocol
+    unranked: tuple[str, ...]
+
+
+def parse_assignment(text: str) -> dict[str, Any]:
+    """Turn `train.max_steps=10` into nested settings; the value is TOML, and a bare word is a string.
+
+    Raises:
+        ConfigError: no `=` in it.
+    """
+    key, sign, value = text.partition("=")
+    if not sign or not key.strip():
+        raise ConfigError("command line", [Problem(text, "is not key=value", "for example -s train.max_steps=10")])
+    try:
+        parsed = tomllib.loads(f"value = {value}")["value"]
+    except tomllib.TOMLDecodeError:
+        parsed = value
+    nested: Any = parsed
+    for part in reversed(key.strip().split(".")):
+        nested = {part: nested}
+    return dict(nested)
+
+
+def merge(base: Mapping[str, Any], top: Mapping[str, Any]) -> dict[str, Any]:
+    """Return `base` with `top` laid over it, table by table."""
+    merged = dict(base)
+    for key, value in top.items():
+        below = merged.get(key)
+        merged[key] = merge(below, value) if isinstance(below, Mapping) and isinstance(value, Mapping) else value
+    return merged
+
+
+def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return nested tables as dotted keys."""
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        if isinstance(value, Mapping):
+            flat.update(flatten(value, f"{prefix}{key}."))
+        else:
+            flat[prefix + key] = value
+    return flat
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    """Read a settings file.
+
+    Raises:
+        ConfigError: not TOML (with line and column).
+        CorruptFileError: missing, oversized, or not UTF-8.
+    """
+    try:
+        return tomllib.loads(read_text(path, max_bytes=1024**2))
+    except tomllib.TOMLDecodeError as err:
+        raise ConfigError(str(path), [Problem(str(path), f"is not TOML: {err}")]) from err
+
+
+def _section(path: Sequence[str | int]) -> type[BaseModel] | None:
+    """Return the settings class at a dotted place, if there is one."""
+    model: type[BaseModel] = Config
+    for part in path:
+        field = model.model_fields.get(str(part))
+        annotation = field.annotation if field else None
+        if not (isinstance(annotation, type) and issubclass(annotation, BaseModel)):
+            return None
+        model = annotation
+    return model
+
+
+def _known_key(path: Sequence[str | int]) -> str:
+    """Suggest the key that was meant: in the same table, else the same word in another one."""
+    model = _section(path[:-1])
+    here = nearest(str(path[-1]), model.model_fields) if model else ""
+    if here:
+        return here
+    keys = flatten(Config(domain="x").plain())
+    full = ".".join(map(str, path))
+    same = [k for k in keys if k.rsplit(".", 1)[-1] == str(path[-1])]
+    return f'did you mean "{same[0]}"?' if same else nearest(full, keys)
+
+
+def _problem(error: Mapping[str, Any]) -> Problem:
+    """Turn one pydantic error into a sentence with the key, the value and the remedy."""
+    path = error["loc"]
+    where = ".".join(map(str, path)) or "settings"
+    if error["type"] == "extra_forbidden":
+        return Problem(where, "unknown key", _known_key(path))
+    if error["type"] == "missing":
+        return Problem(where, "is missing", "name a domain: fedtune run finance")
+    value = error.get("input")
+    shown = f" = {value!r}" if not isinstance(value, (dict, BaseModel)) else ""
+    fix = ""
+    if error["type"] == "literal_error" and isinstance(value, str):
+        fix = nearest(value, str(error["ctx"]["expected"]).replace("'", "").replace(" or ", ", ").split(", "))
+    return Problem(where + shown, error["msg"].removeprefix("Value error, "), fix)
+
+
+def _assemble(layers: Sequence[Mapping[str, Any]]) -> tuple[Protocol, dict[str, Any]]:
+    wanted: dict[str, Any] = {}
+    for layer in layers:
+        wanted = merge(wanted, layer)
+    protocol = read_protocol(str(wanted.get("protocol", Config.model_fields["protocol"].default)))
+    domain = protocol.domains.get(str(wanted.get("domain", "")), {})
+    return protocol, merge(merge(protocol.settings, domain), wanted)
+
+
+def unranked_reasons(config: Config, protocol: Protocol) -> tuple[str, ...]:
+    """List why a run with these settings cannot be ranked: a protocol that is not, or a locked key changed."""
+    if not protocol.ranked:
+        return (f"the protocol {protocol.name} is not ranked",)
+    frozen = merge(protocol.settings, protocol.domains.get(config.domain, {}))
+    want = flatten(Config.model_validate(merge({"domain": config.domain}, frozen)).plain())
+    have = flatten(config.plain())
+    changed = [k for k in want if protocol.locks(k) and canonical(want[k]) != canonical(have.get(k))]
+    return tuple(f"{k} is {have.get(k)!r}, locked at {want[k]!r} by {protocol.name}" for k in changed)
+
+
+def load(layers: Sequence[Mapping[str, Any]], checks: Sequence[Check] = (), title: str = "settings") -> Settings:
+    """Validate settings, later layers over earlier ones, over the protocol they name.
+
+    Args:
+        layers: nested tables: a file's content, then the command line's.
+        checks: what other rooms know about names and combinations (methods, domains, models).
+        title: what to call the source in an error.
+
+    Raises:
+        ConfigError: with every problem found.
+    """
+    protocol, tree = _assemble(layers)
+    try:
+        config = Config.model_validate(tree)
+    except ValidationError as err:
+        raise ConfigError(title, [_problem(dict(e)) for e in err.errors()]) from err
+    problems = [p for check in checks for p in check(config)]
+    if problems:
+        raise ConfigError(title, problems)
+    return Settings(config, protocol, unranked_reasons(config, protocol))

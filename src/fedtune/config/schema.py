@@ -1,0 +1,196 @@
+"""Every setting, its type, its limits and its default. A default stands here and nowhere else.
+
+Training settings have the names of Hugging Face's `TrainingArguments`; adapter settings those of PEFT.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+from fedtune.io import digest
+
+Mode = Literal["official", "likelihood"]
+
+
+class Section(BaseModel):
+    """A table of settings: immutable, and a key it does not know is an error."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class ModelSettings(Section):
+    """The base model: a name of the zoo, a Hub id, or a local folder."""
+
+    name: str = "packaged/smollm2-135m-instruct"
+    revision: str = ""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    quantization: Literal[0, 4, 8] = 0
+
+
+class LoraSettings(Section):
+    """The adapter. An empty `target_modules` takes PEFT's default for the architecture."""
+
+    r: int = Field(16, ge=1, le=4096)
+    alpha: float = Field(32.0, gt=0)
+    dropout: float = Field(0.0, ge=0, lt=1)
+    target_modules: tuple[str, ...] = ()
+    rslora: bool = False
+    dora: bool = False
+
+
+class MethodSettings(BaseModel):
+    """The federated method and its own parameters, checked against what the method declares."""
+
+    model_config = ConfigDict(extra="allow", frozen=True, allow_inf_nan=False)
+    name: str = "fedit"
+
+    @property
+    def parameters(self) -> dict[str, Any]:
+        """The method's own settings, without its name."""
+        return dict(self.model_extra or {})
+
+
+class DataSettings(Section):
+    """Where the rows come from and how they are split over the clients."""
+
+    source: Literal["packaged", "hub", "folder"] = "packaged"
+    path: str = ""
+    partition: str = "iid"
+    shuffle_seed: int = 42
+    limit: int = Field(0, ge=0)
+    balance: bool = False
+    max_chars: int = Field(100_000, ge=100)
+
+
+class PromptSettings(Section):
+    """How a row becomes text. The template is filled in one pass; data is never read as a template."""
+
+    template: str = (
+        "Below is an instruction that describes a task. Write a response that appropriately completes the "
+        "request.\n### Instruction:\n{instruction}\n### Response: {response}"
+    )
+    input: Literal["instruction", "input", "instruction+input"] = "instruction+input"
+
+    @field_validator("template")
+    @classmethod
+    def _has_places(cls, value: str) -> str:
+        if value.count("{instruction}") != 1 or not value.endswith("{response}"):
+            raise ValueError("must have {instruction} once and end with {response}")
+        return value
+
+
+class FaultSettings(Section):
+    """A seeded plan of simulated faults: the share of client calls that drop out, straggle or fail."""
+
+    dropout: float = Field(0.0, ge=0, le=1)
+    straggler: float = Field(0.0, ge=0, le=1)
+    error: float = Field(0.0, ge=0, le=1)
+
+    @model_validator(mode="after")
+    def _shares(self) -> FaultSettings:
+        if self.dropout + self.straggler + self.error > 1:
+            raise ValueError("dropout, straggler and error are shares of all calls and sum to at most 1")
+        return self
+
+
+class FederationSettings(Section):
+    """Clients, rounds, and what happens when clients fail."""
+
+    clients: int = Field(4, ge=1, le=1_000_000)
+    rounds: int = Field(4, ge=1, le=100_000)
+    fraction: float = Field(1.0, gt=0, le=1)
+    min_clients: int = Field(1, ge=1)
+    max_skipped_rounds: int = Field(3, ge=1)
+    deadline: float = Field(3600.0, gt=0)
+    connect_timeout: float = Field(60.0, gt=0)
+    weights: Literal["examples-used", "shard-size"] = "examples-used"
+    keep_checkpoints: int = Field(2, ge=1)
+    faults: FaultSettings = FaultSettings()
+
+    @property
+    def cohort_size(self) -> int:
+        """Clients asked in a round: `int(clients * fraction)`, as Flower's FedAvg does, but at least one."""
+        return max(1, int(self.clients * self.fraction + 1e-9))
+
+    @model_validator(mode="after")
+    def _enough_clients(self) -> FederationSettings:
+        if self.min_clients > self.cohort_size:
+            raise ValueError(f"min_clients = {self.min_clients} but only {self.cohort_size} are asked a round")
+        return self
+
+
+class TrainSettings(Section):
+    """One client's local work in one round."""
+
+    learning_rate_max: float = Field(1e-3, gt=0)
+    learning_rate_min: float = Field(1e-4, ge=0)
+    max_steps: int = Field(6, ge=1)
+    per_device_train_batch_size: int = Field(8, ge=1)
+    gradient_accumulation_steps: int = Field(1, ge=1)
+    max_grad_norm: float = Field(1.0, gt=0)
+    weight_decay: float = Field(0.0, ge=0)
+    adam_beta1: float = Field(0.9, ge=0, lt=1)
+    adam_beta2: float = Field(0.999, ge=0, lt=1)
+    adam_epsilon: float = Field(1e-8, gt=0)
+    max_length: int = Field(512, ge=8)
+    labels: Literal["offsets", "template-tokens"] = "offsets"
+    train_eos: bool = True
+    rows: Literal["fresh", "repeat"] = "fresh"
+    gradient_checkpointing: bool = False
+    max_tokens_per_forward: int = Field(4096, ge=64)
+
+    @model_validator(mode="after")
+    def _rates(self) -> TrainSettings:
+        if self.learning_rate_min > self.learning_rate_max:
+            raise ValueError("learning_rate_min is larger than learning_rate_max")
+        return self
+
+
+class EvalSettings(Section):
+    """What is evaluated and how. `limit` 0 means every item; a limit takes a seeded sample in file order."""
+
+    tasks: tuple[str, ...] = ()
+    modes: tuple[Mode, ...] = ("likelihood", "official")
+    limit: int = Field(0, ge=0)
+    official_limit: int = Field(0, ge=0)
+    prompt: Literal["training", "official", "chat"] = "training"
+    base: bool = True
+    every: int = Field(0, ge=0)
+    max_error_rate: float = Field(0.01, ge=0, le=1)
+
+
+class Config(Section):
+    """All settings of one run."""
+
+    domain: str
+    protocol: str = "quickstart"
+    arm: Literal["federated", "local-only", "centralised"] = "federated"
+    seed: int = Field(42, ge=0)
+    model: ModelSettings = ModelSettings()
+    lora: LoraSettings = LoraSettings()
+    method: MethodSettings = MethodSettings()
+    data: DataSettings = DataSettings()
+    prompt: PromptSettings = PromptSettings()
+    federation: FederationSettings = FederationSettings()
+    train: TrainSettings = TrainSettings()
+    eval: EvalSettings = EvalSettings()
+
+    def plain(self) -> dict[str, Any]:
+        """Return the settings as nested plain JSON types."""
+        return self.model_dump(mode="json")
+
+    def semantic(self) -> dict[str, Any]:
+        """Return what decides the result: everything but where this machine keeps its files.
+
+        The rows themselves are identified by the data hash in the manifest, not by a path.
+        """
+        plain = self.plain()
+        plain["data"].pop("path")
+        return plain
+
+    @property
+    def hash(self) -> str:
+        """sha256 of the canonical JSON of the semantic settings."""
+        return digest(self.semantic())

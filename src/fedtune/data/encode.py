@@ -1,0 +1,126 @@
+"""From a row to token ids and the place where its labels begin."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from fedtune.config import Config
+from fedtune.data.check import TrainRow
+
+_PLACE = re.compile(r"\{(instruction|response)\}")
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """One example: token ids, and the index of the first one that is a label; all after it are labels too."""
+
+    ids: tuple[int, ...]
+    start: int
+
+    @property
+    def labels(self) -> int:
+        """How many tokens are trained on."""
+        return len(self.ids) - self.start
+
+
+@dataclass(frozen=True)
+class EncodedSet:
+    """Encoded examples, with the rows that had to be left out or cut.
+
+    Attributes:
+        examples: those that train; none is without a label.
+        kept: for each, the index of its row in what was encoded.
+        masked: rows with no label left (the answer lay behind the cut, or was not found): never trained.
+        truncated: rows cut at the maximum length that still have labels.
+    """
+
+    examples: tuple[Encoded, ...]
+    kept: tuple[int, ...]
+    masked: tuple[int, ...]
+    truncated: tuple[int, ...]
+
+
+def question(row: TrainRow, mode: str) -> str:
+    """Return the text that stands at `{instruction}`: instruction, input, or both joined by a space."""
+    if mode == "instruction":
+        return row.instruction
+    if mode == "input":
+        return row.input
+    return f"{row.instruction} {row.input}"
+
+
+def render(template: str, instruction: str) -> str:
+    """Fill the template up to the response, in one pass: braces in the data stay what they are."""
+    fields = {"instruction": instruction, "response": ""}
+    return _PLACE.sub(lambda m: fields[m[1]], template)
+
+
+def escape_special(text: str, tokenizer: Any) -> str:
+    """Break up the tokenizer's special tokens inside data, so that text cannot pose as a chat turn.
+
+    `<|im_end|>` becomes `< |im_end|>`: it reads the same and encodes as ordinary text.
+    """
+    for token in tokenizer.all_special_tokens:
+        if len(token) > 1 and token in text:
+            text = text.replace(token, f"{token[0]} {token[1:]}")
+    return text
+
+
+def _find_last(ids: Sequence[int], wanted: Sequence[int]) -> int:
+    """Return the index after the last occurrence of `wanted` in `ids`, or -1."""
+    for i in range(len(ids) - len(wanted), -1, -1):
+        if list(ids[i : i + len(wanted)]) == list(wanted):
+            return i + len(wanted)
+    return -1
+
+
+def encode_pair(tokenizer: Any, prompt: str, response: str) -> Encoded:
+    """Encode prompt and response as one text; a token is a label if it reaches into the response.
+
+    Works with any tokenizer: nothing is assumed about where a token may begin. A space between prompt and
+    response belongs to the response's first token in byte-level vocabularies, and does so here.
+    """
+    encoded = tokenizer(prompt + response, return_offsets_mapping=True)
+    ends = [end for _, end in encoded["offset_mapping"]]
+    start = next((i for i, end in enumerate(ends) if end > len(prompt)), len(ends))
+    return Encoded(tuple(encoded["input_ids"]), start)
+
+
+def _encode_row(row: TrainRow, tokenizer: Any, config: Config) -> Encoded:
+    train, prompt = config.train, config.prompt
+    text = render(prompt.template, escape_special(question(row, prompt.input), tokenizer))
+    encoded = encode_pair(tokenizer, text, escape_special(row.output, tokenizer))
+    if train.labels == "template-tokens":
+        # trl's completion-only collator as FlowerTune's template calls it: the response is what follows the
+        # last place where the marker's tokens, without the first two, stand. See docs/protocol.md.
+        marker = tokenizer("\n### Response:", add_special_tokens=False)["input_ids"][2:]
+        found = _find_last(encoded.ids, marker)
+        return Encoded(encoded.ids, found if found >= 0 else len(encoded.ids))
+    if train.train_eos and tokenizer.eos_token_id is not None:
+        return Encoded((*encoded.ids, tokenizer.eos_token_id), encoded.start)
+    return encoded
+
+
+def encode(rows: Sequence[TrainRow], tokenizer: Any, config: Config) -> EncodedSet:
+    """Encode rows, cut them at `train.max_length`, and set aside those without a label.
+
+    A label at position 0 has nothing to be predicted from and does not count.
+    """
+    examples: list[Encoded] = []
+    kept: list[int] = []
+    masked: list[int] = []
+    truncated: list[int] = []
+    for index, row in enumerate(rows):
+        whole = _encode_row(row, tokenizer, config)
+        cut = Encoded(whole.ids[: config.train.max_length], max(whole.start, 1))
+        if cut.labels <= 0:
+            masked.append(index)
+            continue
+        if len(cut.ids) < len(whole.ids):
+            truncated.append(index)
+        examples.append(cut)
+        kept.append(index)
+    return EncodedSet(tuple(examples), tuple(kept), tuple(masked), tuple(truncated))

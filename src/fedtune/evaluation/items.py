@@ -1,0 +1,78 @@
+"""The items of a task, from a folder, the Hub or a package; all of them, or a seeded sample in file order."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from fedtune.config import Config
+from fedtune.data import files, hub
+from fedtune.domains.base import Item, Row, Task
+from fedtune.io import digest
+from fedtune.types import CorruptFileError, DataError, derive_seed
+
+
+@dataclass(frozen=True)
+class TaskItems:
+    """The items to be evaluated, their places in the whole set, and the hash that identifies them."""
+
+    task: Task
+    items: tuple[Item, ...]
+    places: tuple[int, ...]
+    sha256: str
+
+
+def _folder_rows(task: Task, folder: Path, domain: str) -> list[Row]:
+    places = (folder / "eval" / domain, folder / "eval", folder)
+    found = next((paths for place in places if (paths := files.find(place, task.file))), None)
+    if not found:
+        raise DataError(
+            f"{folder / 'eval' / domain}: no {task.file}.jsonl(.gz), .json, .csv or .parquet for {task.name}"
+        )
+    return list(files.read_rows(found[0]))
+
+
+def _rows(task: Task, config: Config) -> Sequence[Row]:
+    if task.packaged:
+        return task.packaged()
+    if config.data.source == "folder":
+        return _folder_rows(task, Path(config.data.path).expanduser(), config.domain)
+    rows: list[Row] = [row for source in task.hub for row in hub.load(source)]
+    return task.select(rows) if task.select else rows
+
+
+def _items(task: Task, rows: Sequence[Row]) -> list[Item]:
+    items = []
+    for number, row in enumerate(rows):
+        try:
+            item = task.item(row)
+        except (KeyError, ValueError, TypeError, StopIteration, IndexError) as err:
+            raise CorruptFileError(
+                f"{task.name}: row {number} is not of this task: {type(err).__name__}: {err}"
+            ) from err
+        if item:
+            items.append(item)
+    return items
+
+
+def load(task: Task, config: Config, limit: int) -> TaskItems:
+    """Return a task's items.
+
+    Args:
+        task: which.
+        config: its data source and seed are used.
+        limit: 0 for all; else a sample of this size, the same for every model, kept in file order.
+
+    Raises:
+        DataError, OfflineError, CorruptFileError: they cannot be had.
+    """
+    whole = _items(task, _rows(task, config))
+    if not whole:
+        raise DataError(f"{task.name}: no items")
+    places = list(range(len(whole)))
+    if limit and limit < len(whole):
+        places = sorted(random.Random(derive_seed(42, "items", task.name)).sample(places, limit))
+    items = tuple(whole[i] for i in places)
+    return TaskItems(task, items, tuple(places), digest([asdict(i) for i in items]))

@@ -1,0 +1,113 @@
+"""Score answers by their likelihood: every model gives one, whatever its manners of speech.
+
+The score of an answer is the mean log-probability of its tokens (length-normalised); for a letter that is
+the letter's own log-probability.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fedtune.config import Config
+from fedtune.data.encode import Encoded, encode_pair, escape_special, render
+from fedtune.domains.base import Item
+from fedtune.evaluation.official import wrap
+from fedtune.models.attention import packed_logits
+
+MAX_TOKENS = 4096
+
+
+def prompt_text(item: Item, kind: str, tokenizer: Any, config: Config) -> str:
+    """Return the prompt of an item: the training template, a chat template, or the official wrapping."""
+    if config.eval.prompt == "official":
+        return wrap(item.prompt, kind)
+    question = escape_special(item.question, tokenizer)
+    if config.eval.prompt == "training":
+        return render(config.prompt.template, question)
+    turns = [{"role": "user", "content": question}]
+    text: str = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True, enable_thinking=False)
+    return text
+
+
+def _candidates(item: Item, kind: str, tokenizer: Any, config: Config) -> list[Encoded]:
+    prompt = prompt_text(item, kind, tokenizer, config)
+    if config.eval.prompt != "chat":
+        return [encode_pair(tokenizer, prompt, answer) for answer in item.answers]
+    # a chat template writes its own beginning-of-text token
+    bos = tokenizer.bos_token or ""
+    return [encode_pair(tokenizer, prompt.removeprefix(bos), answer) for answer in item.answers]
+
+
+def _shared(candidates: Sequence[Encoded]) -> bool:
+    """Tell whether all candidates are one token after the same prompt: then one pass scores them all."""
+    prompts = {c.ids[: c.start] for c in candidates}
+    return len(prompts) == 1 and all(c.labels == 1 for c in candidates)
+
+
+def _texts(candidates: Sequence[Encoded]) -> list[tuple[int, ...]]:
+    """Return the texts that have to pass through the model for one item."""
+    return [candidates[0].ids[: candidates[0].start]] if _shared(candidates) else [c.ids for c in candidates]
+
+
+def _batches(items: Sequence[list[Encoded]], limit: int) -> Iterator[list[int]]:
+    """Group neighbouring items into packed rows of at most `limit` tokens."""
+    batch: list[int] = []
+    size = 0
+    for index, candidates in enumerate(items):
+        tokens = sum(map(len, _texts(candidates)))
+        if batch and size + tokens > limit:
+            yield batch
+            batch, size = [], 0
+        batch.append(index)
+        size += tokens
+    if batch:
+        yield batch
+
+
+def _plan(batch: Sequence[list[Encoded]]) -> tuple[list[tuple[int, ...]], list[int]]:
+    """Return the texts of a packed row, and the positions whose logits are needed, in order."""
+    texts: list[tuple[int, ...]] = []
+    keep: list[int] = []
+    offset = 0
+    for candidates in batch:
+        own = _texts(candidates)
+        for text, candidate in zip(own, candidates, strict=False):
+            last = len(text) if _shared(candidates) else len(text) - 1
+            keep += range(offset + candidate.start - 1, offset + last)
+            offset += len(text)
+        texts += own
+    return texts, keep
+
+
+def _read(logits: Tensor, batch: Sequence[list[Encoded]]) -> list[list[float]]:
+    """Take each candidate's mean log-probability out of the rows of `logits`."""
+    scores: list[list[float]] = []
+    row = 0
+    for candidates in batch:
+        if _shared(candidates):
+            scores.append([float(logits[row, c.ids[-1]]) for c in candidates])
+            row += 1
+            continue
+        own = []
+        for candidate in candidates:
+            labels = torch.tensor(candidate.ids[candidate.start :], device=logits.device)
+            part = logits[row : row + candidate.labels]
+            own.append(float(part.gather(1, labels[:, None]).mean()))
+            row += candidate.labels
+        scores.append(own)
+    return scores
+
+
+@torch.inference_mode()
+def score(model: Any, tokenizer: Any, items: Sequence[Item], kind: str, config: Config) -> Iterator[list[list[float]]]:
+    """Yield, batch by batch and in order, each item's score of each answer (mean log-probability, nats a token)."""
+    encoded = [_candidates(item, kind, tokenizer, config) for item in items]
+    for batch in _batches(encoded, MAX_TOKENS):
+        chosen = [encoded[i] for i in batch]
+        texts, keep = _plan(chosen)
+        logits = packed_logits(model, texts, keep, share_prefix=True).float().log_softmax(-1)
+        yield _read(logits, chosen)

@@ -1,0 +1,92 @@
+"""Score a generation file that somebody published, without any model. No torch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+from fedtune.data.files import parse_rows, read_text_file
+from fedtune.domains import TASKS
+from fedtune.domains.base import Kind
+from fedtune.evaluation.extract import official_answer, official_correct, official_label, strict_answer
+from fedtune.evaluation.metrics import summarise
+from fedtune.results.schema import Score
+from fedtune.types import ConfigError, CorruptFileError, Problem, nearest
+
+ScoreMode = Literal["official", "strict"]
+SCORED = tuple(name for name, task in TASKS.items() if task.file)
+
+
+def _finance(row: Mapping[str, Any]) -> tuple[str, str, bool]:
+    """Return (gold, output, whether the output is the model's text and not its mapped label)."""
+    text = row.get("out_text", row.get("output"))
+    gold = row.get("new_target", row.get("target", row.get("gold")))
+    output = text if text is not None else row.get("new_out")
+    if gold is None or output is None:
+        raise KeyError("new_target and new_out (or target and out_text, or gold and output)")
+    return str(gold), str(output), text is not None
+
+
+def _choice(row: Mapping[str, Any]) -> tuple[str, str, bool]:
+    missing = [k for k in ("gold", "output") if row.get(k) is None]
+    if missing:
+        raise KeyError(" and ".join(missing))
+    return str(row["gold"]), str(row["output"]), True
+
+
+def sample(row: Mapping[str, Any], kind: Kind) -> dict[str, Any]:
+    """Return one published row as a per-sample row. Raises KeyError naming what it lacks."""
+    gold, output, is_text = _finance(row) if kind == "sentiment" else _choice(row)
+    gold = official_label(gold) if kind == "sentiment" else gold
+    strict = strict_answer(output, kind) if is_text else None
+    return {
+        "gold": gold,
+        "predicted": official_answer(output, kind),
+        "correct": official_correct(output, gold, kind),
+        "valid": strict is not None if is_text else None,
+        "strict": strict is not None and strict.lower() == gold.lower(),
+    }
+
+
+def read(path: Path, kind: Kind) -> list[dict[str, Any]]:
+    """Read a JSON array or JSON lines, plain or gzipped; the content decides, not the name.
+
+    Raises:
+        CorruptFileError: with the row that is wrong.
+    """
+    samples = []
+    for number, row in enumerate(parse_rows(read_text_file(path), str(path)), 1):
+        try:
+            samples.append(sample(row, kind))
+        except KeyError as err:
+            raise CorruptFileError(f"{path}: row {number} lacks {err.args[0]}; it has {', '.join(row)}") from err
+    if not samples:
+        raise CorruptFileError(f"{path}: no rows")
+    return samples
+
+
+def score(task: str, path: Path, mode: ScoreMode) -> Score:
+    """Score a published generation file.
+
+    Args:
+        task: a benchmark task's name.
+        path: the file.
+        mode: `official` reads answers as FlowerTune does; `strict` counts clean answers only.
+
+    Raises:
+        ConfigError: unknown task.
+        CorruptFileError: the file cannot be read as generations.
+    """
+    if task not in SCORED:
+        fix = nearest(task, SCORED) or f"one of {', '.join(SCORED)}"
+        raise ConfigError("fedtune score", [Problem(task, "unknown task", fix)])
+    kind = TASKS[task].kind
+    samples = read(path, kind)
+    if mode == "strict":
+        if any(s["valid"] is None for s in samples):
+            raise CorruptFileError(
+                f"{path}: has mapped labels, not the model's text; only --mode official can score it"
+            )
+        samples = [{**s, "correct": s["strict"]} for s in samples]
+    return summarise(task, mode, kind, samples)

@@ -1,0 +1,191 @@
+"""Evaluate a model on a task: a per-sample log that grows while it runs, and a second call does what is missing."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from fedtune.config import Config
+from fedtune.config.schema import Mode
+from fedtune.domains.base import Item, Task
+from fedtune.evaluation import likelihood, official
+from fedtune.evaluation.extract import official_answer, official_correct, strict_answer
+from fedtune.evaluation.items import TaskItems, load
+from fedtune.evaluation.metrics import summarise
+from fedtune.io import append_lines, digest, read_lines, write_lines
+from fedtune.results.schema import Score
+
+OnItems = Callable[[str, int, int], None]
+Sample = dict[str, Any]
+
+
+def _likelihood_sample(item: Item, scores: list[float], kind: str) -> Sample:
+    if kind == "solution":
+        return {"value": scores[0], "gold": "", "predicted": "", "correct": False}
+    best = max(range(len(scores)), key=scores.__getitem__)
+    right = best == item.gold
+    return {
+        "gold": item.gold_answer,
+        "predicted": item.answers[best],
+        "answers": list(item.answers),
+        "correct": right,
+        "strict": right,
+        "valid": True,
+        "scores": scores,
+    }
+
+
+def _official_sample(item: Item, output: str, kind: Any) -> Sample:
+    strict = strict_answer(output, kind, item.answers)
+    return {
+        "gold": item.gold_answer,
+        "predicted": official_answer(output, kind),
+        "answers": list(item.answers),
+        "correct": official_correct(output, item.gold_answer, kind),
+        "strict": strict == item.gold_answer,
+        "valid": strict is not None,
+        "output": output,
+    }
+
+
+def _error_sample(item: Item, error: Exception) -> Sample:
+    """Return the row of an item that raised: wrong, and never dropped from the denominator."""
+    gold = item.gold_answer if len(item.answers) > 1 else ""
+    text = f"{type(error).__name__}: {error}"
+    return {"gold": gold, "predicted": "", "correct": False, "strict": False, "valid": False, "error": text}
+
+
+def _outputs(
+    model: Any, tokenizer: Any, task: Task, items: Sequence[Item], mode: Mode, config: Config
+) -> Iterator[Any]:
+    """Yield batches of raw results: answer scores, or texts."""
+    if mode == "likelihood":
+        return likelihood.score(model, tokenizer, items, task.kind, config)
+    if task.kind == "sentiment":
+        return official.sentiment(model, tokenizer, items, task.max_new_tokens)
+    return official.choose(model, tokenizer, items, task.kind)
+
+
+def _samples(
+    model: Any, tokenizer: Any, task: Task, items: Sequence[Item], mode: Mode, config: Config
+) -> Iterator[list[Sample]]:
+    """Yield batches of samples; a batch that raises is tried again item by item, so that one item fails alone."""
+    make = _likelihood_sample if mode == "likelihood" else _official_sample
+    done = 0
+    try:
+        for batch in _outputs(model, tokenizer, task, items, mode, config):
+            part = items[done : done + len(batch)]
+            yield [make(item, raw, task.kind) for item, raw in zip(part, batch, strict=True)]
+            done += len(batch)
+        return
+    except (RuntimeError, ValueError, IndexError) as err:
+        if len(items) == 1:
+            yield [_error_sample(items[0], err)]
+            return
+    for item in items[done:]:
+        yield from _samples(model, tokenizer, task, [item], mode, config)
+
+
+def _overwrite_duplicates(rows: list[Sample], items: Sequence[Item]) -> list[Sample]:
+    """Give items with equal prompts the last one's output, as the official evaluation's table does."""
+    last = {item.prompt: row.get("output") for item, row in zip(items, rows, strict=True)}
+    return [
+        row if row.get("error") or last[item.prompt] == row.get("output") else {**row, "overwritten": last[item.prompt]}
+        for item, row in zip(items, rows, strict=True)
+    ]
+
+
+def _as_official(rows: list[Sample], task: Task, items: Sequence[Item]) -> list[Sample]:
+    """Return the rows as the official score sees them (duplicate prompts overwritten); the log keeps the originals."""
+    if task.kind == "sentiment":
+        return rows
+    seen = []
+    for item, row in zip(items, _overwrite_duplicates(rows, items), strict=True):
+        text = row.pop("overwritten", None)
+        seen.append(row if text is None else {**_official_sample(item, text, task.kind), "i": row["i"]})
+    return seen
+
+
+def _resumable(log: Path, header: Sample) -> list[Sample]:
+    """Return the samples already in the log; a log of other items, model or settings is started anew."""
+    lines = read_lines(log, torn_tail=True)
+    if not lines or lines[0] != header:
+        write_lines(log, [header])
+        return []
+    write_lines(log, lines)
+    return lines[1:]
+
+
+def evaluate(
+    model: Any,
+    tokenizer: Any,
+    loaded: TaskItems,
+    mode: Mode,
+    config: Config,
+    log: Path,
+    identity: str,
+    on_items: OnItems | None = None,
+) -> Score:
+    """Evaluate one task in one mode.
+
+    Args:
+        model, tokenizer: the model, in evaluation mode.
+        loaded: the items.
+        mode: `likelihood` or `official`.
+        config: prompts and limits.
+        log: the per-sample JSON-lines file; a first line identifies what it is a log of.
+        identity: hash of the model and adapter evaluated.
+        on_items: progress, called with (task, done, all).
+
+    Returns:
+        The score; items that raised count as wrong, and above `eval.max_error_rate` it is withheld.
+    """
+    task = loaded.task
+    settings = digest([config.eval.prompt, config.prompt.model_dump(mode="json")])
+    header = {
+        "task": task.name,
+        "mode": mode,
+        "items": loaded.sha256,
+        "model": identity,
+        "settings": settings,
+    }
+    rows = _resumable(log, header)
+    size = official.batch_size(task.kind) if mode == "official" else 1
+    rows = rows[: len(rows) // size * size] if len(rows) < len(loaded.items) else rows
+    write_lines(log, [header, *rows])
+    for batch in _samples(model, tokenizer, task, loaded.items[len(rows) :], mode, config):
+        fresh = [
+            {"i": loaded.places[i], "group": loaded.items[i].group, **sample}
+            for i, sample in enumerate(batch, len(rows))
+        ]
+        append_lines(log, fresh)
+        rows += fresh
+        if on_items:
+            on_items(f"{task.name} ({mode})", len(rows), len(loaded.items))
+    scored = _as_official(rows, task, loaded.items) if mode == "official" else rows
+    return summarise(task.name, mode, task.kind, scored, config.eval.max_error_rate, loaded.sha256)
+
+
+def evaluate_all(
+    model: Any,
+    tokenizer: Any,
+    tasks: Sequence[Task],
+    config: Config,
+    folder: Path,
+    identity: str,
+    on_items: OnItems | None = None,
+) -> list[Score]:
+    """Evaluate every task in every mode of the settings; solutions have no official mode."""
+    scores = []
+    for task in tasks:
+        for mode in config.eval.modes:
+            if mode == "official" and task.kind == "solution":
+                continue
+            limit = config.eval.limit
+            if mode == "official" and config.eval.official_limit:
+                limit = min(limit or config.eval.official_limit, config.eval.official_limit)
+            loaded = load(task, config, limit)
+            log = folder / f"{task.name}.{mode}.jsonl"
+            scores.append(evaluate(model, tokenizer, loaded, mode, config, log, identity, on_items))
+    return scores

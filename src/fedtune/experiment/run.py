@@ -1,0 +1,255 @@
+"""One command's work, from settings to `result.json`."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fedtune import domains
+from fedtune.config import Config, Settings
+from fedtune.domains.base import Task
+from fedtune.evaluation import items as item_sets
+from fedtune.evaluation.run import evaluate_all
+from fedtune.experiment import arms, folder
+from fedtune.experiment.arms import Arm
+from fedtune.experiment.folder import RESULT, RunFolder, cancellable, open_run, status
+from fedtune.experiment.report import Reporter
+from fedtune.federation.checkpoint import Progress
+from fedtune.io import append_lines, digest, folder_lock, write_json
+from fedtune.lora.state import AdapterState, to_tensors
+from fedtune.methods.base import ServerState
+from fedtune.models import adapter as adapters
+from fedtune.models import budget, load, zoo
+from fedtune.results import schema
+from fedtune.training import workload
+from fedtune.types import RoundRecord, derive_seed
+
+ARMS = ("federated", "local-only", "centralised")
+
+
+@dataclass
+class Session:
+    """What all arms of a run share: its folder, the resident model, the tasks, and who watches."""
+
+    settings: Settings
+    run: RunFolder
+    adapted: adapters.AdaptedModel
+    start: AdapterState
+    tasks: tuple[Task, ...]
+    reporter: Reporter
+
+    @property
+    def config(self) -> Config:
+        """The run's settings."""
+        return self.settings.config
+
+    def evaluate(self, state: AdapterState | None, where: str, config: Config | None = None) -> list[schema.Score]:
+        """Evaluate the base model (None) or an adapter on all tasks, logging under `evals/<where>/`."""
+        started = time.monotonic()
+        model, tokenizer = self.adapted.model, self.adapted.base.tokenizer
+        target = self.run.path / "evals" / where
+        chosen, shown = config or self.config, self.reporter.evaluating
+        who = f"{self.adapted.base.name}@{self.adapted.base.revision}"
+        model.eval()
+        if state is None:
+            with model.disable_adapter():
+                scores = evaluate_all(model, tokenizer, self.tasks, chosen, target, digest(who), shown)
+        else:
+            self.adapted.load_state(state)
+            identity = digest([who, {n: t.double().sum().item() for n, t in to_tensors(state).items()}])
+            scores = evaluate_all(model, tokenizer, self.tasks, chosen, target, identity, shown)
+        self.run.add_seconds("evaluation", time.monotonic() - started)
+        return scores
+
+
+def _steps(progress: Progress) -> int:
+    return sum(c.steps for r in progress.records for c in r.clients)
+
+
+def _curve(session: Session) -> Any:
+    """Return what evaluates every `eval.every` rounds and appends to `curve.jsonl`; None if not asked for."""
+    every = session.config.eval.every
+    if not every:
+        return None
+
+    def measure(record: RoundRecord, state: ServerState) -> None:
+        if record.round % every == 0 and record.round < session.config.federation.rounds:
+            scores = session.evaluate(state.adapter, f"round-{record.round:06d}")
+            lines = [{"round": record.round, **s.model_dump(mode="json")} for s in scores]
+            append_lines(session.run.path / "curve.jsonl", lines)
+
+    return measure
+
+
+def _prepare(session: Session, name: str, where: Path, data: workload.TrainingData | None = None) -> Arm:
+    config = arms.derive(session.config, name)
+    data = data or workload.load(config)
+    shards = workload.encode_shards(data, session.adapted.base.tokenizer, config)
+    curve = _curve(session) if name == "federated" else None
+    return Arm(config, session.adapted, shards, session.start, session.run.run_id, where, session.reporter, curve)
+
+
+def _train(session: Session, arm: Arm, only: int | None = None) -> Progress:
+    started = time.monotonic()
+    try:
+        return arms.train(arm, only)
+    finally:
+        session.run.add_seconds("training", time.monotonic() - started)
+
+
+def _single(
+    session: Session, name: str, where: Path, data: workload.TrainingData | None
+) -> tuple[schema.Arm, Progress]:
+    """Train and evaluate the federated or the centralised arm; its adapter is saved as a PEFT folder."""
+    progress = _train(session, _prepare(session, name, where, data))
+    adapters.save(session.adapted, progress.state.adapter, where / "adapter")
+    scores = session.evaluate(progress.state.adapter, name)
+    return schema.Arm(name=name, scores=scores, steps=_steps(progress)), progress
+
+
+def _mean(scores: Sequence[schema.Score]) -> schema.Score:
+    """Return the mean over clients of one task's score; no interval over items, for the models differ."""
+    values = [s.score for s in scores if s.score is not None]
+    mean = sum(values) / len(values) if values else None
+    return scores[0].model_copy(update={"score": mean, "interval": None, "strict": None, "macro_f1": None})
+
+
+def _local_only(session: Session, where: Path, data: workload.TrainingData | None) -> tuple[schema.Arm, Progress]:
+    """Train and evaluate every client alone, in the rounds in which the federation would have asked it."""
+    arm = _prepare(session, "local-only", where, data)
+    per_client: dict[str, list[schema.Score]] = {}
+    steps = 0
+    progress = Progress(ServerState(session.start))
+    for client in (c for c, n in arm.shards.sizes.items() if n):
+        own = arm.for_client(client)
+        progress = _train(session, own, client)
+        adapters.save(session.adapted, progress.state.adapter, own.folder / "adapter")
+        steps += _steps(progress)
+        for score in session.evaluate(progress.state.adapter, f"local-only/client-{client:04d}"):
+            per_client.setdefault(f"{score.task}/{score.mode}", []).append(score)
+    means = [_mean(scores) for scores in per_client.values()]
+    spread = {key: [s.score for s in scores] for key, scores in per_client.items()}
+    return schema.Arm(name="local-only", scores=means, steps=steps, per_client=spread), progress
+
+
+def _arm(session: Session, name: str, main: bool, data: workload.TrainingData) -> tuple[schema.Arm, Progress]:
+    where = session.run.path if main and name != "local-only" else session.run.path / "arms" / name
+    mine = data if main else None
+    return (_local_only if name == "local-only" else lambda s, w, d: _single(s, name, w, d))(session, where, mine)
+
+
+def _result(session: Session, data: workload.TrainingData, done: list[schema.Arm], progress: Progress) -> schema.Result:
+    config, records = session.config, progress.records
+    return schema.Result(
+        domain=config.domain,
+        protocol=session.settings.protocol.name,
+        protocol_sha256=session.settings.protocol.hash,
+        config_sha256=config.hash,
+        config=config.semantic(),
+        unranked=session.run.manifest["unranked"],
+        method=config.method.name,
+        model=config.model.name,
+        revision=session.adapted.base.revision,
+        data=data.summary(),
+        seed=config.seed,
+        arms=done,
+        rounds=len(records),
+        skipped_rounds=sum(r.status == "skipped" for r in records),
+        lost_clients=sum(len(r.cohort) - len(r.clients) for r in records),
+        bytes_down=sum(r.bytes_down for r in records),
+        bytes_up=sum(r.bytes_up for r in records),
+        bytes_predicted=session.run.manifest["predicted"]["total"],
+        trainable_parameters=session.run.manifest["predicted"]["trainable"],
+    )
+
+
+def _check_items(tasks: Sequence[Task], config: Config) -> None:
+    """Load every evaluation set once, so that a missing one is known before any training."""
+    for task in tasks:
+        item_sets.load(task, config, 1)
+
+
+def _report_data(
+    run: RunFolder, data: workload.TrainingData, shards: workload.EncodedShards, reporter: Reporter
+) -> None:
+    """Write the report on bad rows, and say how many there are."""
+    report = {
+        "counts": data.checked.counts(),
+        "masked_rows": list(shards.masked),
+        "truncated_rows": shards.truncated,
+        "problems": [vars(p) for p in data.checked.problems],
+    }
+    write_json(run.path / "data.json", report)
+    counts = {**data.checked.counts(), "no_label_left": len(shards.masked), "truncated": shards.truncated}
+    told = ", ".join(f"{n} {kind}" for kind, n in counts.items() if n)
+    reporter.note(f"data: {data.name}, {len(data.checked.rows)} rows" + (f"; {told} (data.json)" if told else ""))
+    empty = [c for c, n in shards.sizes.items() if not n]
+    if empty:
+        reporter.note(f"{len(empty)} clients have no examples and are never asked: {empty[:10]}")
+
+
+def _work(session: Session, data: workload.TrainingData, extra: Sequence[str]) -> schema.Result:
+    config = session.config
+    shards = workload.encode_shards(data, session.adapted.base.tokenizer, config)
+    _report_data(session.run, data, shards, session.reporter)
+    planned = budget.predict(arms.derive(config, config.arm), session.adapted)
+    session.run.update(predicted=vars(planned), data=data.summary())
+    session.reporter.plan(config, planned)
+    done = [schema.Arm(name="base", scores=session.evaluate(None, "base"))] if config.eval.base else []
+    main, progress = _arm(session, config.arm, True, data)
+    done.append(main)
+    for name in extra:
+        if name != config.arm:
+            done.append(_arm(session, name, False, data)[0])
+    result = _result(session, data, done, progress)
+    write_json(session.run.path / RESULT, result.model_dump(mode="json"))
+    return result
+
+
+def run(
+    settings: Settings,
+    out: Path | None = None,
+    *,
+    resume: bool = False,
+    force: bool = False,
+    extra_arms: Sequence[str] = (),
+    reporter: Reporter | None = None,
+) -> tuple[Path, schema.Result]:
+    """Run an experiment, or continue one.
+
+    Args:
+        settings: validated.
+        out: the run folder; None chooses a new one under `runs/`.
+        resume: continue the run in `out`.
+        force: continue although something changed; the run is then unranked.
+        extra_arms: further arms beside the settings' own.
+        reporter: who watches.
+
+    Returns:
+        The run folder and the result.
+
+    Raises:
+        FedtuneError: anything a user can repair, before work starts wherever that can be known.
+        CancelledError: Ctrl-C or SIGTERM.
+    """
+    watch = reporter or Reporter()
+    config = settings.config
+    path = out or folder.fresh_folder(config)
+    with folder_lock(path), cancellable():
+        data = workload.load(arms.derive(config, config.arm))
+        tasks = domains.chosen_tasks(config)
+        _check_items(tasks, config)
+        base = load.load(config.model)
+        known = folder.identity(config, data.hash, base.revision)
+        unranked = (*settings.unranked, *zoo.unranked_reasons(config))
+        opened = open_run(path, settings, known, unranked, resume=resume, force=force)
+        try:
+            with status(opened):
+                adapted = adapters.attach(base, config.lora, derive_seed(config.seed, "adapter"))
+                session = Session(settings, opened, adapted, adapted.state(), tasks, watch)
+                return path, _work(session, data, extra_arms)
+        finally:
+            watch.close()

@@ -1,0 +1,222 @@
+"""Files that survive a crash, and readers that never trust what they read. No torch here."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import math
+import os
+import socket
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from fedtune.types import CorruptFileError, LockedError
+
+MAX_JSON_BYTES = 512 * 1024**2
+MAX_TENSOR_BYTES = 16 * 1024**3
+MAX_HEADER_BYTES = 100 * 1000**2
+
+
+def cache_dir() -> Path:
+    """Return the folder for downloads and converted models (`FEDTUNE_CACHE`, else the XDG cache)."""
+    root = os.environ.get("FEDTUNE_CACHE")
+    if root:
+        return Path(root)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fedtune"
+
+
+def _sync_folder(folder: Path) -> None:
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def write_bytes(path: Path, data: bytes) -> None:
+    """Replace `path` by `data` so that a crash at any instant leaves the old file or the new one, whole."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as handle:
+            handle.write(data)
+            handle.flush()
+            os.fsync(handle.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    _sync_folder(path.parent)
+
+
+def finite(value: Any) -> Any:
+    """Return `value` with every NaN and infinity inside replaced by None.
+
+    Python writes a bare `NaN`, which is not JSON and which browsers refuse.
+    """
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {k: finite(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [finite(v) for v in value]
+    return value
+
+
+def canonical(value: Any) -> str:
+    """Return the one JSON text of `value`: sorted keys, no spaces, no NaN. Raises ValueError on NaN."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+
+
+def digest(value: Any) -> str:
+    """Return the sha256 of the canonical JSON of `value`, as hex."""
+    return hashlib.sha256(canonical(value).encode("utf-8", "surrogatepass")).hexdigest()
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write strict, indented JSON atomically; NaN and infinity become null."""
+    text = json.dumps(finite(value), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+    write_bytes(path, text.encode("utf-8"))
+
+
+def _refuse_constant(name: str) -> Any:
+    raise ValueError(f"{name} is not JSON")
+
+
+def parse_json(text: str, where: str) -> Any:
+    """Parse strict JSON (no NaN).
+
+    Raises:
+        CorruptFileError: with `where` and the place inside the text.
+    """
+    try:
+        return json.loads(text, parse_constant=_refuse_constant)
+    except json.JSONDecodeError as err:
+        raise CorruptFileError(f"{where}: line {err.lineno}, column {err.colno}: {err.msg}") from err
+    except (ValueError, RecursionError) as err:
+        raise CorruptFileError(f"{where}: {err}") from err
+
+
+def read_text(path: Path, max_bytes: int = MAX_JSON_BYTES) -> str:
+    """Read a UTF-8 file of at most `max_bytes`.
+
+    Raises:
+        CorruptFileError: missing, too large, or not UTF-8 (with the byte).
+    """
+    try:
+        size = path.stat().st_size
+        if size > max_bytes:
+            raise CorruptFileError(f"{path}: {size} bytes, more than the {max_bytes} this file may have")
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as err:
+        raise CorruptFileError(f"{path}: byte {err.start} is not UTF-8") from err
+    except OSError as err:
+        raise CorruptFileError(f"{path}: {err.strerror or err}") from err
+
+
+def read_json(path: Path) -> Any:
+    """Read one strict JSON document. Raises CorruptFileError."""
+    return parse_json(read_text(path), str(path))
+
+
+def _lines(rows: Sequence[Any]) -> bytes:
+    text = "".join(json.dumps(finite(r), ensure_ascii=False, allow_nan=False) + "\n" for r in rows)
+    return text.encode("utf-8", "surrogatepass")
+
+
+def append_lines(path: Path, rows: Sequence[Any]) -> None:
+    """Append JSON lines and force them to disk."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "ab") as handle:
+        handle.write(_lines(rows))
+        handle.flush()
+        os.fsync(handle.fileno())
+
+
+def read_lines(path: Path, *, torn_tail: bool = False) -> list[Any]:
+    """Read a JSON-lines file; a missing file is an empty one.
+
+    Args:
+        path: the file.
+        torn_tail: drop a last line that a crash cut off instead of raising.
+
+    Raises:
+        CorruptFileError: with file and line number.
+    """
+    if not path.exists():
+        return []
+    lines = read_text(path).splitlines()
+    rows: list[Any] = []
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            rows.append(parse_json(line, f"{path}: line {number}"))
+        except CorruptFileError:
+            if torn_tail and number == len(lines):
+                break
+            raise
+    return rows
+
+
+def write_lines(path: Path, rows: Sequence[Any]) -> None:
+    """Replace a JSON-lines file atomically."""
+    write_bytes(path, _lines(rows))
+
+
+def file_sha256(path: Path) -> str:
+    """Return the sha256 of a file's bytes, as hex."""
+    with open(path, "rb") as handle:
+        return hashlib.file_digest(handle, "sha256").hexdigest()
+
+
+def tensor_header(path: Path) -> dict[str, Any]:
+    """Check a safetensors file's size and header before anything is loaded from it, and return the header.
+
+    Returns:
+        name -> {"dtype", "shape", "data_offsets"}, without the metadata entry.
+
+    Raises:
+        CorruptFileError: truncated, oversized, or inconsistent, with the byte that says so.
+    """
+    if not path.is_file():
+        raise CorruptFileError(f"{path}: no such file")
+    size = path.stat().st_size
+    if size > MAX_TENSOR_BYTES:
+        raise CorruptFileError(f"{path}: {size} bytes, more than the {MAX_TENSOR_BYTES} an adapter may have")
+    with open(path, "rb") as handle:
+        head = handle.read(8)
+        length = int.from_bytes(head, "little")
+        if len(head) < 8 or length > MAX_HEADER_BYTES or 8 + length > size:
+            raise CorruptFileError(f"{path}: byte 0: header of {length} bytes in a file of {size}; cut off?")
+        header = parse_json(handle.read(length).decode("utf-8", "replace"), f"{path}: header")
+    if not isinstance(header, dict):
+        raise CorruptFileError(f"{path}: header is not an object")
+    header.pop("__metadata__", None)
+    end = max((int(entry["data_offsets"][1]) for entry in header.values()), default=0)
+    if 8 + length + end != size:
+        raise CorruptFileError(f"{path}: byte {size}: {8 + length + end} bytes announced; cut off?")
+    return header
+
+
+@contextlib.contextmanager
+def folder_lock(folder: Path) -> Iterator[None]:
+    """Hold the folder for this process; the kernel lets go when the process dies, however it dies.
+
+    Raises:
+        LockedError: naming the pid and host of the owner.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / "lock", "a+", encoding="utf-8") as handle:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as err:
+            handle.seek(0)
+            owner = handle.read().strip() or "an unknown process"
+            raise LockedError(f"{folder} is in use by {owner}; wait for it, or choose another --out") from err
+        handle.truncate(0)
+        handle.write(f"pid {os.getpid()} on {socket.gethostname()}")
+        handle.flush()
+        yield

@@ -1,0 +1,1 @@
+"""Adapter states and their algebra."""

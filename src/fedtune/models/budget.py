@@ -1,0 +1,84 @@
+"""What a run will need, said before it starts: bytes on the wire exactly, memory roughly."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache
+
+import numpy as np
+from torch import Tensor
+
+from fedtune.config import Config
+from fedtune.lora.state import to_tensors
+from fedtune.models.adapter import AdaptedModel
+
+
+@cache
+def _header_bytes(shape: tuple[int, ...], kind: str) -> int:
+    """Length of the NumPy header Flower's serialisation puts before an array (128 for usual shapes)."""
+    buffer = io.BytesIO()
+    header = {"descr": np.dtype(kind).str, "fortran_order": False, "shape": shape}
+    np.lib.format.write_array_header_1_0(buffer, header)
+    return buffer.tell()
+
+
+def message_bytes(tensors: Mapping[str, Tensor]) -> int:
+    """Return the bytes of an adapter on the wire: for each tensor its numbers and one array header.
+
+    The same count as FlowerTune's communication tracker: sum of 4 numel + 128 for float32.
+    """
+    sizes = (
+        t.numel() * t.element_size() + _header_bytes(tuple(t.shape), str(t.dtype).removeprefix("torch."))
+        for t in tensors.values()
+    )
+    return sum(sizes)
+
+
+@dataclass(frozen=True)
+class Budget:
+    """The prediction.
+
+    Attributes:
+        message: bytes of one adapter on the wire.
+        per_round: bytes of a round, both directions, when nobody fails.
+        total: bytes of the whole run.
+        model: bytes of the resident base model.
+        training: rough peak of training beside it (adapter, gradients, optimiser, activations).
+        trainable: numbers that are trained.
+    """
+
+    message: int
+    per_round: int
+    total: int
+    model: int
+    training: int
+    trainable: int
+
+
+def predict(config: Config, adapted: AdaptedModel) -> Budget:
+    """Predict bytes and memory from the shapes alone.
+
+    Activations are counted as 34 hidden-sized numbers a token and layer (kept for the backward pass; one
+    with checkpointing), with at most `max_tokens_per_forward` tokens at a time, plus logits of the labels.
+    """
+    tensors = to_tensors(adapted.layout)
+    message = message_bytes(tensors)
+    shape = adapted.base.model.config.get_text_config()
+    train = config.train
+    tokens = min(train.max_tokens_per_forward, train.per_device_train_batch_size * train.max_length)
+    weights = list(adapted.base.model.parameters())
+    width = max(p.element_size() for p in weights)
+    kept = 1 if train.gradient_checkpointing else 34
+    activations = tokens * shape.hidden_size * shape.num_hidden_layers * kept * width
+    trainable = sum(t.numel() for t in tensors.values())
+    per_round = 2 * message * config.federation.cohort_size
+    return Budget(
+        message=message,
+        per_round=per_round,
+        total=per_round * config.federation.rounds,
+        model=sum(p.numel() * p.element_size() for p in weights),
+        training=trainable * 16 + activations + tokens * shape.vocab_size * 4,
+        trainable=trainable,
+    )

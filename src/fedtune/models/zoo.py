@@ -1,0 +1,107 @@
+"""The zoo: facts about the base models that federated fine-tuning is usually done on. No torch here."""
+
+from __future__ import annotations
+
+import functools
+import tomllib
+from collections.abc import Iterable
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+
+from fedtune.config import Config
+from fedtune.types import Problem, nearest
+
+
+@dataclass(frozen=True)
+class BaseModel:
+    """One base model.
+
+    Attributes:
+        id: on the Hub, or `packaged/...`.
+        parameters: in millions, embeddings included once.
+        licence: SPDX id or the vendor's own.
+        architecture: the transformers class it loads as.
+        hidden, layers, heads, kv_heads, head_dim, intermediate, vocab: the shape.
+        targets: PEFT's default LoRA targets for the architecture.
+        template: kind of chat template, or "none".
+        revision: the pinned commit; empty where none was verified, and then a run cannot be ranked.
+        gated: whether the Hub asks to accept terms.
+        traps: what goes wrong with it, in a sentence.
+        tags: domains it is made for.
+    """
+
+    id: str
+    parameters: float
+    licence: str
+    architecture: str
+    hidden: int
+    layers: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    intermediate: int
+    vocab: int
+    targets: tuple[str, ...]
+    template: str
+    revision: str = ""
+    gated: bool = False
+    traps: str = ""
+    tags: tuple[str, ...] = ()
+
+    def linear(self, name: str) -> tuple[int, int]:
+        """Return (out, in) features of a projection. Raises KeyError for one this architecture lacks."""
+        query, key = self.heads * self.head_dim, self.kv_heads * self.head_dim
+        shapes = {
+            "q_proj": (query, self.hidden),
+            "k_proj": (key, self.hidden),
+            "v_proj": (key, self.hidden),
+            "o_proj": (self.hidden, query),
+            "gate_proj": (self.intermediate, self.hidden),
+            "up_proj": (self.intermediate, self.hidden),
+            "down_proj": (self.hidden, self.intermediate),
+            "qkv_proj": (query + 2 * key, self.hidden),
+            "gate_up_proj": (2 * self.intermediate, self.hidden),
+        }
+        return shapes[name]
+
+
+@functools.cache
+def zoo() -> dict[str, BaseModel]:
+    """Return all models of the zoo by id."""
+    text = (resources.files("fedtune.models") / "zoo.toml").read_text(encoding="utf-8")
+    families = tomllib.loads(text)["family"]
+    models = {}
+    for family in families:
+        shared = {k: v for k, v in family.items() if k != "models"}
+        for entry in family["models"]:
+            facts = {**shared, **entry}
+            for key in ("targets", "tags"):
+                facts[key] = tuple(facts.get(key, ()))
+            models[facts["id"]] = BaseModel(**facts)
+    return models
+
+
+def is_local(name: str) -> bool:
+    """Tell whether a model's name is a folder here."""
+    return Path(name).expanduser().is_dir()
+
+
+def problems(config: Config) -> Iterable[Problem]:
+    """Yield what is wrong with the model's name before anything is loaded."""
+    name = config.model.name
+    if is_local(name) or name in zoo():
+        return
+    if name.startswith("packaged/") or name.count("/") != 1 or name.startswith((".", "/", "~")):
+        fix = nearest(name, zoo()) or "name a folder, a Hub id (organisation/name) or one of: fedtune ls models"
+        yield Problem(f'model.name = "{name}"', "no such folder or packaged model", fix)
+
+
+def unranked_reasons(config: Config) -> tuple[str, ...]:
+    """Say why the model alone keeps a run from being ranked."""
+    known = zoo().get(config.model.name)
+    if is_local(config.model.name):
+        return ("the base model is a local folder; only its hash is known",)
+    if not (config.model.revision or (known and known.revision)):
+        return (f"{config.model.name} has no pinned revision; set model.revision to a commit",)
+    return ()

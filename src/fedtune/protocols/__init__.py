@@ -1,0 +1,1 @@
+"""Frozen protocol files; read them with `fedtune.config.read_protocol`."""

@@ -1,0 +1,83 @@
+"""The files of a run folder, version 1. Scores are fractions; null means unknown, with the reason beside it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field
+
+SCHEMA_VERSION = 1
+
+
+class Document(BaseModel):
+    """A part of a result file: unknown keys are refused and NaN is not a number."""
+
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
+
+
+class Score(Document):
+    """One task in one mode.
+
+    Attributes:
+        metric: `accuracy`, or `nats_per_token` (mean log-likelihood of held-out solutions; higher is better).
+        n: items scored, errors included.
+        score: the metric; null if it was withheld.
+        interval: 95 % bootstrap over items.
+        strict: accuracy when only a clean answer counts (official mode).
+        valid_rate: share of answers that could be read (official mode).
+        macro_f1: for sentiment.
+        errors: items that raised; they count as wrong.
+        withheld: why there is no score.
+        trivial: accuracy of answers that need no model: the majority class and always the same one.
+    """
+
+    task: str
+    mode: str
+    metric: str = "accuracy"
+    n: int
+    score: float | None
+    interval: tuple[float, float] | None = None
+    strict: float | None = None
+    valid_rate: float | None = None
+    macro_f1: float | None = None
+    errors: int = 0
+    withheld: str = ""
+    trivial: dict[str, float] = Field(default_factory=dict)
+    items_sha256: str = ""
+
+
+class Arm(Document):
+    """One way to get a model, and its scores: base, federated, local-only, centralised.
+
+    For local-only, `per_client` has each client's score by `task/mode`, and `scores` their means.
+    """
+
+    name: str
+    scores: list[Score]
+    steps: int = 0
+    per_client: dict[str, list[float | None]] = Field(default_factory=dict)
+
+
+class Result(Document):
+    """`result.json`: everything a reader needs to doubt the numbers."""
+
+    schema_version: int = SCHEMA_VERSION
+    domain: str
+    protocol: str
+    protocol_sha256: str
+    config_sha256: str
+    config: dict[str, Any]
+    unranked: list[str]
+    method: str
+    model: str
+    revision: str
+    data: dict[str, Any]
+    seed: int
+    arms: list[Arm]
+    rounds: int
+    skipped_rounds: int
+    lost_clients: int
+    bytes_down: int
+    bytes_up: int
+    bytes_predicted: int
+    trainable_parameters: int

@@ -1,0 +1,1 @@
+"""Local work of one client: which rows, which learning rate, which steps."""

@@ -1,0 +1,68 @@
+"""Which rows a client trains on in a round, and with what learning rate. Pure functions of the settings."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+import torch
+
+from fedtune.config.schema import TrainSettings
+from fedtune.types import derive_seed
+
+
+def learning_rate(train: TrainSettings, round_: int, rounds: int) -> float:
+    """Return the round's learning rate: a cosine over rounds, constant within one (FlowerTune's template).
+
+    The first round is already below the maximum and the last is exactly the minimum.
+    """
+    low, high = train.learning_rate_min, train.learning_rate_max
+    return low + 0.5 * (high - low) * (1 + math.cos(math.pi * round_ / rounds))
+
+
+def _permutation(size: int, seed: int) -> list[int]:
+    order: list[int] = torch.randperm(size, generator=torch.Generator().manual_seed(seed)).tolist()
+    return order
+
+
+def _repeated(size: int, batch: int, steps: int) -> list[list[int]]:
+    """Return the batches Hugging Face's Trainer draws with its default seed of 42, the same every round.
+
+    Epoch e is `torch.randperm(size)` under seed 42 + e; the last batch of an epoch may be short.
+    """
+    batches: list[list[int]] = []
+    epoch = 0
+    while len(batches) < steps:
+        order = _permutation(size, 42 + epoch)
+        batches += [order[i : i + batch] for i in range(0, size, batch)]
+        epoch += 1
+    return batches[:steps]
+
+
+def _stream(size: int, seed: int, client: int, start: int) -> Iterator[int]:
+    """Yield a client's rows from a place in an endless sequence of fresh permutations of its shard."""
+    epoch, place = divmod(start, size)
+    while True:
+        yield from _permutation(size, derive_seed(seed, "rows", client, epoch))[place:]
+        epoch, place = epoch + 1, 0
+
+
+def batches(train: TrainSettings, size: int, seed: int, client: int, round_: int) -> list[list[int]]:
+    """Return the rows of each optimiser step.
+
+    Args:
+        train: `rows = "fresh"` goes on through the shard from round to round, each row once an epoch;
+            `"repeat"` gives the same rows every round, as the public template does.
+        size: examples in the client's shard (at least 1).
+        seed: the run's.
+        client: whose rows.
+        round_: when; the place depends on nothing else, so a resumed run draws the same.
+
+    Returns:
+        `max_steps` lists of indices into the shard.
+    """
+    batch = train.per_device_train_batch_size * train.gradient_accumulation_steps
+    if train.rows == "repeat":
+        return _repeated(size, batch, train.max_steps)
+    rows = _stream(size, seed, client, (round_ - 1) * train.max_steps * batch)
+    return [[next(rows) for _ in range(batch)] for _ in range(train.max_steps)]

@@ -1,0 +1,132 @@
+"""The training data of a run: rows, checked, split over clients, encoded, and identified by a hash."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from fedtune import domains
+from fedtune.config import Config
+from fedtune.data import check, files, hub, partition
+from fedtune.data.encode import Encoded, encode
+from fedtune.domains.base import Row, TrainingSet
+from fedtune.io import digest
+from fedtune.types import DataError, derive_seed
+
+
+@dataclass(frozen=True)
+class TrainingData:
+    """Checked rows and their split.
+
+    Attributes:
+        name: the set's own honest name.
+        checked: the rows that may train, and the report on the rest.
+        shards: for each client, indices into `checked.rows`.
+        hash: of the rows and their split; a run is only resumed on the same.
+    """
+
+    name: str
+    checked: check.CheckedRows
+    shards: tuple[tuple[int, ...], ...]
+    hash: str
+
+    def summary(self) -> dict[str, Any]:
+        """Return what the manifest says of the data."""
+        return {
+            "name": self.name,
+            "rows": len(self.checked.rows),
+            "sha256": self.hash,
+            "clients": [len(s) for s in self.shards],
+            "bad_rows": self.checked.counts(),
+        }
+
+
+def _folder_rows(config: Config) -> tuple[str, list[Row]]:
+    folder = Path(config.data.path).expanduser() / "train"
+    paths = files.find(folder, f"{config.domain}_*") or files.find(folder, config.domain)
+    if not paths:
+        raise DataError(f"{folder}: no {config.domain}_*.jsonl(.gz), .json, .csv or .parquet file to train on")
+    return "+".join(p.name.split(".")[0] for p in paths), [row for p in paths for row in files.read_rows(p)]
+
+
+def source(config: Config) -> tuple[TrainingSet, list[Row]]:
+    """Return the training set a run asks for, with all its rows.
+
+    Raises:
+        DataError, OfflineError, CorruptFileError: it cannot be had; the message says what to do.
+    """
+    domain = domains.get(config.domain)
+    if config.data.source == "folder":
+        name, rows = _folder_rows(config)
+        return TrainingSet(name, group=domain.group), rows
+    if config.data.source == "hub" and domain.training.hub:
+        return domain.training, list(hub.load(domain.training.hub))
+    if domain.packaged.packaged is None:
+        raise DataError(f"{domain.name} has no packaged training set")
+    return domain.packaged, list(domain.packaged.packaged())
+
+
+def _chosen(rows: Sequence[check.TrainRow], config: Config) -> list[check.TrainRow]:
+    """Cut a set down to `data.limit` rows, drawn by seed; balanced over the natural key if asked."""
+    if not config.data.limit or config.data.limit >= len(rows):
+        return list(rows)
+    order = list(range(len(rows)))
+    random.Random(derive_seed(config.data.shuffle_seed, "limit")).shuffle(order)
+    if config.data.balance:
+        rank: dict[str, int] = {}
+        keyed: list[tuple[int, int, int]] = []
+        for i in order:
+            rank[rows[i].group] = rank.get(rows[i].group, 0) + 1
+            keyed.append((rank[rows[i].group], len(keyed), i))
+        order = [i for _, _, i in sorted(keyed)]
+    return [rows[i] for i in sorted(order[: config.data.limit])]
+
+
+def load(config: Config) -> TrainingData:
+    """Read, check and split a run's training rows.
+
+    Raises:
+        DataError: nothing to train on, or the split is impossible.
+    """
+    training, raw = source(config)
+    checked = check.check(raw, training.columns, training.group, config.data.max_chars)
+    rows = _chosen(check.require(checked, training.name), config)
+    shards = partition.partition(rows, config.data.partition, config.federation.clients, config.data.shuffle_seed)
+    data_hash = digest([[asdict(r) for r in rows], shards])
+    return TrainingData(
+        training.name, check.CheckedRows(tuple(rows), checked.problems), tuple(map(tuple, shards)), data_hash
+    )
+
+
+@dataclass(frozen=True)
+class EncodedShards:
+    """Each client's examples, and how many rows were cut or have no label and never train."""
+
+    shards: tuple[tuple[Encoded, ...], ...]
+    masked: tuple[int, ...]
+    truncated: int
+
+    @property
+    def sizes(self) -> dict[int, int]:
+        """Examples of each client."""
+        return {client: len(shard) for client, shard in enumerate(self.shards)}
+
+
+def encode_shards(data: TrainingData, tokenizer: Any, config: Config) -> EncodedShards:
+    """Encode every row once and hand each client its own.
+
+    Raises:
+        DataError: no row of any client has a label (wrong template, or all answers lie behind the cut).
+    """
+    encoded = encode(data.checked.rows, tokenizer, config)
+    if not encoded.examples:
+        raise DataError(
+            f"{data.name}: none of {len(data.checked.rows)} rows has a label left; is the response marker in "
+            f"prompt.template, and max_length = {config.train.max_length} long enough?"
+        )
+    by_row = dict(zip(encoded.kept, encoded.examples, strict=True))
+    shards = tuple(tuple(by_row[i] for i in shard if i in by_row) for shard in data.shards)
+    return EncodedShards(shards, encoded.masked, len(encoded.truncated))
