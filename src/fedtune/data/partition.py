@@ -118,7 +118,10 @@ def partition(rows: Sequence[TrainRow], spec: str, clients: int, seed: int) -> l
     splitter = _partitioner(table, spec, clients, seed)
     splitter.dataset = table
     try:
-        return [list(splitter.load_partition(i)["row"]) for i in range(clients)]
+        # `Dataset.shard` cannot make an empty shard; with fewer rows than clients the last ones have none
+        filled = min(clients, len(rows)) if kind == "iid" else clients
+        loaded = [list(splitter.load_partition(i)["row"]) for i in range(filled)]
+        return loaded + [[] for _ in range(clients - filled)]
     except (ValueError, IndexError, KeyError) as err:
         raise DataError(f"partition {spec!r} over {clients} clients of {len(rows)} rows: {err}") from err
 

@@ -1,0 +1,56 @@
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fedtune.data.check import check, require
+from fedtune.types import DataError
+
+
+def test_all_bad_rows_are_listed_at_once_with_their_numbers() -> None:
+    rows = [
+        {"instruction": "a", "input": "b", "output": "good"},
+        {"input": "b", "output": "c"},
+        {"instruction": "a", "input": "b", "output": "  "},
+        {"instruction": "a", "input": 7, "output": "c"},
+        {"instruction": "a", "input": "b" * 200, "output": "c"},
+        {"instruction": "a", "input": "b", "output": "x\ud800y"},
+        {"instruction": "a", "input": "see ### Response: {{x}}", "output": "c"},
+        {"instruction": "a", "output": "no input column"},
+        {"instruction": None, "input": None, "output": "c"},
+    ]
+    checked = check(rows, {}, max_chars=100)
+    found = {(p.row, p.kind, p.action) for p in checked.problems}
+    assert found == {
+        (1, "missing_column", "dropped"),
+        (2, "empty_answer", "dropped"),
+        (3, "not_text", "dropped"),
+        (4, "over_long", "truncated"),
+        (5, "odd_unicode", "replaced"),
+        (6, "template_text", "kept as plain text"),
+    }
+    assert [r.output for r in checked.rows] == ["good", "c", "x\ufffdy".replace("\ufffd", "?"), "c", "no input column", "c"]
+    assert len(checked.rows[1].input) == 100
+    assert checked.counts()["empty_answer"] == 1
+    assert any(line.startswith("row 2: empty_answer") for line in checked.lines())
+
+
+def test_columns_are_mapped_and_the_natural_key_is_kept() -> None:
+    rows = [{"q": "ask", "a": "answer", "site": 3}]
+    row = check(rows, {"instruction": "q", "output": "a"}, group="site").rows[0]
+    assert (row.instruction, row.input, row.output, row.group) == ("ask", "", "answer", "3")
+
+
+def test_a_set_without_a_sound_row_is_an_error_with_the_list() -> None:
+    with pytest.raises(DataError, match="no row can be trained on(.|\n)*row 0: empty_answer"):
+        require(check([{"instruction": "a", "input": "", "output": ""}], {}), "toy")
+
+
+@given(st.lists(st.fixed_dictionaries({"instruction": st.text(), "input": st.text(), "output": st.text(min_size=1)})))
+def test_every_row_is_either_kept_or_listed_and_what_is_kept_can_be_encoded(rows: list[dict[str, str]]) -> None:
+    checked = check(rows, {}, max_chars=100)
+    dropped = {p.row for p in checked.problems if p.action == "dropped"}
+    assert len(checked.rows) + len(dropped) == len(rows)
+    for row in checked.rows:
+        for text in (row.instruction, row.input, row.output):
+            text.encode("utf-8")
+            assert len(text) <= 100

@@ -1,0 +1,115 @@
+"""Downloads against a small index on this machine: resumed, restarted, verified, cached."""
+
+import hashlib
+import http.server
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fedtune.data import packages
+from fedtune.types import CorruptFileError, OfflineError
+
+BODY = bytes(range(256)) * 4000
+NAME = "thing-1.0-py3-none-any.whl"
+GOOD = packages.Package("thing", NAME, hashlib.sha256(BODY).hexdigest(), "MIT")
+
+
+class Index(http.server.BaseHTTPRequestHandler):
+    cut = 0
+    ranges = True
+    asked: list[str]
+
+    def log_message(self, *args: Any) -> None:
+        pass
+
+    def do_GET(self) -> None:
+        if self.path == "/simple/thing/":
+            self._send(200, f'<a href="../../files/{NAME}#sha256=x">{NAME}</a>'.encode())
+            return
+        start = 0
+        wanted = self.headers.get("Range")
+        type(self).asked.append(wanted or "all")
+        if wanted and type(self).ranges:
+            start = int(wanted.removeprefix("bytes=").rstrip("-"))
+        body = BODY[start:]
+        if type(self).cut > 0:
+            type(self).cut -= 1
+            self.send_response(206 if start else 200)
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body[: len(body) // 2])
+            return
+        self._send(206 if start else 200, body)
+
+    def _send(self, code: int, body: bytes) -> None:
+        self.send_response(code)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+
+@pytest.fixture
+def index(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[type[Index]]:
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Index)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    Index.cut, Index.ranges, Index.asked = 0, True, []
+    monkeypatch.setenv("FEDTUNE_INDEX_URL", f"http://127.0.0.1:{server.server_port}/simple")
+    monkeypatch.setenv("FEDTUNE_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(packages.time, "sleep", lambda seconds: None)
+    yield Index
+    server.shutdown()
+
+
+def test_a_package_is_fetched_once_and_then_read_from_the_cache(index: type[Index]) -> None:
+    path = packages.fetch(GOOD)
+    assert path.read_bytes() == BODY
+    assert packages.fetch(GOOD) == path
+    assert index.asked == ["all"]
+
+
+def test_a_cut_download_goes_on_where_it_was_cut(index: type[Index]) -> None:
+    index.cut = 2
+    assert packages.fetch(GOOD).read_bytes() == BODY
+    assert index.asked[0] == "all"
+    assert index.asked[1] == f"bytes={len(BODY) // 2}-"
+    assert len(index.asked) == 3
+
+
+def test_a_server_without_ranges_restarts_it(index: type[Index]) -> None:
+    index.cut, index.ranges = 1, False
+    assert packages.fetch(GOOD).read_bytes() == BODY
+
+
+def test_a_wrong_file_is_refused_and_not_kept(index: type[Index], tmp_path: Path) -> None:
+    bad = packages.Package("thing", NAME, "0" * 64, "MIT")
+    with pytest.raises(CorruptFileError, match="pinned is 0000"):
+        packages.fetch(bad)
+    assert list((tmp_path / "cache/packages").iterdir()) == []
+
+
+def test_a_damaged_cache_is_fetched_again(index: type[Index]) -> None:
+    path = packages.fetch(GOOD)
+    path.write_bytes(b"half")
+    assert packages.fetch(GOOD).read_bytes() == BODY
+
+
+def test_no_network_says_where_to_put_the_file(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("FEDTUNE_CACHE", str(tmp_path))
+    monkeypatch.setenv("FEDTUNE_INDEX_URL", "http://127.0.0.1:9/simple")
+    monkeypatch.setattr(packages.time, "sleep", lambda seconds: None)
+    with pytest.raises(OfflineError, match=rf"Put the file into {tmp_path}"):
+        packages.fetch(GOOD)
+
+
+def test_the_index_is_the_one_pip_uses(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    for name in ("FEDTUNE_INDEX_URL", "PIP_INDEX_URL"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / ".config/pip").mkdir(parents=True)
+    (tmp_path / ".config/pip/pip.conf").write_text("[global]\nindex-url = https://mirror.example/simple/\n")
+    assert packages.index_url() == "https://mirror.example/simple"
+    monkeypatch.setenv("PIP_INDEX_URL", "https://other.example/simple")
+    assert packages.index_url() == "https://other.example/simple"

@@ -1,0 +1,82 @@
+import gzip
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from fedtune.evaluation.published import score
+from fedtune.types import ConfigError, CorruptFileError
+
+CHOICES = [
+    {"prompt": "p", "gold": "A", "output": "A"},
+    {"prompt": "p", "gold": "B", "output": "Based"},
+    {"prompt": "p", "gold": "C", "output": "The"},
+    {"prompt": "p", "gold": "A", "output": "D"},
+]
+
+
+@pytest.mark.parametrize("array", [True, False])
+@pytest.mark.parametrize("zipped", [True, False])
+def test_array_or_lines_plain_or_gzipped(tmp_path: Path, array: bool, zipped: bool) -> None:
+    text = json.dumps(CHOICES) if array else "\n".join(map(json.dumps, CHOICES))
+    path = tmp_path / "generation.jsonl"
+    path.write_bytes(gzip.compress(text.encode()) if zipped else text.encode())
+    found = score("medqa", path, "official")
+    assert (found.n, found.score, found.valid_rate, found.strict) == (4, 0.5, 0.5, 0.25)
+    assert found.trivial == {"majority": 0.5, "always-A": 0.5, "always-B": 0.25, "always-C": 0.25}
+    assert score("medqa", path, "strict").score == 0.25
+
+
+def test_finance_files_hold_labels_or_texts(tmp_path: Path) -> None:
+    labels = [{"context": "c", "new_target": "positive", "new_out": "positive"}, {"new_target": "neutral", "new_out": "negative"}]
+    path = tmp_path / "x.json"
+    path.write_text(json.dumps(labels))
+    found = score("fpb", path, "official")
+    assert (found.score, found.valid_rate, found.strict) == (0.5, None, None)
+    assert found.macro_f1 == pytest.approx(1 / 3)
+    with pytest.raises(CorruptFileError, match="only --mode official"):
+        score("fpb", path, "strict")
+    path.write_text(json.dumps([{"target": "neutral", "out_text": "dunno"}, {"target": "neutral", "out_text": "neutral"}]))
+    assert (score("fpb", path, "official").score, score("fpb", path, "strict").score) == (1.0, 0.5)
+
+
+def test_errors_name_the_row_the_column_and_the_nearest_task(tmp_path: Path) -> None:
+    path = tmp_path / "x.json"
+    path.write_text(json.dumps([CHOICES[0], {"prompt": "p", "gold": "A"}]))
+    with pytest.raises(CorruptFileError, match="row 2 lacks output; it has prompt, gold"):
+        score("medqa", path, "official")
+    path.write_text("[]")
+    with pytest.raises(CorruptFileError, match="no rows"):
+        score("medqa", path, "official")
+    with pytest.raises(ConfigError, match='did you mean "mmlu_stem"'):
+        score("mmlu_stm", path, "official")
+
+
+def test_every_published_score_comes_out_exactly(benchmark_data: Path) -> None:
+    root = benchmark_data / "conformance"
+    checked = 0
+    for entry in json.loads((root / "index.json").read_text()):
+        if entry["domain"] == "code" or not entry["generations_file"]:
+            continue
+        found = score(entry["task"], root / entry["generations_file"], "official")
+        assert found.n == entry["n"]
+        assert found.score == pytest.approx(entry["published_score"], abs=1e-12), entry["generations_file"]
+        checked += 1
+    assert checked == 16
+
+
+def test_scoring_needs_no_torch(tmp_path: Path) -> None:
+    path = tmp_path / "x.json"
+    path.write_text(json.dumps(CHOICES))
+    code = (
+        "import sys; sys.argv = ['fedtune', 'score', 'medqa', sys.argv[1], '--json']\n"
+        "from fedtune.cli import main\n"
+        "try: main()\nexcept SystemExit: pass\n"
+        "print([m for m in ('torch', 'transformers', 'flwr', 'datasets') if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code, str(path)], capture_output=True, text=True, check=True)
+    first, second = done.stdout.strip().splitlines()
+    assert json.loads(first)["score"] == 0.5
+    assert second == "[]"

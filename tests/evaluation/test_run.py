@@ -1,0 +1,201 @@
+"""Likelihood and official evaluation on the tiny model, against slow references; logs, resume and errors."""
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from fedtune.config import Config, Settings
+from fedtune.config.schema import ModelSettings
+from fedtune.domains import TASKS
+from fedtune.domains.base import Item, multiple_choice, sentiment
+from fedtune.evaluation import likelihood, official
+from fedtune.evaluation import run as runner
+from fedtune.evaluation.items import TaskItems, load
+from fedtune.evaluation.run import evaluate
+from fedtune.io import digest, read_lines
+from fedtune.models.load import LoadedModel
+from fedtune.models.load import load as load_model
+
+QUESTIONS = [multiple_choice("Answer.", f"Which {i} one", [f"o{i}", "x y", "z"], i % 3) for i in range(19)]
+SENTENCES = [sentiment(f"Profit {'rose ' * (i % 5)}today .", i % 3, "news") for i in range(9)]
+
+
+@pytest.fixture(scope="module")
+def model(tiny_folder: Path) -> LoadedModel:
+    return load_model(ModelSettings(name=str(tiny_folder)))
+
+
+@pytest.fixture(scope="module")
+def loaded(tiny_config: Config) -> TaskItems:
+    return load(TASKS["fpb"], tiny_config, 0)
+
+
+def _reference(model: LoadedModel, item: Item, config: Config, kind: str) -> list[float]:
+    """Score each answer with one plain, unpacked forward pass."""
+    scores = []
+    for candidate in likelihood._candidates(item, kind, model.tokenizer, config):
+        logits = model.model(input_ids=torch.tensor([candidate.ids])).logits[0].float().log_softmax(-1)
+        steps = range(candidate.start - 1, len(candidate.ids) - 1)
+        scores.append(float(torch.stack([logits[i, candidate.ids[i + 1]] for i in steps]).mean()))
+    return scores
+
+
+@pytest.mark.parametrize("prompt", ["training", "official", "chat"])
+@pytest.mark.parametrize(("items", "kind"), [(QUESTIONS, "choice"), (SENTENCES, "sentiment")])
+def test_packed_likelihood_is_the_plain_one(
+    model: LoadedModel, settings: Callable[..., Settings], items: list[Item], kind: str, prompt: str
+) -> None:
+    config = settings(eval__prompt=prompt).config
+    packed = [s for batch in likelihood.score(model.model, model.tokenizer, items, kind, config) for s in batch]
+    with torch.inference_mode():
+        plain = [_reference(model, item, config, kind) for item in items]
+    assert torch.tensor(packed) == pytest.approx(torch.tensor(plain), abs=1e-4)
+
+
+def test_the_official_choice_is_what_generate_gives_one_prompt_at_a_time(model: LoadedModel) -> None:
+    quick = [t for batch in official.choose(model.model, model.tokenizer, QUESTIONS, "choice") for t in batch]
+    slow = []
+    for item in QUESTIONS:
+        ids = model.tokenizer(official.wrap(item.prompt, "choice"), return_tensors="pt").input_ids
+        made = model.model.generate(inputs=ids, max_new_tokens=1, do_sample=False, pad_token_id=2)
+        slow.append(model.tokenizer.decode(made[0][ids.shape[1] :], skip_special_tokens=True))
+    assert quick == slow
+
+
+def test_a_repetition_penalty_of_the_model_applies_as_in_generate(tiny_folder: Path) -> None:
+    fresh = load_model(ModelSettings(name=str(tiny_folder)))
+    fresh.model.generation_config.repetition_penalty = 5.0
+    quick = next(official.choose(fresh.model, fresh.tokenizer, QUESTIONS[:4], "choice"))
+    text = fresh.tokenizer(official.wrap(QUESTIONS[0].prompt, "choice"))["input_ids"]
+    assert quick[0] == official._generate_one(fresh.model, fresh.tokenizer, text, 1)
+
+
+def test_the_first_gold_of_a_batch_decides_how_much_is_decoded(model: LoadedModel) -> None:
+    long = Item("p", "q", ("no such single token", "x"), 0)
+    one = Item("p", "q", ("x", "no such single token"), 0)
+    tokens = len(model.tokenizer("no such single token", add_special_tokens=False)["input_ids"])
+    assert tokens > 1
+    first = next(official.choose(model.model, model.tokenizer, [long, one], "choice"))
+    second = next(official.choose(model.model, model.tokenizer, [one, long], "choice"))
+    ids = model.tokenizer(official.wrap("p", "choice"))["input_ids"]
+    assert first[1] == official._generate_one(model.model, model.tokenizer, ids, tokens)
+    assert second[0] == official._generate_one(model.model, model.tokenizer, ids, 1)
+
+
+def test_stopping_at_the_verdict_never_changes_a_label(model: LoadedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    from fedtune.evaluation.extract import official_label
+
+    stopped = [t for b in official.sentiment(model.model, model.tokenizer, SENTENCES, 24) for t in b]
+    monkeypatch.setattr(official, "verdict_fixed", lambda text: False)
+    whole = [t for b in official.sentiment(model.model, model.tokenizer, SENTENCES, 24) for t in b]
+    assert [official_label(t) for t in stopped] == [official_label(t) for t in whole]
+
+
+@pytest.mark.parametrize(
+    ("text", "fixed"),
+    [
+        ("Input: good\nAnswer: negative", False),
+        ("Input: good\nAnswer: negative, or positive", True),
+        ("Input: good\nAnswer: x\nAnswer: ", True),
+        ("Input: good\nAnswer: Pos", False),
+        ("positive\nAnswer: ", False),
+    ],
+)
+def test_when_a_verdict_is_fixed(text: str, fixed: bool) -> None:
+    assert official.verdict_fixed(text) is fixed
+
+
+def test_equal_prompts_get_the_last_output_as_in_the_official_table() -> None:
+    items = [QUESTIONS[0], QUESTIONS[1], QUESTIONS[0]]
+    rows = [runner._official_sample(i, o, "choice") | {"i": n} for n, (i, o) in enumerate(zip(items, "AAB", strict=True))]
+    seen = runner._as_official([dict(r) for r in rows], TASKS["medqa"], items)
+    assert [r["predicted"] for r in seen] == ["b", "a", "b"]
+    assert [r["correct"] for r in seen] == [False, False, False]
+
+
+def test_a_second_call_does_only_what_is_missing(
+    model: LoadedModel, loaded: TaskItems, tiny_config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An evaluation that dies at a sample keeps what is on disk; the next call does the rest."""
+    log = tmp_path / "fpb.jsonl"
+    real = likelihood.score
+    monkeypatch.setattr(likelihood, "MAX_TOKENS", 300)
+
+    def dies(*args: Any) -> Iterator[Any]:
+        for number, batch in enumerate(real(*args)):
+            if number == 2:
+                raise KeyboardInterrupt
+            yield batch
+
+    monkeypatch.setattr(likelihood, "score", dies)
+    args = (model.model, model.tokenizer, loaded, "likelihood", tiny_config, log, "me")
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(*args)
+    kept = read_lines(log)[1:]
+    assert 0 < len(kept) < len(loaded.items)
+    asked: list[int] = []
+
+    def counts(model: Any, tokenizer: Any, items: Any, *rest: Any) -> Iterator[Any]:
+        asked.append(len(items))
+        return real(model, tokenizer, items, *rest)
+
+    monkeypatch.setattr(likelihood, "score", counts)
+    resumed = evaluate(*args)
+    assert asked == [len(loaded.items) - len(kept)]
+    assert read_lines(log)[1 : len(kept) + 1] == kept
+    fresh = evaluate(*args[:5], tmp_path / "other.jsonl", "me")
+    assert resumed == fresh
+    assert [r["i"] for r in read_lines(log)[1:]] == list(range(len(loaded.items)))
+
+
+def test_a_log_of_another_model_is_started_anew(
+    model: LoadedModel, loaded: TaskItems, tiny_config: Config, tmp_path: Path
+) -> None:
+    log = tmp_path / "fpb.jsonl"
+    for who in ("first", "second"):
+        evaluate(model.model, model.tokenizer, loaded, "likelihood", tiny_config, log, who)
+    lines = read_lines(log)
+    assert lines[0]["model"] == "second"
+    assert len(lines) == len(loaded.items) + 1
+
+
+def test_one_bad_item_is_an_error_and_counts_as_wrong(
+    model: LoadedModel, loaded: TaskItems, settings: Callable[..., Settings], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bad = loaded.items[5]
+    real = likelihood._candidates
+
+    def sometimes(item: Item, *rest: Any) -> Any:
+        if item is bad:
+            raise ValueError("cannot encode this")
+        return real(item, *rest)
+
+    monkeypatch.setattr(likelihood, "_candidates", sometimes)
+    lax = settings(eval__max_error_rate=0.1).config
+    found = evaluate(model.model, model.tokenizer, loaded, "likelihood", lax, tmp_path / "a.jsonl", "me")
+    assert (found.n, found.errors) == (24, 1)
+    assert found.score is not None
+    row = read_lines(tmp_path / "a.jsonl")[6]
+    assert row["error"] == "ValueError: cannot encode this"
+    assert not row["correct"]
+    strict = settings(eval__max_error_rate=0.0).config
+    withheld = evaluate(model.model, model.tokenizer, loaded, "likelihood", strict, tmp_path / "b.jsonl", "me")
+    assert withheld.score is None
+    assert withheld.withheld == "1 of 24 items raised an error, more than 0.0%"
+
+
+def test_a_limit_takes_the_same_sample_in_file_order(tiny_config: Config) -> None:
+    once, again = load(TASKS["fpb"], tiny_config, 7), load(TASKS["fpb"], tiny_config, 7)
+    assert once.places == again.places == tuple(sorted(once.places))
+    assert len(set(once.places)) == 7
+    assert once.sha256 == digest([vars(i) for i in once.items])
+
+
+def test_a_folder_without_the_set_says_which_file_it_wants(tiny_config: Config) -> None:
+    from fedtune.types import DataError
+
+    with pytest.raises(DataError, match=r"eval/finance: no tfns_validation\.jsonl"):
+        load(TASKS["tfns"], tiny_config, 0)

@@ -1,0 +1,148 @@
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from fedtune import domains, methods
+from fedtune.cli.settings import CHECKS, resolve
+from fedtune.config import Config, Settings, load, parse_assignment, protocol_names, read_protocol
+from fedtune.config.load import flatten, merge
+from fedtune.types import ConfigError
+
+FROZEN = {
+    "corrected": "9ae171829bada5e2",
+    "flowertune-leaderboard": "047390cf99038ec2",
+    "flowertune-paper": "1e6d584585f36808",
+}
+
+
+def _problems(tree: dict[str, object]) -> str:
+    with pytest.raises(ConfigError) as caught:
+        load([tree], CHECKS)
+    return str(caught.value)
+
+
+def test_all_mistakes_are_reported_at_once_with_what_was_meant() -> None:
+    text = _problems(
+        {"domain": "finance", "lora": {"rr": 3, "r": 0}, "train": {"labels": "ofsets"}, "rounds": 3, "federation": {"min_clients": 9}}
+    )
+    assert text.startswith("settings (5 problems)")
+    assert 'lora.rr: unknown key; did you mean "r"?' in text
+    assert "lora.r = 0: Input should be greater than or equal to 1" in text
+    assert 'did you mean "offsets"?' in text
+    assert 'rounds: unknown key; did you mean "federation.rounds"?' in text
+    assert "min_clients = 9 but only 4 are asked a round" in text
+
+
+@pytest.mark.parametrize(
+    ("tree", "said"),
+    [
+        ({"domain": "finanse"}, 'did you mean "finance"?'),
+        ({"domain": "finance", "method": {"name": "fedpox"}}, 'did you mean "fedprox"?'),
+        ({"domain": "finance", "method": {"name": "fedprox", "mi": 1}}, 'method.mi: unknown key; did you mean "mu"?'),
+        ({"domain": "finance", "protocol": "corected"}, 'did you mean "corrected"?'),
+        ({"domain": "finance", "eval": {"tasks": ["fbp"]}}, 'did you mean "fpb"?'),
+        ({"domain": "finance", "data": {"partition": "dirichle:1"}}, 'did you mean "dirichlet"?'),
+        ({"domain": "finance", "data": {"partition": "dirichlet:x"}}, "needs a number"),
+        ({"domain": "finance", "data": {"partition": "iid:3"}}, "takes no argument"),
+        ({"domain": "finance", "model": {"name": "packaged/smollm2-135m"}}, "packaged/smollm2-135m-instruct"),
+        ({"domain": "finance", "data": {"source": "folder"}}, "--data FOLDER"),
+        ({"domain": "finance", "train": {"learning_rate_min": 1.0}}, "larger than learning_rate_max"),
+        ({"domain": "finance", "prompt": {"template": "no places"}}, "end with {response}"),
+        ({"domain": "finance", "federation": {"faults": {"dropout": 0.7, "error": 0.7}}}, "sum to at most 1"),
+        ({"domain": "finance", "train": {"learning_rate_max": float("nan")}}, "finite number"),
+    ],
+)
+def test_each_kind_of_mistake_names_its_remedy(tree: dict[str, object], said: str) -> None:
+    assert said in _problems(tree)
+
+
+def test_settings_without_effect_are_refused() -> None:
+    text = _problems({"domain": "finance", "method": {"name": "fedprox", "mu": 0.0}})
+    assert "has no effect: with mu = 0 this is FedIT" in text
+
+
+def test_later_layers_win_and_the_protocol_lies_below() -> None:
+    made = load([{"domain": "code", "protocol": "flowertune-leaderboard", "seed": 1}, {"seed": 2}], CHECKS).config
+    assert (made.seed, made.federation.clients, made.federation.fraction) == (2, 10, 0.2)
+    assert made.federation.cohort_size == 2
+
+
+def test_the_hash_knows_what_matters_and_nothing_else() -> None:
+    base = Config(domain="finance")
+    assert base.hash == Config.model_validate(base.plain()).hash
+    assert base.hash != Config(domain="finance", seed=43).hash
+    moved = base.model_copy(update={"data": base.data.model_copy(update={"path": "/elsewhere"})})
+    assert base.hash == moved.hash
+
+
+@pytest.mark.parametrize(("name", "start"), FROZEN.items())
+def test_published_protocols_do_not_change(name: str, start: str) -> None:
+    assert read_protocol(name).hash.startswith(start), f"{name} is frozen: make a new protocol instead of changing it"
+
+
+@pytest.mark.parametrize("name", protocol_names())
+@pytest.mark.parametrize("domain", list(domains.DOMAINS))
+def test_every_protocol_is_valid_for_every_domain_and_locks_real_keys(name: str, domain: str) -> None:
+    made = load([{"domain": domain, "protocol": name}], CHECKS)
+    keys = set(flatten(made.config.plain()))
+    for locked in made.protocol.locked:
+        assert any(made.protocol.locks(k) for k in keys if k.startswith(locked.removesuffix("*"))), locked
+    assert bool(made.unranked) is (name == "quickstart")
+
+
+def test_the_leaderboard_protocol_to_the_letter() -> None:
+    rows = {"general": (20, 2, "instruction"), "finance": (50, 5, "instruction+input"), "medical": (20, 2, "input")}
+    for domain, (clients, cohort, text) in {**rows, "code": (10, 2, "instruction+input")}.items():
+        c = load([{"domain": domain, "protocol": "flowertune-leaderboard"}], CHECKS).config
+        assert (c.federation.clients, c.federation.cohort_size, c.prompt.input) == (clients, cohort, text)
+        assert (c.federation.rounds, c.lora.r, c.lora.alpha, c.lora.dropout) == (200, 32, 64, 0.075)
+        assert (c.train.max_steps, c.train.per_device_train_batch_size, c.train.max_length) == (10, 16, 512)
+        assert (c.train.learning_rate_max, c.train.learning_rate_min) == (5e-5, 1e-6)
+        assert (c.train.rows, c.train.labels, c.train.train_eos) == ("repeat", "template-tokens", False)
+        assert (c.model.quantization, c.federation.weights, c.lora.target_modules) == (4, "shard-size", ())
+
+
+def test_the_paper_protocol_differs_where_the_paper_does() -> None:
+    cohorts = []
+    for domain in ("general", "finance", "medical", "code"):
+        c = load([{"domain": domain, "protocol": "flowertune-paper"}], CHECKS).config
+        assert (c.federation.rounds, c.lora.dora, c.prompt.input) == (15, True, "instruction+input")
+        cohorts.append(c.federation.cohort_size)
+    assert cohorts == [4, 10, 4, 2]
+
+
+def test_a_changed_locked_key_makes_a_run_unranked_and_says_so() -> None:
+    made = load([{"domain": "finance", "protocol": "corrected", "federation": {"clients": 10}}], CHECKS)
+    assert made.unranked == ("federation.clients is 10, locked at 50 by corrected",)
+    allowed = load([{"domain": "finance", "protocol": "corrected", "federation": {"rounds": 10}}], CHECKS)
+    assert allowed.unranked == ()
+
+
+def test_assignments_are_toml_or_words() -> None:
+    assert parse_assignment("train.max_steps=10") == {"train": {"max_steps": 10}}
+    assert parse_assignment("data.partition=dirichlet:0.3") == {"data": {"partition": "dirichlet:0.3"}}
+    assert parse_assignment('eval.modes=["official"]') == {"eval": {"modes": ["official"]}}
+    with pytest.raises(ConfigError, match="is not key=value"):
+        parse_assignment("train.max_steps")
+
+
+def test_a_file_and_the_command_line_make_one_config(tmp_path: Path) -> None:
+    file = tmp_path / "run.toml"
+    file.write_text('domain = "finance"\nseed = 7\n[method]\nname = "fedprox"\nmu = 0.5\n')
+    made = resolve(file, {"seed": 8}, ["lora.r=8"]).config
+    assert (made.seed, made.lora.r, made.method.parameters) == (8, 8, {"mu": 0.5})
+    file.write_text("domain = \n")
+    with pytest.raises(ConfigError, match=re.escape(str(file)) + r".*\(at line 1"):
+        resolve(file, {}, [])
+
+
+def test_merge_keeps_what_is_below() -> None:
+    assert merge({"a": {"b": 1, "c": 2}}, {"a": {"b": 3}}) == {"a": {"b": 3, "c": 2}}
+
+
+def test_create_builds_the_method_with_its_settings(settings: Callable[..., Settings]) -> None:
+    method = methods.create(settings(method={"name": "fedprox", "mu": 0.25}).config)
+    assert isinstance(method, methods.METHODS["fedprox"])
+    assert method.mu == 0.25  # type: ignore[attr-defined]

@@ -1,0 +1,100 @@
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from fedtune import io
+from fedtune.types import CorruptFileError, LockedError
+
+
+def test_a_failed_write_leaves_the_old_file_and_no_debris(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "x.json"
+    io.write_json(path, {"a": 1})
+
+    def full(handle: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space"):
+        io.write_json(path, {"a": 2})
+    assert json.loads(path.read_text()) == {"a": 1}
+    assert [p.name for p in tmp_path.iterdir()] == ["x.json"]
+
+
+def test_nan_becomes_null_and_is_refused_when_read(tmp_path: Path) -> None:
+    path = tmp_path / "x.json"
+    io.write_json(path, {"a": float("nan"), "b": [float("inf"), 1.5]})
+    assert io.read_json(path) == {"a": None, "b": [None, 1.5]}
+    path.write_text('{"a": NaN}')
+    with pytest.raises(CorruptFileError, match=r"x\.json.*NaN"):
+        io.read_json(path)
+
+
+def test_corrupt_json_names_file_line_and_column(tmp_path: Path) -> None:
+    path = tmp_path / "x.json"
+    path.write_text('{"a": 1,\n "b": }')
+    with pytest.raises(CorruptFileError, match=r"x\.json: line 2, column 7"):
+        io.read_json(path)
+    path.write_bytes(b'{"a": "\xff"}')
+    with pytest.raises(CorruptFileError, match="byte 7 is not UTF-8"):
+        io.read_json(path)
+    with pytest.raises(CorruptFileError, match="No such file"):
+        io.read_json(tmp_path / "absent.json")
+
+
+def test_oversized_files_are_refused_before_they_are_read(tmp_path: Path) -> None:
+    path = tmp_path / "x.json"
+    path.write_text("[" + "1," * 100 + "1]")
+    with pytest.raises(CorruptFileError, match="203 bytes, more than the 100"):
+        io.read_text(path, max_bytes=100)
+
+
+def test_a_torn_last_line_is_dropped_only_when_asked(tmp_path: Path) -> None:
+    path = tmp_path / "x.jsonl"
+    io.append_lines(path, [{"a": 1}, {"a": 2}])
+    with open(path, "a") as handle:
+        handle.write('{"a": ')
+    assert io.read_lines(path, torn_tail=True) == [{"a": 1}, {"a": 2}]
+    with pytest.raises(CorruptFileError, match="line 3"):
+        io.read_lines(path)
+
+
+def test_digest_is_of_the_canonical_form() -> None:
+    assert io.digest({"b": 1, "a": [1.0, "é"]}) == io.digest({"a": [1.0, "é"], "b": 1})
+    assert io.digest({"a": 1}) != io.digest({"a": 1.5})
+
+
+def test_tensor_header_refuses_cut_and_forged_files(tmp_path: Path) -> None:
+    import safetensors.torch
+    import torch
+
+    path = tmp_path / "x.safetensors"
+    whole = safetensors.torch.save({"w": torch.zeros(4, 4)})
+    path.write_bytes(whole)
+    assert io.tensor_header(path)["w"]["shape"] == [4, 4]
+    path.write_bytes(whole[:-8])
+    with pytest.raises(CorruptFileError, match="announced; cut off"):
+        io.tensor_header(path)
+    path.write_bytes((10**9).to_bytes(8, "little") + b"{}")
+    with pytest.raises(CorruptFileError, match="header of 1000000000 bytes"):
+        io.tensor_header(path)
+    path.write_bytes(b"abc")
+    with pytest.raises(CorruptFileError, match="byte 0"):
+        io.tensor_header(path)
+
+
+def test_a_second_process_is_told_who_holds_the_folder(tmp_path: Path) -> None:
+    code = (
+        "from pathlib import Path\nfrom fedtune.io import folder_lock\nfrom fedtune.types import LockedError\n"
+        f"try:\n    with folder_lock(Path({str(tmp_path)!r})): print('got it')\n"
+        "except LockedError as err: print(err)\n"
+    )
+    with io.folder_lock(tmp_path):
+        other = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert f"in use by pid {os.getpid()} on " in other.stdout
+    after = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert after.stdout.strip() == "got it"
+    assert issubclass(LockedError, Exception)
