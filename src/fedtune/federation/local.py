@@ -20,6 +20,15 @@ CLIENT_ERROR = 5
 DEFAULT_TTL = 43_200.0
 
 
+def _identify_task() -> None:
+    """Give this process the task identity that Flower's own strategies need to make messages."""
+    try:
+        from flwr.supercore.task_identity import TaskIdentity
+    except ImportError:  # before 1.38 there was none, and it was not needed
+        return
+    TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = 1, 1, SERVER_NODE
+
+
 class LocalGrid(Grid):
     """Calls a ClientApp directly, one node for each client; any Flower strategy or ClientApp runs on it.
 
@@ -43,6 +52,7 @@ class LocalGrid(Grid):
         self._contexts: dict[int, Context] = {}
         self._replies: dict[str, Message] = {}
         self._ids = itertools.count(1)
+        _identify_task()
 
     def set_run(self, run: Any) -> None:
         """Set the run this grid operates in."""
@@ -94,6 +104,8 @@ class LocalGrid(Grid):
 
     def _answer(self, message: Message) -> Message:
         """Run the client; an exception becomes an error reply with its traceback, as over a wire."""
+        if not message.metadata.message_id:
+            message.metadata.__dict__["_message_id"] = f"local-{next(self._ids)}"
         try:
             return self._app(message, self._context(message.metadata.dst_node_id))
         except Exception:

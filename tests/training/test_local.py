@@ -1,0 +1,166 @@
+"""Local training against plain PyTorch and PEFT: padded, unpacked, every logit computed."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from fedtune import methods
+from fedtune.config import Config, Settings
+from fedtune.config.schema import ModelSettings
+from fedtune.data.encode import Encoded
+from fedtune.lora.state import to_tensors
+from fedtune.models.adapter import AdaptedModel, attach
+from fedtune.models.attention import pack, packed_logits
+from fedtune.models.load import load
+from fedtune.training import schedule
+from fedtune.training.local import fit, label_loss, micro_batches
+
+
+def _example(seed: int, length: int, labels: int) -> Encoded:
+    generator = torch.Generator().manual_seed(seed)
+    shared = list(range(20, 32))
+    tail = torch.randint(5, 500, (length,), generator=generator).tolist()
+    return Encoded(tuple(shared + tail), len(shared) + length - labels)
+
+
+SHARD = [_example(i, 4 + i % 7, 1 + i % 3) for i in range(17)]
+
+
+def _adapted(config: Config, **changes: Any) -> AdaptedModel:
+    base = load(ModelSettings(name=config.model.name))
+    return attach(base, config.lora.model_copy(update=changes), seed=3)
+
+
+@pytest.fixture(scope="module")
+def config(settings: Callable[..., Settings]) -> Config:
+    return settings(train={"max_steps": 4, "per_device_train_batch_size": 5, "learning_rate_max": 1e-2}).config
+
+
+def _padded_loss(model: Any, examples: list[Encoded]) -> torch.Tensor:
+    """The stock way: one padded batch, all logits, ignored labels."""
+    longest = max(len(e.ids) for e in examples)
+    ids = torch.full((len(examples), longest), 2)
+    mask = torch.zeros_like(ids)
+    labels = torch.full_like(ids, -100)
+    for row, e in enumerate(examples):
+        ids[row, : len(e.ids)] = torch.tensor(e.ids)
+        mask[row, : len(e.ids)] = 1
+        labels[row, e.start : len(e.ids)] = torch.tensor(e.ids[e.start :])
+    logits = model(input_ids=ids, attention_mask=mask).logits
+    return F.cross_entropy(logits[:, :-1].reshape(-1, logits.shape[-1]), labels[:, 1:].reshape(-1), reduction="sum")
+
+
+def _gradients(adapted: AdaptedModel, loss: torch.Tensor) -> torch.Tensor:
+    adapted.model.zero_grad()
+    loss.backward()  # type: ignore[no-untyped-call]
+    return torch.cat([p.grad.flatten() for p in adapted.slots.values() if p.grad is not None])
+
+
+@pytest.mark.parametrize("share", [False, True])
+def test_packed_response_only_loss_and_gradients_are_the_padded_full_ones(config: Config, share: bool) -> None:
+    adapted = _adapted(config)
+    for slot in adapted.slots.values():
+        torch.nn.init.normal_(slot, std=0.1)
+    packed, padded = label_loss(adapted.model, SHARD, share_prefix=share), _padded_loss(adapted.model, SHARD)
+    assert packed.item() == pytest.approx(padded.item(), rel=1e-5)
+    one, two = _gradients(adapted, packed), _gradients(adapted, padded)
+    assert torch.norm(one - two) / torch.norm(two) < 1e-5
+
+
+def test_no_text_sees_its_neighbour(config: Config) -> None:
+    adapted = _adapted(config)
+    texts = [e.ids for e in SHARD[:3]]
+    keep = list(range(len(texts[0])))
+    with torch.no_grad():
+        one = packed_logits(adapted.model, texts, keep)
+        two = packed_logits(adapted.model, [texts[0], tuple(reversed(texts[1])), texts[2]], keep)
+    assert torch.equal(one, two)
+
+
+def test_a_shared_prefix_is_laid_out_once() -> None:
+    row = pack([[1] * 9 + [2, 3], [1] * 9 + [4], [1] * 9 + [5, 6, 7]], share_prefix=True)
+    assert row.prefix == 9
+    assert row.ids == [1] * 9 + [2, 3, 4, 5, 6, 7]
+    assert row.positions == [*range(9), 9, 10, 9, 9, 10, 11]
+    assert row.borders == (0, 9, 11, 12, 15)
+    assert [row.ids[i] for i in row.place] == [1] * 9 + [2, 3] + [1] * 9 + [4] + [1] * 9 + [5, 6, 7]
+    assert pack([[1, 2], [1, 2]], share_prefix=True).prefix == 0
+    assert pack([[1] * 20], share_prefix=True).prefix == 0
+
+
+def test_micro_batches_keep_order_and_limit() -> None:
+    runs = list(micro_batches(SHARD, 60))
+    assert [e for run in runs for e in run] == SHARD
+    assert all(sum(len(e.ids) for e in run) <= 60 or len(run) == 1 for run in runs)
+
+
+def _stock_training(config: Config, adapted: AdaptedModel, round_: int) -> dict[str, torch.Tensor]:
+    """Ten lines of plain PyTorch: what `fit` has to equal."""
+    params = list(adapted.slots.values())
+    rate = schedule.learning_rate(config.train, round_, config.federation.rounds)
+    optimizer = torch.optim.AdamW(params, lr=rate, weight_decay=0.0)
+    for rows in schedule.batches(config.train, len(SHARD), config.seed, 1, round_):
+        examples = [SHARD[i] for i in rows]
+        optimizer.zero_grad()
+        (_padded_loss(adapted.model, examples) / sum(e.labels for e in examples)).backward()  # type: ignore[no-untyped-call]
+        torch.nn.utils.clip_grad_norm_(params, config.train.max_grad_norm)
+        optimizer.step()
+    return {n: p.detach().clone() for n, p in adapted.slots.items()}
+
+
+@pytest.mark.parametrize("kind", [{}, {"rslora": True}, {"dora": True}, {"target_modules": ("all-linear",)}])
+@pytest.mark.parametrize("limit", [4096, 64])
+def test_fit_is_stock_peft_training(config: Config, kind: dict[str, Any], limit: int) -> None:
+    adapted = _adapted(config, **kind)
+    start = to_tensors(adapted.state())
+    want = _stock_training(config, adapted, 2)
+    small = config.model_copy(update={"train": config.train.model_copy(update={"max_tokens_per_forward": limit})})
+    result = fit(adapted, SHARD, start, methods.create(config), small, 1, 2)
+    moved = torch.cat([(want[n] - start[n]).flatten() for n in want]).norm()
+    assert moved > 0.01
+    for name, tensor in want.items():
+        assert torch.allclose(result.payload[name], tensor, atol=2e-4), name
+    assert (result.steps, result.examples) == (4, len({i for r in schedule.batches(config.train, 17, 42, 1, 2) for i in r}))
+
+
+def test_fit_depends_on_client_and_round_only(config: Config) -> None:
+    adapted = _adapted(config, dropout=0.2)
+    noisy = config.model_copy(update={"lora": config.lora.model_copy(update={"dropout": 0.2})})
+    start, method = to_tensors(adapted.state()), methods.create(config)
+    first = fit(adapted, SHARD, start, method, noisy, 1, 1).payload
+    fit(adapted, SHARD[:4], start, method, noisy, 2, 5)
+    torch.manual_seed(12345)
+    again = fit(adapted, SHARD, start, method, noisy, 1, 1).payload
+    other = fit(adapted, SHARD, start, method, noisy, 1, 2).payload
+    assert all(torch.equal(first[n], again[n]) for n in first)
+    assert any(not torch.equal(first[n], other[n]) for n in first)
+
+
+def test_checkpointing_changes_nothing(config: Config) -> None:
+    adapted = _adapted(config)
+    start, method = to_tensors(adapted.state()), methods.create(config)
+    saving = config.model_copy(update={"train": config.train.model_copy(update={"gradient_checkpointing": True})})
+    one = fit(adapted, SHARD, start, method, config, 0, 1).payload
+    two = fit(adapted, SHARD, start, method, saving, 0, 1).payload
+    assert all(torch.allclose(one[n], two[n], atol=1e-6) for n in one)
+
+
+def test_fedprox_stays_nearer_and_mu_is_felt(settings: Callable[..., Settings], config: Config) -> None:
+    adapted = _adapted(config)
+    start = to_tensors(adapted.state())
+    distances = []
+    for mu in (1e-6, 50.0):
+        prox = settings(method={"name": "fedprox", "mu": mu}, train=config.train.model_dump()).config
+        payload = fit(adapted, SHARD, start, methods.create(prox), prox, 1, 1).payload
+        distances.append(sum((payload[n] - start[n]).square().sum().item() for n in start))
+    assert distances[1] < 0.9 * distances[0]
+
+
+def test_the_base_model_is_never_changed(config: Config) -> None:
+    adapted = _adapted(config)
+    before = {n: p.detach().clone() for n, p in adapted.model.named_parameters() if "lora" not in n}
+    fit(adapted, SHARD, to_tensors(adapted.state()), methods.create(config), config, 0, 1)
+    assert all(torch.equal(p, before[n]) for n, p in adapted.model.named_parameters() if n in before)
