@@ -1,0 +1,156 @@
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from fedtune.config.schema import LoraSettings, ModelSettings
+from fedtune.data import packages
+from fedtune.models import attention
+from fedtune.models.adapter import attach
+from fedtune.models.load import check_folder, disarm_cpu_4bit, load
+from fedtune.types import ModelError, OfflineError
+from tests.tiny import make_folder
+
+
+def test_a_folder_loads_frozen_in_float32_with_a_revision_of_its_own(tiny_folder: Path) -> None:
+    loaded = load(ModelSettings(name=str(tiny_folder)))
+    assert not any(p.requires_grad for p in loaded.model.parameters())
+    assert next(loaded.model.parameters()).dtype == torch.float32
+    assert loaded.revision.startswith("sha256:")
+    assert load(ModelSettings(name=str(tiny_folder))).revision == loaded.revision
+
+
+def test_other_weights_are_another_revision(tiny_folder: Path, tmp_path: Path) -> None:
+    other = make_folder(tmp_path / "other", seed=1)
+    assert load(ModelSettings(name=str(other))).revision != load(ModelSettings(name=str(tiny_folder))).revision
+
+
+def test_pickles_and_remote_code_are_refused_with_the_way_out(tiny_folder: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "pickled"
+    folder.mkdir()
+    with pytest.raises(ModelError, match=r"no config\.json"):
+        check_folder(folder)
+    config = json.loads((tiny_folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "pytorch_model.bin").write_bytes(b"\x80\x04.")
+    with pytest.raises(ModelError, match=r"pytorch_model\.bin.*can run code(.|\n)*safe_serialization"):
+        load(ModelSettings(name=str(folder)))
+    (folder / "model.safetensors").write_bytes(b"x")
+    (folder / "config.json").write_text(json.dumps({**config, "auto_map": {"AutoModel": "evil.Model"}}))
+    with pytest.raises(ModelError, match="auto_map"):
+        load(ModelSettings(name=str(folder)))
+
+
+def test_a_truncated_weight_file_is_an_error_of_ours(tiny_folder: Path, tmp_path: Path) -> None:
+    import shutil
+
+    folder = Path(shutil.copytree(tiny_folder, tmp_path / "cut"))
+    whole = (folder / "model.safetensors").read_bytes()
+    (folder / "model.safetensors").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(ModelError, match="base model"):
+        load(ModelSettings(name=str(folder)))
+
+
+def test_a_hub_model_offline_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(OfflineError, match="HF_HUB_OFFLINE is set(.|\n)*copy HF_HOME"):
+        load(ModelSettings(name="Qwen/Qwen2.5-0.5B"))
+
+
+def test_bfloat16_when_asked(tiny_folder: Path) -> None:
+    loaded = load(ModelSettings(name=str(tiny_folder), dtype="bfloat16"))
+    assert next(loaded.model.parameters()).dtype == torch.bfloat16
+    adapted = attach(loaded, LoraSettings(r=2), 0)
+    assert all(p.dtype == torch.float32 for p in adapted.slots.values())
+
+
+def _quantised(folder: Path, bits: Any) -> Any:
+    pytest.importorskip("bitsandbytes")
+    return load(ModelSettings(name=str(folder), quantization=bits))
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_a_quantised_base_still_learns_after_an_evaluation(tmp_path: Path, bits: int) -> None:
+    """On some CPUs a 4-bit layer turns inference-only in its first evaluation; then every gradient is 0."""
+    folder = make_folder(tmp_path / "wide", hidden_size=128, intermediate_size=256)
+    loaded = _quantised(folder, bits)
+    adapted = attach(loaded, LoraSettings(r=4), 0)
+    texts, keep = [[5, 6, 7, 8], [9, 10, 11]], [0, 1, 2, 4, 5]
+    adapted.model.eval()
+    with torch.inference_mode():
+        attention.packed_logits(adapted.model, texts, keep)
+    adapted.model.train()
+    attention.packed_logits(adapted.model, texts, keep).float().square().sum().backward()
+    assert sum(float(p.grad.abs().sum()) for p in adapted.slots.values() if p.grad is not None) > 0
+
+
+def test_the_trap_is_disarmed_in_every_4bit_layer(tmp_path: Path) -> None:
+    loaded = _quantised(make_folder(tmp_path / "wide", hidden_size=128, intermediate_size=256), 4)
+    count = disarm_cpu_4bit(loaded.model)
+    assert count == 14
+    layers = [m for m in loaded.model.modules() if type(m).__name__ == "Linear4bit"]
+    assert not any(layer.support_avx512bf16_for_cpu for layer in layers)
+
+
+def test_without_bitsandbytes_the_remedy_is_named(tiny_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import sys
+
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    with pytest.raises(ModelError, match=r"pip install 'fedtune\[quantization\]'"):
+        load(ModelSettings(name=str(tiny_folder), quantization=4))
+
+
+SHAPE = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
+HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8}
+
+
+@pytest.mark.parametrize(
+    ("kind", "extra"),
+    [
+        ("Llama", {}),
+        ("Qwen2", {}),
+        ("Qwen3", {}),
+        ("Mistral", {"sliding_window": 6}),
+        ("Gemma2", {"sliding_window": 6}),
+        ("Gemma3", {"sliding_window": 6}),
+        ("Phi3", {"pad_token_id": 0}),
+    ],
+)
+def test_the_packed_pass_is_the_plain_one_on_every_architecture(kind: str, extra: dict[str, Any]) -> None:
+    import transformers
+
+    name = "Gemma3Text" if kind == "Gemma3" else kind
+    config = getattr(transformers, f"{name}Config")(**SHAPE, **HEADS, **extra, attn_implementation=attention.register())
+    torch.manual_seed(0)
+    model = getattr(transformers, f"{kind}ForCausalLM")(config).eval()
+    prefix = list(range(10, 22))
+    texts = [[*prefix, 30 + i, 40, 50 + i, 7][: 14 + i % 3] for i in range(4)]
+    keep = list(range(sum(map(len, texts))))
+    with torch.no_grad():
+        plain = torch.cat([model(input_ids=torch.tensor([t])).logits[0] for t in texts])
+        for share in (False, True):
+            assert torch.allclose(attention.packed_logits(model, texts, keep, share_prefix=share), plain, atol=2e-5)
+
+
+@pytest.mark.packaged
+def test_the_packaged_model_is_converted_exactly_and_once(packaged: Callable[..., Path]) -> None:
+    from transformers import AutoModelForCausalLM
+
+    from fedtune.models.load import packaged_folder
+
+    packaged(packages.SMOLLM2)
+    folder = packaged_folder("packaged/smollm2-135m-instruct")
+    stamp = (folder / "config.json").stat().st_mtime_ns
+    assert packaged_folder("packaged/smollm2-135m-instruct") == folder
+    assert (folder / "config.json").stat().st_mtime_ns == stamp
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    assert sum(p.numel() for p in model.parameters()) == 134_515_008
+    assert not getattr(model, "is_quantized", False)
+    loaded = load(ModelSettings())
+    text = loaded.tokenizer("The capital of France is", return_tensors="pt")
+    with torch.no_grad():
+        assert loaded.tokenizer.decode(int(loaded.model(**text).logits[0, -1].argmax())).strip() == "Paris"
