@@ -42,7 +42,7 @@ class TerminalReporter(Reporter):
         self.live = console.is_terminal
         self._bar: Progress | None = None
         self._task = TaskID(0)
-        self._rounds = self._done = self._steps = self._expected = self._tokens = self._bytes = 0
+        self._rounds = self._done = self._steps = self._all = self._expected = self._tokens = self._bytes = 0
         self._loss = 0.0
         self._arm = ""
         self._began = self._spoke = time.monotonic()
@@ -78,17 +78,19 @@ class TerminalReporter(Reporter):
     def training(self, arm: str, rounds: int, done: int) -> None:
         """Start the clock of an arm."""
         self._arm, self._rounds, self._done = arm, rounds, done
-        self._steps = self._tokens = self._bytes = 0
+        self._steps = self._all = self._tokens = self._bytes = 0
         self._began = time.monotonic()
 
     def step(self, client: int, tokens: int, loss: float) -> None:
         """Count a step and redraw."""
         self._steps += 1
+        self._all += 1
         self._tokens += tokens
         self._loss = loss
         elapsed = max(time.monotonic() - self._began, 1e-9)
         done = self._done + (self._steps / self._expected if self._expected else 0)
-        left = elapsed / max(self._steps, 1) * max(self._expected * (self._rounds - self._done) - self._steps, 0)
+        missing = self._expected * (self._rounds - self._done) - self._steps
+        left = elapsed / self._all * max(missing, 0)
         now = min(int(done) + 1, self._rounds)
         self._draw(
             f"{self._arm} round {now}/{self._rounds}  client {client}  loss {loss:.3f}  "

@@ -1,0 +1,258 @@
+"""One bad client changes nothing but the record: every way an update can be wrong, through a whole round."""
+
+import math
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
+from flwr.clientapp import ClientApp
+from torch import Tensor
+
+from fedtune import methods
+from fedtune.config import Config, Settings
+from fedtune.federation import messages
+from fedtune.federation.local import LocalGrid
+from fedtune.federation.rounds import Federation, run_rounds
+from fedtune.io import read_lines
+from fedtune.lora.state import AdapterState, LoraModule, to_tensors
+from fedtune.methods.base import ServerState
+from fedtune.types import RunFailedError
+
+Answer = Callable[[RecordDict, dict[str, Tensor], dict[str, float]], RecordDict | None]
+BAD = 2
+PREFIX = "base_model.model.layer.q."
+
+
+def start() -> AdapterState:
+    return {"layer.q": LoraModule(torch.ones(2, 3), torch.zeros(4, 2), 4.0)}
+
+
+def honest(client: int, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {n: t + 0.1 * (client + 1) for n, t in tensors.items()}
+
+
+def toy_app(bad: Answer | None = None) -> ClientApp:
+    """Clients that add a constant; client `BAD` answers through `bad`."""
+    app = ClientApp()
+
+    @app.train()
+    def train(message: Message, context: Context) -> Message:
+        order = message.content[messages.ORDER]
+        assert isinstance(order, ConfigRecord)
+        client = int(context.node_config["partition-id"])
+        tensors = honest(client, messages.unpack(message.content.array_records[messages.ADAPTER]))
+        metrics = {"examples": 10.0 + client, "tokens": 5.0, "steps": 1.0, "loss": 2.0}
+        answer = messages.train_answer(order, tensors, metrics, in_process=True)
+        if bad and client == BAD:
+            changed = bad(answer, tensors, metrics)
+            answer = answer if changed is None else changed
+        return Message(answer, reply_to=message)
+
+    return app
+
+
+def federation(config: Config, folder: Path, app: ClientApp, **extra: Any) -> Federation:
+    return Federation(
+        config=config,
+        method=methods.create(config),
+        grid=extra.pop("grid", None) or LocalGrid(app, config.federation.clients),
+        registered=extra.pop("registered", dict.fromkeys(range(config.federation.clients), 50)),
+        run_id="run",
+        folder=folder,
+        **extra,
+    )
+
+
+@pytest.fixture
+def config(settings: Callable[..., Settings]) -> Config:
+    return settings(federation={"clients": 4, "rounds": 1}).config
+
+
+def replace_adapter(answer: RecordDict, tensors: dict[str, Tensor]) -> None:
+    answer[messages.ADAPTER] = messages.pack(tensors, in_process=True)
+
+
+def _with(change: Callable[[dict[str, Tensor]], dict[str, Tensor]]) -> Answer:
+    def bad(answer: RecordDict, tensors: dict[str, Tensor], metrics: dict[str, float]) -> None:
+        replace_adapter(answer, change(dict(tensors)))
+
+    return bad
+
+
+def _metric(**changes: float) -> Answer:
+    def bad(answer: RecordDict, tensors: dict[str, Tensor], metrics: dict[str, float]) -> None:
+        answer[messages.METRICS] = MetricRecord({**metrics, **changes})
+
+    return bad
+
+
+def _identity(**changes: Any) -> Answer:
+    def bad(answer: RecordDict, tensors: dict[str, Tensor], metrics: dict[str, float]) -> None:
+        claims = dict(answer[messages.IDENTITY])
+        answer[messages.IDENTITY] = ConfigRecord({**claims, **changes})
+
+    return bad
+
+
+def _nan(tensors: dict[str, Tensor], value: float) -> dict[str, Tensor]:
+    tensors[PREFIX + "lora_A.weight"] = tensors[PREFIX + "lora_A.weight"].clone().index_fill_(0, torch.tensor([1]), value)
+    return tensors
+
+
+def _raise(*_: Any) -> None:
+    raise RuntimeError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+
+def _only(name: str) -> Answer:
+    def bad(answer: RecordDict, tensors: dict[str, Tensor], metrics: dict[str, float]) -> RecordDict:
+        answer.pop(name)
+        return answer
+
+    return bad
+
+
+def _put(name: str, value: Callable[[Tensor], Tensor]) -> Answer:
+    return _with(lambda t: {**t, PREFIX + name: value(t[PREFIX + name])})
+
+
+A, B = "lora_A.weight", "lora_B.weight"
+CASES: dict[str, tuple[Answer, str, str]] = {
+    "nan": (_with(lambda t: _nan(t, math.nan)), "non_finite", "lora_A"),
+    "infinity": (_with(lambda t: _nan(t, math.inf)), "non_finite", "NaN or infinity"),
+    "zero examples": (_metric(examples=0.0), "examples", "above 0"),
+    "negative examples": (_metric(examples=-5.0), "examples", "-5"),
+    "nan examples": (_metric(examples=math.nan), "examples", "nan"),
+    "fractional examples": (_metric(examples=2.5), "examples", "whole number"),
+    "missing tensor": (_with(lambda t: {n: x for n, x in t.items() if A not in n}), "keys", "missing .*lora_A"),
+    "extra tensor": (_with(lambda t: {**t, "surprise": torch.ones(1)}), "keys", "unknown .*surprise"),
+    "renamed tensor": (_with(lambda t: {n + "x": x for n, x in t.items()}), "keys", "2/2"),
+    "broadcastable shape": (_put(A, lambda t: t[:1, :1]), "shape", r"\(1, 1\), expected \(2, 3\)"),
+    "wrong rank": (_put(A, lambda t: t[:1]), "rank", "rank 1, expected 2.*mixed ranks"),
+    "wrong dtype": (_put(B, lambda t: t.half()), "dtype", "torch.float16, expected torch.float32"),
+    "stale": (_identity(round=0), "stale", "round 0, now is run run round 1"),
+    "other run": (_identity(run="yesterday"), "stale", "yesterday"),
+    "impostor": (_identity(client=1), "unknown_client", "claims to be client|claims to be 1"),
+    "no update": (_only(messages.ADAPTER), "malformed", "lacks its identity or its update"),
+    "no identity": (_only(messages.IDENTITY), "malformed", "lacks"),
+    "raises": (_raise, "error", "CUDA out of memory"),
+}
+
+
+@pytest.mark.parametrize("name", list(CASES))
+def test_one_bad_client_changes_nothing_but_the_record(config: Config, tmp_path: Path, name: str) -> None:
+    bad, reason, said = CASES[name]
+    done = run_rounds(federation(config, tmp_path / "bad", toy_app(bad)), ServerState(start()))
+    others = frozenset({0, 1, 3})
+    without = run_rounds(federation(config, tmp_path / "without", toy_app(), only=others), ServerState(start()))
+    record = done.records[0]
+    assert [(r.client, r.reason) for r in record.rejected] == [(BAD, reason)]
+    import re
+
+    assert re.search(said, record.rejected[0].detail), record.rejected[0].detail
+    assert record.status == "ok"
+    assert [c.client for c in record.clients] == [0, 1, 3]
+    want, got = to_tensors(without.state.adapter), to_tensors(done.state.adapter)
+    assert all(torch.equal(want[n], got[n]) for n in want)
+
+
+def test_more_examples_than_registered_are_capped_and_recorded(config: Config, tmp_path: Path) -> None:
+    capped = run_rounds(federation(config, tmp_path / "a", toy_app(_metric(examples=1e12))), ServerState(start()))
+    assert capped.records[0].clients[BAD].examples == 50
+    assert capped.records[0].notes == (f"client {BAD}: 1000000000000 examples capped to its 50 registered",)
+    same = run_rounds(federation(config, tmp_path / "b", toy_app(_metric(examples=50.0))), ServerState(start()))
+    assert torch.equal(capped.state.adapter["layer.q"].a, same.state.adapter["layer.q"].a)
+
+
+def test_extra_metrics_are_ignored_and_missing_ones_are_null(config: Config, tmp_path: Path) -> None:
+    extra = run_rounds(federation(config, tmp_path / "a", toy_app(_metric(surprise=7.0))), ServerState(start()))
+    plain = run_rounds(federation(config, tmp_path / "b", toy_app()), ServerState(start()))
+    assert extra.records == plain.records
+
+    def no_loss(answer: RecordDict, tensors: Any, metrics: dict[str, float]) -> None:
+        answer[messages.METRICS] = MetricRecord({"examples": metrics["examples"]})
+
+    missing = run_rounds(federation(config, tmp_path / "c", toy_app(no_loss)), ServerState(start()))
+    assert missing.records[0].clients[BAD].loss is None
+    assert torch.equal(missing.state.adapter["layer.q"].a, plain.state.adapter["layer.q"].a)
+
+
+def test_a_nan_loss_is_null_in_the_record_and_on_disk(config: Config, tmp_path: Path) -> None:
+    done = run_rounds(federation(config, tmp_path, toy_app(_metric(loss=math.nan))), ServerState(start()))
+    assert done.records[0].clients[BAD].loss is None
+    line = read_lines(tmp_path / "rounds.jsonl")[0]
+    assert line["clients"][BAD]["loss"] is None
+    assert line["loss"] == 2.0
+
+
+class Doubling(LocalGrid):
+    """Delivers one client's reply twice, and one from a node nobody asked."""
+
+    def send_and_receive(self, messages: Any, *, timeout: float | None = None) -> Iterator[Message]:
+        for reply in super().send_and_receive(messages, timeout=timeout):
+            yield reply
+            if reply.metadata.src_node_id == 2 + BAD:
+                yield reply
+                stranger = Message(reply.content, reply_to=self.create_message(RecordDict(), "train", 999, "1"))
+                yield stranger
+
+
+def test_duplicates_and_strangers_are_counted_not_used(config: Config, tmp_path: Path) -> None:
+    app = toy_app()
+    grid = Doubling(app, 4)
+    done = run_rounds(federation(config, tmp_path / "a", app, grid=grid), ServerState(start()))
+    plain = run_rounds(federation(config, tmp_path / "b", toy_app()), ServerState(start()))
+    assert {(r.client, r.reason) for r in done.records[0].rejected} == {(BAD, "duplicate"), (-1, "unknown_client")}
+    assert torch.equal(done.state.adapter["layer.q"].a, plain.state.adapter["layer.q"].a)
+
+
+def test_arrays_that_are_not_numpy_are_refused_not_unpickled(config: Config, tmp_path: Path) -> None:
+    from flwr.app import Array
+
+    def pickled(answer: RecordDict, tensors: dict[str, Tensor], metrics: Any) -> None:
+        arrays = {n: Array("float32", (1,), "numpy.ndarray", b"\x93NUMPY not an array") for n in tensors}
+        answer[messages.ADAPTER] = ArrayRecord(arrays)
+
+    done = run_rounds(federation(config, tmp_path, toy_app(pickled)), ServerState(start()))
+    assert done.records[0].rejected[0].reason == "error"
+    assert "unreadable arrays" in done.records[0].rejected[0].detail
+
+
+def test_too_few_good_updates_change_nothing_and_k_in_a_row_end_the_run(
+    settings: Callable[..., Settings], tmp_path: Path
+) -> None:
+    config = settings(federation={"clients": 4, "rounds": 9, "min_clients": 4, "max_skipped_rounds": 2}).config
+    with pytest.raises(RunFailedError, match=r"2 rounds in a row(.|\n)*client 2: error") as caught:
+        run_rounds(federation(config, tmp_path, toy_app(_raise)), ServerState(start()))
+    assert caught.value.exit_code != 0
+    lines = read_lines(tmp_path / "rounds.jsonl")
+    assert [line["status"] for line in lines] == ["skipped", "skipped"]
+
+
+def test_a_skipped_round_leaves_the_state_untouched(settings: Callable[..., Settings], tmp_path: Path) -> None:
+    config = settings(federation={"clients": 4, "rounds": 2, "min_clients": 4}).config
+    calls: list[int] = []
+
+    def once(answer: RecordDict, tensors: Any, metrics: Any) -> None:
+        calls.append(1)
+        if len(calls) == 1:
+            raise RuntimeError("first round only")
+
+    done = run_rounds(federation(config, tmp_path / "a", toy_app(once)), ServerState(start()))
+    assert [r.status for r in done.records] == ["skipped", "ok"]
+    one = settings(federation={"clients": 4, "rounds": 1}).config
+    single = run_rounds(federation(one, tmp_path / "b", toy_app()), ServerState(start()))
+    assert torch.equal(done.state.adapter["layer.q"].a, single.state.adapter["layer.q"].a)
+
+
+def test_a_run_in_which_everybody_fails_is_no_success(config: Config, tmp_path: Path) -> None:
+    app = ClientApp()
+
+    @app.train()
+    def train(message: Message, context: Context) -> Message:
+        raise MemoryError("killed")
+
+    with pytest.raises(RunFailedError, match="no round had enough good updates"):
+        run_rounds(federation(config, tmp_path, app), ServerState(start()))
