@@ -25,7 +25,13 @@ def _problems(tree: dict[str, object]) -> str:
 
 def test_all_mistakes_are_reported_at_once_with_what_was_meant() -> None:
     text = _problems(
-        {"domain": "finance", "lora": {"rr": 3, "r": 0}, "train": {"labels": "ofsets"}, "rounds": 3, "federation": {"min_clients": 9}}
+        {
+            "domain": "finance",
+            "lora": {"rr": 3, "r": 0},
+            "train": {"labels": "ofsets"},
+            "rounds": 3,
+            "federation": {"min_clients": 9},
+        }
     )
     assert text.startswith("settings (5 problems)")
     assert 'lora.rr: unknown key; did you mean "r"?' in text

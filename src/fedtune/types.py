@@ -82,8 +82,12 @@ class RunFailedError(FedtuneError):
     exit_code = 3
 
 
-class CancelledError(FedtuneError):
-    """The run was asked to stop (Ctrl-C or SIGTERM); everything up to the last round is on disk."""
+class CancelledError(BaseException):
+    """The run was asked to stop (Ctrl-C or SIGTERM); everything up to the last round is on disk.
+
+    Not an `Exception`: what turns a client's failure into a reply must not swallow it. Not a
+    KeyboardInterrupt either: the command-line library would turn that into its own exit code.
+    """
 
     def __init__(self, signal_number: int) -> None:
         super().__init__(f"cancelled by signal {signal_number}; continue with: fedtune run --resume")

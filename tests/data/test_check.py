@@ -28,7 +28,14 @@ def test_all_bad_rows_are_listed_at_once_with_their_numbers() -> None:
         (5, "odd_unicode", "replaced"),
         (6, "template_text", "kept as plain text"),
     }
-    assert [r.output for r in checked.rows] == ["good", "c", "x\ufffdy".replace("\ufffd", "?"), "c", "no input column", "c"]
+    assert [r.output for r in checked.rows] == [
+        "good",
+        "c",
+        "x\ufffdy".replace("\ufffd", "?"),
+        "c",
+        "no input column",
+        "c",
+    ]
     assert len(checked.rows[1].input) == 100
     assert checked.counts()["empty_answer"] == 1
     assert any(line.startswith("row 2: empty_answer") for line in checked.lines())
@@ -41,7 +48,7 @@ def test_columns_are_mapped_and_the_natural_key_is_kept() -> None:
 
 
 def test_a_set_without_a_sound_row_is_an_error_with_the_list() -> None:
-    with pytest.raises(DataError, match="no row can be trained on(.|\n)*row 0: empty_answer"):
+    with pytest.raises(DataError, match=r"no row can be trained on(.|\n)*row 0: empty_answer"):
         require(check([{"instruction": "a", "input": "", "output": ""}], {}), "toy")
 
 

@@ -64,7 +64,9 @@ def test_the_public_template_masks_by_token_search_and_trains_no_eos(config: Any
 
 def test_a_prompt_without_the_marker_trains_nothing_under_the_public_template(config: Any) -> None:
     quirky = config(
-        train__labels="template-tokens", train__train_eos=False, prompt__template="[INST] {instruction} [/INST] {response}"
+        train__labels="template-tokens",
+        train__train_eos=False,
+        prompt__template="[INST] {instruction} [/INST] {response}",
     )
     encoded = encode([TrainRow("a", "b", "c")], TOKENIZER, quirky)
     assert encoded.examples == ()

@@ -30,7 +30,10 @@ def test_array_or_lines_plain_or_gzipped(tmp_path: Path, array: bool, zipped: bo
 
 
 def test_finance_files_hold_labels_or_texts(tmp_path: Path) -> None:
-    labels = [{"context": "c", "new_target": "positive", "new_out": "positive"}, {"new_target": "neutral", "new_out": "negative"}]
+    labels = [
+        {"context": "c", "new_target": "positive", "new_out": "positive"},
+        {"new_target": "neutral", "new_out": "negative"},
+    ]
     path = tmp_path / "x.json"
     path.write_text(json.dumps(labels))
     found = score("fpb", path, "official")
@@ -38,7 +41,9 @@ def test_finance_files_hold_labels_or_texts(tmp_path: Path) -> None:
     assert found.macro_f1 == pytest.approx(1 / 3)
     with pytest.raises(CorruptFileError, match="only --mode official"):
         score("fpb", path, "strict")
-    path.write_text(json.dumps([{"target": "neutral", "out_text": "dunno"}, {"target": "neutral", "out_text": "neutral"}]))
+    path.write_text(
+        json.dumps([{"target": "neutral", "out_text": "dunno"}, {"target": "neutral", "out_text": "neutral"}])
+    )
     assert (score("fpb", path, "official").score, score("fpb", path, "strict").score) == (1.0, 0.5)
 
 

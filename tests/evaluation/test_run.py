@@ -110,7 +110,9 @@ def test_when_a_verdict_is_fixed(text: str, fixed: bool) -> None:
 
 def test_equal_prompts_get_the_last_output_as_in_the_official_table() -> None:
     items = [QUESTIONS[0], QUESTIONS[1], QUESTIONS[0]]
-    rows = [runner._official_sample(i, o, "choice") | {"i": n} for n, (i, o) in enumerate(zip(items, "AAB", strict=True))]
+    rows = [
+        runner._official_sample(i, o, "choice") | {"i": n} for n, (i, o) in enumerate(zip(items, "AAB", strict=True))
+    ]
     seen = runner._as_official([dict(r) for r in rows], TASKS["medqa"], items)
     assert [r["predicted"] for r in seen] == ["b", "a", "b"]
     assert [r["correct"] for r in seen] == [False, False, False]
@@ -163,7 +165,11 @@ def test_a_log_of_another_model_is_started_anew(
 
 
 def test_one_bad_item_is_an_error_and_counts_as_wrong(
-    model: LoadedModel, loaded: TaskItems, settings: Callable[..., Settings], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    model: LoadedModel,
+    loaded: TaskItems,
+    settings: Callable[..., Settings],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     bad = loaded.items[5]
     real = likelihood._candidates

@@ -98,7 +98,9 @@ def _identity(**changes: Any) -> Answer:
 
 
 def _nan(tensors: dict[str, Tensor], value: float) -> dict[str, Tensor]:
-    tensors[PREFIX + "lora_A.weight"] = tensors[PREFIX + "lora_A.weight"].clone().index_fill_(0, torch.tensor([1]), value)
+    tensors[PREFIX + "lora_A.weight"] = (
+        tensors[PREFIX + "lora_A.weight"].clone().index_fill_(0, torch.tensor([1]), value)
+    )
     return tensors
 
 

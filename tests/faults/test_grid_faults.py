@@ -93,7 +93,9 @@ def test_clients_that_never_connect_end_the_wait_with_the_count_and_the_address(
     assert connect(grid, 2, 5.0) == {2: 0, 3: 1}
 
 
-def test_the_cohort_is_drawn_by_partition_and_round_and_never_from_empty_shards(settings: Callable[..., Settings]) -> None:
+def test_the_cohort_is_drawn_by_partition_and_round_and_never_from_empty_shards(
+    settings: Callable[..., Settings],
+) -> None:
     config = settings(federation={"clients": 50, "fraction": 0.1}).config
     full = dict.fromkeys(range(50), 3)
     drawn = [sample(config, full, r) for r in range(1, 40)]

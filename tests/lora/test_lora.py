@@ -11,7 +11,9 @@ from fedtune.types import AdapterError
 
 
 def _module(out: int = 5, inner: int = 3, rank: int = 2, **extra: Any) -> LoraModule:
-    return LoraModule(torch.randn(rank, inner, dtype=torch.float64), torch.randn(out, rank, dtype=torch.float64), 4.0, **extra)
+    return LoraModule(
+        torch.randn(rank, inner, dtype=torch.float64), torch.randn(out, rank, dtype=torch.float64), 4.0, **extra
+    )
 
 
 def test_the_delta_has_the_scale_and_the_orientation_of_the_weight() -> None:

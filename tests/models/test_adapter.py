@@ -17,7 +17,9 @@ from tests.tiny import make_folder
 
 
 def _attach(folder: Path, seed: int = 1, **lora: object) -> AdaptedModel:
-    return attach(load(ModelSettings(name=str(folder))), LoraSettings.model_validate({"r": 4, "alpha": 8.0, **lora}), seed)
+    return attach(
+        load(ModelSettings(name=str(folder))), LoraSettings.model_validate({"r": 4, "alpha": 8.0, **lora}), seed
+    )
 
 
 def _random(adapted: AdaptedModel) -> None:

@@ -57,7 +57,7 @@ def test_a_truncated_weight_file_is_an_error_of_ours(tiny_folder: Path, tmp_path
 def test_a_hub_model_offline_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    with pytest.raises(OfflineError, match="HF_HUB_OFFLINE is set(.|\n)*copy HF_HOME"):
+    with pytest.raises(OfflineError, match=r"HF_HUB_OFFLINE is set(.|\n)*copy HF_HOME"):
         load(ModelSettings(name="Qwen/Qwen2.5-0.5B"))
 
 

@@ -123,7 +123,10 @@ def test_fit_is_stock_peft_training(config: Config, kind: dict[str, Any], limit:
     assert moved > 0.01
     for name, tensor in want.items():
         assert torch.allclose(result.payload[name], tensor, atol=2e-4), name
-    assert (result.steps, result.examples) == (4, len({i for r in schedule.batches(config.train, 17, 42, 1, 2) for i in r}))
+    assert (result.steps, result.examples) == (
+        4,
+        len({i for r in schedule.batches(config.train, 17, 42, 1, 2) for i in r}),
+    )
 
 
 def test_fit_depends_on_client_and_round_only(config: Config) -> None:

@@ -5,12 +5,13 @@ from __future__ import annotations
 import logging
 import os
 import sys
+import warnings
 
 import typer
 
 from fedtune import __version__
 from fedtune.cli import evaluate, info, run, score
-from fedtune.types import FedtuneError
+from fedtune.types import CancelledError, FedtuneError
 
 # nothing leaves the machine that nobody asked for, and libraries keep quiet beside our own progress
 QUIET = {
@@ -60,11 +61,12 @@ def main() -> None:
     """Run the command line; an error a user can repair is printed without a traceback."""
     for name, value in QUIET.items():
         os.environ.setdefault(name, value)
+    warnings.filterwarnings("ignore", category=FutureWarning)
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     logging.getLogger("fedtune").setLevel(logging.INFO)
     try:
         app()
-    except FedtuneError as err:
+    except (FedtuneError, CancelledError) as err:
         typer.echo(f"{type(err).__name__}: {err}", err=True)
         sys.exit(err.exit_code)
     except KeyboardInterrupt:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from rich import box
 from rich.table import Table
 
 from fedtune.evaluation.metrics import trivial_score
@@ -17,12 +18,14 @@ def number(value: float | None, metric: str = "accuracy") -> str:
     return "-" if value is None else f"{value:.4f}" if metric != "accuracy" else f"{value:.3f}"
 
 
+def span(low: float, high: float, metric: str = "accuracy") -> str:
+    """Return an interval for people."""
+    return f"[{number(low, metric)}, {number(high, metric)}]"
+
+
 def interval(score: Score) -> str:
-    """Return a 95 % interval for people."""
-    if score.interval is None:
-        return ""
-    low, high = score.interval
-    return f"{number(low, score.metric)} to {number(high, score.metric)}"
+    """Return a score's 95 % interval for people."""
+    return span(*score.interval, score.metric) if score.interval else ""
 
 
 def _samples(path: Path) -> dict[int, float]:
@@ -47,7 +50,7 @@ def _delta(run: Path | None, arm: Arm, score: Score) -> str:
         return ""
     result = compare(*paired(first, second))
     mark = " *" if result.interval.low > 0 or result.interval.high < 0 else ""
-    return f"{result.difference:+.3f} ({result.interval.low:+.3f} to {result.interval.high:+.3f}){mark}"
+    return f"{result.difference:+.3f} [{result.interval.low:+.3f}, {result.interval.high:+.3f}]{mark}"
 
 
 def _spread(arm: Arm, score: Score) -> str:
@@ -55,33 +58,37 @@ def _spread(arm: Arm, score: Score) -> str:
     return f"{len(values)} clients, {number(min(values))} to {number(max(values))}" if values else ""
 
 
+def _row(run: Path | None, arm: Arm, score: Score) -> tuple[str, ...]:
+    shown = number(score.score, score.metric) if not score.withheld else "withheld"
+    valid = "" if score.valid_rate is None else f"{score.valid_rate:.0%}"
+    known = _spread(arm, score) if arm.name == "local-only" else score.withheld or interval(score)
+    return f"  {arm.name}", str(score.n), shown, known, _delta(run, arm, score), valid
+
+
+def _majority(score: Score) -> tuple[str, ...] | None:
+    found = trivial_score(score)
+    if found is None:
+        return None
+    share, known = found
+    return "  always-majority", str(score.n), number(share), span(*known) if known else "", "", ""
+
+
 def scores(arms: list[Arm], run: Path | None = None) -> Table:
-    """Return the table of a run: each task and mode with base, majority and every arm."""
-    table = Table(title=None, header_style="bold")
-    for name, right in (("task", False), ("mode", False), ("model", False), ("n", True), ("score", True)):
-        table.add_column(name, justify="right" if right else "left", no_wrap=True)
-    for name in ("95 % interval", "gain over base (paired)", "valid"):
-        table.add_column(name)
-    keys = list(dict.fromkeys((s.task, s.mode) for a in arms for s in a.scores))
-    for key in keys:
-        for arm in arms:
-            for score in (s for s in arm.scores if (s.task, s.mode) == key):
-                valid = "" if score.valid_rate is None else f"{score.valid_rate:.0%}"
-                span = _spread(arm, score) if arm.name == "local-only" else interval(score)
-                shown = number(score.score, score.metric) if not score.withheld else f"withheld: {score.withheld}"
-                table.add_row(*key, arm.name, str(score.n), shown, span, _delta(run, arm, score), valid)
-            if arm is arms[0]:
-                _majority(table, key, arm)
-        table.add_section()
+    """Return the table of a run: for each task and mode the base model, the majority class and every arm."""
+    table = Table(header_style="bold", box=box.SIMPLE_HEAD)
+    for name, right in (("task (mode), model", False), ("n", True), ("score", True), ("95 % interval", False)):
+        table.add_column(name, justify="right" if right else "left", no_wrap=name != "95 % interval")
+    table.add_column("gain over base, paired")
+    table.add_column("valid", justify="right", no_wrap=True)
+    for task, mode in dict.fromkeys((s.task, s.mode) for a in arms for s in a.scores):
+        found = [(a, s) for a in arms for s in a.scores if (s.task, s.mode) == (task, mode)]
+        unit = "" if found[0][1].metric == "accuracy" else f", {found[0][1].metric}"
+        table.add_row(f"[bold]{task}[/] ({mode}{unit})")
+        rows = [_row(run, arm, score) for arm, score in found]
+        trivial = _majority(found[0][1])
+        for row in rows[:1] + ([trivial] if trivial else []) + rows[1:]:
+            table.add_row(*row)
     return table
-
-
-def _majority(table: Table, key: tuple[str, str], arm: Arm) -> None:
-    for score in (s for s in arm.scores if (s.task, s.mode) == key):
-        if found := trivial_score(score):
-            share, span = found
-            shown = f"{number(span[0])} to {number(span[1])}" if span else ""
-            table.add_row(*key, "always-majority", str(score.n), number(share), shown, "", "")
 
 
 def doubts(result: Result) -> list[str]:

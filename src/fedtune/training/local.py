@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -100,11 +101,57 @@ def _optimizer(chosen: Slots, config: Config, rate: float) -> torch.optim.Optimi
     )
 
 
-def _checkpointing(model: Any, on: bool) -> None:
-    if on:
+@contextlib.contextmanager
+def _training(model: Any, checkpointing: bool) -> Iterator[None]:
+    """Put the model into training mode, with activations recomputed if asked, and back again."""
+    model.train()
+    if checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    else:
-        model.gradient_checkpointing_disable()
+    try:
+        yield
+    finally:
+        if checkpointing:
+            model.gradient_checkpointing_disable()
+        model.eval()
+
+
+@dataclass(frozen=True)
+class _Steps:
+    """Losses and token counts of the steps made."""
+
+    losses: list[float]
+    tokens: int
+
+
+def _run_steps(
+    model: Any,
+    shard: Sequence[Encoded],
+    plan: Sequence[Sequence[int]],
+    chosen: Slots,
+    term: Callable[[], Tensor | None],
+    config: Config,
+    rate: float,
+    report: Callable[[int, float], None],
+) -> _Steps:
+    """Make the optimiser steps of one client: loss, the method's term, clipping, AdamW."""
+    optimizer = _optimizer(chosen, config, rate)
+    exact = config.lora.dropout == 0
+    losses: list[float] = []
+    total = 0
+    for rows in plan:
+        examples = [shard[i] for i in rows]
+        optimizer.zero_grad(set_to_none=True)
+        loss = _step_loss(model, examples, config.train.max_tokens_per_forward, share_prefix=exact)
+        extra = term()
+        if extra is not None:
+            extra.backward()  # type: ignore[no-untyped-call]
+        torch.nn.utils.clip_grad_norm_(chosen.values(), config.train.max_grad_norm)
+        optimizer.step()
+        tokens = sum(len(e.ids) for e in examples)
+        losses.append(loss)
+        total += tokens
+        report(tokens, loss)
+    return _Steps(losses, total)
 
 
 def fit(
@@ -134,28 +181,18 @@ def fit(
     plan = schedule.batches(train, len(shard), config.seed, client, round_)
     load_tensors(adapted.slots, start)
     chosen = _select(adapted.slots, method, round_)
-    optimizer = _optimizer(chosen, config, rate)
     torch.manual_seed(derive_seed(config.seed, "dropout", client, round_))
-    adapted.model.train()
-    _checkpointing(adapted.model, train.gradient_checkpointing)
-    exact = config.lora.dropout == 0
-    losses: list[float] = []
-    tokens = 0
-    for rows in plan:
-        examples = [shard[i] for i in rows]
-        optimizer.zero_grad(set_to_none=True)
-        loss = _step_loss(adapted.model, examples, train.max_tokens_per_forward, share_prefix=exact)
-        term = method.loss_term(chosen, start)
-        if term is not None:
-            term.backward()  # type: ignore[no-untyped-call]
-        torch.nn.utils.clip_grad_norm_(chosen.values(), train.max_grad_norm)
-        optimizer.step()
-        losses.append(loss)
-        tokens += sum(len(e.ids) for e in examples)
+
+    def report(tokens: int, loss: float) -> None:
         if on_step:
-            on_step(client, sum(len(e.ids) for e in examples), loss)
-    adapted.model.eval()
+            on_step(client, tokens, loss)
+
+    def term() -> Tensor | None:
+        return method.loss_term(chosen, start)
+
+    with _training(adapted.model, train.gradient_checkpointing):
+        steps = _run_steps(adapted.model, shard, plan, chosen, term, config, rate, report)
     trained = {name: p.detach().to("cpu", copy=True) for name, p in adapted.slots.items()}
     distinct = len({i for rows in plan for i in rows})
     payload = method.payload(trained, start, round_)
-    return LocalResult(payload, distinct, tokens, len(plan), math.fsum(losses) / len(losses))
+    return LocalResult(payload, distinct, steps.tokens, len(plan), math.fsum(steps.losses) / len(steps.losses))

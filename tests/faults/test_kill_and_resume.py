@@ -1,0 +1,199 @@
+"""A run killed at any instant continues as if nothing had happened, or says why it will not."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tomli_w
+
+from fedtune.config import Settings
+from fedtune.experiment.run import run
+from fedtune.federation import checkpoint
+from fedtune.io import read_json, read_lines
+from fedtune.types import CorruptFileError, LockedError, ResumeError
+
+PHASES = ["send", "screen", "aggregate", "half", "checkpoint", "renamed", "recorded"]
+
+
+@pytest.fixture(scope="module")
+def short(settings: Callable[..., Settings]) -> Settings:
+    return settings(
+        federation={"clients": 3, "rounds": 3},
+        train={"max_steps": 1, "per_device_train_batch_size": 2},
+        eval={"limit": 4},
+    )
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(short: Settings, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return run(short, tmp_path_factory.mktemp("runs") / "whole")[0]
+
+
+def _command(settings: Settings, out: Path, *more: str) -> list[str]:
+    file = out.with_suffix(".toml")
+    file.write_bytes(tomli_w.dumps(settings.config.plain()).encode())
+    return [sys.executable, "-m", "fedtune", "run", "--config", str(file), "--out", str(out), *more]
+
+
+def _same(one: Path, two: Path) -> None:
+    for name in ("adapter/adapter_model.safetensors", "rounds.jsonl"):
+        assert (one / name).read_bytes() == (two / name).read_bytes(), name
+    assert read_json(one / "result.json")["arms"] == read_json(two / "result.json")["arms"]
+
+
+@pytest.mark.parametrize("phase", PHASES)
+def test_killed_in_any_phase_of_a_round_it_ends_bit_identical(
+    short: Settings, uninterrupted: Path, tmp_path: Path, phase: str
+) -> None:
+    out = tmp_path / "run"
+    environment = {**os.environ, "FEDTUNE_KILL_AT": f"2:{phase}"}
+    killed = subprocess.run(_command(short, out), env=environment, capture_output=True, check=False)
+    assert killed.returncode == -signal.SIGKILL
+    assert read_json(out / "manifest.json")["status"] == "running"
+    path, _ = run(short, out, resume=True)
+    _same(path, uninterrupted)
+    assert read_json(out / "manifest.json")["status"] == "complete"
+
+
+@pytest.mark.parametrize("damage", ["cut tensors", "cut state", "no state", "garbage rounds"])
+def test_a_damaged_newest_checkpoint_falls_back_to_the_one_before(
+    short: Settings, uninterrupted: Path, tmp_path: Path, damage: str
+) -> None:
+    out = Path(shutil.copytree(uninterrupted, tmp_path / "run"))
+    newest = sorted((out / "checkpoints").glob("round-*"))[-1]
+    if damage == "cut tensors":
+        whole = (newest / "state.safetensors").read_bytes()
+        (newest / "state.safetensors").write_bytes(whole[: len(whole) // 2])
+    elif damage == "cut state":
+        (newest / "state.json").write_text('{"run_id": ')
+    elif damage == "no state":
+        (newest / "state.json").unlink()
+    else:
+        with open(out / "rounds.jsonl", "a") as handle:
+            handle.write('{"round": 4, "sta')
+    shutil.rmtree(out / "adapter")
+    path, _ = run(short, out, resume=True)
+    _same(path, uninterrupted)
+
+
+def test_without_any_whole_checkpoint_it_starts_again(short: Settings, uninterrupted: Path, tmp_path: Path) -> None:
+    out = Path(shutil.copytree(uninterrupted, tmp_path / "run"))
+    for file in (out / "checkpoints").glob("*/state.safetensors"):
+        file.write_bytes(b"")
+    path, _ = run(short, out, resume=True)
+    _same(path, uninterrupted)
+
+
+def test_a_full_disk_while_checkpointing_keeps_the_one_before(
+    short: Settings, uninterrupted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "run"
+    real = checkpoint.write_json
+    calls: list[Path] = []
+
+    def full(path: Path, value: Any) -> None:
+        calls.append(path)
+        if len(calls) == 2:
+            raise OSError(28, "No space left on device")
+        real(path, value)
+
+    monkeypatch.setattr(checkpoint, "write_json", full)
+    with pytest.raises(OSError, match="No space left"):
+        run(short, out)
+    assert read_json(out / "manifest.json")["status"] == "failed"
+    assert "No space left" in read_json(out / "manifest.json")["reason"]
+    assert [p.name for p in sorted((out / "checkpoints").glob("round-*"))] == ["round-000001"]
+    monkeypatch.setattr(checkpoint, "write_json", real)
+    path, _ = run(short, out, resume=True)
+    _same(path, uninterrupted)
+
+
+def test_resuming_with_other_settings_is_refused_with_the_difference(
+    settings: Callable[..., Settings], uninterrupted: Path, tmp_path: Path
+) -> None:
+    out = Path(shutil.copytree(uninterrupted, tmp_path / "run"))
+    other = settings(
+        federation={"clients": 3, "rounds": 4},
+        train={"max_steps": 1, "per_device_train_batch_size": 2},
+        eval={"limit": 4},
+    )
+    with pytest.raises(ResumeError, match=r"config\.federation\.rounds: 3 -> 4(.|\n)*--force-resume"):
+        run(other, out, resume=True)
+    _, result = run(other, out, resume=True, force=True)
+    assert any("resumed although config.federation.rounds: 3 -> 4" in reason for reason in result.unranked)
+
+
+@pytest.mark.parametrize("what", ["code", "data", "model_revision", "torch"])
+def test_resuming_with_other_code_data_or_model_is_refused(
+    short: Settings, uninterrupted: Path, tmp_path: Path, what: str
+) -> None:
+    out = Path(shutil.copytree(uninterrupted, tmp_path / "run"))
+    manifest = read_json(out / "manifest.json")
+    manifest["identity"][what] = "of yesterday"
+    (out / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(ResumeError, match=f"{what}: 'of yesterday' -> "):
+        run(short, out, resume=True)
+
+
+def test_a_run_is_never_overwritten_unasked(short: Settings, uninterrupted: Path) -> None:
+    before = (uninterrupted / "manifest.json").read_bytes()
+    with pytest.raises(ResumeError, match="already holds a run; continue it with --resume"):
+        run(short, uninterrupted)
+    assert (uninterrupted / "manifest.json").read_bytes() == before
+
+
+def test_a_corrupt_manifest_is_named(short: Settings, uninterrupted: Path, tmp_path: Path) -> None:
+    out = Path(shutil.copytree(uninterrupted, tmp_path / "run"))
+    (out / "manifest.json").write_text('{"run_id": "x", ')
+    with pytest.raises(CorruptFileError, match=r"manifest\.json: line 1"):
+        run(short, out, resume=True)
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_ctrl_c_and_sigterm_checkpoint_and_exit_with_their_code(
+    settings: Callable[..., Settings], tmp_path: Path, number: int, code: int
+) -> None:
+    many = settings(federation={"clients": 3, "rounds": 400}, eval={"limit": 4})
+    out = tmp_path / "run"
+    process = subprocess.Popen(_command(many, out), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 120
+    while len(read_lines(out / "rounds.jsonl", torn_tail=True)) < 2 and time.monotonic() < deadline:
+        time.sleep(0.1)
+    process.send_signal(number)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == code, err
+    assert "continue with: fedtune run --resume" in err
+    assert read_json(out / "manifest.json")["status"] == "cancelled"
+    done = len(read_lines(out / "rounds.jsonl"))
+    assert (out / f"checkpoints/round-{done:06d}/state.json").exists()
+
+
+def test_two_processes_never_share_a_run_folder(short: Settings, tmp_path: Path) -> None:
+    from fedtune.io import folder_lock
+
+    with folder_lock(tmp_path / "run"):
+        second = subprocess.run(_command(short, tmp_path / "run"), capture_output=True, text=True, check=False)
+    assert second.returncode == LockedError.exit_code
+    assert f"in use by pid {os.getpid()} on" in second.stderr
+
+
+def test_resume_finds_the_last_unfinished_run(short: Settings, tmp_path: Path, uninterrupted: Path) -> None:
+    out = tmp_path / "runs" / "mine"
+    out.parent.mkdir()
+    environment = {**os.environ, "FEDTUNE_KILL_AT": "2:screen"}
+    subprocess.run(_command(short, out), env=environment, capture_output=True, check=False)
+    again = [sys.executable, "-m", "fedtune", "run", "--resume"]
+    done = subprocess.run(again, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    _same(out, uninterrupted)
+    nothing = subprocess.run(again, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert nothing.returncode == ResumeError.exit_code
+    assert "no unfinished run" in nothing.stderr
