@@ -3,7 +3,36 @@ import pytest
 from fedtune.config import Config
 from fedtune.models.zoo import problems, unranked_reasons, zoo
 
-USED = ["SmolLM2-135M", "SmolLM2-135M-Instruct", "SmolLM2-360M", "SmolLM2-360M-Instruct", "SmolLM2-1.7B", "SmolLM2-1.7B-Instruct", "Qwen2.5-0.5B", "Qwen2.5-0.5B-Instruct", "Qwen2.5-1.5B-Instruct", "Qwen2.5-7B", "Qwen2.5-7B-Instruct", "Qwen3-0.6B", "Qwen3-4B", "Llama-3.2-1B", "Llama-3.2-1B-Instruct", "Llama-3.2-3B", "Llama-3.1-8B-Instruct", "Mistral-7B-v0.3", "Mistral-7B-Instruct-v0.3", "gemma-2-9b-it", "gemma-3-270m-it", "phi-4", "Phi-4-mini-instruct", "internlm3-8b-instruct", "DeepSeek-R1-Distill-Qwen-1.5B", "Bio-Medical-Llama-3-8B", "Llama3.1-Aloe-Beta-8B", "Qwen2.5-Coder-0.5B-Instruct"]
+USED = [
+    "SmolLM2-135M",
+    "SmolLM2-135M-Instruct",
+    "SmolLM2-360M",
+    "SmolLM2-360M-Instruct",
+    "SmolLM2-1.7B",
+    "SmolLM2-1.7B-Instruct",
+    "Qwen2.5-0.5B",
+    "Qwen2.5-0.5B-Instruct",
+    "Qwen2.5-1.5B-Instruct",
+    "Qwen2.5-7B",
+    "Qwen2.5-7B-Instruct",
+    "Qwen3-0.6B",
+    "Qwen3-4B",
+    "Llama-3.2-1B",
+    "Llama-3.2-1B-Instruct",
+    "Llama-3.2-3B",
+    "Llama-3.1-8B-Instruct",
+    "Mistral-7B-v0.3",
+    "Mistral-7B-Instruct-v0.3",
+    "gemma-2-9b-it",
+    "gemma-3-270m-it",
+    "phi-4",
+    "Phi-4-mini-instruct",
+    "internlm3-8b-instruct",
+    "DeepSeek-R1-Distill-Qwen-1.5B",
+    "Bio-Medical-Llama-3-8B",
+    "Llama3.1-Aloe-Beta-8B",
+    "Qwen2.5-Coder-0.5B-Instruct",
+]
 
 
 def test_the_zoo_has_what_participants_run() -> None:
@@ -29,9 +58,9 @@ def test_the_shape_adds_up_to_the_parameters(name: str) -> None:
 
 
 def test_an_unpinned_model_cannot_be_ranked_and_says_so() -> None:
-    free = Config.model_validate({"domain": "finance", "model": {"name": "Qwen/Qwen2.5-0.5B"}})
+    free = Config.model_validate({"domain": "finance", "model": {"name": "HPAI-BSC/Llama3.1-Aloe-Beta-8B"}})
     assert "no pinned revision" in unranked_reasons(free)[0]
-    pinned = Config.model_validate({"domain": "finance", "model": {"name": "Qwen/Qwen2.5-0.5B", "revision": "abc"}})
+    pinned = Config.model_validate({"domain": "finance", "model": {"name": "any/thing", "revision": "abc"}})
     assert unranked_reasons(pinned) == ()
     assert unranked_reasons(Config(domain="finance")) == ()
 
@@ -40,3 +69,10 @@ def test_any_hub_id_passes_and_a_word_does_not() -> None:
     assert not list(problems(Config.model_validate({"domain": "x", "model": {"name": "any/thing"}})))
     wrong = list(problems(Config.model_validate({"domain": "x", "model": {"name": "Qwen2.5-0.5B"}})))
     assert 'did you mean "Qwen/Qwen2.5-0.5B"?' in str(wrong[0])
+
+
+def test_revisions_are_whole_commits_and_no_two_models_share_one() -> None:
+    pins = [m.revision for m in zoo().values() if m.revision and not m.id.startswith("packaged/")]
+    assert len(pins) >= 30
+    assert len(set(pins)) == len(pins)
+    assert all(len(p) == 40 and set(p) <= set("0123456789abcdef") for p in pins)

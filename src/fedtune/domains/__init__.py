@@ -34,7 +34,8 @@ def get(name: str) -> Domain:
 def chosen_tasks(config: Config) -> tuple[Task, ...]:
     """Return the tasks a run is evaluated on: those named, else all of its domain for its data source."""
     domain = DOMAINS[config.domain]
-    tasks = domain.packaged_tasks if config.data.source == "packaged" else domain.tasks
+    # a domain without sets of its own on the Hub or in a folder is measured on its packaged ones
+    tasks = domain.packaged_tasks if config.data.source == "packaged" or not domain.tasks else domain.tasks
     return tuple(TASKS[t] for t in config.eval.tasks) or tasks
 
 
