@@ -23,11 +23,11 @@ def _models() -> Rows:
     return [
         {
             "model": m.id,
-            "parameters": f"{m.parameters / 1000:.2f} B" if m.parameters >= 1000 else f"{m.parameters:.0f} M",
+            "size": f"{m.parameters / 1000:.2f} B" if m.parameters >= 1000 else f"{m.parameters:.0f} M",
             "licence": m.licence + (" (gated)" if m.gated else ""),
             "LoRA targets": ",".join(m.targets),
             "template": m.template,
-            "pinned": m.revision[:14] if m.revision else "no: unranked until model.revision is set",
+            "pinned": m.revision.removeprefix("sha256:")[:12] or "no (unranked)",
             "traps": m.traps,
         }
         for m in zoo().values()
@@ -127,14 +127,27 @@ def _cell(value: object) -> str:
     return {True: "yes", False: "no"}[value] if isinstance(value, bool) else str(value)
 
 
+WIDE = 140
+ROOMY = {"traps", "template", "personalised", "LoRA targets", "title", "training (Hub)", "sha256", "what"}
+
+
 def _show(rows: Rows) -> None:
+    """Print rows as a table; on a narrow terminal without the columns that need room."""
+    from rich import box
     from rich.console import Console
     from rich.table import Table
 
-    table = Table(*rows[0], header_style="bold")
+    console = Console()
+    hidden = [name for name in rows[0] if name in ROOMY] if console.width < WIDE and len(rows[0]) > 2 else []
+    shown = [name for name in rows[0] if name not in hidden]
+    table = Table(header_style="bold", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    for number, name in enumerate(shown):
+        table.add_column(name, no_wrap=number == 0, overflow="fold")
     for row in rows:
-        table.add_row(*map(_cell, row.values()))
-    Console().print(table)
+        table.add_row(*(_cell(row[name]) for name in shown))
+    console.print(table)
+    if hidden:
+        console.print(f"not shown here: {', '.join(hidden)} (wider terminal, or --json)", style="dim")
 
 
 def ls(
