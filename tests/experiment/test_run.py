@@ -100,9 +100,10 @@ def test_scores_come_with_what_is_needed_to_doubt_them(done: tuple[Path, Result,
             "always-positive",
         }
         assert by_mode["official"].valid_rate is not None
-        if arm.name != "local-only":
-            assert by_mode["likelihood"].interval is not None
-            assert by_mode["likelihood"].macro_f1 is not None
+        score, interval = by_mode["likelihood"].score, by_mode["likelihood"].interval
+        assert score is not None
+        assert interval is not None
+        assert interval[0] <= score <= interval[1]
 
 
 def test_the_adapter_loads_with_peft_alone(done: tuple[Path, Result, Recorder], tiny_folder: Path) -> None:
@@ -189,3 +190,11 @@ def test_every_kind_of_adapter_runs(settings: Callable[..., Settings], tmp_path:
     _, result = run(made, tmp_path / "run")
     assert result.rounds == 2
     assert result.bytes_down + result.bytes_up == result.bytes_predicted
+
+
+@pytest.mark.parametrize("arm", ["local-only", "centralised"])
+def test_an_arm_can_be_the_run(settings: Callable[..., Settings], tmp_path: Path, arm: str) -> None:
+    path, result = run(settings(arm=arm, federation={"clients": 2, "rounds": 1}, eval={"limit": 4}), tmp_path / "run")
+    assert [a.name for a in result.arms] == [arm]
+    where = path / "arms/local-only/client-0001" if arm == "local-only" else path
+    assert (where / "adapter/adapter_model.safetensors").exists()

@@ -27,7 +27,7 @@ def _models() -> Rows:
             "licence": m.licence + (" (gated)" if m.gated else ""),
             "LoRA targets": ",".join(m.targets),
             "template": m.template,
-            "pinned": m.revision.removeprefix("sha256:")[:12] or "no (unranked)",
+            "pinned": m.revision.removeprefix("sha256:")[:8] or "no",
             "traps": m.traps,
         }
         for m in zoo().values()

@@ -7,7 +7,7 @@ from pathlib import Path
 from rich import box
 from rich.table import Table
 
-from fedtune.evaluation.metrics import trivial_score
+from fedtune.evaluation.metrics import sample_value, trivial_score
 from fedtune.io import read_lines
 from fedtune.results.schema import Arm, Result, Score
 from fedtune.results.stats import compare
@@ -30,7 +30,7 @@ def interval(score: Score) -> str:
 
 def _samples(path: Path) -> dict[int, float]:
     rows = read_lines(path, torn_tail=True)[1:]
-    return {r["i"]: float(r["value"]) if r.get("value") is not None else float(r["correct"]) for r in rows}
+    return {r["i"]: sample_value(r) for r in rows}
 
 
 def paired(first: Path, second: Path) -> tuple[list[float], list[float]]:
@@ -55,13 +55,13 @@ def _delta(run: Path | None, arm: Arm, score: Score) -> str:
 
 def _spread(arm: Arm, score: Score) -> str:
     values = [v for v in arm.per_client.get(f"{score.task}/{score.mode}", []) if v is not None]
-    return f"{len(values)} clients, {number(min(values))} to {number(max(values))}" if values else ""
+    return f"; {len(values)} clients, {number(min(values))} to {number(max(values))}" if values else ""
 
 
 def _row(run: Path | None, arm: Arm, score: Score) -> tuple[str, ...]:
     shown = number(score.score, score.metric) if not score.withheld else "withheld"
     valid = "" if score.valid_rate is None else f"{score.valid_rate:.0%}"
-    known = _spread(arm, score) if arm.name == "local-only" else score.withheld or interval(score)
+    known = score.withheld or interval(score) + _spread(arm, score)
     return f"  {arm.name}", str(score.n), shown, known, _delta(run, arm, score), valid
 
 

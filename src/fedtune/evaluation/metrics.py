@@ -15,6 +15,12 @@ def _pair(interval: Interval | None) -> tuple[float, float] | None:
     return (interval.low, interval.high) if interval else None
 
 
+def sample_value(row: Mapping[str, Any]) -> float:
+    """Return one sample's contribution to its task's score: 0 or 1, or the value of a solution."""
+    value = row.get("value")
+    return float(value) if value is not None else float(bool(row["correct"]))
+
+
 def trivial(gold: Sequence[str], answers: Sequence[str]) -> dict[str, float]:
     """Return the accuracy of the majority class and of always giving each answer."""
     counts = Counter(gold)
