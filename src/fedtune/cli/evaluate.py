@@ -81,7 +81,8 @@ def evaluate(
         import json
 
         typer.echo(json.dumps([s.model_dump(mode="json") for s in found], indent=1))
-    console.print(table([Arm(name=Path(target).name, scores=found)]))
+    for each in table([Arm(name=Path(target).name, scores=found)]):
+        console.print(each)
     console.print(f"per-sample logs: {folder.resolve()}", soft_wrap=True, highlight=False)
     withheld = [s for s in found if s.withheld]
     if withheld:

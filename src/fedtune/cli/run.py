@@ -112,7 +112,8 @@ def _execute(
     folder, result = execute(resolved, out, resume=resume, force=force, extra_arms=extra, reporter=watch)
     if json_output:
         typer.echo(result.model_dump_json(indent=1))
-    console.print(scores(result.arms, folder))
+    for table in scores(result.arms, folder):
+        console.print(table)
     console.print("* the paired 95 % interval of the gain excludes 0", style="dim")
     for line in doubts(result):
         console.print(line, highlight=False)

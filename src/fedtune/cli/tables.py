@@ -15,12 +15,13 @@ from fedtune.results.stats import compare
 
 def number(value: float | None, metric: str = "accuracy") -> str:
     """Return a score for people; withheld ones as a dash."""
-    return "-" if value is None else f"{value:.4f}" if metric != "accuracy" else f"{value:.3f}"
+    return "-" if value is None else f"{value:.4f}" if metric == "nats_per_token" else f"{value:.3f}"
 
 
 def span(low: float, high: float, metric: str = "accuracy") -> str:
     """Return an interval for people."""
-    return f"[{number(low, metric)}, {number(high, metric)}]"
+    dash = " to " if low < 0 else "–"
+    return f"{number(low, metric)}{dash}{number(high, metric)}"
 
 
 def interval(score: Score) -> str:
@@ -62,7 +63,7 @@ def _row(run: Path | None, arm: Arm, score: Score) -> tuple[str, ...]:
     shown = number(score.score, score.metric) if not score.withheld else "withheld"
     valid = "" if score.valid_rate is None else f"{score.valid_rate:.0%}"
     known = score.withheld or interval(score) + _spread(arm, score)
-    return f"  {arm.name}", str(score.n), shown, known, _delta(run, arm, score), valid
+    return arm.name, str(score.n), shown, known, _delta(run, arm, score), valid
 
 
 def _majority(score: Score) -> tuple[str, ...] | None:
@@ -70,25 +71,32 @@ def _majority(score: Score) -> tuple[str, ...] | None:
     if found is None:
         return None
     share, known = found
-    return "  always-majority", str(score.n), number(share), span(*known) if known else "", "", ""
+    return "always-majority", str(score.n), number(share), span(*known) if known else "", "", ""
 
 
-def scores(arms: list[Arm], run: Path | None = None) -> Table:
-    """Return the table of a run: for each task and mode the base model, the majority class and every arm."""
-    table = Table(header_style="bold", box=box.SIMPLE_HEAD)
-    for name, right in (("task (mode), model", False), ("n", True), ("score", True), ("95 % interval", False)):
-        table.add_column(name, justify="right" if right else "left", no_wrap=name != "95 % interval")
-    table.add_column("gain over base, paired")
+def _table(title: str) -> Table:
+    table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    table.add_column("model", no_wrap=True, min_width=15)
+    for name in ("n", "score"):
+        table.add_column(name, justify="right", no_wrap=True)
+    table.add_column("95 % interval", overflow="fold")
+    table.add_column("gain over base, paired", overflow="fold")
     table.add_column("valid", justify="right", no_wrap=True)
+    return table
+
+
+def scores(arms: list[Arm], run: Path | None = None) -> list[Table]:
+    """Return a table for each task and mode, with the base model, the majority class and every arm."""
+    tables = []
     for task, mode in dict.fromkeys((s.task, s.mode) for a in arms for s in a.scores):
         found = [(a, s) for a in arms for s in a.scores if (s.task, s.mode) == (task, mode)]
-        unit = "" if found[0][1].metric == "accuracy" else f", {found[0][1].metric}"
-        table.add_row(f"[bold]{task}[/] ({mode}{unit})")
+        table = _table(f"{task} ({mode}, {found[0][1].metric})")
         rows = [_row(run, arm, score) for arm, score in found]
         trivial = _majority(found[0][1])
         for row in rows[:1] + ([trivial] if trivial else []) + rows[1:]:
             table.add_row(*row)
-    return table
+        tables.append(table)
+    return tables
 
 
 def doubts(result: Result) -> list[str]:

@@ -158,6 +158,8 @@ class EvalSettings(Section):
     prompt: Literal["training", "official", "chat"] = "training"
     base: bool = True
     every: int = Field(0, ge=0)
+    samples: int = Field(1, ge=1, le=1000)
+    max_new_tokens: int = Field(512, ge=1)
     max_error_rate: float = Field(0.01, ge=0, le=1)
 
 

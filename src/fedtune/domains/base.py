@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from fedtune.data.hub import HubSet
 
-Kind = Literal["choice", "boolean", "sentiment", "solution"]
+Kind = Literal["choice", "boolean", "sentiment", "solution", "program"]
 Row = Mapping[str, Any]
 LETTERS = "ABCDEFGHIJ"
 SENTIMENTS = ("negative", "neutral", "positive")
@@ -21,7 +21,8 @@ class Item:
     Attributes:
         prompt: the official prompt, before any wrapping.
         question: the same question for the training prompt or a chat template.
-        answers: what may be answered: option letters or label words; for a solution, the solution itself.
+        answers: what may be answered: option letters or label words; for a solution, the solution itself; for
+            a program, its tests.
         gold: index into `answers`.
         group: a natural key (an MMLU subject), for breakdowns.
     """
@@ -51,6 +52,9 @@ class Task:
         packaged: builds the rows from a registry package.
         select: keeps and orders the Hub's rows as the benchmark does (its own test split).
         n: how many items the whole set has.
+        language: of programs.
+        stop: words at which a completion ends.
+        length: tokens of prompt and completion together in the official generation of programs.
         max_new_tokens: caps the official generation of a packaged set; 0 is the benchmark's own limit.
     """
 
@@ -62,6 +66,9 @@ class Task:
     packaged: Callable[[], Sequence[Row]] | None = None
     select: Callable[[Sequence[Row]], Sequence[Row]] | None = None
     n: int = 0
+    language: str = ""
+    stop: tuple[str, ...] = ()
+    length: int = 1024
     max_new_tokens: int = 0
 
 

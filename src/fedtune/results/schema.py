@@ -19,7 +19,8 @@ class Score(Document):
     """One task in one mode.
 
     Attributes:
-        metric: `accuracy`, or `nats_per_token` (mean log-likelihood of held-out solutions; higher is better).
+        metric: `accuracy`, `pass@1` of programs, or `nats_per_token` (mean log-likelihood of held-out
+            solutions; higher is better).
         n: items scored, errors included.
         score: the metric; null if it was withheld.
         interval: 95 % bootstrap over items.
@@ -28,6 +29,7 @@ class Score(Document):
         macro_f1: for sentiment.
         errors: items that raised; they count as wrong.
         withheld: why there is no score.
+        details: of programs: compile rate, the share of each outcome, pass@k.
         trivial: accuracy of answers that need no model: the majority class and always the same one.
     """
 
@@ -43,6 +45,7 @@ class Score(Document):
     errors: int = 0
     withheld: str = ""
     trivial: dict[str, float] = Field(default_factory=dict)
+    details: dict[str, float] = Field(default_factory=dict)
     items_sha256: str = ""
 
 

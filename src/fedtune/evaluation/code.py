@@ -1,0 +1,109 @@
+"""Evaluate a model on programs: generate a batch, run it in the sandbox, write it down, go on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from fedtune.config import Config
+from fedtune.evaluation import programs, sandbox
+from fedtune.evaluation.generate import Decoding, complete
+from fedtune.evaluation.items import TaskItems
+from fedtune.io import append_lines
+from fedtune.results.schema import Score
+
+TEMPERATURE, TOP_P = 0.2, 0.95  # of the official evaluation
+Sample = dict[str, Any]
+
+
+def decoding(loaded: TaskItems, mode: str, config: Config) -> Decoding:
+    """Return how completions are made: greedy, or as the official evaluation samples them."""
+    if mode == "official":
+        return Decoding(TEMPERATURE, TOP_P, length=loaded.task.length)
+    return Decoding(length=loaded.task.length, new_tokens=config.eval.max_new_tokens)
+
+
+def unavailable(loaded: TaskItems) -> str:
+    """Say why this task's language cannot be run here, or return an empty string.
+
+    Raises:
+        SandboxError: there is no sandbox at all; nothing is generated for nothing.
+    """
+    if sandbox.engine() is None:
+        raise sandbox.SandboxError(
+            f"{loaded.task.name}: no sandbox works on this machine: {sandbox.MISSING}. "
+            'Without one: -s eval.tasks=["algorithms-solutions"]'
+        )
+    try:
+        sandbox.require(sandbox_language(loaded))
+    except sandbox.SandboxError as err:
+        return str(err)
+    return ""
+
+
+def sandbox_language(loaded: TaskItems) -> sandbox.Language:
+    """Return the language of a task's programs."""
+    return programs.LANGUAGES[loaded.task.language]
+
+
+def _run_batch(loaded: TaskItems, start: int, completions: Sequence[Sequence[str]]) -> list[Sample]:
+    """Run a batch's programs and return its rows."""
+    items = loaded.items[start : start + len(completions)]
+    written = [[item.prompt + text for text in texts] for item, texts in zip(items, completions, strict=True)]
+    flat = [program for samples in written for program in samples]
+    tests = [item.gold_answer for item, samples in zip(items, written, strict=True) for _ in samples]
+    rows = programs.outcome_rows(written, programs.run(flat, tests, loaded.task.language))
+    for offset, (item, samples, row) in enumerate(zip(items, written, rows, strict=True)):
+        passed = [o["kind"] == "passed" for o in row["outcomes"]]
+        known = {"i": loaded.places[start + offset], "group": item.group, "programs": samples}
+        row.update(known, correct=passed[0], value=sum(passed) / len(passed))
+    return rows
+
+
+def evaluate_programs(
+    model: Any,
+    tokenizer: Any,
+    loaded: TaskItems,
+    mode: str,
+    config: Config,
+    log: Path,
+    rows: list[Sample],
+    on_items: Callable[[str, int, int], None] | None = None,
+) -> Score:
+    """Generate and run what is missing of a task.
+
+    Args:
+        model: in evaluation mode.
+        tokenizer: its own.
+        loaded: the problems.
+        mode: `greedy` or `official`.
+        config: samples a problem and the greedy limit are used.
+        log: the per-sample file; its header is written.
+        rows: what it already has.
+        on_items: progress.
+
+    Raises:
+        SandboxError: no sandbox works here.
+    """
+    task, samples = loaded.task, config.eval.samples if mode == "official" else 1
+    if reason := unavailable(loaded):
+        return Score(task=task.name, mode=mode, metric="pass@1", n=len(loaded.items), score=None, withheld=reason)
+    missing = loaded.items[len(rows) :]
+    stops = [task.stop] * len(missing)
+    made = complete(
+        model,
+        tokenizer,
+        [item.prompt for item in missing],
+        stops,
+        decoding(loaded, mode, config),
+        samples,
+        loaded.places[len(rows) :],
+    )
+    for batch in made:
+        fresh = _run_batch(loaded, len(rows), batch)
+        append_lines(log, fresh)
+        rows += fresh
+        if on_items:
+            on_items(f"{task.name} ({mode})", len(rows), len(loaded.items))
+    return programs.summarise(task.name, mode, rows, samples, loaded.sha256)

@@ -1,0 +1,156 @@
+"""Programs and their tests: assembling, running in the sandbox, pass@k. No torch."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from fedtune.data.files import read_text_file
+from fedtune.domains.base import Task
+from fedtune.evaluation import sandbox
+from fedtune.evaluation.sandbox import CPP, JAVASCRIPT, PYTHON, Language, Outcome
+from fedtune.io import parse_json
+from fedtune.results.schema import Score
+from fedtune.results.stats import mean_interval, proportion_interval
+from fedtune.types import CorruptFileError, DataError
+
+LANGUAGES: dict[str, Language] = {"python": PYTHON, "javascript": JAVASCRIPT, "c++": CPP}
+Sample = dict[str, Any]
+
+
+def assemble(program: str, tests: str, language: str) -> tuple[str, str]:
+    """Join a candidate and its tests.
+
+    Returns:
+        The text up to where the run's secret is printed, and the rest. The secret is printed after the last
+        assertion: by the runner for Python, at the end of the file for JavaScript, and as the last statement
+        of `main` (the last brace of the tests) for C++. An empty rest stands for the language's own.
+    """
+    text = f"{program}\n{tests}"
+    if language != "c++":
+        return text, ""
+    last = text.rfind("}")
+    return text[:last], '\n    std::printf("\\n{token}");\n' + text[last:]
+
+
+def truncate(text: str, stop: Sequence[str]) -> str:
+    """Cut a completion before the first stop word."""
+    places = [place for word in stop if (place := text.find(word)) >= 0]
+    return text[: min(places)] if places else text
+
+
+def pass_at(n: int, passed: int, k: int) -> float:
+    """Return the unbiased estimate of pass@k from n samples of which some passed (arXiv 2107.03374, eq. 1)."""
+    if n - passed < k:
+        return 1.0
+    return 1.0 - math.prod(1.0 - k / i for i in range(n - passed + 1, n + 1))
+
+
+def run(
+    programs: Sequence[str], tests: Sequence[str], language: str, on_done: Callable[[int], None] | None = None
+) -> list[Outcome]:
+    """Run each program with its tests in the sandbox.
+
+    Raises:
+        SandboxError: no sandbox, or the language's tool is missing.
+    """
+    pairs = [assemble(p, t, language) for p, t in zip(programs, tests, strict=True)]
+    return list(sandbox.execute_all(pairs, LANGUAGES[language], on_done))
+
+
+def summarise(task: str, mode: str, rows: Sequence[Mapping[str, Any]], k: int = 1, items: str = "") -> Score:
+    """Score a task from its problems' rows, each with the `outcomes` of its samples (kind and compiled).
+
+    Problems whose programs could not be run here at all withhold the score.
+    """
+    n = len(rows)
+    kinds = Counter(o["kind"] for r in rows for o in r["outcomes"])
+    total = sum(kinds.values())
+    withheld = f"{kinds['no-sandbox']} programs could not be run" if kinds["no-sandbox"] else "" if n else "no items"
+    per_problem = [_passed(r) / len(r["outcomes"]) for r in rows]
+    single = all(len(r["outcomes"]) == 1 for r in rows)
+    spread = proportion_interval(round(sum(per_problem)), n) if single else mean_interval(per_problem)
+    extra = (
+        {f"pass@{k}": math.fsum(pass_at(len(r["outcomes"]), _passed(r), k) for r in rows) / n} if k > 1 and n else {}
+    )
+    shares = {f"share_{kind}": count / total for kind, count in sorted(kinds.items())} if total else {}
+    compiled = sum(o["compiled"] for r in rows for o in r["outcomes"])
+    return Score(
+        task=task,
+        mode=mode,
+        metric="pass@1",
+        n=n,
+        score=None if withheld else math.fsum(per_problem) / n,
+        interval=(spread.low, spread.high) if spread and not withheld else None,
+        withheld=withheld,
+        details={**extra, **shares, "compile_rate": compiled / total} if total else {},
+        items_sha256=items,
+    )
+
+
+def _passed(row: Mapping[str, Any]) -> int:
+    return sum(o["kind"] == "passed" for o in row["outcomes"])
+
+
+def outcome_rows(programs: Sequence[Sequence[str]], outcomes: Sequence[Outcome]) -> list[Sample]:
+    """Group outcomes of a flat run by problem."""
+    rows = []
+    start = 0
+    for samples in programs:
+        own = outcomes[start : start + len(samples)]
+        start += len(samples)
+        rows.append({"outcomes": [{"kind": o.kind, "compiled": o.compiled, "detail": o.detail} for o in own]})
+    return rows
+
+
+def _read(path: Path, what: str) -> list[Any]:
+    document = parse_json(read_text_file(path), str(path))
+    if not isinstance(document, list) or not document:
+        raise CorruptFileError(f"{path}: {what} are a JSON array, one entry a problem")
+    return document
+
+
+def _programs(path: Path) -> list[list[str]]:
+    found = _read(path, "generations")
+    for number, samples in enumerate(found):
+        if not isinstance(samples, list) or not samples or not all(isinstance(s, str) for s in samples):
+            raise CorruptFileError(f"{path}: problem {number} is not a list of programs")
+    return found
+
+
+def _beside(path: Path) -> Path | None:
+    """Return the references file that is published beside a generations file, if it is there."""
+    guess = path.with_name(path.name.replace("generations", "references"))
+    return guess if guess != path and guess.exists() else None
+
+
+def score_published(
+    task: Task, path: Path, references: Path | None = None, on_done: Callable[[int], None] | None = None
+) -> tuple[Score, list[Sample]]:
+    """Run a published generations file (a list of lists of programs) again.
+
+    Args:
+        task: a program task.
+        path: the generations.
+        references: the tests, one text a problem; the file published beside the generations by default.
+        on_done: called with the number of programs run.
+
+    Returns:
+        The score, and each problem's outcomes.
+
+    Raises:
+        DataError: no references. CorruptFileError: the files do not fit. SandboxError: nothing can be run.
+    """
+    found = references or _beside(path)
+    if found is None:
+        raise DataError(f"{path}: no references file beside it; name the tests with --references FILE")
+    programs, tests = _programs(path), _read(found, "references")
+    if len(programs) != len(tests):
+        raise CorruptFileError(f"{path} has {len(programs)} problems, {found} has {len(tests)}")
+    flat = [p for samples in programs for p in samples]
+    repeated = [str(t) for t, samples in zip(tests, programs, strict=True) for _ in samples]
+    rows = outcome_rows(programs, run(flat, repeated, task.language, on_done))
+    return summarise(task.name, "official", rows), rows

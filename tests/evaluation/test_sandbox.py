@@ -1,0 +1,194 @@
+"""One test an attack: the host is untouched, nothing is left running, the verdict is right."""
+
+import os
+import socket
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from fedtune.evaluation import sandbox
+from fedtune.evaluation.sandbox import CPP, JAVASCRIPT, PYTHON, Outcome, execute
+
+needs_sandbox = pytest.mark.skipif(
+    sandbox.engine() is None, reason=f"NO SANDBOX ON THIS MACHINE, ITS PROPERTIES ARE NOT TESTED: {sandbox.MISSING}"
+)
+pytestmark = [needs_sandbox, pytest.mark.xdist_group("sandbox")]
+
+
+def _survivors(mark: str) -> list[str]:
+    """Return processes of this machine whose command line has the mark."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            text = path.read_bytes().decode(errors="replace")
+        except OSError:
+            continue
+        if mark in text and str(os.getpid()) != path.parent.name:
+            found.append(text)
+    return found
+
+
+def test_a_right_program_passes_and_a_wrong_one_does_not() -> None:
+    assert execute("def f(x):\n    return x + 1\nassert f(1) == 2", PYTHON) == Outcome("passed")
+    assert execute("def f(x):\n    return x\nassert f(1) == 2", PYTHON).kind == "wrong"
+
+
+def test_errors_are_told_from_wrong_answers_and_from_programs_that_do_not_compile() -> None:
+    missing = execute("undefined_name", PYTHON)
+    assert (missing.kind, missing.compiled) == ("error", True)
+    assert "NameError" in missing.detail
+    broken = execute("def f(:", PYTHON)
+    assert (broken.kind, broken.compiled) == ("error", False)
+
+
+def test_an_endless_loop_is_a_timeout() -> None:
+    assert execute("while True: pass", PYTHON).kind == "timeout"
+
+
+def test_a_fork_bomb_ends_at_the_limit_and_leaves_nothing() -> None:
+    bomb = "import os, time\nmade = 0\nfor _ in range(1000):\n    try:\n        pid = os.fork()\n"
+    bomb += "    except OSError:\n        break\n    if pid == 0:\n        time.sleep(30)\n        os._exit(0)\n    made += 1\n"
+    ended = execute(bomb + "raise ValueError(f'made {made}')", PYTHON)
+    assert ended.kind == "error"
+    assert "made " in ended.detail
+    assert int(ended.detail.rsplit("made ", 1)[1]) < PYTHON.limits.processes
+    assert _survivors("/work/runner.py") == []
+
+
+def test_two_gibibytes_are_not_to_be_had() -> None:
+    assert execute("x = bytearray(3 * 2**30)", PYTHON).kind == "out-of-memory"
+
+
+def test_two_hundred_megabytes_of_output_do_not_arrive() -> None:
+    flood = "import sys\nfor _ in range(200):\n    sys.stdout.write('x' * 2**20)\n"
+    assert execute(flood, PYTHON).kind in ("error", "killed", "timeout")
+
+
+def test_etc_and_home_cannot_be_read(tmp_path: Path) -> None:
+    secret = tmp_path / "secret"
+    secret.write_text("x")
+    for path in ("/etc/passwd", "/etc/shadow", str(secret), str(Path.home() / ".bashrc")):
+        ended = execute(f"open({path!r}).read()", PYTHON)
+        assert ended.kind == "error", path
+        assert "Error" in ended.detail
+
+
+def test_the_environment_is_empty(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_TOKEN", "hf_secret")
+    assert (
+        execute(
+            "import os\nassert 'HF_TOKEN' not in os.environ\nassert set(os.environ) <= {'PATH', 'HOME', 'PWD', 'LC_CTYPE', 'PYTHONHASHSEED'}",
+            PYTHON,
+        ).kind
+        == "passed"
+    )
+
+
+def test_a_listener_on_the_host_is_not_reached() -> None:
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        server.listen()
+        port = server.getsockname()[1]
+        reached: list[int] = []
+        server.settimeout(4)
+
+        def wait() -> None:
+            try:
+                server.accept()
+                reached.append(1)
+            except OSError:
+                pass
+
+        thread = threading.Thread(target=wait)
+        thread.start()
+        with socket.create_connection(("127.0.0.1", port), 2):
+            thread.join()
+        assert reached == [1]
+        thread = threading.Thread(target=wait)
+        thread.start()
+        ended = execute(f"import socket\nsocket.create_connection(('127.0.0.1', {port}), 2)", PYTHON)
+        thread.join()
+    assert ended.kind == "error"
+    assert reached == [1]
+
+
+@pytest.mark.parametrize("path", ["/usr/fedtune-was-here", "/work/program.py", "/fedtune-was-here", "/dev/shm/x"])
+def test_nothing_can_be_written_outside_its_own_tmp(path: str) -> None:
+    assert execute(f"open({path!r}, 'w').write('x')", PYTHON).kind == "error"
+    assert not Path("/usr/fedtune-was-here").exists()
+    assert execute("open('/tmp/mine', 'w').write('x')\nassert open('/tmp/mine').read() == 'x'", PYTHON).kind == "passed"
+    assert not Path("/tmp/mine").exists()
+
+
+@pytest.mark.parametrize(
+    "cheat",
+    [
+        "import os\nos._exit(0)",
+        "raise SystemExit",
+        "import sys\nsys.exit(0)",
+        "print('PASSED')\nprint('ok')\nimport os\nos._exit(0)",
+    ],
+)
+def test_leaving_early_or_a_forged_message_does_not_pass(cheat: str) -> None:
+    ended = execute(f"{cheat}\nassert False", PYTHON)
+    assert ended == Outcome("wrong", "ended before its last assertion")
+
+
+def test_a_child_that_detaches_dies_with_the_program() -> None:
+    orphan = "import os, time\nif os.fork() == 0:\n    os.setsid()\n    if os.fork() == 0:\n        time.sleep(300)\n    os._exit(0)\n"
+    assert execute(orphan, PYTHON).kind == "passed"
+    time.sleep(0.3)
+    assert _survivors("/work/runner.py") == []
+
+
+def test_an_object_that_equals_everything_still_passes_a_known_limit() -> None:
+    """The sandbox stops harm, not cheating: this is why verified scores need regenerated programs."""
+    cheat = (
+        "class Any:\n    def __eq__(self, other):\n        return True\ndef f(x):\n    return Any()\nassert f(1) == 2"
+    )
+    assert execute(cheat, PYTHON).kind == "passed"
+
+
+@pytest.mark.skipif(not sandbox.shutil.which("node"), reason="node is not installed")
+def test_javascript() -> None:
+    head = "const assert = require('node:assert');\nfunction f(x) { return x + 1; }\n"
+    assert execute(head + "assert.deepEqual(f(1), 2);", JAVASCRIPT).kind == "passed"
+    assert execute(head + "assert.deepEqual(f(1), 3);", JAVASCRIPT).kind == "wrong"
+    assert execute("process.exit(0);", JAVASCRIPT).kind == "wrong"
+    assert execute("while (true) {}", JAVASCRIPT).kind == "timeout"
+    assert execute("function f( {", JAVASCRIPT).compiled is False
+    assert execute("require('fs').readFileSync('/etc/passwd')", JAVASCRIPT).kind == "error"
+
+
+@pytest.mark.skipif(not sandbox.shutil.which("g++"), reason="g++ is not installed")
+def test_cpp() -> None:
+    from fedtune.evaluation.programs import assemble
+
+    def run(body: str) -> Outcome:
+        tests = f"#include <cstdio>\n#include <cassert>\n#include <cstdlib>\nint main() {{\n{body}\n}}\n"
+        return execute(
+            *assemble("int f(int x) { return x + 1; }", tests, "c++")[:1], CPP, assemble("", tests, "c++")[1]
+        )
+
+    assert run("assert(f(1) == 2);").kind == "passed"
+    assert run("assert(f(1) == 3);").kind == "wrong"
+    assert run("std::exit(0);").kind == "wrong"
+    broken = run("int x = ;")
+    assert (broken.kind, broken.compiled) == ("error", False)
+
+
+def test_without_a_sandbox_nothing_is_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sandbox, "engine", lambda: None)
+    assert execute("x = 1", PYTHON).kind == "no-sandbox"
+    with pytest.raises(sandbox.SandboxError, match="apt install bubblewrap"):
+        sandbox.require(PYTHON)
+
+
+def test_a_missing_tool_is_an_error_of_that_language_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    real = sandbox.shutil.which
+    monkeypatch.setattr(sandbox.shutil, "which", lambda name: None if name == "node" else real(name))
+    sandbox.require(PYTHON)
+    with pytest.raises(sandbox.SandboxError, match="javascript programs need node"):
+        sandbox.require(JAVASCRIPT)
