@@ -19,6 +19,7 @@ from fedtune.federation.rounds import Federation, run_rounds
 from fedtune.lora.state import AdapterState
 from fedtune.methods.base import ServerState
 from fedtune.models.adapter import AdaptedModel
+from fedtune.models.budget import message_bytes
 from fedtune.training.workload import EncodedShards
 from fedtune.types import RoundRecord
 
@@ -41,6 +42,16 @@ def derive(config: Config, arm: str) -> Config:
             "data": config.data.model_copy(update={"partition": "iid"}),
         }
     )
+
+
+def wire(config: Config, start: AdapterState) -> Callable[[int], int]:
+    """Return what tells, for a round, how many bytes one client exchanges under the run's method."""
+    method, state = methods.create(config), ServerState(start)
+
+    def exchanged(round_: int) -> int:
+        return message_bytes(method.view(state, 0)) + message_bytes(method.expected(state, 0, round_))
+
+    return exchanged
 
 
 @dataclass(frozen=True)

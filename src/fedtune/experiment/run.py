@@ -212,7 +212,9 @@ def _work(session: Session, data: workload.TrainingData, extra: Sequence[str]) -
     config = session.config
     shards = workload.encode_shards(data, session.adapted.base.tokenizer, config)
     _report_data(session.run, data, shards, session.reporter)
-    planned = budget.predict(arms.derive(config, config.arm), session.adapted, shards.longest)
+    planned = budget.predict(
+        arms.derive(config, config.arm), session.adapted, shards.longest, arms.wire(config, session.start)
+    )
     session.run.update(predicted=vars(planned), data=data.summary())
     session.reporter.plan(config, planned)
     done = [schema.Arm(name="base", scores=session.evaluate(None, "base"))] if config.eval.base else []

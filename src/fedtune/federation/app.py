@@ -10,6 +10,7 @@ from flwr.clientapp import ClientApp
 
 from fedtune.config import Config
 from fedtune.federation import messages
+from fedtune.lora.state import to_tensors
 from fedtune.methods.base import Method
 from fedtune.models.adapter import AdaptedModel
 from fedtune.training.local import OnStep, fit
@@ -46,10 +47,12 @@ def _train(runtime: Runtime, message: Message, context: Context) -> Message:
     if not shard:
         raise DataError(f"client {client} has no examples")
     record = message.content.array_records[messages.ADAPTER]
+    # what is not sent is what this run's seed made it, on every client the same
+    start = {**to_tensors(runtime.adapted.layout), **messages.unpack(record)}
     result = fit(
         runtime.adapted,
         shard,
-        messages.unpack(record),
+        start,
         runtime.method,
         runtime.config,
         client,

@@ -10,9 +10,16 @@ from fedtune.config import Config
 from fedtune.methods.base import ClientUpdate, Method, ServerState
 from fedtune.methods.fedit import FedIT
 from fedtune.methods.fedprox import FedProx
+from fedtune.methods.fedrot_lora import FedRotLoRA
+from fedtune.methods.fedsvd import FedSVD
+from fedtune.methods.ffa_lora import FFALoRA
+from fedtune.methods.flexlora import FlexLoRA
+from fedtune.methods.lora_fair import LoRAFAIR
+from fedtune.methods.rolora import RoLoRA
 from fedtune.types import Problem, nearest
 
-METHODS: dict[str, type[Method]] = {m.name: m for m in (FedIT, FedProx)}
+_ALL: tuple[type[Method], ...] = (FedIT, FedProx, FFALoRA, RoLoRA, FlexLoRA, LoRAFAIR, FedSVD, FedRotLoRA)
+METHODS: dict[str, type[Method]] = {m.name: m for m in _ALL}
 
 __all__ = ["METHODS", "ClientUpdate", "Method", "ServerState", "create", "problems"]
 
@@ -25,6 +32,9 @@ def problems(config: Config) -> Iterable[Problem]:
         yield Problem(f'method.name = "{name}"', "unknown method", fix)
         return
     kind = METHODS[name]
+    if config.lora.dora and not kind.dora:
+        able = ", ".join(m for m in METHODS if METHODS[m].dora)
+        yield Problem("lora.dora", f"{name} is not defined for DoRA's magnitudes", f"these are: {able}")
     try:
         parameters = kind.Parameters.model_validate(config.method.parameters)
     except ValidationError as err:

@@ -54,6 +54,7 @@ class Method:
         mixed_ranks: clients may have different ranks.
         personalised: there is no single global model.
         stateful: the server keeps `extra` state.
+        dora: its server half is defined for DoRA's magnitudes too.
     """
 
     name: ClassVar[str]
@@ -64,6 +65,7 @@ class Method:
     mixed_ranks: ClassVar[bool] = False
     personalised: ClassVar[bool] = False
     stateful: ClassVar[bool] = False
+    dora: ClassVar[bool] = False
 
     class Parameters(Section):
         """No settings of its own."""
@@ -115,11 +117,16 @@ class Method:
         return ServerState(with_tensors(state.adapter, merged), round_, state.extra)
 
     def view(self, state: ServerState, client: int) -> dict[str, Tensor]:
-        """Return what a client downloads at the start of a round."""
+        """Return what a client downloads at the start of a round.
+
+        What is left out stands for the adapter's initial value, which every client makes from the run's seed.
+        """
         from fedtune.lora.state import to_tensors
 
         return to_tensors(state.adapter)
 
     def expected(self, state: ServerState, client: int, round_: int) -> dict[str, Tensor]:
         """Return tensors with the names, shapes and dtypes that a client must send."""
-        return {n: t for n, t in self.view(state, client).items() if self.trainable(round_, n)}
+        from fedtune.lora.state import to_tensors
+
+        return {n: t for n, t in to_tensors(state.adapter).items() if self.trainable(round_, n)}

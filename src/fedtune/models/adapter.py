@@ -28,7 +28,7 @@ class AdaptedModel:
         base: what it stands on.
         model: the PEFT model.
         slots: the adapter's parameters by the names of the PEFT file format.
-        layout: an adapter state with the right shapes, scales and orientation.
+        layout: the adapter as it was attached: initial values, shapes, scales and orientation.
     """
 
     base: LoadedModel
@@ -79,11 +79,11 @@ def _layout(model: Any, slots: Mapping[str, torch.nn.Parameter], settings: LoraS
             continue
         get = f"base_model.model.{path}"
         modules[path] = LoraModule(
-            a=slots[f"{get}.lora_A.weight"].detach().cpu(),
-            b=slots[f"{get}.lora_B.weight"].detach().cpu(),
+            a=slots[f"{get}.lora_A.weight"].detach().to("cpu", copy=True),
+            b=slots[f"{get}.lora_B.weight"].detach().to("cpu", copy=True),
             alpha=settings.alpha,
             rslora=settings.rslora,
-            magnitude=slots[f"{get}.lora_magnitude_vector"].detach().cpu() if settings.dora else None,
+            magnitude=slots[f"{get}.lora_magnitude_vector"].detach().to("cpu", copy=True) if settings.dora else None,
             conv1d=bool(getattr(layer, "fan_in_fan_out", False)),
         )
     return modules

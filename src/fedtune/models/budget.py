@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache
 
@@ -41,8 +41,8 @@ class Budget:
     """The prediction.
 
     Attributes:
-        message: bytes of one adapter on the wire.
-        per_round: bytes of a round, both directions, when nobody fails.
+        message: bytes of one whole adapter on the wire.
+        per_round: bytes of the first round, both directions, when nobody fails.
         total: bytes of the whole run.
         model: bytes of the resident base model.
         training: rough peak of training beside it (adapter, gradients, optimiser, activations).
@@ -57,13 +57,16 @@ class Budget:
     trainable: int
 
 
-def predict(config: Config, adapted: AdaptedModel, longest: int | None = None) -> Budget:
+def predict(
+    config: Config, adapted: AdaptedModel, longest: int | None = None, wire: Callable[[int], int] | None = None
+) -> Budget:
     """Predict bytes (exactly) and memory (roughly) from the shapes.
 
     Args:
         config: the run's settings.
         adapted: the model with its adapter.
         longest: tokens of the longest example, where known; `train.max_length` otherwise.
+        wire: round -> bytes one client exchanges, both directions; the whole adapter both ways by default.
 
     Activations are counted as 34 hidden-sized numbers a token and layer (kept for the backward pass; one
     with checkpointing), with at most `max_tokens_per_forward` tokens at a time, plus logits of the labels.
@@ -78,11 +81,12 @@ def predict(config: Config, adapted: AdaptedModel, longest: int | None = None) -
     kept = 1 if train.gradient_checkpointing else 34
     activations = tokens * shape.hidden_size * shape.num_hidden_layers * kept * width
     trainable = sum(t.numel() for t in tensors.values())
-    per_round = 2 * message * config.federation.cohort_size
+    each = [wire(t) if wire else 2 * message for t in range(1, config.federation.rounds + 1)]
+    cohort = config.federation.cohort_size
     return Budget(
         message=message,
-        per_round=per_round,
-        total=per_round * config.federation.rounds,
+        per_round=each[0] * cohort,
+        total=sum(each) * cohort,
         model=sum(p.numel() * p.element_size() for p in weights),
         training=trainable * 16 + activations + tokens * shape.vocab_size * 4,
         trainable=trainable,

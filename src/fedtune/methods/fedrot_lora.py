@@ -1,0 +1,59 @@
+"""FedRot-LoRA: each client rotates its factors towards the global ones before sending (arXiv 2602.23638).
+
+(B R, R^T A) is the same model for any orthogonal R; the R nearest to the reference removes the part of FedIT's
+error that is only a difference of gauge. Odd rounds align A, even rounds B; the first round has nothing to align
+to. `blend` < 1 turns only part of the way.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, cast
+
+from pydantic import Field
+
+from fedtune.config.schema import Section
+from fedtune.methods.fedit import FedIT
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+_A, _B = ".lora_A.weight", ".lora_B.weight"
+
+
+class FedRotLoRA(FedIT):
+    """FedIT of rotated factors."""
+
+    name = "fedrot_lora"
+    title = "FedRot-LoRA"
+    paper = "arXiv:2602.23638"
+    dora = False
+
+    class Parameters(Section):
+        """`blend`: how far to turn, from 0 (not at all) to 1 (onto the reference)."""
+
+        blend: float = Field(1.0, ge=0, le=1)
+
+    @classmethod
+    def inert(cls, parameters: Section) -> str:
+        """A blend of 0 is FedIT under another name."""
+        return "with blend = 0 this is FedIT" if cast("FedRotLoRA.Parameters", parameters).blend == 0 else ""
+
+    def payload(self, tensors: Mapping[str, Tensor], start: Mapping[str, Tensor], round_: int) -> dict[str, Tensor]:
+        """Rotate every module; the product of the factors is unchanged."""
+        turned = dict(tensors)
+        if round_ > 1:
+            for name in tensors:
+                if name.endswith(_A):
+                    path = name.removesuffix(_A)
+                    pair = self.rotate(tensors[name], tensors[path + _B], start[name], start[path + _B], round_)
+                    turned[name], turned[path + _B] = pair
+        return turned
+
+    def rotate(self, a: Tensor, b: Tensor, a_start: Tensor, b_start: Tensor, round_: int) -> tuple[Tensor, Tensor]:
+        """Return (R^T A, B R) with R nearest to the reference of this round's factor."""
+        from fedtune.lora.product import rotation_to
+
+        blend = cast("FedRotLoRA.Parameters", self.parameters).blend
+        turn = rotation_to(a, a_start, blend) if round_ % 2 else rotation_to(b.T, b_start.T, blend)
+        return (turn.T @ a.to(turn.dtype)).to(a.dtype), (b.to(turn.dtype) @ turn).to(b.dtype)

@@ -1,0 +1,43 @@
+"""FedSVD: only B is trained; after each round A is given orthonormal rows by an SVD (arXiv 2505.12805).
+
+mean(B) A is exact; its SVD U S V^T gives A = V^T and B = U S, the same product in a better-conditioned gauge.
+Clients start each round with a fresh optimiser, so no optimiser state refers to the old gauge.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from fedtune.methods.base import ClientUpdate, Method, ServerState
+
+if TYPE_CHECKING:
+    from fedtune.lora.state import LoraModule
+
+
+class FedSVD(Method):
+    """Mean of B, then an SVD of the product."""
+
+    name = "fedsvd"
+    title = "FedSVD"
+    paper = "arXiv:2505.12805"
+    exact = True
+
+    def trainable(self, round_: int, name: str) -> bool:
+        """Train B only; A changes on the server."""
+        return ".lora_A" not in name
+
+    def server_step(self, updates: Sequence[ClientUpdate], state: ServerState, round_: int) -> ServerState:
+        """Average B, then re-orthogonalise every module."""
+        merged = super().server_step(updates, state, round_)
+        return replace(merged, adapter={path: self.orthogonalise(m) for path, m in merged.adapter.items()})
+
+    def orthogonalise(self, module: LoraModule) -> LoraModule:
+        """Return the same product with orthonormal rows of A; an all-zero product keeps its factors."""
+        from fedtune.lora.product import Product, svd
+
+        if not module.b.any():
+            return module
+        u, s, vh = svd(Product(module.b, module.a))
+        return replace(module, b=(u * s).to(module.b.dtype), a=vh.to(module.a.dtype))

@@ -1,0 +1,44 @@
+"""FlexLoRA: the exact mean of the products, cut to the adapter's rank by SVD (arXiv 2402.11505).
+
+M = sum_i w_i s_i B_i A_i is the ideal update; the new factors are B = U_r S_r / s and A = V_r^T. The cut is the
+best possible (Eckart-Young); what it loses is not kept anywhere. M is never built: QR of the stacked factors and
+the SVD of a small core give the same. Gauge-invariant: how a client splits its product does not matter.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from fedtune.methods.base import ClientUpdate, Method, ServerState
+
+if TYPE_CHECKING:
+    from fedtune.lora.state import AdapterState, LoraModule
+
+
+class FlexLoRA(Method):
+    """Rank-r SVD of the mean product."""
+
+    name = "flexlora"
+    title = "FlexLoRA"
+    paper = "arXiv:2402.11505"
+    linear = False
+
+    def server_step(self, updates: Sequence[ClientUpdate], state: ServerState, round_: int) -> ServerState:
+        """Replace each module by the best rank-r factors of the mean product."""
+        from fedtune.lora.state import with_tensors
+
+        adapters = [with_tensors(state.adapter, u.tensors) for u in updates]
+        weights = self.weights(updates)
+        merged: AdapterState = {
+            path: self.merge(module, [a[path] for a in adapters], weights) for path, module in state.adapter.items()
+        }
+        return replace(state, adapter=merged, round=round_)
+
+    def merge(self, module: LoraModule, clients: Sequence[LoraModule], weights: Sequence[float]) -> LoraModule:
+        """Return one module's new factors."""
+        from fedtune.lora import product
+
+        best = product.truncate(product.stack(clients, weights), module.rank)
+        return replace(module, b=(best.left / module.scale).to(module.b.dtype), a=best.right.to(module.a.dtype))

@@ -1,0 +1,42 @@
+"""LoRA-FAIR: the mean of the factors, with B corrected towards the ideal product (arXiv 2411.14961).
+
+B = mean(B) + D, where D minimises ||M/s - (mean(B) + D) mean(A)||^2 + lambda ||D||^2. The paper descends on a
+cosine distance; this is its ridge form, which has the closed solution
+D = (M/s - mean(B) mean(A)) mean(A)^T (mean(A) mean(A)^T + lambda I)^-1. lambda -> infinity is FedIT, lambda -> 0
+projects the ideal update on the row space of mean(A).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, cast
+
+from pydantic import Field
+
+from fedtune.config.schema import Section
+from fedtune.methods.flexlora import FlexLoRA
+
+if TYPE_CHECKING:
+    from fedtune.lora.state import LoraModule
+
+
+class LoRAFAIR(FlexLoRA):
+    """FedIT with a ridge correction of B."""
+
+    name = "lora_fair"
+    title = "LoRA-FAIR (ridge form)"
+    paper = "arXiv:2411.14961"
+
+    class Parameters(Section):
+        """`ridge`: the lambda of the correction; larger stays nearer to FedIT."""
+
+        ridge: float = Field(0.01, gt=0)
+
+    def merge(self, module: LoraModule, clients: Sequence[LoraModule], weights: Sequence[float]) -> LoraModule:
+        """Return the mean factors with B corrected."""
+        from fedtune.lora.product import ridge_factors
+
+        ridge = cast("LoRAFAIR.Parameters", self.parameters).ridge
+        a, b = ridge_factors(clients, weights, ridge)
+        return replace(module, a=a.to(module.a.dtype), b=b.to(module.b.dtype))

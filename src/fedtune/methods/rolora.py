@@ -1,0 +1,20 @@
+"""RoLoRA: odd rounds train and send B, even rounds A; the other factor is the same everywhere (arXiv 2502.01755).
+
+With one factor common, the mean of the other is exact in every round. The first round must train B: while B is 0,
+A has no gradient.
+"""
+
+from fedtune.methods.base import Method
+
+
+class RoLoRA(Method):
+    """Alternating mean of one factor."""
+
+    name = "rolora"
+    title = "RoLoRA"
+    paper = "arXiv:2502.01755"
+    exact = True
+
+    def trainable(self, round_: int, name: str) -> bool:
+        """Train B in odd rounds and A in even ones."""
+        return (".lora_B" in name) if round_ % 2 else (".lora_A" in name)

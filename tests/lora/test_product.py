@@ -1,0 +1,104 @@
+"""Oracles of product space: dense matrices, Eckart-Young, and PEFT's own combinations."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fedtune.lora import product
+from fedtune.lora.state import LoraModule
+
+
+def _module(seed: int, rank: int, alpha: float, rslora: bool = False, out: int = 7, inner: int = 5) -> LoraModule:
+    generator = torch.Generator().manual_seed(seed)
+    a = torch.randn(rank, inner, generator=generator, dtype=torch.float64)
+    b = torch.randn(out, rank, generator=generator, dtype=torch.float64)
+    return LoraModule(a, b, alpha, rslora)
+
+
+MIXED = [_module(1, 2, 4.0), _module(2, 3, 16.0, True), _module(3, 1, 8.0)]
+WEIGHTS = [1.0, 2.5, 0.5]
+
+
+def _dense() -> torch.Tensor:
+    return sum(w * m.delta() for w, m in zip(WEIGHTS, MIXED, strict=True)) / sum(WEIGHTS)  # type: ignore[return-value]
+
+
+def test_the_stack_is_the_mean_with_mixed_ranks_alphas_and_scales() -> None:
+    stacked = product.stack(MIXED, WEIGHTS)
+    assert stacked.left.shape == (7, 6)
+    assert torch.allclose(stacked.dense(), _dense(), atol=1e-12)
+
+
+def test_the_thin_svd_is_the_dense_one() -> None:
+    u, s, vh = product.svd(product.stack(MIXED, WEIGHTS))
+    assert torch.allclose(s, torch.linalg.svdvals(_dense())[: len(s)], atol=1e-12)
+    assert torch.allclose(u * s @ vh, _dense(), atol=1e-12)
+    assert torch.allclose(u.T @ u, torch.eye(len(s), dtype=torch.float64), atol=1e-12)
+
+
+@settings(deadline=None, max_examples=20)
+@given(st.integers(1, 9))
+def test_the_truncation_error_is_the_eckart_young_tail(rank: int) -> None:
+    best = product.truncate(product.stack(MIXED, WEIGHTS), rank)
+    assert best.left.shape == (7, rank)
+    tail = torch.linalg.svdvals(_dense())[rank:].square().sum()
+    assert torch.allclose((best.dense() - _dense()).square().sum(), tail, atol=1e-10)
+
+
+def test_truncations_are_nested() -> None:
+    four, two = (product.truncate(product.stack(MIXED, WEIGHTS), r) for r in (4, 2))
+    assert torch.allclose(four.left[:, :2].abs(), two.left.abs(), atol=1e-10)
+
+
+def test_the_inner_product_is_the_dense_one() -> None:
+    for one in MIXED:
+        for two in MIXED:
+            assert product.inner(one, two) == pytest.approx(float((one.delta() * two.delta()).sum()))
+
+
+def test_a_rotation_is_found_again() -> None:
+    turn = product.nearest_orthogonal(torch.randn(3, 3, dtype=torch.float64))
+    a = torch.randn(3, 6, dtype=torch.float64)
+    assert torch.allclose(product.rotation_to(turn @ a, a), turn, atol=1e-10)
+
+
+def test_regauging_keeps_the_product() -> None:
+    module = MIXED[1]
+    gauge = torch.randn(3, 3, dtype=torch.float64)
+    assert torch.allclose(product.regauge(module, gauge).delta(), module.delta(), atol=1e-10)
+
+
+def test_bfloat16_comes_out_of_float32_sums() -> None:
+    half = [LoraModule(m.a.bfloat16(), m.b.bfloat16(), m.alpha) for m in MIXED]
+    assert product.stack(half, WEIGHTS).left.dtype == torch.float32
+
+
+@pytest.mark.parametrize("how", ["cat", "svd"])
+def test_peft_combines_adapters_to_the_same_delta(tiny_folder: Path, how: str) -> None:
+    """PEFT's `add_weighted_adapter` is an independent implementation of the stack and of the truncated SVD."""
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    ranks = [2, 3]
+    base = AutoModelForCausalLM.from_pretrained(tiny_folder)
+
+    def settings_of(rank: int) -> Any:
+        return LoraConfig(r=rank, lora_alpha=4 * rank, target_modules=["v_proj"], init_lora_weights=False)
+
+    model = get_peft_model(base, settings_of(ranks[0]), "one")
+    model.add_adapter("two", settings_of(ranks[1]))
+    extra = {"svd_rank": 2} if how == "svd" else {}
+    model.add_weighted_adapter(["one", "two"], [0.25, 0.75], "mixed", combination_type=how, **extra)
+    layer = model.get_base_model().model.layers[0].self_attn.v_proj
+    parts = [
+        LoraModule(layer.lora_A[n].weight, layer.lora_B[n].weight, 4.0 * r)
+        for n, r in zip(("one", "two"), ranks, strict=True)
+    ]
+    ours = product.stack(parts, [0.25, 0.75])
+    if how == "svd":
+        ours = product.truncate(ours, 2)
+    assert torch.allclose(ours.dense(), layer.get_delta_weight("mixed"), atol=1e-5)
