@@ -41,6 +41,18 @@ def test_all_mistakes_are_reported_at_once_with_what_was_meant() -> None:
     assert "min_clients = 9 but only 4 are asked a round" in text
 
 
+def test_wrong_values_do_not_hide_wrong_names() -> None:
+    text = _problems({"domain": "finanse", "lora": {"rr": 3}, "train": {"max_steps": 0}, "method": {"name": "fedpox"}})
+    assert text.startswith("settings (4 problems)")
+    for said in (
+        'lora.rr: unknown key; did you mean "r"?',
+        "train.max_steps = 0",
+        'did you mean "finance"?',
+        'did you mean "fedprox"?',
+    ):
+        assert said in text
+
+
 @pytest.mark.parametrize(
     ("tree", "said"),
     [

@@ -49,7 +49,8 @@ def test_mistakes_exit_2_with_the_remedy_and_no_traceback() -> None:
     assert done.returncode == ConfigError.exit_code == 2
     assert 'lora.rr: unknown key; did you mean "r"?' in done.stderr
     assert "Traceback" not in done.stderr
-    assert 'did you mean "finance"?' in fedtune("run", "finanse").stderr
+    assert 'did you mean "finance"?' in done.stderr
+    assert 'did you mean "fedprox"?' in done.stderr
     assert 'did you mean "models"?' in fedtune("ls", "modles").stderr
     assert "unknown arm" in fedtune("run", "finance", "--arms", "locl").stderr
     assert "no such folder" in fedtune("run", "finance", "--data", "/nowhere").stderr

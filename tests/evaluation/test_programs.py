@@ -160,8 +160,7 @@ def test_without_a_sandbox_the_code_tasks_refuse_and_say_what_to_do(
 def test_a_missing_tool_withholds_that_task_only(
     settings: Callable[..., Settings], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real = sandbox.shutil.which
-    monkeypatch.setattr(sandbox.shutil, "which", lambda name: None if name == "node" else real(name))
+    monkeypatch.setattr(sandbox, "_has_tool", lambda tool: tool != "node")
     loaded = TaskItems(TASKS["multiple-js"], (ADD,), (0,), "sha")
     found = evaluate(None, None, loaded, "greedy", settings().config, tmp_path / "log.jsonl", "me")
     assert found.score is None

@@ -194,8 +194,26 @@ def test_without_a_sandbox_nothing_is_run(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_a_missing_tool_is_an_error_of_that_language_only(monkeypatch: pytest.MonkeyPatch) -> None:
-    real = sandbox.shutil.which
-    monkeypatch.setattr(sandbox.shutil, "which", lambda name: None if name == "node" else real(name))
+    monkeypatch.setattr(sandbox, "_has_tool", lambda tool: tool != "node")
     sandbox.require(PYTHON)
     with pytest.raises(sandbox.SandboxError, match="javascript programs need node"):
         sandbox.require(JAVASCRIPT)
+
+
+def test_a_container_is_entered_with_nothing_it_does_not_need(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sandbox, "engine", lambda: "podman")
+    words = sandbox._command(PYTHON.run, PYTHON.limits, True, tmp_path / "work", tmp_path / "tmp")
+    text = " ".join(words)
+    for flag in (
+        "--network none",
+        "--read-only",
+        "--cap-drop ALL",
+        "--pull never",
+        "--user 65534:65534",
+        "--pids-limit 64",
+    ):
+        assert flag in text
+    assert f"-v {tmp_path}/work:/work:ro" in text
+    after = words[words.index(sandbox.IMAGE) + 1 :]
+    assert after[:4] == ["timeout", "-s", "KILL", "5"]
+    assert after[-4:] == ["python3", "-B", "/work/runner.py", "{token}"]

@@ -197,3 +197,11 @@ def test_resume_finds_the_last_unfinished_run(short: Settings, tmp_path: Path, u
     nothing = subprocess.run(again, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert nothing.returncode == ResumeError.exit_code
     assert "no unfinished run" in nothing.stderr
+
+
+def test_a_resumed_run_finishes_the_arms_it_was_started_with(short: Settings, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    environment = {**os.environ, "FEDTUNE_KILL_AT": "2:screen"}
+    subprocess.run(_command(short, out, "--arms", "centralised"), env=environment, capture_output=True, check=False)
+    _, result = run(short, out, resume=True)
+    assert [a.name for a in result.arms] == ["federated", "centralised"]

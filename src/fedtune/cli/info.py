@@ -197,7 +197,7 @@ def _shares(counts: list[dict[str, int]]) -> None:
     most = max(sum(c.values()) for c in counts) or 1
     for client, count in enumerate(counts):
         total = sum(count.values())
-        bar = "█" * round(30 * total / most) or "·"
+        bar = "█" * round(24 * total / most) or "·"
         table.add_row(str(client), str(total), *(str(count.get(k, 0)) for k in shown), bar)
     Console().print(table)
 
@@ -248,7 +248,9 @@ def doctor() -> None:
 
     for name, version in versions().items():
         typer.echo(f"{name:16} {version}")
-    sandbox = shutil.which("bwrap") or shutil.which("docker") or shutil.which("podman")
+    from fedtune.evaluation.sandbox import engine
+
+    sandbox = engine()
     offline = os.environ.get("HF_HUB_OFFLINE", "") not in ("", "0")
     facts = {
         "accelerator": _cuda(),

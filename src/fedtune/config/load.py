@@ -145,6 +145,26 @@ def unranked_reasons(config: Config, protocol: Protocol) -> tuple[str, ...]:
     return tuple(f"{k} is {have.get(k)!r}, locked at {want[k]!r} by {protocol.name}" for k in changed)
 
 
+def _without(tree: Mapping[str, Any], places: Sequence[Sequence[str | int]]) -> dict[str, Any]:
+    """Return nested settings without the entries at some places."""
+    kept = {}
+    for key, value in tree.items():
+        inside = [p[1:] for p in places if p and p[0] == key]
+        if any(len(p) == 0 for p in inside):
+            continue
+        kept[key] = _without(value, inside) if inside and isinstance(value, Mapping) else value
+    return kept
+
+
+def _further(tree: Mapping[str, Any], places: Sequence[Sequence[str | int]], checks: Sequence[Check]) -> list[Problem]:
+    """Return what the checks find in the settings that are left when the wrong ones are taken out."""
+    try:
+        config = Config.model_validate(_without(tree, places))
+    except ValidationError:
+        return []
+    return [p for check in checks for p in check(config)]
+
+
 def load(layers: Sequence[Mapping[str, Any]], checks: Sequence[Check] = (), title: str = "settings") -> Settings:
     """Validate settings, later layers over earlier ones, over the protocol they name.
 
@@ -160,7 +180,8 @@ def load(layers: Sequence[Mapping[str, Any]], checks: Sequence[Check] = (), titl
     try:
         config = Config.model_validate(tree)
     except ValidationError as err:
-        raise ConfigError(title, [_problem(dict(e)) for e in err.errors()]) from err
+        found = [_problem(dict(e)) for e in err.errors()]
+        raise ConfigError(title, found + _further(tree, [e["loc"] for e in err.errors()], checks)) from err
     problems = [p for check in checks for p in check(config)]
     if problems:
         raise ConfigError(title, problems)

@@ -27,7 +27,10 @@ Kind = Literal["passed", "wrong", "error", "timeout", "out-of-memory", "killed",
 MEBIBYTE = 1024**2
 FIRST_USER, USERS = 200_000, 1_000_000
 IMAGE = os.environ.get("FEDTUNE_SANDBOX_IMAGE", "docker.io/library/python:3.11")
-MISSING = "install bubblewrap (apt install bubblewrap), or docker or podman; generated code is never run without one"
+MISSING = (
+    f"install bubblewrap (apt install bubblewrap), or docker or podman with the image {IMAGE} (FEDTUNE_SANDBOX_IMAGE "
+    "names another); generated code is never run without one"
+)
 
 
 class SandboxError(FedtuneError):
@@ -155,11 +158,14 @@ def _nobody() -> list[str]:
     return [*words, "--inh-caps=-all", "--bounding-set=-all"]
 
 
-def _container(engine: str, folder: Path, scratch: Path) -> list[str]:
-    words = [engine, "run", "--rm", "-i", "--network", "none", "--read-only", "--cap-drop", "ALL"]
-    words += ["--security-opt", "no-new-privileges", "--user", "65534:65534"]
+def _container(name: str, folder: Path, scratch: Path, limits: Limits) -> list[str]:
+    """Return the command that enters a container; it ends by itself, since killing the client would not end it."""
+    words = [name, "run", "--rm", "-i", "--pull", "never", "--network", "none", "--read-only", "--cap-drop", "ALL"]
+    words += ["--security-opt", "no-new-privileges", "--user", "65534:65534", "--pids-limit", str(limits.processes)]
+    words += ["--memory", str(limits.memory), "--memory-swap", str(limits.memory)]
     words += ["--workdir", "/tmp", "--env", "HOME=/tmp", "--env", "PYTHONHASHSEED=0"]  # noqa: S108
-    return [*words, "-v", f"{scratch}:/tmp", "-v", f"{folder}:/work:ro", IMAGE]
+    words += ["-v", f"{scratch}:/tmp", "-v", f"{folder}:/work:ro", IMAGE]
+    return [*words, "timeout", "-s", "KILL", str(int(limits.seconds) + 2)]
 
 
 def _works(words: Sequence[str]) -> bool:
@@ -176,9 +182,20 @@ def engine() -> str | None:
         if shutil.which("bwrap") and _works([*_bubblewrap(Path(empty), Path(empty)), *_nobody(), "true"]):
             return "bwrap"
         for name in ("docker", "podman"):
-            if shutil.which(name) and _works([*_container(name, Path(empty), Path(empty)), "true"]):
+            if shutil.which(name) and _works([*_container(name, Path(empty), Path(empty), Limits(30.0)), "true"]):
                 return name
     return None
+
+
+@cache
+def _has_tool(tool: str) -> bool:
+    """Tell whether a tool is there where programs run: on this machine, or in the container's image."""
+    name = engine()
+    if name in (None, "bwrap"):
+        return shutil.which(tool) is not None
+    with tempfile.TemporaryDirectory() as empty:
+        inside = _container(str(name), Path(empty), Path(empty), Limits(30.0))
+        return _works([*inside, "sh", "-c", f"command -v {tool}"])
 
 
 def require(language: Language) -> None:
@@ -189,7 +206,7 @@ def require(language: Language) -> None:
     """
     if engine() is None:
         raise SandboxError(f"no sandbox works on this machine: {MISSING}")
-    if language.tool and not shutil.which(language.tool):
+    if language.tool and not _has_tool(language.tool):
         raise SandboxError(f"{language.name} programs need {language.tool}, which is not installed; other tasks go on")
 
 
@@ -214,7 +231,9 @@ def _command(words: Sequence[str], limits: Limits, map_limit: bool, folder: Path
     limited = _limited(limits, map_limit)
     if name == "bwrap":
         return [*_bubblewrap(folder, scratch), *limited, *_nobody(), *words]
-    return [*_container(name, folder, scratch), *limited, *words]
+    # the image has a Python of its own
+    own = ["python3" if word == sys.executable else word for word in words]
+    return [*_container(name, folder, scratch, limits), *limited, *own]
 
 
 @dataclass(frozen=True)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from torch import Tensor
 
 from fedtune import domains
 from fedtune.config import Config, Settings
@@ -62,10 +65,14 @@ class Session:
                 scores = evaluate_all(model, tokenizer, self.tasks, chosen, target, digest(who), shown)
         else:
             self.adapted.load_state(state)
-            identity = digest([who, {n: t.double().sum().item() for n, t in to_tensors(state).items()}])
+            identity = digest([who, {n: _sha256(t) for n, t in to_tensors(state).items()}])
             scores = evaluate_all(model, tokenizer, self.tasks, chosen, target, identity, shown)
         self.run.add_seconds("evaluation", time.monotonic() - started)
         return scores
+
+
+def _sha256(tensor: Tensor) -> str:
+    return hashlib.sha256(tensor.contiguous().numpy().tobytes()).hexdigest()
 
 
 def _steps(progress: Progress) -> int:
@@ -270,6 +277,9 @@ def run(
             with status(opened):
                 adapted = adapters.attach(base, config.lora, derive_seed(config.seed, "adapter"))
                 session = Session(settings, opened, adapted, adapted.state(), tasks, watch)
-                return path, _work(session, data, extra_arms)
+                # a continued run finishes the arms it was started with
+                wanted = list(extra_arms) or list(opened.manifest.get("arms", []))
+                opened.update(arms=wanted)
+                return path, _work(session, data, wanted)
         finally:
             watch.close()
