@@ -94,6 +94,16 @@ def test_the_nucleus_is_the_smallest_set_that_reaches_the_mass() -> None:
     assert nucleus(logits, 0.01).tolist() == pytest.approx([1, 0, 0, 0])
 
 
+def test_official_programs_are_generated_in_float32_and_the_weights_given_back(tmp_path: Path) -> None:
+    half = load(ModelSettings(name=str(make_folder(tmp_path / "m")), dtype="bfloat16")).model
+    before = {n: p.detach().clone() for n, p in half.named_parameters()}
+    with code._precision(half, "official"):
+        assert {p.dtype for p in half.parameters()} == {torch.float32}
+    assert all(p.dtype == torch.bfloat16 and torch.equal(p, before[n]) for n, p in half.named_parameters())
+    with code._precision(half, "greedy"):
+        assert {p.dtype for p in half.parameters()} == {torch.bfloat16}
+
+
 def test_prompts_stop_words_and_lengths_are_the_benchmarks() -> None:
     mbpp = TASKS["mbpp"].item({"text": "Add.", "test_list": ["assert f(1) == 2", "assert f(2) == 3"], "task_id": 11})
     assert mbpp is not None
@@ -126,6 +136,13 @@ def _toy(monkeypatch: pytest.MonkeyPatch, texts: dict[str, list[str]]) -> list[i
     return asked
 
 
+class NoModel:
+    """A model without weights, for tests in which completions are given."""
+
+    def parameters(self) -> list[torch.Tensor]:
+        return []
+
+
 @needs_sandbox
 def test_programs_are_scored_logged_and_resumed(
     settings: Callable[..., Settings], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -135,15 +152,15 @@ def test_programs_are_scored_logged_and_resumed(
         monkeypatch, {ADD.prompt: ["\n    return x + 1", "\n    return x"], SAME.prompt: ["\n  return (", " return 2"]}
     )
     config = settings(eval__samples=2).config
-    first = evaluate(None, None, loaded, "official", config, tmp_path / "log.jsonl", "me")
+    first = evaluate(NoModel(), None, loaded, "official", config, tmp_path / "log.jsonl", "me")
     assert (first.metric, first.n, first.score) == ("pass@1", 2, 0.25)
     assert first.details["pass@2"] == 0.5
-    assert first.details["compile_rate"] == 0.75
+    assert (first.details["compile_rate"], first.details["timeout_rate"]) == (0.75, 0.0)
     rows = read_lines(tmp_path / "log.jsonl")
     assert [r["value"] for r in rows[1:]] == [0.5, 0.0]
     assert rows[1]["programs"][0] == "def f(x):\n    return x + 1"
     (tmp_path / "log.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows[:2]))
-    assert evaluate(None, None, loaded, "official", config, tmp_path / "log.jsonl", "me") == first
+    assert evaluate(NoModel(), None, loaded, "official", config, tmp_path / "log.jsonl", "me") == first
     assert asked == [2, 1]
 
 

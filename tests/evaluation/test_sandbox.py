@@ -130,6 +130,13 @@ def test_nothing_can_be_written_outside_its_own_tmp(path: str) -> None:
     assert not Path("/tmp/mine").exists()
 
 
+def test_its_own_tmp_is_small() -> None:
+    fill = "for i in range(40):\n    open(f'/tmp/{i}', 'w').write('x' * 2**21)"
+    ended = execute(fill, PYTHON)
+    assert ended.kind == "error"
+    assert "No space left" in ended.detail
+
+
 @pytest.mark.parametrize(
     "cheat",
     [

@@ -61,8 +61,9 @@ def _spread(arm: Arm, score: Score) -> str:
 
 def _row(run: Path | None, arm: Arm, score: Score) -> tuple[str, ...]:
     shown = number(score.score, score.metric) if not score.withheld else "withheld"
-    readable = score.details.get("compile_rate", score.valid_rate)
-    valid = "" if readable is None else f"{readable:.0%}"
+    valid = "" if score.valid_rate is None else f"{score.valid_rate:.0%}"
+    if "compile_rate" in score.details:
+        valid = f"{score.details['compile_rate']:.0%}, {score.details['timeout_rate']:.0%}"
     known = score.withheld or interval(score) + _spread(arm, score)
     return arm.name, str(score.n), shown, known, _delta(run, arm, score), valid
 
@@ -82,7 +83,7 @@ def _table(title: str, metric: str) -> Table:
         table.add_column(name, justify="right", no_wrap=True)
     table.add_column("95 % interval", overflow="fold")
     table.add_column("gain over base, paired", overflow="fold")
-    table.add_column("compiles" if metric == "pass@1" else "valid", justify="right", no_wrap=True)
+    table.add_column("compiles, timeouts" if metric == "pass@1" else "valid", justify="right", overflow="fold")
     return table
 
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from fedtune.config import Config
 from fedtune.evaluation import programs, sandbox
@@ -45,6 +48,23 @@ def unavailable(loaded: TaskItems) -> str:
 def sandbox_language(loaded: TaskItems) -> sandbox.Language:
     """Return the language of a task's programs."""
     return programs.LANGUAGES[loaded.task.language]
+
+
+@contextlib.contextmanager
+def _precision(model: Any, mode: str) -> Iterator[None]:
+    """Generate in float32 in official mode, as the leaderboard's harness does, and give the weights back after.
+
+    A quantised base stays as it is: its weights exist in no other form here.
+    """
+    halves = [p for p in model.parameters() if p.dtype in (torch.bfloat16, torch.float16)] if mode == "official" else []
+    kinds = [p.dtype for p in halves]
+    for parameter in halves:
+        parameter.data = parameter.data.float()
+    try:
+        yield
+    finally:
+        for parameter, kind in zip(halves, kinds, strict=True):
+            parameter.data = parameter.data.to(kind)
 
 
 def _run_batch(loaded: TaskItems, start: int, completions: Sequence[Sequence[str]]) -> list[Sample]:
@@ -100,10 +120,11 @@ def evaluate_programs(
         samples,
         loaded.places[len(rows) :],
     )
-    for batch in made:
-        fresh = _run_batch(loaded, len(rows), batch)
-        append_lines(log, fresh)
-        rows += fresh
-        if on_items:
-            on_items(f"{task.name} ({mode})", len(rows), len(loaded.items))
+    with _precision(model, mode):
+        for batch in made:
+            fresh = _run_batch(loaded, len(rows), batch)
+            append_lines(log, fresh)
+            rows += fresh
+            if on_items:
+                on_items(f"{task.name} ({mode})", len(rows), len(loaded.items))
     return programs.summarise(task.name, mode, rows, samples, loaded.sha256)

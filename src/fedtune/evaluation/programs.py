@@ -76,7 +76,7 @@ def summarise(task: str, mode: str, rows: Sequence[Mapping[str, Any]], k: int = 
     extra = (
         {f"pass@{k}": math.fsum(pass_at(len(r["outcomes"]), _passed(r), k) for r in rows) / n} if k > 1 and n else {}
     )
-    shares = {f"share_{kind}": count / total for kind, count in sorted(kinds.items())} if total else {}
+    shares = {f"share_{kind}": count / total for kind, count in sorted(kinds.items())}
     compiled = sum(o["compiled"] for r in rows for o in r["outcomes"])
     return Score(
         task=task,
@@ -86,7 +86,9 @@ def summarise(task: str, mode: str, rows: Sequence[Mapping[str, Any]], k: int = 
         score=None if withheld else math.fsum(per_problem) / n,
         interval=(spread.low, spread.high) if spread and not withheld else None,
         withheld=withheld,
-        details={**extra, **shares, "compile_rate": compiled / total} if total else {},
+        details={**extra, **shares, "compile_rate": compiled / total, "timeout_rate": kinds["timeout"] / total}
+        if total
+        else {},
         items_sha256=items,
     )
 

@@ -26,6 +26,7 @@ from fedtune.types import FedtuneError
 Kind = Literal["passed", "wrong", "error", "timeout", "out-of-memory", "killed", "no-sandbox"]
 MEBIBYTE = 1024**2
 FIRST_USER, USERS = 200_000, 1_000_000
+TMP_BYTES = 64 * MEBIBYTE
 IMAGE = os.environ.get("FEDTUNE_SANDBOX_IMAGE", "docker.io/library/python:3.11")
 MISSING = (
     f"install bubblewrap (apt install bubblewrap), or docker or podman with the image {IMAGE} (FEDTUNE_SANDBOX_IMAGE "
@@ -126,8 +127,8 @@ def _readable() -> list[str]:
     return [p for p in dict.fromkeys([*system, *python]) if Path(p).exists()]
 
 
-def _bubblewrap(folder: Path, scratch: Path) -> list[str]:
-    """Return the command that enters a sandbox in which only `scratch` (as /tmp) can be written.
+def _bubblewrap(folder: Path, scratch: Path | None) -> list[str]:
+    """Return the command that enters a sandbox in which only /tmp can be written: `scratch`, else in memory.
 
     Root gets no user namespace but a user of its own inside: the kernel does not limit the number of
     root's processes, whatever the namespace calls it, so a fork bomb would not stop.
@@ -142,7 +143,8 @@ def _bubblewrap(folder: Path, scratch: Path) -> list[str]:
     known = {"PATH": "/usr/local/bin:/usr/bin:/bin", "HOME": "/tmp", "PYTHONHASHSEED": "0"}  # noqa: S108
     words += [word for name, value in known.items() for word in ("--setenv", name, value)]
     # /tmp first, so that a Python that lives below it is seen through it
-    words += ["--bind", str(scratch), "/tmp"]  # noqa: S108
+    in_memory = ["--perms", "1777", "--size", str(TMP_BYTES), "--tmpfs", "/tmp"]  # noqa: S108
+    words += ["--bind", str(scratch), "/tmp"] if scratch else in_memory  # noqa: S108
     for path in _readable():
         words += ["--symlink", os.readlink(path), path] if os.path.islink(path) else ["--ro-bind", path, path]
     words += ["--proc", "/proc", "--dev", "/dev", "--remount-ro", "/dev"]
@@ -179,7 +181,7 @@ def _works(words: Sequence[str]) -> bool:
 def engine() -> str | None:
     """Return the sandbox that works here: `bwrap`, `docker`, `podman`, or None."""
     with tempfile.TemporaryDirectory() as empty:
-        if shutil.which("bwrap") and _works([*_bubblewrap(Path(empty), Path(empty)), *_nobody(), "true"]):
+        if shutil.which("bwrap") and _works([*_bubblewrap(Path(empty), None), *_nobody(), "true"]):
             return "bwrap"
         for name in ("docker", "podman"):
             if shutil.which(name) and _works([*_container(name, Path(empty), Path(empty), Limits(30.0)), "true"]):
@@ -224,13 +226,16 @@ def _limited(limits: Limits, map_limit: bool) -> list[str]:
     ]
 
 
-def _command(words: Sequence[str], limits: Limits, map_limit: bool, folder: Path, scratch: Path) -> list[str]:
+def _command(
+    words: Sequence[str], limits: Limits, map_limit: bool, folder: Path, scratch: Path, *, keep: bool = False
+) -> list[str]:
+    """Return the whole command; `keep` leaves /tmp in `scratch` for the next one (a compiler's output)."""
     name = engine()
     if name is None:
         raise SandboxError(f"no sandbox works on this machine: {MISSING}")
     limited = _limited(limits, map_limit)
     if name == "bwrap":
-        return [*_bubblewrap(folder, scratch), *limited, *_nobody(), *words]
+        return [*_bubblewrap(folder, scratch if keep else None), *limited, *_nobody(), *words]
     # the image has a Python of its own
     own = ["python3" if word == sys.executable else word for word in words]
     return [*_container(name, folder, scratch, limits), *limited, *own]
@@ -292,7 +297,7 @@ def _compile(language: Language, folder: Path, scratch: Path, logs: Path) -> Out
     if not language.compile:
         return None
     limits = Limits(language.limits.seconds, output=64 * MEBIBYTE)
-    ended = _call(_command(language.compile, limits, True, folder, scratch), limits, logs)
+    ended = _call(_command(language.compile, limits, True, folder, scratch, keep=True), limits, logs)
     if ended.code == 0:
         return None
     return Outcome("timeout" if ended.code is None else "error", ended.err[-2000:], compiled=False)
@@ -325,9 +330,9 @@ def execute(program: str, language: Language, finish: str = "") -> Outcome:
         if failed := _compile(language, folder, scratch, logs):
             return failed
         words = [word.replace("{token}", token) for word in language.run]
-        return _judge(
-            _call(_command(words, language.limits, language.map_limit, folder, scratch), language.limits, logs), token
-        )
+        kept = bool(language.compile)
+        command = _command(words, language.limits, language.map_limit, folder, scratch, keep=kept)
+        return _judge(_call(command, language.limits, logs), token)
 
 
 def execute_all(
