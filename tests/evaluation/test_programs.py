@@ -1,5 +1,6 @@
 import gzip
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -177,7 +178,7 @@ def test_without_a_sandbox_the_code_tasks_refuse_and_say_what_to_do(
 def test_a_missing_tool_withholds_that_task_only(
     settings: Callable[..., Settings], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sandbox, "_has_tool", lambda tool: tool != "node")
+    monkeypatch.setattr(sandbox, "has_tool", lambda tool: tool != "node")
     loaded = TaskItems(TASKS["multiple-js"], (ADD,), (0,), "sha")
     found = evaluate(None, None, loaded, "greedy", settings().config, tmp_path / "log.jsonl", "me")
     assert found.score is None
@@ -222,7 +223,7 @@ def test_humaneval_in_javascript_is_derived_where_it_can_be(packaged: Callable[.
     assert rows[0]["prompt"].startswith("//Check if in given list of numbers, are any two numbers closer to each other")
     assert rows[0]["prompt"].endswith("//True\nfunction has_close_elements(numbers, threshold){")
     assert "  assert.deepEqual(candidate([1.0, 2.0, 3.9, 4.0, 5.0, 2.2], 0.3), true);" in rows[0]["tests"]
-    if sandbox.engine() and sandbox.shutil.which("node"):
+    if sandbox.engine() and shutil.which("node"):
         body = "return numbers.some((a, i) => numbers.some((b, j) => i !== j && Math.abs(a - b) < threshold));}"
         kinds = [programs.run([rows[0]["prompt"] + b], [rows[0]["tests"]], "javascript")[0].kind for b in (body, "}")]
         assert kinds == ["passed", "wrong"]

@@ -1,6 +1,7 @@
 """One test an attack: the host is untouched, nothing is left running, the verdict is right."""
 
 import os
+import shutil
 import socket
 import threading
 import time
@@ -8,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from fedtune.evaluation import sandbox
+from fedtune.evaluation import confine, sandbox
 from fedtune.evaluation.sandbox import CPP, JAVASCRIPT, PYTHON, Outcome, execute
 
 needs_sandbox = pytest.mark.skipif(
@@ -165,7 +166,7 @@ def test_an_object_that_equals_everything_still_passes_a_known_limit() -> None:
     assert execute(cheat, PYTHON).kind == "passed"
 
 
-@pytest.mark.skipif(not sandbox.shutil.which("node"), reason="node is not installed")
+@pytest.mark.skipif(not shutil.which("node"), reason="node is not installed")
 def test_javascript() -> None:
     head = "const assert = require('node:assert');\nfunction f(x) { return x + 1; }\n"
     assert execute(head + "assert.deepEqual(f(1), 2);", JAVASCRIPT).kind == "passed"
@@ -176,7 +177,7 @@ def test_javascript() -> None:
     assert execute("require('fs').readFileSync('/etc/passwd')", JAVASCRIPT).kind == "error"
 
 
-@pytest.mark.skipif(not sandbox.shutil.which("g++"), reason="g++ is not installed")
+@pytest.mark.skipif(not shutil.which("g++"), reason="g++ is not installed")
 def test_cpp() -> None:
     from fedtune.evaluation.programs import assemble
 
@@ -201,15 +202,15 @@ def test_without_a_sandbox_nothing_is_run(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_a_missing_tool_is_an_error_of_that_language_only(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sandbox, "_has_tool", lambda tool: tool != "node")
+    monkeypatch.setattr(sandbox, "has_tool", lambda tool: tool != "node")
     sandbox.require(PYTHON)
     with pytest.raises(sandbox.SandboxError, match="javascript programs need node"):
         sandbox.require(JAVASCRIPT)
 
 
 def test_a_container_is_entered_with_nothing_it_does_not_need(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sandbox, "engine", lambda: "podman")
-    words = sandbox._command(PYTHON.run, PYTHON.limits, True, tmp_path / "work", tmp_path / "tmp")
+    monkeypatch.setattr(confine, "engine", lambda: "podman")
+    words = confine.command(PYTHON.run, PYTHON.limits, True, tmp_path / "work", tmp_path / "tmp")
     text = " ".join(words)
     for flag in (
         "--network none",
@@ -221,6 +222,6 @@ def test_a_container_is_entered_with_nothing_it_does_not_need(tmp_path: Path, mo
     ):
         assert flag in text
     assert f"-v {tmp_path}/work:/work:ro" in text
-    after = words[words.index(sandbox.IMAGE) + 1 :]
+    after = words[words.index(confine.IMAGE) + 1 :]
     assert after[:4] == ["timeout", "-s", "KILL", "5"]
     assert after[-4:] == ["python3", "-B", "/work/runner.py", "{token}"]
