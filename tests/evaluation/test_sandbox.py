@@ -63,7 +63,7 @@ def test_a_fork_bomb_ends_at_the_limit_and_leaves_nothing() -> None:
     assert ended.kind == "error"
     assert "made " in ended.detail
     assert int(ended.detail.rsplit("made ", 1)[1]) < PYTHON.limits.processes
-    assert _survivors("/work/runner.py") == []
+    assert _survivors("/job/runner.py") == []
 
 
 def test_two_gibibytes_are_not_to_be_had() -> None:
@@ -123,7 +123,7 @@ def test_a_listener_on_the_host_is_not_reached() -> None:
     assert reached == [1]
 
 
-@pytest.mark.parametrize("path", ["/usr/fedtune-was-here", "/work/program.py", "/fedtune-was-here", "/dev/shm/x"])
+@pytest.mark.parametrize("path", ["/usr/fedtune-was-here", "/job/program.py", "/fedtune-was-here", "/dev/shm/x"])
 def test_nothing_can_be_written_outside_its_own_tmp(path: str) -> None:
     assert execute(f"open({path!r}, 'w').write('x')", PYTHON).kind == "error"
     assert not Path("/usr/fedtune-was-here").exists()
@@ -155,7 +155,7 @@ def test_leaving_early_or_a_forged_message_does_not_pass(cheat: str) -> None:
 def test_a_child_that_detaches_dies_with_the_program() -> None:
     orphan = "import os, time\nif os.fork() == 0:\n    os.setsid()\n    if os.fork() == 0:\n        time.sleep(300)\n    os._exit(0)\n"
     assert execute(orphan, PYTHON).kind == "passed"
-    assert _survivors("/work/runner.py") == []
+    assert _survivors("/job/runner.py") == []
 
 
 def test_an_object_that_equals_everything_still_passes_a_known_limit() -> None:
@@ -221,7 +221,7 @@ def test_a_container_is_entered_with_nothing_it_does_not_need(tmp_path: Path, mo
         "--pids-limit 64",
     ):
         assert flag in text
-    assert f"-v {tmp_path}/work:/work:ro" in text
+    assert f"-v {tmp_path}/work:/job:ro" in text
     after = words[words.index(confine.IMAGE) + 1 :]
     assert after[:4] == ["timeout", "-s", "KILL", "5"]
-    assert after[-4:] == ["python3", "-B", "/work/runner.py", "{token}"]
+    assert after[-4:] == ["python3", "-B", "/job/runner.py", "{token}"]

@@ -78,7 +78,7 @@ def _bubblewrap(folder: Path, scratch: Path | None) -> list[str]:
     for path in _readable():
         words += ["--symlink", os.readlink(path), path] if os.path.islink(path) else ["--ro-bind", path, path]
     words += ["--proc", "/proc", "--dev", "/dev", "--remount-ro", "/dev"]
-    return [*words, "--ro-bind", str(folder), "/work", "--chdir", "/tmp"]  # noqa: S108
+    return [*words, "--ro-bind", str(folder), "/job", "--chdir", "/tmp"]  # noqa: S108
 
 
 def _nobody() -> list[str]:
@@ -96,7 +96,7 @@ def _container(name: str, folder: Path, scratch: Path, limits: Limits) -> list[s
     words += ["--security-opt", "no-new-privileges", "--user", "65534:65534", "--pids-limit", str(limits.processes)]
     words += ["--memory", str(limits.memory), "--memory-swap", str(limits.memory)]
     words += ["--workdir", "/tmp", "--env", "HOME=/tmp", "--env", "PYTHONHASHSEED=0"]  # noqa: S108
-    words += ["-v", f"{scratch}:/tmp", "-v", f"{folder}:/work:ro", IMAGE]
+    words += ["-v", f"{scratch}:/tmp", "-v", f"{folder}:/job:ro", IMAGE]
     return [*words, "timeout", "-s", "KILL", str(int(limits.seconds) + 2)]
 
 

@@ -56,7 +56,7 @@ class Language:
 
 _RUNNER = """import sys
 _token = sys.argv[1]
-with open("/work/program.py", encoding="utf-8", errors="surrogateescape") as _handle:
+with open("/job/program.py", encoding="utf-8", errors="surrogateescape") as _handle:
     _source = _handle.read()
 exec(compile(_source, "program.py", "exec"), {})
 sys.stdout.write("\\n" + _token)
@@ -66,14 +66,14 @@ sys.stdout.flush()
 PYTHON = Language(
     "python",
     "program.py",
-    (sys.executable, "-B", "/work/runner.py", "{token}"),
+    (sys.executable, "-B", "/job/runner.py", "{token}"),
     Limits(3.0),
     extra={"runner.py": _RUNNER},
 )
 JAVASCRIPT = Language(
     "javascript",
     "program.js",
-    ("node", "--max-old-space-size=1024", "/work/program.js"),
+    ("node", "--max-old-space-size=1024", "/job/program.js"),
     Limits(5.0),
     tool="node",
     finish="\n;process.stdout.write('\\n{token}');\n",
@@ -84,7 +84,7 @@ CPP = Language(
     "program.cpp",
     ("/tmp/program",),  # noqa: S108 - private to the sandbox
     Limits(15.0),
-    compile=("g++", "-std=c++17", "-o", "/tmp/program", "/work/program.cpp"),  # noqa: S108
+    compile=("g++", "-std=c++17", "-o", "/tmp/program", "/job/program.cpp"),  # noqa: S108
     tool="g++",
 )
 
