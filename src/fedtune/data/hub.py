@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from fedtune.data.files import Row
-from fedtune.types import DataError, FedtuneError, OfflineError
+from fedtune.types import DataError, FedtuneError, ModelError, OfflineError
 
 T = TypeVar("T")
 
@@ -48,8 +48,8 @@ def explain(error: BaseException, what: str, failure: type[FedtuneError]) -> Fed
         return OfflineError(
             f"{what} is not in the local cache and the Hub cannot be reached"
             + (" (HF_HUB_OFFLINE is set)" if os.environ.get("HF_HUB_OFFLINE") else "")
-            + f": {error}. Fetch it once on a connected machine and copy HF_HOME, or use --data FOLDER "
-            "or packaged data (-s data.source=packaged)."
+            + f": {error}. Fetch it once on a connected machine and copy HF_HOME, or use "
+            + ("a local one: --model FOLDER." if failure is ModelError else "--data FOLDER, or packaged data.")
         )
     return failure(f"{what}: {type(error).__name__}: {error}")
 
