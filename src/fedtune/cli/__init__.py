@@ -10,7 +10,7 @@ import warnings
 import typer
 
 from fedtune import __version__
-from fedtune.cli import evaluate, info, run, score
+from fedtune.cli import aggregate, evaluate, info, run, score
 from fedtune.types import CancelledError, FedtuneError
 
 # nothing leaves the machine that nobody asked for, and libraries keep quiet beside our own progress
@@ -40,6 +40,7 @@ app.command("run")(run.run)
 app.command("eval")(evaluate.evaluate)
 app.command("compare")(evaluate.compare)
 app.command("score")(score.score)
+app.command("aggregate")(aggregate.aggregate)
 app.command("data")(info.data)
 app.command("ls")(info.ls)
 app.command("doctor")(info.doctor)

@@ -90,3 +90,32 @@ def with_tensors(like: Mapping[str, LoraModule], tensors: Mapping[str, Tensor]) 
 def parameters(adapter: Mapping[str, LoraModule]) -> int:
     """Return how many numbers the adapter has."""
     return sum(t.numel() for t in to_tensors(adapter).values())
+
+
+def resized(module: LoraModule, rank: int) -> LoraModule:
+    """Return a module of another rank with the same alpha; its factors are placeholders of zeros."""
+    return replace(module, a=module.a.new_zeros(rank, module.a.shape[1]), b=module.b.new_zeros(module.b.shape[0], rank))
+
+
+def from_tensors(
+    tensors: Mapping[str, Tensor], alpha: float, *, rslora: bool = False, conv1d: bool = False
+) -> AdapterState:
+    """Group tensors under PEFT's names into modules.
+
+    Raises:
+        AdapterError: a name that is not of a LoRA adapter, a factor without its other, or shapes that do not fit.
+    """
+    paths = sorted({n.removeprefix(PREFIX).removesuffix(end) for n in tensors for end in (A, B, M) if n.endswith(end)})
+    known = {PREFIX + path + end for path in paths for end in (A, B, M)}
+    odd = sorted(set(tensors) - known) + [
+        PREFIX + p + e for p in paths for e in (A, B) if PREFIX + p + e not in tensors
+    ]
+    if odd or not paths:
+        raise AdapterError(f"not the tensors of a LoRA adapter; unknown or missing: {', '.join(odd[:3]) or 'all'}")
+    state = {}
+    for path in paths:
+        a, b = tensors[PREFIX + path + A], tensors[PREFIX + path + B]
+        if a.dim() != 2 or b.dim() != 2 or a.shape[0] != b.shape[1]:
+            raise AdapterError(f"{path}: A is {tuple(a.shape)} and B {tuple(b.shape)}; they do not multiply")
+        state[path] = LoraModule(a, b, alpha, rslora, tensors.get(PREFIX + path + M), conv1d)
+    return state

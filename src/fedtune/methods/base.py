@@ -116,6 +116,27 @@ class Method:
         merged = {**to_tensors(state.adapter), **self.combine(updates, state)}
         return ServerState(with_tensors(state.adapter, merged), round_, state.extra)
 
+    def aggregate(
+        self, clients: Sequence[AdapterState], examples: Sequence[int], state: ServerState, round_: int, rank: int = 0
+    ) -> ServerState:
+        """Aggregate whole adapters, as clients would send them after a round that started from `state`.
+
+        Args:
+            clients: their adapters; of different ranks only where the method allows it.
+            examples: of each.
+            state: the server's before.
+            round_: which round.
+            rank: of the result, where the method cuts ranks; ignored elsewhere.
+        """
+        from fedtune.lora.state import to_tensors
+
+        start = to_tensors(state.adapter)
+        updates = [
+            ClientUpdate(i, self.payload(to_tensors(adapter), start, round_), n)
+            for i, (adapter, n) in enumerate(zip(clients, examples, strict=True))
+        ]
+        return self.server_step(updates, state, round_)
+
     def view(self, state: ServerState, client: int) -> dict[str, Tensor]:
         """Return what a client downloads at the start of a round.
 

@@ -24,20 +24,35 @@ class FlexLoRA(Method):
     title = "FlexLoRA"
     paper = "arXiv:2402.11505"
     linear = False
+    mixed_ranks = True
 
     def server_step(self, updates: Sequence[ClientUpdate], state: ServerState, round_: int) -> ServerState:
         """Replace each module by the best rank-r factors of the mean product."""
         from fedtune.lora.state import with_tensors
 
         adapters = [with_tensors(state.adapter, u.tensors) for u in updates]
-        weights = self.weights(updates)
+        return self._merged(adapters, self.weights(updates), state, round_)
+
+    def aggregate(
+        self, clients: Sequence[AdapterState], examples: Sequence[int], state: ServerState, round_: int, rank: int = 0
+    ) -> ServerState:
+        """Aggregate adapters of any ranks; the result has the largest one unless told otherwise."""
+        from fedtune.lora.state import resized
+
+        largest = {path: max((c[path] for c in clients), key=lambda m: m.rank) for path in state.adapter}
+        template = {path: resized(module, rank or module.rank) for path, module in largest.items()}
+        return self._merged(clients, [float(n) for n in examples], replace(state, adapter=template), round_)
+
+    def _merged(
+        self, adapters: Sequence[AdapterState], weights: Sequence[float], state: ServerState, round_: int
+    ) -> ServerState:
         merged: AdapterState = {
             path: self.merge(module, [a[path] for a in adapters], weights) for path, module in state.adapter.items()
         }
         return replace(state, adapter=merged, round=round_)
 
     def merge(self, module: LoraModule, clients: Sequence[LoraModule], weights: Sequence[float]) -> LoraModule:
-        """Return one module's new factors."""
+        """Return one module's new factors, of the rank that `module` has."""
         from fedtune.lora import product
 
         best = product.truncate(product.stack(clients, weights), module.rank)

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, cast
 from pydantic import Field
 
 from fedtune.config.schema import Section
+from fedtune.methods.base import Method
 from fedtune.methods.flexlora import FlexLoRA
 
 if TYPE_CHECKING:
@@ -27,6 +28,9 @@ class LoRAFAIR(FlexLoRA):
     name = "lora_fair"
     title = "LoRA-FAIR (ridge form)"
     paper = "arXiv:2411.14961"
+    mixed_ranks = False
+
+    aggregate = Method.aggregate
 
     class Parameters(Section):
         """`ridge`: the lambda of the correction; larger stays nearer to FedIT."""

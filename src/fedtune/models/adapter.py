@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fedtune.config.schema import LoraSettings
 from fedtune.io import read_json, tensor_header, write_bytes, write_json
-from fedtune.lora.state import AdapterState, LoraModule, to_tensors, with_tensors
+from fedtune.lora.state import AdapterState, LoraModule, from_tensors, to_tensors, with_tensors
 from fedtune.models.load import LoadedModel
 from fedtune.types import AdapterError, ModelError, nearest
 
@@ -188,6 +188,23 @@ def read_folder(folder: Path) -> tuple[LoraSettings, str, dict[str, Tensor]]:
         dora=bool(config.get("use_dora")),
     )
     return settings, str(config.get("base_model_name_or_path", "")), tensors
+
+
+def read_state(folder: Path) -> AdapterState:
+    """Read an adapter folder as a state, without its base model.
+
+    Raises:
+        AdapterError, CorruptFileError: as `read_folder`; also for ranks or alphas that differ between layers.
+    """
+    settings, _, tensors = read_folder(folder)
+    config = read_json(folder / CONFIG)
+    if config.get("rank_pattern") or config.get("alpha_pattern"):
+        raise AdapterError(f"{folder}: rank_pattern and alpha_pattern are not read")
+    state = from_tensors(tensors, settings.alpha, rslora=settings.rslora, conv1d=bool(config.get("fan_in_fan_out")))
+    wrong = [path for path, module in state.items() if module.rank != settings.r]
+    if wrong:
+        raise AdapterError(f"{folder}: {wrong[0]} has rank {state[wrong[0]].rank}, its {CONFIG} says {settings.r}")
+    return state
 
 
 def load_folder(base: LoadedModel, folder: Path, *, check_base: bool = True) -> AdaptedModel:

@@ -100,8 +100,8 @@ def _shapes(got: Mapping[str, Tensor], want: Mapping[str, Tensor]) -> tuple[str,
             axis = 0 if ".lora_A" in name else 1
             ranked = got[name].dim() == 2 and ".lora_" in name and got[name].shape[1 - axis] == tensor.shape[1 - axis]
             if ranked:
-                detail = f"rank {got[name].shape[axis]}, expected {tensor.shape[axis]}; this method needs equal ranks"
-                return "rank", f"{name}: {detail} (fedtune ls methods: mixed ranks)"
+                detail = f"rank {got[name].shape[axis]}, expected {tensor.shape[axis]}; in a run all ranks are equal"
+                return "rank", f"{name}: {detail} (for mixed ranks: fedtune aggregate)"
             return "shape", f"{name}: got {tuple(got[name].shape)}, expected {tuple(tensor.shape)}"
     return None
 

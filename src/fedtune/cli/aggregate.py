@@ -1,0 +1,81 @@
+"""`fedtune aggregate`: aggregate PEFT adapter folders that anybody made."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from fedtune.types import ConfigError, Problem
+
+
+def _examples(text: str | None, clients: int) -> list[int]:
+    """Read `--examples 10,20`; one example each by default."""
+    if text is None:
+        return [1] * clients
+    try:
+        counts = [int(part) for part in text.split(",")]
+    except ValueError:
+        counts = []
+    if len(counts) != clients or min(counts, default=0) <= 0:
+        what = f"must be {clients} whole numbers above 0, one a client"
+        raise ConfigError("command line", [Problem(f"--examples {text}", what, "for example 10,20,30")])
+    return counts
+
+
+def _settings(assignments: list[str]) -> tuple[dict[str, Any], int, int]:
+    """Split `--set` into the method's own settings, the round, and the rank of the result."""
+    from fedtune.config import parse_assignment
+
+    chosen: dict[str, Any] = {}
+    for text in assignments:
+        chosen.update(parse_assignment(text))
+    return chosen, int(chosen.pop("round", 1)), int(chosen.pop("rank", 0))
+
+
+def aggregate(
+    method: Annotated[str, typer.Option(help="The method: fedtune ls methods")],
+    out: Annotated[Path, typer.Option(help="The folder of the global adapter.")],
+    clients: Annotated[list[Path], typer.Option(help="PEFT adapter folders; more may follow as arguments.")],
+    more: Annotated[list[Path] | None, typer.Argument(metavar="[DIR]...", help="More client folders.")] = None,
+    examples: Annotated[str | None, typer.Option(help="Examples of each client: 10,20,30")] = None,
+    global_: Annotated[Path | None, typer.Option("--global", help="The adapter the clients started from.")] = None,
+    settings: Annotated[
+        list[str] | None, typer.Option("--set", "-s", help="A setting of the method, round or rank.")
+    ] = None,
+    effective: Annotated[Path | None, typer.Option(help="Also write the dense update of each weight here.")] = None,
+    json_output: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Aggregate adapters with a method's server half; no base model is needed."""
+    import json
+
+    from fedtune.experiment import aggregate as work
+    from fedtune.models.adapter import read_state
+
+    folders = [*clients, *(more or [])]
+    own, round_, rank = _settings(settings or [])
+    built = work.build(method, own)
+    counts = _examples(examples, len(folders))
+    states = work.read_clients(folders, built, round_)
+    start = read_state(global_) if global_ else None
+    result = work.aggregate(built, states, counts, start, round_, rank)
+    work.write(result, folders[0], out)
+    if effective:
+        work.write_effective(result, effective)
+    ranks = sorted({m.rank for m in result.adapter.values()})
+    facts = {
+        "method": method,
+        "clients": len(folders),
+        "weights": list(result.weights),
+        "modules": len(result.adapter),
+        "rank": ranks[0],
+        "relative_error": result.error,
+        "out": str(out),
+        "effective": str(effective) if effective else None,
+    }
+    if json_output:
+        typer.echo(json.dumps(facts))
+        return
+    typer.echo(f"{method}: {len(folders)} adapters of {len(result.adapter)} layers, rank {ranks[0]}, in {out}")
+    typer.echo(f"distance of the effective update to the clients' weighted mean: {result.error:.3e} of its norm")

@@ -1,0 +1,129 @@
+"""`fedtune aggregate` on folders that stock PEFT wrote, against dense matrices."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import safetensors.torch
+import torch
+from typer.testing import CliRunner
+
+from fedtune.cli import app
+from fedtune.models.adapter import read_state
+from fedtune.types import ConfigError, ProblemsError
+
+
+def _folder(tiny: Path, out: Path, seed: int, **settings: Any) -> Path:
+    """Let PEFT alone make and save an adapter with random factors."""
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    torch.manual_seed(seed)
+    config = LoraConfig(
+        **{"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj"], "init_lora_weights": False, **settings}
+    )
+    get_peft_model(AutoModelForCausalLM.from_pretrained(tiny), config).save_pretrained(out)
+    return out
+
+
+@pytest.fixture(scope="module")
+def folders(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    root = tmp_path_factory.mktemp("clients")
+    return [_folder(tiny_folder, root / f"c{i}", i) for i in range(3)]
+
+
+def _run(*words: object) -> dict[str, Any]:
+    done = CliRunner().invoke(app, ["aggregate", *map(str, words), "--json"], catch_exceptions=False)
+    assert done.exit_code == 0, done.output
+    found: dict[str, Any] = json.loads(done.output)
+    return found
+
+
+def _mean(folders: list[Path], weights: list[float]) -> dict[str, torch.Tensor]:
+    states = [read_state(f) for f in folders]
+    return {p: sum(w / sum(weights) * s[p].delta() for w, s in zip(weights, states, strict=True)) for p in states[0]}  # type: ignore[misc]
+
+
+def test_fedit_averages_the_factors_and_writes_what_peft_loads(
+    folders: list[Path], tiny_folder: Path, tmp_path: Path
+) -> None:
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    facts = _run("--method", "fedit", "--examples", "10,20,30", "--out", tmp_path / "out", "--clients", *folders)
+    assert facts["weights"] == pytest.approx([1 / 6, 1 / 3, 1 / 2])
+    states, made = [read_state(f) for f in folders], read_state(tmp_path / "out")
+    for path, module in made.items():
+        assert torch.allclose(
+            module.a, sum(w * s[path].a for w, s in zip(facts["weights"], states, strict=True)), atol=1e-6
+        )
+    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny_folder), tmp_path / "out")
+    layer = model.get_base_model().model.layers[0].self_attn.q_proj
+    assert torch.allclose(layer.get_delta_weight("default"), made["model.layers.0.self_attn.q_proj"].delta(), atol=1e-5)
+    assert facts["relative_error"] > 0.1
+
+
+def test_flexlora_takes_mixed_ranks_alphas_and_scales(tiny_folder: Path, tmp_path: Path) -> None:
+    mixed = [
+        _folder(tiny_folder, tmp_path / "a", 1, r=2, lora_alpha=4),
+        _folder(tiny_folder, tmp_path / "b", 2, r=6, lora_alpha=6, use_rslora=True),
+    ]
+    ideal = _mean(mixed, [1.0, 3.0])
+    dense = tmp_path / "effective.safetensors"
+    words = ["--method", "flexlora", "--examples", "1,3", "--effective", dense, "--clients", *mixed]
+    facts = _run("--out", tmp_path / "out", *words)
+    assert facts["rank"] == 6
+    effective = safetensors.torch.load_file(dense)
+    assert set(effective) == set(ideal)
+    for path, module in read_state(tmp_path / "out").items():
+        assert torch.allclose(effective[path], module.delta(), atol=1e-5)
+        tail = torch.linalg.svdvals(ideal[path])[6:].norm()
+        assert torch.allclose((effective[path] - ideal[path]).norm(), tail, atol=1e-4)
+    whole = _run("--out", tmp_path / "whole", "--set", "rank=8", *words)
+    assert (whole["rank"], whole["relative_error"]) == (8, pytest.approx(0, abs=1e-5))
+
+
+def test_methods_with_a_frozen_factor_want_it_common(folders: list[Path], tmp_path: Path) -> None:
+    with pytest.raises(ProblemsError, match=r"lora_A.weight differs from the first folder's; ffa_lora keeps it frozen"):
+        _run("--method", "ffa_lora", "--out", tmp_path / "out", "--clients", *folders)
+    shared = []
+    first = safetensors.torch.load_file(folders[0] / "adapter_model.safetensors")
+    for i, folder in enumerate(folders):
+        own = safetensors.torch.load_file(folder / "adapter_model.safetensors")
+        made = tmp_path / f"s{i}"
+        made.mkdir()
+        (made / "adapter_config.json").write_bytes((folder / "adapter_config.json").read_bytes())
+        mixed = {n: first[n] if "lora_A" in n else t for n, t in own.items()}
+        safetensors.torch.save_file(mixed, made / "adapter_model.safetensors")
+        shared.append(made)
+    for method in ("ffa_lora", "rolora", "fedsvd"):
+        facts = _run("--method", method, "--out", tmp_path / method, "--clients", *shared)
+        assert facts["relative_error"] == pytest.approx(0, abs=1e-5), method
+
+
+def test_all_reasons_against_bad_folders_are_listed(folders: list[Path], tiny_folder: Path, tmp_path: Path) -> None:
+    pickled = tmp_path / "pickled"
+    pickled.mkdir()
+    (pickled / "adapter_config.json").write_bytes((folders[0] / "adapter_config.json").read_bytes())
+    (pickled / "adapter_model.bin").write_bytes(b"x")
+    with pytest.raises(ProblemsError) as caught:
+        _run("--method", "fedit", "--out", tmp_path / "out", "--clients", folders[0], pickled, tmp_path / "absent")
+    assert "is a pickle" in str(caught.value)
+    assert "not a PEFT adapter folder" in str(caught.value)
+    other = _folder(tiny_folder, tmp_path / "other", 1, target_modules=["q_proj"])
+    small = _folder(tiny_folder, tmp_path / "small", 1, r=2)
+    with pytest.raises(ProblemsError) as caught:
+        _run("--method", "fedit", "--out", tmp_path / "out", "--clients", folders[0], other, small)
+    assert "adapts other layers" in str(caught.value)
+    assert "rank 2, the first has 4; mixed ranks: flexlora" in str(caught.value)
+    assert not (tmp_path / "out").exists()
+
+
+def test_wrong_words_name_the_right_ones(folders: list[Path], tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match='did you mean "flexlora"'):
+        _run("--method", "flexlra", "--out", tmp_path / "out", "--clients", *folders)
+    with pytest.raises(ConfigError, match='lora_fair has no such setting; did you mean "ridge"'):
+        _run("--method", "lora_fair", "--set", "rige=1", "--out", tmp_path / "out", "--clients", *folders)
+    with pytest.raises(ConfigError, match="must be 3 whole numbers above 0"):
+        _run("--method", "fedit", "--examples", "1,2", "--out", tmp_path / "out", "--clients", *folders)
