@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from fedtune.types import ConfigError, Problem, ResumeError, nearest
+
+if TYPE_CHECKING:
+    from fedtune.config import Settings
 
 ARMS = ("federated", "local-only", "centralised")
 Setting = Annotated[list[str] | None, typer.Option("--set", "-s", help="Any setting: -s train.max_steps=10")]
@@ -82,35 +85,27 @@ def _continued(out: Path | None, config: Path | None) -> tuple[Path, Path]:
     return folder, config or folder / SETTINGS
 
 
-def _print(resolved: object) -> None:
+def _print(resolved: Settings) -> None:
     import tomli_w
 
-    from fedtune.config import Settings
-
-    if isinstance(resolved, Settings):
-        typer.echo(tomli_w.dumps(resolved.config.plain()), nl=False)
-        typer.echo(f"# config sha256 {resolved.config.hash}")
-        typer.echo(f"# protocol {resolved.protocol.name} sha256 {resolved.protocol.hash}")
-        for reason in resolved.unranked:
-            typer.echo(f"# unranked: {reason}")
+    typer.echo(tomli_w.dumps(resolved.config.plain()), nl=False)
+    typer.echo(f"# config sha256 {resolved.config.hash}")
+    typer.echo(f"# protocol {resolved.protocol.name} sha256 {resolved.protocol.hash}")
+    for reason in resolved.unranked:
+        typer.echo(f"# unranked: {reason}")
 
 
-def _execute(
-    resolved: object, out: Path | None, resume: bool, force: bool, extra: list[str], json_output: bool
-) -> None:
+def _execute(resolved: Settings, out: Path | None, resume: bool, force: bool, extra: list[str], as_json: bool) -> None:
     from rich.console import Console
 
     from fedtune.cli.progress import TerminalReporter
     from fedtune.cli.tables import doubts, scores
-    from fedtune.config import Settings
     from fedtune.experiment.run import run as execute
 
-    if not isinstance(resolved, Settings):
-        raise TypeError("settings were not resolved")
-    console = Console(stderr=json_output)
+    console = Console(stderr=as_json)
     watch = TerminalReporter(console)
     folder, result = execute(resolved, out, resume=resume, force=force, extra_arms=extra, reporter=watch)
-    if json_output:
+    if as_json:
         typer.echo(result.model_dump_json(indent=1))
     for table in scores(result.arms, folder):
         console.print(table)
