@@ -117,6 +117,11 @@ def test_all_reasons_against_bad_folders_are_listed(folders: list[Path], tiny_fo
         _run("--method", "fedit", "--out", tmp_path / "out", "--clients", folders[0], other, small)
     assert "adapts other layers" in str(caught.value)
     assert "rank 2, the first has 4; mixed ranks: flexlora" in str(caught.value)
+    scaled = _folder(tiny_folder, tmp_path / "scaled", 1, lora_alpha=16)
+    with pytest.raises(ProblemsError, match=r"scale .* 4, the first has 2"):
+        _run("--method", "fedit", "--out", tmp_path / "out", "--clients", folders[0], scaled)
+    with pytest.raises(ProblemsError, match="adapts other layers"):
+        _run("--method", "fedit", "--out", tmp_path / "out", "--global", other, "--clients", *folders)
     assert not (tmp_path / "out").exists()
 
 
@@ -127,3 +132,6 @@ def test_wrong_words_name_the_right_ones(folders: list[Path], tmp_path: Path) ->
         _run("--method", "lora_fair", "--set", "rige=1", "--out", tmp_path / "out", "--clients", *folders)
     with pytest.raises(ConfigError, match="must be 3 whole numbers above 0"):
         _run("--method", "fedit", "--examples", "1,2", "--out", tmp_path / "out", "--clients", *folders)
+    for wrong in ("round=abc", "round=0", "rank=1.5"):
+        with pytest.raises(ConfigError, match=f"--set {wrong}: must be a whole number"):
+            _run("--method", "flexlora", "--set", wrong, "--out", tmp_path / "out", "--clients", *folders)

@@ -24,6 +24,16 @@ def _examples(text: str | None, clients: int) -> list[int]:
     return counts
 
 
+def _whole(chosen: dict[str, Any], name: str, default: int, least: int) -> int:
+    """Take a whole number out of the settings."""
+    value = chosen.pop(name, default)
+    if type(value) is not int or value < least:
+        raise ConfigError(
+            "command line", [Problem(f"--set {name}={value}", f"must be a whole number, {least} or more")]
+        )
+    return value
+
+
 def _settings(assignments: list[str]) -> tuple[dict[str, Any], int, int]:
     """Split `--set` into the method's own settings, the round, and the rank of the result."""
     from fedtune.config import parse_assignment
@@ -31,7 +41,8 @@ def _settings(assignments: list[str]) -> tuple[dict[str, Any], int, int]:
     chosen: dict[str, Any] = {}
     for text in assignments:
         chosen.update(parse_assignment(text))
-    return chosen, int(chosen.pop("round", 1)), int(chosen.pop("rank", 0))
+    round_, rank = _whole(chosen, "round", 1, 1), _whole(chosen, "rank", 0, 0)
+    return chosen, round_, rank
 
 
 def aggregate(
@@ -51,14 +62,14 @@ def aggregate(
     import json
 
     from fedtune.experiment import aggregate as work
-    from fedtune.models.adapter import read_state
 
     folders = [*clients, *(more or [])]
     own, round_, rank = _settings(settings or [])
     built = work.build(method, own)
     counts = _examples(examples, len(folders))
-    states = work.read_clients(folders, built, round_)
-    start = read_state(global_) if global_ else None
+    # the global adapter has to fit the clients' in every way that they have to fit each other
+    given = work.read_clients([*folders, *([global_] if global_ else [])], built, round_)
+    states, start = given[: len(folders)], given[-1] if global_ else None
     result = work.aggregate(built, states, counts, start, round_, rank)
     work.write(result, folders[0], out)
     if effective:

@@ -68,6 +68,11 @@ def _odd(folder: Path, state: AdapterState, first: AdapterState, method: Method)
         elif module.rank != like.rank and not method.mixed_ranks:
             able = ", ".join(m for m in METHODS if METHODS[m].mixed_ranks)
             found.append(Problem(str(folder), f"rank {module.rank}, the first has {like.rank}", f"mixed ranks: {able}"))
+        elif module.scale != like.scale and not method.mixed_ranks:
+            # the factors alone would be averaged, as if all of them stood for the same update
+            found.append(
+                Problem(str(folder), f"scale (alpha over rank) {module.scale:g}, the first has {like.scale:g}")
+            )
         elif module.magnitude is not None and not method.dora:
             found.append(Problem(str(folder), f"a DoRA adapter; {method.name} is not defined for magnitudes"))
         if not all(bool(torch.isfinite(t).all()) for t in (module.a, module.b)):
