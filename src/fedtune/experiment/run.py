@@ -16,20 +16,19 @@ from fedtune.config import Config, Settings
 from fedtune.domains.base import Task
 from fedtune.evaluation import items as item_sets
 from fedtune.evaluation.code import unavailable
-from fedtune.evaluation.metrics import sample_value
 from fedtune.evaluation.run import evaluate_all
 from fedtune.experiment import arms, folder
 from fedtune.experiment.arms import Arm
+from fedtune.experiment.average import mean_score
 from fedtune.experiment.folder import RESULT, RunFolder, cancellable, open_run, status
 from fedtune.experiment.report import Reporter
 from fedtune.federation.checkpoint import Progress
-from fedtune.io import append_lines, digest, folder_lock, read_lines, write_json
+from fedtune.io import append_lines, digest, folder_lock, write_json
 from fedtune.lora.state import AdapterState, to_tensors
 from fedtune.methods.base import ServerState
 from fedtune.models import adapter as adapters
 from fedtune.models import budget, load, zoo
 from fedtune.results import schema
-from fedtune.results.stats import mean_interval
 from fedtune.training import workload
 from fedtune.types import RoundRecord, derive_seed
 
@@ -120,21 +119,6 @@ def _single(
     return schema.Arm(name=name, scores=scores, steps=_steps(progress)), progress
 
 
-def _item_means(logs: Sequence[Path]) -> list[float]:
-    """Return for each item its mean score over several per-sample logs."""
-    columns = [read_lines(log)[1:] for log in logs]
-    return [sum(map(sample_value, rows)) / len(rows) for rows in zip(*columns, strict=True)]
-
-
-def _mean(scores: Sequence[schema.Score], logs: Sequence[Path]) -> schema.Score:
-    """Return the mean over clients of one task's score, with an interval over items of the clients' mean."""
-    values = [s.score for s in scores if s.score is not None]
-    spread = mean_interval(_item_means(logs))
-    known = {"interval": (spread.low, spread.high) if spread and values else None, "strict": None, "macro_f1": None}
-    mean = sum(values) / len(values) if values else None
-    return scores[0].model_copy(update={"score": mean, **known})
-
-
 def _local_only(session: Session, where: Path, data: workload.TrainingData | None) -> tuple[schema.Arm, Progress]:
     """Train and evaluate every client alone, in the rounds in which the federation would have asked it."""
     arm = _prepare(session, "local-only", where, data)
@@ -152,7 +136,7 @@ def _local_only(session: Session, where: Path, data: workload.TrainingData | Non
             key = f"{score.task}/{score.mode}"
             per_client.setdefault(key, []).append(score)
             logs.setdefault(key, []).append(session.run.path / "evals" / room / f"{score.task}.{score.mode}.jsonl")
-    means = [_mean(scores, logs[key]) for key, scores in per_client.items()]
+    means = [mean_score(scores, logs[key]) for key, scores in per_client.items()]
     spread = {key: [s.score for s in scores] for key, scores in per_client.items()}
     return schema.Arm(name="local-only", scores=means, steps=steps, per_client=spread), progress
 
