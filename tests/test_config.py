@@ -58,7 +58,11 @@ def test_wrong_values_do_not_hide_wrong_names() -> None:
     [
         ({"domain": "finanse"}, 'did you mean "finance"?'),
         ({"domain": "finance", "method": {"name": "fedpox"}}, 'did you mean "fedprox"?'),
-        ({"domain": "finance", "method": {"name": "fedprox", "mi": 1}}, 'method.mi: unknown key; did you mean "mu"?'),
+        (
+            {"domain": "finance", "method": {"name": "lora_fair", "rige": 1}},
+            'method.rige: unknown key; did you mean "ridge"',
+        ),
+        ({"domain": "finance", "method": {"name": "fedprox"}}, "goes around any method: --set drift.proximal_mu=0.01"),
         ({"domain": "finance", "protocol": "corected"}, 'did you mean "corrected"?'),
         ({"domain": "finance", "eval": {"tasks": ["fbp"]}}, 'did you mean "fpb"?'),
         ({"domain": "finance", "data": {"partition": "dirichle:1"}}, 'did you mean "dirichlet"?'),
@@ -77,8 +81,11 @@ def test_each_kind_of_mistake_names_its_remedy(tree: dict[str, object], said: st
 
 
 def test_settings_without_effect_are_refused() -> None:
-    text = _problems({"domain": "finance", "method": {"name": "fedprox", "mu": 0.0}})
-    assert "has no effect: with mu = 0 this is FedIT" in text
+    text = _problems({"domain": "finance", "method": {"name": "fedrot_lora", "blend": 0.0}})
+    assert "has no effect: with blend = 0 this is FedIT" in text
+    text = _problems({"domain": "finance", "server": {"tau": 0.1}, "attack": {"kind": "boost"}})
+    assert "server: has no effect without server.optimizer" in text
+    assert "attack: needs both a kind and clients" in text
 
 
 def test_later_layers_win_and_the_protocol_lies_below() -> None:
@@ -148,9 +155,9 @@ def test_assignments_are_toml_or_words() -> None:
 
 def test_a_file_and_the_command_line_make_one_config(tmp_path: Path) -> None:
     file = tmp_path / "run.toml"
-    file.write_text('domain = "finance"\nseed = 7\n[method]\nname = "fedprox"\nmu = 0.5\n')
+    file.write_text('domain = "finance"\nseed = 7\n[method]\nname = "lora_fair"\nridge = 0.5\n')
     made = resolve(file, {"seed": 8}, ["lora.r=8"]).config
-    assert (made.seed, made.lora.r, made.method.parameters) == (8, 8, {"mu": 0.5})
+    assert (made.seed, made.lora.r, made.method.parameters) == (8, 8, {"ridge": 0.5})
     file.write_text("domain = \n")
     with pytest.raises(ConfigError, match=re.escape(str(file)) + r".*\(at line 1"):
         resolve(file, {}, [])
@@ -161,6 +168,6 @@ def test_merge_keeps_what_is_below() -> None:
 
 
 def test_create_builds_the_method_with_its_settings(settings: Callable[..., Settings]) -> None:
-    method = methods.create(settings(method={"name": "fedprox", "mu": 0.25}).config)
-    assert isinstance(method, methods.METHODS["fedprox"])
-    assert method.mu == 0.25  # type: ignore[attr-defined]
+    method = methods.create(settings(method={"name": "lora_fair", "ridge": 0.25}).config).method
+    assert isinstance(method, methods.METHODS["lora_fair"])
+    assert method.parameters.model_dump() == {"ridge": 0.25}

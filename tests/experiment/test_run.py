@@ -187,7 +187,7 @@ def test_tiny_and_empty_shards_are_survived(settings: Callable[..., Settings], t
 
 @pytest.mark.parametrize("lora", [{"dora": True}, {"rslora": True, "dropout": 0.1}, {"target_modules": ["all-linear"]}])
 def test_every_kind_of_adapter_runs(settings: Callable[..., Settings], tmp_path: Path, lora: dict[str, Any]) -> None:
-    made = settings(lora=lora, method={"name": "fedprox", "mu": 0.1}, federation={"rounds": 2}, eval={"limit": 2})
+    made = settings(lora=lora, drift={"proximal_mu": 0.1}, federation={"rounds": 2}, eval={"limit": 2})
     _, result = run(made, tmp_path / "run")
     assert result.rounds == 2
     assert result.bytes_down + result.bytes_up == result.bytes_predicted
@@ -205,6 +205,10 @@ def test_an_arm_can_be_the_run(settings: Callable[..., Settings], tmp_path: Path
 def test_every_method_runs_and_its_bytes_are_predicted(
     settings: Callable[..., Settings], tmp_path: Path, name: str
 ) -> None:
-    _, result = run(settings(method={"name": name}, eval={"limit": 2}), tmp_path / "run")
+    path, result = run(settings(method={"name": name}, eval={"limit": 2}), tmp_path / "run")
     assert (result.rounds, result.skipped_rounds, result.lost_clients) == (3, 0, 0)
-    assert result.bytes_down + result.bytes_up == result.bytes_predicted
+    if result.bytes_predicted is not None:
+        assert result.bytes_down + result.bytes_up == result.bytes_predicted
+    each = result.arms[-1].per_client
+    assert bool(each) is METHODS[name].personalised
+    assert (path / "adapter").exists() is METHODS[name].global_adapter

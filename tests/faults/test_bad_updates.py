@@ -57,7 +57,7 @@ def toy_app(bad: Answer | None = None) -> ClientApp:
 def federation(config: Config, folder: Path, app: ClientApp, **extra: Any) -> Federation:
     return Federation(
         config=config,
-        method=methods.create(config),
+        recipe=methods.create(config),
         grid=extra.pop("grid", None) or LocalGrid(app, config.federation.clients),
         registered=extra.pop("registered", dict.fromkeys(range(config.federation.clients), 50)),
         run_id="run",
@@ -132,9 +132,9 @@ CASES: dict[str, tuple[Answer, str, str]] = {
     "extra tensor": (_with(lambda t: {**t, "surprise": torch.ones(1)}), "keys", "unknown .*surprise"),
     "renamed tensor": (_with(lambda t: {n + "x": x for n, x in t.items()}), "keys", "2/2"),
     "broadcastable shape": (_put(A, lambda t: t[:1, :1]), "shape", r"\(1, 1\), expected \(2, 3\)"),
-    "wrong rank": (_put(A, lambda t: t[:1]), "rank", "rank 1, expected 2.*mixed ranks"),
+    "wrong rank": (_put(A, lambda t: t[:1]), "rank", "rank 1, this client's is 2"),
     "wrong dtype": (_put(B, lambda t: t.half()), "dtype", "torch.float16, expected torch.float32"),
-    "stale": (_identity(round=0), "stale", "round 0, now is run run round 1"),
+    "stale": (_identity(round=0), "stale", "round 0.1, now is run run round 1.1"),
     "other run": (_identity(run="yesterday"), "stale", "yesterday"),
     "impostor": (_identity(client=1), "unknown_client", "claims to be client|claims to be 1"),
     "no update": (_only(messages.ADAPTER), "malformed", "lacks its identity or its update"),

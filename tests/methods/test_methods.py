@@ -1,5 +1,7 @@
-"""Properties of every method in the registry, and of each one's own."""
+"""Properties that every method in the registry has, or is known not to have. Float64, non-square, both orientations."""
 
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
@@ -8,257 +10,251 @@ from torch import Tensor
 
 from fedtune.config import Config
 from fedtune.lora import product
+from fedtune.lora.base_delta import effective
 from fedtune.lora.product import regauge
-from fedtune.lora.state import PREFIX, AdapterState, LoraModule, to_tensors, with_tensors
-from fedtune.methods import METHODS, ClientUpdate, Method, ServerState
-from fedtune.methods.fedprox import FedProx
+from fedtune.lora.state import AdapterState, LoraModule, to_tensors
+from fedtune.methods import METHODS, Method, Scene, ServerState, problems
+from fedtune.methods.base import Sizes
+
+OUT, IN, RANK = 7, 5, 2
 
 
-def _adapter(seed: int) -> AdapterState:
+def adapter(seed: int, rank: int = RANK, alpha: float = 8.0, *, rslora: bool = False) -> AdapterState:
+    """Two layers, one of them stored the other way round."""
     generator = torch.Generator().manual_seed(seed)
 
     def draw(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=generator, dtype=torch.float64)
 
-    return {f"layer.{i}.q": LoraModule(draw(2, 3), draw(5, 2), 8.0) for i in range(2)}
+    return {
+        f"layer.{i}.q": LoraModule(draw(rank, IN), draw(OUT, rank), alpha, rslora, conv1d=bool(i)) for i in range(2)
+    }
 
 
-def _client(method: Method, seed: int, state: ServerState, round_: int) -> dict[str, Tensor]:
-    """Return a client's tensors after training: what the method does not train is as downloaded."""
-    start, trained = to_tensors(state.adapter), to_tensors(_adapter(seed))
-    return {n: trained[n] if method.trainable(round_, n) else start[n] for n in start}
+def make(name: str, **settings: Any) -> Method:
+    kind = METHODS[name]
+    return kind(kind.Parameters.model_validate(settings), Scene(seed=3))
 
 
-def _updates(
-    method: Method, seeds: list[int], examples: list[int], round_: int = 1, state: ServerState | None = None
-) -> list[ClientUpdate]:
-    known = state or ServerState(_adapter(0))
-    made = []
-    for client, (seed, count) in enumerate(zip(seeds, examples, strict=True)):
-        trained = _client(method, seed, known, round_)
-        made.append(ClientUpdate(client, method.payload(trained, to_tensors(known.adapter), round_), count))
-    return made
+START = adapter(0)
 
 
-def _model(method: Method, seed: int, round_: int = 1) -> ServerState:
-    """Return the state that one client's own model would be."""
-    state = ServerState(_adapter(0))
-    return ServerState(with_tensors(state.adapter, _client(method, seed, state, round_)))
+def clients(method: Method, seeds: list[int], round_: int) -> list[AdapterState]:
+    """Return adapters as the method's clients may have them: what has to be common is the start's."""
+    found = []
+    for seed in seeds:
+        own, first = to_tensors(adapter(seed)), to_tensors(START)
+        tensors = {n: first[n] if method.common(round_, n) else t for n, t in own.items()}
+        found.append(_state(tensors))
+    return found
+
+
+def _state(tensors: Mapping[str, Tensor]) -> AdapterState:
+    from fedtune.lora.state import with_tensors
+
+    return with_tensors(START, tensors)
+
+
+def dense(state: ServerState) -> dict[str, Tensor]:
+    return {path: whole.dense() for path, whole in effective(state.adapter, state.base).items()}
+
+
+def mean(adapters: list[AdapterState], weights: list[float]) -> dict[str, Tensor]:
+    """The ideal update, by dense matrices."""
+    shares = [w / sum(weights) for w in weights]
+    return {
+        p: sum(w * a[p].scale * a[p].b @ a[p].a for w, a in zip(shares, adapters, strict=True))  # type: ignore[misc]
+        for p in adapters[0]
+    }
+
+
+def same(one: Mapping[str, Tensor], two: Mapping[str, Tensor], atol: float = 1e-10) -> bool:
+    return all(torch.allclose(one[k], two[k], atol=atol) for k in one)
+
+
+def run(method: Method, adapters: list[AdapterState], weights: list[float], round_: int = 1) -> dict[str, Tensor]:
+    state = ServerState(START, round_ - 1)
+    if not method.global_adapter:
+        made = method.personal(adapters, weights, method.aggregate(adapters, weights, state, round_))
+        assert made is not None
+        return {f"{i}.{p}": m.scale * m.b @ m.a for i, a in enumerate(made) for p, m in a.items()}
+    return dense(method.aggregate(adapters, weights, state, round_))
 
 
 ROUNDS = [1, 2, 3]
+GLOBAL = [n for n in METHODS if METHODS[n].global_adapter]
 
 
 @pytest.fixture(params=list(METHODS))
 def method(request: pytest.FixtureRequest) -> Method:
-    kind = METHODS[request.param]
-    return kind(kind.Parameters())
+    return make(request.param)
 
 
-def _delta(state: ServerState) -> dict[str, Tensor]:
-    return {path: module.delta() for path, module in state.adapter.items()}
-
-
-def _same(one: ServerState, two: ServerState) -> bool:
-    first, second = _delta(one), _delta(two)
-    return all(torch.allclose(first[k], second[k], atol=1e-10) for k in first)
+@pytest.fixture(params=GLOBAL)
+def shared(request: pytest.FixtureRequest) -> Method:
+    return make(request.param)
 
 
 @pytest.mark.parametrize("round_", ROUNDS)
-def test_one_client_is_its_own_model(method: Method, round_: int) -> None:
-    after = method.server_step(_updates(method, [1], [7], round_), ServerState(_adapter(0)), round_)
-    assert _same(after, _model(method, 1, round_))
-    assert after.round == round_
+def test_one_client_is_its_own_model(shared: Method, round_: int) -> None:
+    one = clients(shared, [1], round_)
+    assert same(run(shared, one, [7.0], round_), mean(one, [1.0]))
 
 
 @pytest.mark.parametrize("round_", ROUNDS)
-def test_identical_clients_are_a_fixed_point(method: Method, round_: int) -> None:
-    after = method.server_step(_updates(method, [1, 1, 1], [3, 5, 7], round_), ServerState(_adapter(0)), round_)
-    assert _same(after, _model(method, 1, round_))
+def test_identical_clients_are_a_fixed_point(shared: Method, round_: int) -> None:
+    three = clients(shared, [1, 1, 1], round_)
+    assert same(run(shared, three, [3.0, 5.0, 7.0], round_), mean(three[:1], [1.0]))
 
 
 @pytest.mark.parametrize("round_", ROUNDS)
-def test_the_order_of_clients_does_not_matter(method: Method, round_: int) -> None:
-    updates = _updates(method, [1, 2, 3], [3, 5, 7], round_)
-    state = ServerState(_adapter(0))
-    assert _same(method.server_step(updates, state, round_), method.server_step(updates[::-1], state, round_))
+def test_zero_updates_leave_the_model_as_it_is(shared: Method, round_: int) -> None:
+    assert same(run(shared, [START, START], [1.0, 2.0], round_), mean([START], [1.0]))
 
 
 @pytest.mark.parametrize("round_", ROUNDS)
-def test_a_method_that_says_exact_is_the_mean_of_the_effective_updates(method: Method, round_: int) -> None:
-    updates = _updates(method, [1, 2, 3], [3, 5, 7], round_)
-    after = _delta(method.server_step(updates, ServerState(_adapter(0)), round_))
-    deltas = [_delta(_model(method, seed, round_)) for seed in (1, 2, 3)]
-    gap = max(
-        float((after[k] - sum(w / 15 * d[k] for w, d in zip((3, 5, 7), deltas, strict=True))).norm()) for k in after
-    )
-    assert (gap < 1e-10) is method.exact
+def test_the_order_of_clients_does_not_matter(shared: Method, round_: int) -> None:
+    three, weights = clients(shared, [1, 2, 3], round_), [3.0, 5.0, 7.0]
+    assert same(run(shared, three, weights, round_), run(shared, three[::-1], weights[::-1], round_))
+
+
+def test_only_the_ratio_of_weights_counts(method: Method) -> None:
+    three = clients(method, [1, 2, 3], 1)
+    assert same(run(method, three, [1.0, 2.0, 3.0]), run(method, three, [10.0, 20.0, 30.0]))
+
+
+def test_a_doubled_client_is_a_doubled_weight(shared: Method) -> None:
+    one, two = clients(shared, [1, 2], 1)
+    assert same(run(shared, [one, two, two], [4.0, 6.0, 6.0]), run(shared, [one, two], [4.0, 12.0]))
+
+
+@pytest.mark.parametrize("round_", ROUNDS)
+def test_a_method_that_says_exact_is_the_mean_of_the_effective_updates(shared: Method, round_: int) -> None:
+    three, weights = clients(shared, [1, 2, 3], round_), [3.0, 5.0, 7.0]
+    # rounds in which one factor is common are exact for anyone who averages the other
+    assert same(run(shared, three, weights, round_), mean(three, weights)) is shared.exact
 
 
 # the factors are averaged apart, so how a client splits its product matters to them
-GAUGE_DEPENDENT = {"fedit", "fedprox", "fedrot_lora", "lora_fair"}
+GAUGE_DEPENDENT = {"fedit", "fedrot_lora", "lora_fair", "rbla", "fedilora", "hetlora", "feddpa", "fedkseed"}
 
 
-def test_a_change_of_gauge_by_one_client_changes_nothing_unless_the_method_is_known_for_it(method: Method) -> None:
-    state = ServerState(_adapter(0))
-    plain = _updates(method, [1, 2], [1, 1])
-    tensors = dict(plain[0].tensors)
-    turned = {
-        n: regauge(m, torch.tensor([[2.0, 1.0], [0.5, -3.0]], dtype=torch.float64)) for n, m in _adapter(1).items()
-    }
-    for name, tensor in to_tensors(turned).items():
-        if name in tensors:
-            tensors[name] = tensor
-    frozen = set(to_tensors(state.adapter)) - set(tensors)
-    if frozen:
+def test_a_change_of_gauge_by_one_client_changes_nothing_unless_the_method_is_known_for_it(shared: Method) -> None:
+    one, two = clients(shared, [1, 2], 1)
+    if any(shared.common(1, n) for n in to_tensors(START)):
         return  # with a common frozen factor a client has no gauge to choose
-    moved = [ClientUpdate(0, tensors, 1), plain[1]]
-    same = _same(method.server_step(plain, state, 1), method.server_step(moved, state, 1))
-    assert same is (method.name not in GAUGE_DEPENDENT)
+    gauge = torch.tensor([[2.0, 1.0], [0.5, -3.0]], dtype=torch.float64)
+    moved = {path: regauge(m, gauge) for path, m in one.items()}
+    unchanged = same(run(shared, [one, two], [1.0, 1.0]), run(shared, [moved, two], [1.0, 1.0]))
+    assert unchanged is (shared.name not in GAUGE_DEPENDENT)
 
 
-@pytest.mark.parametrize("round_", ROUNDS)
-def test_what_is_not_trained_is_bit_for_bit_what_it_was(method: Method, round_: int) -> None:
-    state = ServerState(_adapter(0))
-    sent = _updates(method, [1, 2], [1, 1], round_)[0].tensors
-    assert all(method.trainable(round_, n) for n in sent)
-    if method.name in ("ffa_lora", "rolora"):
-        after = to_tensors(method.server_step(_updates(method, [1, 2], [1, 1], round_), state, round_).adapter)
-        before = to_tensors(state.adapter)
-        assert all(torch.equal(after[n], before[n]) for n in before if not method.trainable(round_, n))
+def test_no_method_is_in_neither_list() -> None:
+    frozen = {n for n in GLOBAL if any(make(n).common(1, t) for t in to_tensors(START))}
+    invariant = {"flora", "fedex_lora", "flexlora", "hlora", "florist", "fedmomentum", "fedask"}
+    assert GAUGE_DEPENDENT | frozen | invariant == set(GLOBAL)
 
 
-def test_a_doubled_client_is_a_doubled_weight(method: Method) -> None:
-    state = ServerState(_adapter(0))
-    doubled = method.server_step(_updates(method, [1, 2, 2], [4, 6, 6]), state, 1)
-    assert _same(doubled, method.server_step(_updates(method, [1, 2], [4, 12]), state, 1))
+@pytest.mark.parametrize("change", [{"alpha": 2.0}, {"alpha": 3.0, "rslora": True}])
+def test_the_same_update_under_another_alpha_is_the_same_update(method: Method, change: dict[str, Any]) -> None:
+    one, two = clients(method, [1, 2], 1)
+    other = {}
+    for path, module in two.items():
+        moved = replace(module, **change)
+        other[path] = replace(moved, b=module.b * (module.scale / moved.scale))
+    if any(method.common(1, n) for n in to_tensors(START)):
+        assert same(mean([two], [1.0]), mean([other], [1.0]))
+    assert same(run(method, [one, two], [1.0, 3.0]), run(method, [one, other], [1.0, 3.0]))
 
 
-def test_the_state_given_is_not_changed(method: Method) -> None:
-    state = ServerState(_adapter(0))
-    method.server_step(_updates(method, [1, 2], [1, 1]), state, 1)
-    assert _same(state, ServerState(_adapter(0)))
+def test_half_precision_is_summed_in_float32(method: Method) -> None:
+    three = clients(method, [1, 2, 3], 1)
+    half = [{p: replace(m, a=m.a.bfloat16(), b=m.b.bfloat16()) for p, m in a.items()} for a in [*three, START]]
+    wide = [{p: replace(m, a=m.a.double(), b=m.b.double()) for p, m in a.items()} for a in half]
+
+    def result(adapters: list[AdapterState]) -> dict[str, Tensor]:
+        after = method.aggregate(adapters[:3], [1.0, 2.0, 3.0], ServerState(adapters[3]), 1)
+        return {p: w.dense().double() for p, w in effective(after.adapter, after.base).items()}
+
+    low, high = result(half), result(wide)
+    assert all((low[p] - high[p]).norm() < 0.02 * high[p].norm() for p in low)
 
 
-def test_what_a_client_downloads_fits_what_it_must_send(method: Method) -> None:
-    state = ServerState(_adapter(0))
-    view, expected = method.view(state, 0), method.expected(state, 0, 1)
-    assert set(view) <= set(to_tensors(state.adapter))
-    assert set(_updates(method, [1], [1])[0].tensors) == set(expected)
+def test_the_same_call_gives_the_same_bits_and_changes_no_input(method: Method) -> None:
+    three = clients(method, [1, 2, 3], 1)
+    before = [{n: t.clone() for n, t in to_tensors(a).items()} for a in [*three, START]]
+    one, two = (run(method, three, [1.0, 2.0, 3.0]) for _ in range(2))
+    assert all(torch.equal(one[k], two[k]) for k in one)
+    after = [to_tensors(a) for a in [*three, START]]
+    assert all(torch.equal(b[n], a[n]) for b, a in zip(before, after, strict=True) for n in b)
 
 
-def test_every_method_says_where_it_comes_from(method: Method) -> None:
+MIXED = [adapter(1, 1, 4.0), adapter(2, 3, 16.0, rslora=True), adapter(3, 2, 8.0)]
+
+
+@pytest.mark.parametrize("name", [n for n in METHODS if METHODS[n].mixed_ranks and n != "lora_a2"])
+def test_mixed_ranks_and_scales(name: str) -> None:
+    method, weights = make(name), [1.0, 2.5, 0.5]
+    got, ideal = run(method, MIXED, weights), mean(MIXED, weights)
+    if method.exact:
+        assert same(got, ideal)
+    alone = run(method, MIXED[1:2], [1.0])
+    assert same(alone, mean(MIXED[1:2], [1.0]))
+    assert same(run(method, MIXED[::-1], weights[::-1]), got)
+
+
+def test_every_flag_is_told_in_the_same_words(method: Method) -> None:
     assert method.paper.startswith("arXiv:")
     assert method.title
     assert (type(method).__doc__ or "").strip()
+    assert method.dora in ("", "mean", "exact")
+    assert method.global_adapter or method.personalised
+    up, down = method.traffic(Sizes(4096 * 32, 1024 * 32, 32, 10))
+    assert up >= 0 <= down
 
 
-def test_fedit_is_the_mean_of_the_factors_and_off_by_their_covariance() -> None:
-    method = METHODS["fedit"](METHODS["fedit"].Parameters())
-    updates = _updates(method, [1, 2], [1, 3])
-    after = method.server_step(updates, ServerState(_adapter(0)), 1).adapter["layer.0.q"]
-    one, two = _adapter(1)["layer.0.q"], _adapter(2)["layer.0.q"]
-    assert torch.allclose(after.a, 0.25 * one.a + 0.75 * two.a)
-    assert torch.allclose(after.b, 0.25 * one.b + 0.75 * two.b)
-    ideal = 0.25 * one.delta() + 0.75 * two.delta()
-    spread = sum(w * (m.b - after.b) @ (m.a - after.a) for w, m in ((0.25, one), (0.75, two)))
-    assert torch.allclose(ideal - after.delta(), after.scale * spread)
+def test_names_are_those_of_the_files(method: Method) -> None:
+    assert type(method).__module__ == f"fedtune.methods.{method.name}"
 
 
-def test_fedprox_pulls_towards_the_download_with_mu_times_the_distance() -> None:
-    method = FedProx(FedProx.Parameters(mu=0.3))
-    start = to_tensors(_adapter(0))
-    now: dict[str, Any] = {k: t.clone().requires_grad_() for k, t in to_tensors(_adapter(1)).items()}
-    term = method.loss_term(now, start)
-    assert term is not None
-    term.backward()
-    for name, tensor in now.items():
-        assert torch.allclose(tensor.grad, 0.3 * (tensor.detach() - start[name]))
-    assert METHODS["fedit"](METHODS["fedit"].Parameters()).loss_term(now, start) is None
+@dataclass(frozen=True)
+class Refusal:
+    settings: dict[str, Any]
+    said: str
 
 
-def test_views_are_rebuilt_into_the_same_adapter() -> None:
-    method = METHODS["fedit"](METHODS["fedit"].Parameters())
-    state = ServerState(_adapter(4))
-    assert _same(ServerState(with_tensors(state.adapter, method.view(state, 3))), state)
+REFUSALS = [
+    Refusal({"lora": {"dora": True}, "method": {"name": "flora"}}, "flora is not defined for DoRA's magnitudes"),
+    Refusal({"lora": {"ranks": [4, 8, 16, 2]}}, "fedit needs one rank for all clients; mixed ranks: flora, flexlora"),
+    Refusal({"lora": {"ranks": [4, 8]}, "method": {"name": "flora"}}, "has 2 ranks for 4 clients"),
+    Refusal({"server": {"optimizer": "fedadam"}, "method": {"name": "flexlora"}}, "flexlora's factors change"),
+    Refusal({"robust": {"rule": "krum"}, "method": {"name": "fed_sb"}}, "an update of fed_sb cannot be compared"),
+    Refusal({"drift": {"scaffold": True}}, "is defined for SGD only; set train.optimizer = sgd"),
+    Refusal(
+        {"drift": {"scaffold": True}, "train": {"optimizer": "sgd"}, "method": {"name": "fedalt"}},
+        "its control variates do not fit fedalt",
+    ),
+    Refusal({"attack": {"kind": "boost", "clients": [9]}}, "there are clients 0 to 3"),
+]
 
 
-def _mean_product(seeds: list[int], weights: list[float], path: str = "layer.0.q") -> Tensor:
-    return sum(w / sum(weights) * _adapter(s)[path].delta() for s, w in zip(seeds, weights, strict=True))  # type: ignore[return-value]
+@pytest.mark.parametrize("case", REFUSALS, ids=lambda c: c.said)
+def test_what_does_not_go_together_is_refused_by_name(case: Refusal) -> None:
+    config = Config.model_validate({"domain": "finance", **case.settings})
+    assert any(case.said in str(p) for p in problems(config)), [str(p) for p in problems(config)]
 
 
-def test_flexlora_is_the_best_rank_r_approximation_of_the_mean_product() -> None:
-    method = METHODS["flexlora"](METHODS["flexlora"].Parameters())
-    after = method.server_step(_updates(method, [1, 2, 3], [1, 2, 3]), ServerState(_adapter(0)), 1)
-    ideal = _mean_product([1, 2, 3], [1.0, 2.0, 3.0])
-    values = torch.linalg.svdvals(ideal)
-    error = (ideal - after.adapter["layer.0.q"].delta()).norm()
-    assert torch.allclose(error**2, values[2:].square().sum())
-    fedit = METHODS["fedit"](METHODS["fedit"].Parameters())
-    worse = fedit.server_step(_updates(fedit, [1, 2, 3], [1, 2, 3]), ServerState(_adapter(0)), 1)
-    assert error < (ideal - worse.adapter["layer.0.q"].delta()).norm()
+def test_product_space_methods_are_never_worse_than_fedit() -> None:
+    three, weights = clients(make("fedit"), [1, 2, 3], 1), [1.0, 2.0, 3.0]
+    ideal = mean(three, weights)
 
+    def error(name: str) -> float:
+        got = run(make(name), three, weights)
+        return sum(float((got[p] - ideal[p]).norm() ** 2) for p in got) ** 0.5
 
-def test_fedsvd_keeps_the_product_and_has_orthonormal_rows() -> None:
-    method = METHODS["fedsvd"](METHODS["fedsvd"].Parameters())
-    after = method.server_step(_updates(method, [1, 2], [1, 1]), ServerState(_adapter(0)), 1).adapter["layer.0.q"]
-    assert torch.allclose(after.a @ after.a.T, torch.eye(2, dtype=torch.float64), atol=1e-12)
-    gram = after.b.T @ after.b
-    assert torch.allclose(gram, torch.diag(torch.diag(gram)), atol=1e-10)
-    zero = {p: LoraModule(m.a, torch.zeros_like(m.b), m.alpha) for p, m in _adapter(0).items()}
-    still = method.orthogonalise(zero["layer.0.q"])  # type: ignore[attr-defined]
-    assert torch.equal(still.a, zero["layer.0.q"].a)
-
-
-def test_fedrot_keeps_every_product_and_makes_pure_rotations_exact() -> None:
-    method = METHODS["fedrot_lora"](METHODS["fedrot_lora"].Parameters())
-    state = ServerState(_adapter(0))
-    start = to_tensors(state.adapter)
-    for round_ in (2, 3):
-        sent = with_tensors(state.adapter, method.payload(to_tensors(_adapter(1)), start, round_))
-        for path, module in sent.items():
-            assert torch.allclose(module.delta(), _adapter(1)[path].delta())
-        name = "layer.0.q"
-        was, now = _adapter(1)[name], sent[name]
-        reference = state.adapter[name]
-        moved = (now.a - reference.a).norm() if round_ % 2 else (now.b - reference.b).norm()
-        still = (was.a - reference.a).norm() if round_ % 2 else (was.b - reference.b).norm()
-        assert moved <= still + 1e-12
-    turns = [product.nearest_orthogonal(torch.randn(2, 2, dtype=torch.float64)) for _ in range(3)]
-    updates = []
-    for client, turn in enumerate(turns):
-        turned = {p: LoraModule(turn.T @ m.a, m.b @ turn, m.alpha) for p, m in _adapter(1).items()}
-        updates.append(ClientUpdate(client, method.payload(to_tensors(turned), start, 3), 1))
-    after = method.server_step(updates, state, 3)
-    assert _same(after, ServerState(_adapter(1)))
-
-
-def test_lora_fair_lies_between_fedit_and_the_projection() -> None:
-    kind = METHODS["lora_fair"]
-    state, ideal = ServerState(_adapter(0)), _mean_product([1, 2], [1.0, 1.0])
-
-    def after(ridge: float) -> LoraModule:
-        method = kind(kind.Parameters.model_validate({"ridge": ridge}))
-        return method.server_step(_updates(method, [1, 2], [1, 1]), state, 1).adapter["layer.0.q"]
-
-    fedit = METHODS["fedit"](METHODS["fedit"].Parameters())
-    mean = fedit.server_step(_updates(fedit, [1, 2], [1, 1]), state, 1).adapter["layer.0.q"]
-    assert torch.allclose(after(1e12).delta(), mean.delta(), atol=1e-8)
-    basis = torch.linalg.qr(mean.a.T)[0]
-    assert torch.allclose(after(1e-12).delta(), ideal @ basis @ basis.T, atol=1e-8)
-    assert (ideal - after(0.01).delta()).norm() < (ideal - mean.delta()).norm()
-
-
-def test_rolora_trains_b_first() -> None:
-    method = METHODS["rolora"](METHODS["rolora"].Parameters())
-    names = [PREFIX + "x" + end for end in (".lora_A.weight", ".lora_B.weight")]
-    assert [[method.trainable(r, n) for n in names] for r in (1, 2, 3)] == [[False, True], [True, False], [False, True]]
-
-
-def test_methods_not_defined_for_dora_refuse_it_by_name() -> None:
-    from fedtune.methods import problems
-
-    config = Config.model_validate({"domain": "x", "lora": {"dora": True}, "method": {"name": "flexlora"}})
-    assert "flexlora is not defined for DoRA's magnitudes; these are: fedit, fedprox" in str(
-        next(iter(problems(config)))
+    assert error("flexlora") <= error("fedit") + 1e-12
+    assert error("lora_fair") <= error("fedit") + 1e-12
+    assert error("flexlora") == pytest.approx(
+        sum(float(product.norm(product.split(product.stack([c[p] for c in three], weights), 2)[1]) ** 2) for p in ideal)
+        ** 0.5
     )

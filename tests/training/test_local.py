@@ -1,6 +1,7 @@
 """Local training against plain PyTorch and PEFT: padded, unpacked, every logit computed."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -16,7 +17,7 @@ from fedtune.models.adapter import AdaptedModel, attach
 from fedtune.models.attention import pack, packed_logits
 from fedtune.models.load import load
 from fedtune.training import schedule
-from fedtune.training.local import fit, label_loss, micro_batches
+from fedtune.training.local import LocalWork, label_loss, micro_batches
 
 
 def _example(seed: int, length: int, labels: int) -> Encoded:
@@ -24,6 +25,27 @@ def _example(seed: int, length: int, labels: int) -> Encoded:
     shared = list(range(20, 32))
     tail = torch.randint(5, 500, (length,), generator=generator).tolist()
     return Encoded(tuple(shared + tail), len(shared) + length - labels)
+
+
+@dataclass(frozen=True)
+class Done:
+    payload: Mapping[str, torch.Tensor]
+    steps: int
+    examples: int
+
+
+def fit(
+    adapted: AdaptedModel,
+    shard: list[Encoded],
+    start: Mapping[str, torch.Tensor],
+    recipe: methods.Recipe,
+    config: Config,
+    client: int,
+    round_: int,
+) -> Done:
+    """One client's work of one round, as the ClientApp does it."""
+    local = LocalWork(adapted, shard, adapted.layout, {}, config, (client, round_, 1))
+    return Done(recipe.fit(local, start).payload, len(local.losses_seen), local.examples)
 
 
 SHARD = [_example(i, 4 + i % 7, 1 + i % 3) for i in range(17)]
@@ -156,7 +178,7 @@ def test_fedprox_stays_nearer_and_mu_is_felt(settings: Callable[..., Settings], 
     start = to_tensors(adapted.state())
     distances = []
     for mu in (1e-6, 50.0):
-        prox = settings(method={"name": "fedprox", "mu": mu}, train=config.train.model_dump()).config
+        prox = settings(drift={"proximal_mu": mu}, train=config.train.model_dump()).config
         payload = fit(adapted, SHARD, start, methods.create(prox), prox, 1, 1).payload
         distances.append(sum((payload[n] - start[n]).square().sum().item() for n in start))
     assert distances[1] < 0.9 * distances[0]

@@ -55,10 +55,11 @@ def aggregate(
     settings: Annotated[
         list[str] | None, typer.Option("--set", "-s", help="A setting of the method, round or rank.")
     ] = None,
+    base: Annotated[str | None, typer.Option(help="The base model, for DoRA adapters.")] = None,
     effective: Annotated[Path | None, typer.Option(help="Also write the dense update of each weight here.")] = None,
     json_output: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
-    """Aggregate adapters with a method's server half; no base model is needed."""
+    """Aggregate adapters with a method's server half; no base model is needed but for DoRA."""
     import json
 
     from fedtune.experiment import aggregate as work
@@ -67,26 +68,35 @@ def aggregate(
     own, round_, rank = _settings(settings or [])
     built = work.build(method, own)
     counts = _examples(examples, len(folders))
+    weights = work.base_weights(base) if base else None
     # the global adapter has to fit the clients' in every way that they have to fit each other
-    given = work.read_clients([*folders, *([global_] if global_ else [])], built, round_)
+    given = work.read_clients([*folders, *([global_] if global_ else [])], built, round_, weights)
     states, start = given[: len(folders)], given[-1] if global_ else None
-    result = work.aggregate(built, states, counts, start, round_, rank)
-    work.write(result, folders[0], out)
+    result = work.aggregate(built, states, counts, start, round_, rank, weights)
+    dense = work.dense_update(result) if effective else {}
+    written = work.write(result, folders[0], out)
     if effective:
-        work.write_effective(result, effective)
-    ranks = sorted({m.rank for m in result.adapter.values()})
+        work.write_dense(dense, effective)
     facts = {
         "method": method,
         "clients": len(folders),
         "weights": list(result.weights),
-        "modules": len(result.adapter),
-        "rank": ranks[0],
+        "modules": len(result.state.adapter),
+        "rank": max(m.rank for m in result.adapter.values()),
         "relative_error": result.error,
         "out": str(out),
+        "adapters": [str(folder) for folder in written],
         "effective": str(effective) if effective else None,
     }
-    if json_output:
-        typer.echo(json.dumps(facts))
-        return
-    typer.echo(f"{method}: {len(folders)} adapters of {len(result.adapter)} layers, rank {ranks[0]}, in {out}")
-    typer.echo(f"distance of the effective update to the clients' weighted mean: {result.error:.3e} of its norm")
+    typer.echo(json.dumps(facts) if json_output else _said(facts))
+
+
+def _said(facts: dict[str, Any]) -> str:
+    lines = [f"{facts['method']}: {facts['clients']} adapters of {facts['modules']} layers, rank {facts['rank']}"]
+    lines += [f"  {folder}" for folder in facts["adapters"]]
+    if facts["relative_error"] is None:
+        lines.append("no global model: each client has its own")
+    else:
+        error = f"{facts['relative_error']:.3e}"
+        lines.append(f"distance of the effective update to the clients' weighted mean: {error} of its norm")
+    return "\n".join(lines)

@@ -94,10 +94,11 @@ def _scores(config: Any, adapter: Path | None, folder: Path, watch: Any) -> list
     from fedtune.evaluation.run import evaluate_all
     from fedtune.io import digest, file_sha256
     from fedtune.models import load
-    from fedtune.models.adapter import WEIGHTS, load_folder
+    from fedtune.models.adapter import load_folder
+    from fedtune.models.folder import WEIGHTS
 
     if adapter is not None and not (adapter / WEIGHTS).exists():
-        from fedtune.models.adapter import read_folder
+        from fedtune.models.folder import read_folder
 
         read_folder(adapter)  # says why it is refused before the base model is loaded
     loaded = load.load(config.model)

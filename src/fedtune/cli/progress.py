@@ -27,6 +27,12 @@ def size(count: float) -> str:
     return f"{count:.1f} TiB"
 
 
+def _wire(budget: Budget) -> str:
+    if budget.per_round is None or budget.total is None:
+        return "bytes on the wire depend on the course of the run"
+    return f"{size(budget.per_round)} a round on the wire, {size(budget.total)} in all"
+
+
 def clock(seconds: float) -> str:
     """Return a duration as m:ss or h:mm:ss."""
     minutes, rest = divmod(round(seconds), 60)
@@ -71,8 +77,8 @@ class TerminalReporter(Reporter):
             f"plan: {config.federation.rounds} rounds x {config.federation.cohort_size} of "
             f"{config.federation.clients} clients x {config.train.max_steps} steps of "
             f"{config.train.per_device_train_batch_size * config.train.gradient_accumulation_steps}; "
-            f"{budget.trainable:,} trainable numbers; {size(budget.per_round)} a round on the wire, "
-            f"{size(budget.total)} in all; memory about {size(budget.model)} model + {size(budget.training)} training"
+            f"{budget.trainable:,} trainable numbers; {_wire(budget)}; "
+            f"memory about {size(budget.model)} model + {size(budget.training)} training"
         )
 
     def training(self, arm: str, rounds: int, done: int) -> None:

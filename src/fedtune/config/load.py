@@ -98,15 +98,14 @@ def _section(path: Sequence[str | int]) -> type[BaseModel] | None:
 
 
 def _known_key(path: Sequence[str | int]) -> str:
-    """Suggest the key that was meant: in the same table, else the same word in another one."""
+    """Suggest the key that was meant: the same word in another table, else a near one in this table or anywhere."""
     model = _section(path[:-1])
-    here = nearest(str(path[-1]), model.model_fields) if model else ""
-    if here:
-        return here
     keys = flatten(Config(domain="x").plain())
-    full = ".".join(map(str, path))
     same = [k for k in keys if k.rsplit(".", 1)[-1] == str(path[-1])]
-    return f'did you mean "{same[0]}"?' if same else nearest(full, keys)
+    if same:
+        return f'did you mean "{same[0]}"?'
+    here = nearest(str(path[-1]), model.model_fields) if model else ""
+    return here or nearest(".".join(map(str, path)), keys)
 
 
 def _problem(error: Mapping[str, Any]) -> Problem:
@@ -138,6 +137,8 @@ def unranked_reasons(config: Config, protocol: Protocol) -> tuple[str, ...]:
     """List why a run with these settings cannot be ranked: a protocol that is not, or a locked key changed."""
     if not protocol.ranked:
         return (f"the protocol {protocol.name} is not ranked",)
+    if config.attack.kind != "none":
+        return ("scripted attackers take part",)
     frozen = merge(protocol.settings, protocol.domains.get(config.domain, {}))
     want = flatten(Config.model_validate(merge({"domain": config.domain}, frozen)).plain())
     have = flatten(config.plain())

@@ -5,13 +5,14 @@ Training settings have the names of Hugging Face's `TrainingArguments`; adapter 
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, field_validator, model_validator
 
 from fedtune.io import digest
 
 Mode = Literal["official", "likelihood"]
+Share = Annotated[float, Field(ge=0, lt=1)]
 
 
 class Section(BaseModel):
@@ -30,7 +31,11 @@ class ModelSettings(Section):
 
 
 class LoraSettings(Section):
-    """The adapter. An empty `target_modules` takes PEFT's default for the architecture."""
+    """The adapter. An empty `target_modules` takes PEFT's default for the architecture.
+
+    `ranks` gives clients ranks of their own, at most r: one for each client, or shares such as {4 = 0.5, 16 = 0.5}
+    that a seeded draw hands out.
+    """
 
     r: int = Field(16, ge=1, le=4096)
     alpha: float = Field(32.0, gt=0)
@@ -38,6 +43,22 @@ class LoraSettings(Section):
     target_modules: tuple[str, ...] = ()
     rslora: bool = False
     dora: bool = False
+    ranks: tuple[int, ...] | dict[int, float] = ()
+
+    @field_validator("ranks")
+    @classmethod
+    def _ranks(cls, value: tuple[int, ...] | dict[int, float]) -> tuple[int, ...] | dict[int, float]:
+        if any(rank < 1 for rank in value):
+            raise ValueError("ranks are 1 or more")
+        if isinstance(value, dict) and value and abs(sum(value.values()) - 1) > 1e-6:
+            raise ValueError(f"the shares of ranks sum to {sum(value.values()):g}, not to 1")
+        return value
+
+    @model_validator(mode="after")
+    def _largest_rank(self) -> LoraSettings:
+        if self.ranks and max(self.ranks) > self.r:
+            raise ValueError(f"a client's rank {max(self.ranks)} is above the global rank r = {self.r}")
+        return self
 
 
 class MethodSettings(BaseModel):
@@ -50,6 +71,44 @@ class MethodSettings(BaseModel):
     def parameters(self) -> dict[str, Any]:
         """The method's own settings, without its name."""
         return dict(self.model_extra or {})
+
+
+class DriftSettings(Section):
+    """Corrections of client drift: FedProx's proximal term, and SCAFFOLD's control variates (SGD only)."""
+
+    proximal_mu: float = Field(0.0, ge=0)
+    scaffold: bool = False
+
+
+class ServerSettings(Section):
+    """The server's optimiser. Numbers left at "default" are the convention's."""
+
+    optimizer: Literal["none", "fedavgm", "fedadagrad", "fedyogi", "fedadam"] = "none"
+    convention: Literal["openfedllm", "flower"] = "openfedllm"
+    learning_rate: PositiveFloat | Literal["default"] = "default"
+    beta1: Share | Literal["default"] = "default"
+    beta2: Share | Literal["default"] = "default"
+    tau: PositiveFloat | Literal["default"] = "default"
+
+
+class RobustSettings(Section):
+    """A robust rule on the updates' Gram matrix, against at most `malicious` clients a round.
+
+    `clip_norm` bounds the norm of each update: a number, or "median" of the round's norms.
+    """
+
+    rule: Literal["none", "krum", "multi-krum", "geometric-median", "trimmed", "foolsgold", "dnc"] = "none"
+    malicious: int = Field(1, ge=0)
+    clip_norm: Literal["none", "median"] | PositiveFloat = "none"
+    iterations: int = Field(100, ge=1)
+
+
+class AttackSettings(Section):
+    """Scripted attackers: which clients do what, and how strongly."""
+
+    kind: Literal["none", "sign-flip", "boost", "random", "gauge", "label-flip"] = "none"
+    clients: tuple[int, ...] = ()
+    scale: float = Field(10.0, gt=0)
 
 
 class DataSettings(Section):
@@ -124,6 +183,7 @@ class FederationSettings(Section):
 class TrainSettings(Section):
     """One client's local work in one round."""
 
+    optimizer: Literal["adamw", "sgd"] = "adamw"
     learning_rate_max: float = Field(1e-3, gt=0)
     learning_rate_min: float = Field(1e-4, ge=0)
     max_steps: int = Field(6, ge=1)
@@ -173,6 +233,10 @@ class Config(Section):
     model: ModelSettings = ModelSettings()
     lora: LoraSettings = LoraSettings()
     method: MethodSettings = MethodSettings()
+    drift: DriftSettings = DriftSettings()
+    server: ServerSettings = ServerSettings()
+    robust: RobustSettings = RobustSettings()
+    attack: AttackSettings = AttackSettings()
     data: DataSettings = DataSettings()
     prompt: PromptSettings = PromptSettings()
     federation: FederationSettings = FederationSettings()

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,6 +11,8 @@ import torch
 from torch import Tensor
 
 from fedtune.evaluation.programs import truncate
+from fedtune.models import sides
+from fedtune.models.attention import text_features
 from fedtune.types import derive_seed
 
 BATCH = 16
@@ -86,18 +89,35 @@ def _padded(rows: Sequence[_Row], pad: int, device: torch.device) -> tuple[Tenso
     return ids, mask
 
 
+def _mixture(model: Any, rows: Sequence[_Row]) -> Callable[[Sequence[_Row]], contextlib.AbstractContextManager[None]]:
+    """Return what sets the adapters' weights for the rows still in a batch, where they depend on the prompt."""
+    mixer = sides.of(model)
+    if mixer is None or not mixer.per_text or not rows:
+        return lambda going: contextlib.nullcontext()
+    known = text_features(model, [row.prompt for row in rows])
+    place = {id(row): i for i, row in enumerate(rows)}
+
+    def weigh(going: Sequence[_Row]) -> contextlib.AbstractContextManager[None]:
+        chosen = known[[place[id(row)] for row in going]]
+        return mixer.mixed(lambda: chosen, lambda w: w[:, None, None])
+
+    return weigh
+
+
 def _decode_batch(model: Any, tokenizer: Any, rows: list[_Row], decoding: Decoding) -> None:
     """Decode a batch to its end; a row that is done leaves it, cache and all."""
     from transformers import DynamicCache
 
     eos = _end_tokens(model, tokenizer)
     cache: Any = DynamicCache()
+    weigh = _mixture(model, rows)
     ids, mask = _padded(rows, tokenizer.pad_token_id, model.device)
     positions = (mask.cumsum(-1) - 1).clamp(min=0)
     while rows:
-        output = model(
-            input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True
-        )
+        with weigh(rows):
+            output = model(
+                input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True
+            )
         for row, logits in zip(rows, output.logits[:, -1], strict=True):
             row.new.append(_choose(logits, row, decoding))
         going = [i for i, row in enumerate(rows) if not _finished(row, tokenizer, eos, decoding)]

@@ -1,20 +1,24 @@
-"""Aggregate adapter folders that anybody made, without a base model."""
+"""Aggregate adapter folders that anybody made; without a base model unless they are DoRA's."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from fedtune.io import read_json, write_bytes, write_json
-from fedtune.lora.product import stack
-from fedtune.lora.state import AdapterState, to_tensors
-from fedtune.methods import METHODS, Method, ServerState
-from fedtune.models.adapter import CONFIG, WEIGHTS, read_state
+from fedtune.lora import dora, product
+from fedtune.lora.base_delta import as_adapter, effective
+from fedtune.lora.state import AdapterState, LoraModule, rescaled, to_tensors, with_tensors
+from fedtune.methods import METHODS, Method, ServerState, unknown
+from fedtune.models.folder import CONFIG, WEIGHTS, FolderState
 from fedtune.types import ConfigError, FedtuneError, Problem, ProblemsError, nearest
+
+Weights = Callable[[str], Tensor]
 
 
 @dataclass(frozen=True)
@@ -22,14 +26,24 @@ class Aggregated:
     """What came out.
 
     Attributes:
-        adapter: the global adapter.
+        state: the server's: adapter and what is moved into the base.
+        personal: each client's own adapter, where there is no global one; else None.
         weights: of the clients, summing to 1.
-        error: relative distance of the effective update to the weighted mean of the clients' updates.
+        error: relative distance of the effective update to the weighted mean of the clients' updates; None where
+            there is no global model.
+        base: layer -> its base weight [out, in], where one was given.
     """
 
-    adapter: AdapterState
+    state: ServerState
+    personal: list[AdapterState] | None
     weights: tuple[float, ...]
-    error: float
+    error: float | None
+    base: Weights | None = None
+
+    @property
+    def adapter(self) -> AdapterState:
+        """The global model as one adapter."""
+        return as_adapter(self.state.adapter, self.state.base)
 
 
 def build(name: str, settings: Mapping[str, Any]) -> Method:
@@ -39,7 +53,7 @@ def build(name: str, settings: Mapping[str, Any]) -> Method:
         ConfigError: unknown method or setting, with the nearest name.
     """
     if name not in METHODS:
-        raise ConfigError("fedtune aggregate", [Problem(f"--method {name}", "unknown method", nearest(name, METHODS))])
+        raise ConfigError("fedtune aggregate", [Problem(f"--method {name}", "unknown method", unknown(name))])
     kind = METHODS[name]
     known = kind.Parameters.model_fields
     wrong = [
@@ -53,86 +67,95 @@ def build(name: str, settings: Mapping[str, Any]) -> Method:
         raise ConfigError("fedtune aggregate", [Problem("--set", str(err))]) from err
 
 
-def _odd(folder: Path, state: AdapterState, first: AdapterState, method: Method) -> list[Problem]:
+def _odd(state: FolderState, first: FolderState, method: Method, base: Weights | None) -> list[Problem]:
     """Return what keeps one client's adapter from being aggregated with the first one's."""
+    where = str(state.folder)
     if set(state) != set(first):
         differing = sorted(set(state) ^ set(first))[:2]
-        return [Problem(str(folder), f"adapts other layers than the first folder: {', '.join(differing)} …")]
+        return [Problem(where, f"adapts other layers than the first folder: {', '.join(differing)} …")]
+    if state.dora != first.dora:
+        return [Problem(where, "DoRA and LoRA adapters cannot be mixed")]
+    if state.settings.r != first.settings.r and not method.mixed_ranks:
+        able = ", ".join(m for m in METHODS if METHODS[m].mixed_ranks)
+        return [Problem(where, f"rank {state.settings.r}, the first has {first.settings.r}", f"mixed ranks: {able}")]
+    if state.dora and not method.dora:
+        return [Problem(where, f"a DoRA adapter; {method.name} is not defined for magnitudes")]
+    if state.dora and method.dora == "exact" and base is None:
+        return [Problem(where, f"a DoRA adapter; {method.name} needs its base model's weights", "give --base MODEL")]
+    return _odd_layers(state, first)
+
+
+def _odd_layers(state: FolderState, first: FolderState) -> list[Problem]:
     found = []
     for path, module in state.items():
         like = first[path]
         if (module.a.shape[1], module.b.shape[0]) != (like.a.shape[1], like.b.shape[0]):
-            found.append(
-                Problem(str(folder), f"{path} is {module.b.shape[0]} x {module.a.shape[1]}, another base model?")
-            )
-        elif module.rank != like.rank and not method.mixed_ranks:
-            able = ", ".join(m for m in METHODS if METHODS[m].mixed_ranks)
-            found.append(Problem(str(folder), f"rank {module.rank}, the first has {like.rank}", f"mixed ranks: {able}"))
-        elif module.scale != like.scale and not method.mixed_ranks:
-            # the factors alone would be averaged, as if all of them stood for the same update
-            found.append(
-                Problem(str(folder), f"scale (alpha over rank) {module.scale:g}, the first has {like.scale:g}")
-            )
-        elif module.magnitude is not None and not method.dora:
-            found.append(Problem(str(folder), f"a DoRA adapter; {method.name} is not defined for magnitudes"))
-        if not all(bool(torch.isfinite(t).all()) for t in (module.a, module.b)):
-            found.append(Problem(str(folder), f"{path} has NaN or infinity"))
+            shape = f"{module.b.shape[0]} x {module.a.shape[1]}"
+            found.append(Problem(str(state.folder), f"{path} is {shape}, another base model?"))
+        if not all(bool(torch.isfinite(t).all()) for t in to_tensors({path: module}).values()):
+            found.append(Problem(str(state.folder), f"{path} has NaN or infinity"))
     return found[:3]
 
 
-def _frozen(folders: Sequence[Path], states: Sequence[AdapterState], method: Method, round_: int) -> list[Problem]:
-    """Return which clients do not share what the method keeps frozen in this round."""
-    first = to_tensors(states[0])
-    names = [n for n in first if not method.trainable(round_, n)]
-    return [
-        Problem(str(folder), f"{name} differs from the first folder's; {method.name} keeps it frozen and common")
-        for folder, state in zip(folders[1:], states[1:], strict=True)
-        for name in names[:1]
-        if any(not torch.equal(to_tensors(state)[n], first[n]) for n in names)
-    ]
+def _uncommon(states: Sequence[FolderState], method: Method, round_: int) -> list[Problem]:
+    """Return which clients do not share what must be common in this round."""
+    found = []
+    for state in states[1:]:
+        for path, module in state.items():
+            own, first = to_tensors({path: module}), to_tensors({path: states[0][path]})
+            odd = [n for n in own if method.common(round_, n) and not torch.equal(own[n], first[n])]
+            if odd:
+                what = f"{odd[0]} differs from the first folder's; {method.name} keeps it frozen and common"
+                found.append(Problem(str(state.folder), what))
+                break
+    return found
 
 
-def read_clients(folders: Sequence[Path], method: Method, round_: int) -> list[AdapterState]:
-    """Read all folders, or report everything that is wrong with any of them.
+def read_clients(
+    folders: Sequence[Path], method: Method, round_: int, base: Weights | None = None
+) -> list[FolderState]:
+    """Open all folders, or report everything that is wrong with any of them. Layers are read when they are used.
 
     Raises:
         ProblemsError: the list.
     """
     problems: list[Problem] = []
-    states: list[AdapterState] = []
+    states: list[FolderState] = []
     for folder in folders:
         try:
-            states.append(read_state(folder))
+            states.append(FolderState(folder))
         except FedtuneError as err:
             problems.append(Problem(str(folder), str(err)))
     if states and not problems:
-        for folder, state in zip(folders, states, strict=True):
-            problems += _odd(folder, state, states[0], method)
+        problems += [p for state in states for p in _odd(state, states[0], method, base)]
     if states and not problems:
-        problems += _frozen(folders, states, method, round_)
+        problems += _uncommon(states, method, round_)
     if problems or not states:
         raise ProblemsError("adapters cannot be aggregated", problems or [Problem("--clients", "names no folder")])
     return states
 
 
-def relative_error(adapter: AdapterState, clients: Sequence[AdapterState], weights: Sequence[float]) -> float:
-    """Return ||M - effective|| / ||M|| over all modules, M the weighted mean of the clients' updates."""
+def relative_error(state: ServerState, clients: Sequence[AdapterState], weights: Sequence[float]) -> float:
+    """Return ||M - effective|| / ||M|| over all layers, M the weighted mean of the clients' updates.
+
+    Through factors, layer by layer; nothing dense is built.
+    """
     gap = ideal = 0.0
-    for path, module in adapter.items():
-        mean = stack([c[path] for c in clients], weights).dense()
-        mean = mean.T if module.conv1d else mean
-        gap += float((mean - module.delta()).square().sum())
-        ideal += float(mean.square().sum())
+    for path, made in effective(state.adapter, state.base).items():
+        mean = product.stack([c[path] for c in clients], weights)
+        gap += product.norm(product.total(mean, product.minus(made))) ** 2
+        ideal += product.norm(mean) ** 2
     return float((gap / ideal) ** 0.5) if ideal else 0.0
 
 
 def aggregate(
     method: Method,
     clients: Sequence[AdapterState],
-    examples: Sequence[int],
+    examples: Sequence[float],
     start: AdapterState | None = None,
     round_: int = 1,
     rank: int = 0,
+    base: Weights | None = None,
 ) -> Aggregated:
     """Aggregate adapters with a method's server half.
 
@@ -143,28 +166,122 @@ def aggregate(
         start: the global adapter they started from, for methods that refer to it; the first client's by default.
         round_: which round it is, for methods that alternate.
         rank: of the result where the method cuts ranks; 0 is the largest of the clients.
+        base: layer -> base weight [out, in]; DoRA adapters need it where the method maps them exactly.
     """
-    state = ServerState(start or clients[0], round_ - 1)
-    after = method.aggregate(clients, examples, state, round_, rank)
-    weights = [n / sum(examples) for n in examples]
-    return Aggregated(after.adapter, tuple(weights), relative_error(after.adapter, clients, weights))
+    relative: dict[str, Tensor] = {}
+    if method.dora == "exact" and any(m.magnitude is not None for m in clients[0].values()):
+        if base is None:
+            raise ValueError("DoRA adapters need the base model's weights")
+        clients, relative = _divided(clients, examples, base)
+    after = method.aggregate(clients, examples, ServerState(dict(start or clients[0]), round_ - 1), round_, rank)
+    weights = tuple(n / sum(examples) for n in examples)
+    personal = method.personal(clients, examples, after)
+    error = None if not method.global_adapter else relative_error(after, clients, weights)
+    if relative and base is not None:
+        after = replace(after, adapter=_with_magnitudes(after.adapter, relative, base))
+    return Aggregated(after, None if personal is None else list(personal), weights, error, base)
 
 
-def write(result: Aggregated, like: Path, out: Path) -> None:
-    """Write a PEFT folder with the settings of a client's, and the result's own rank and scale."""
+def _norms(path: str, module: LoraModule, base: Weights) -> Tensor:
+    return dora.row_norms(base(path), module.scale * (module.b.float() @ module.a.float()))
+
+
+def _divided(
+    clients: Sequence[AdapterState], examples: Sequence[float], base: Weights
+) -> tuple[list[AdapterState], dict[str, Tensor]]:
+    """Return DoRA adapters as the LoRA factors the exact map averages, and the mean relative magnitudes."""
+    sent = [
+        dora.to_wire(to_tensors(client), {path: _norms(path, m, base) for path, m in client.items()})
+        for client in clients
+    ]
+    changed, relative = dora.divided(sent, list(examples))
+    return [with_tensors(c, t) for c, t in zip(clients, changed, strict=True)], relative
+
+
+def _with_magnitudes(adapter: AdapterState, relative: Mapping[str, Tensor], base: Weights) -> AdapterState:
+    tensors = {**to_tensors(adapter), **relative}
+    norms = {path: _norms(path, module, base) for path, module in adapter.items()}
+    return with_tensors(adapter, dora.to_magnitudes(tensors, norms))
+
+
+def write(result: Aggregated, like: Path, out: Path) -> list[Path]:
+    """Write a PEFT folder with the settings of a client's, and the result's own rank and scale.
+
+    Where there is no global adapter, one folder for each client below `out`.
+
+    Returns:
+        The folders written.
+    """
+    if result.personal is None:
+        _write_one(result.adapter, like, out)
+        return [out]
+    folders = [out / f"client-{i}" for i in range(len(result.personal))]
+    for adapter, folder in zip(result.personal, folders, strict=True):
+        _write_one(adapter, like, folder)
+    return folders
+
+
+def _write_one(adapter: AdapterState, like: Path, out: Path) -> None:
     import safetensors.torch
 
-    first = next(iter(result.adapter.values()))
+    first = next(iter(adapter.values()))
     scale = {"r": first.rank, "lora_alpha": first.alpha, "use_rslora": first.rslora}
-    config = {**read_json(like / CONFIG), **scale}
-    write_json(out / CONFIG, config)
-    tensors = {n: t.contiguous() for n, t in to_tensors(result.adapter).items()}
-    write_bytes(out / WEIGHTS, safetensors.torch.save(tensors, metadata={"format": "pt"}))
+    write_json(out / CONFIG, {**read_json(like / CONFIG), **scale})
+    # all on one scale: a file has a single alpha
+    tensors = to_tensors({path: rescaled(m, first) for path, m in adapter.items()})
+    plain = {n: t.contiguous() for n, t in tensors.items()}
+    write_bytes(out / WEIGHTS, safetensors.torch.save(plain, metadata={"format": "pt"}))
 
 
-def write_effective(result: Aggregated, path: Path) -> None:
-    """Write the dense update of every adapted weight, float32, in the orientation of the weight it is added to."""
+def dense_update(result: Aggregated) -> dict[str, Tensor]:
+    """Return the dense update of every adapted weight, float32, in the orientation of the weight it is added to.
+
+    Raises:
+        ConfigError: the method has no single global model, or magnitudes need the base model.
+    """
+    if result.error is None:
+        what = "the method has no single global model"
+        raise ConfigError("fedtune aggregate", [Problem("--effective", what, "its clients' adapters are in --out")])
+    dense = {}
+    for path, whole in effective(result.state.adapter, result.state.base).items():
+        module, delta = result.state.adapter[path], whole.dense().to(torch.float32)
+        if module.magnitude is not None:
+            delta = _dora_update(path, module, delta, result.base)
+        dense[path] = (delta.T if module.conv1d else delta).contiguous()
+    return dense
+
+
+def _dora_update(path: str, module: LoraModule, delta: Tensor, base: Weights | None) -> Tensor:
+    if module.magnitude is None or base is None:
+        what = "a DoRA update depends on the base model's weights"
+        raise ConfigError("fedtune aggregate", [Problem("--effective", what, "give --base MODEL")])
+    weight = base(path).float()
+    moved = weight + delta
+    return module.magnitude.float()[:, None] * moved / moved.norm(dim=1, keepdim=True) - weight
+
+
+def write_dense(dense: Mapping[str, Tensor], path: Path) -> None:
+    """Write dense updates as safetensors, named by the modules' paths."""
     import safetensors.torch
 
-    dense = {name: m.delta().to(torch.float32).contiguous() for name, m in result.adapter.items()}
-    write_bytes(path, safetensors.torch.save(dense))
+    write_bytes(path, safetensors.torch.save(dict(dense)))
+
+
+def base_weights(name: str) -> Weights:
+    """Return what reads a base model's weights by layer [out, in].
+
+    Raises:
+        ModelError, OfflineError: it cannot be had.
+    """
+    from fedtune.config.schema import ModelSettings
+    from fedtune.models.load import load
+
+    model = load(ModelSettings(name=name)).model
+
+    def weight(path: str) -> Tensor:
+        layer = model.get_submodule(path)
+        value: Tensor = layer.weight.detach()
+        turned: Tensor = value.T if type(layer).__name__ == "Conv1D" else value
+        return turned
+
+    return weight

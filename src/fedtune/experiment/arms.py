@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from flwr.app import Context
+from torch import Tensor
 
 from fedtune import methods
 from fedtune.config import Config
@@ -15,28 +16,42 @@ from fedtune.federation.app import Runtime, client_app
 from fedtune.federation.checkpoint import Progress
 from fedtune.federation.faults import FaultyGrid
 from fedtune.federation.local import LocalGrid
-from fedtune.federation.rounds import Federation, run_rounds
-from fedtune.lora.state import AdapterState
-from fedtune.methods.base import ServerState
+from fedtune.federation.private import PrivateStore
+from fedtune.federation.rounds import Federation, run_rounds, sample
+from fedtune.lora.base_delta import as_adapter, join, side_tensors
+from fedtune.lora.dora import to_magnitudes
+from fedtune.lora.state import AdapterState, to_tensors, with_tensors
+from fedtune.methods import Recipe, ServerState
 from fedtune.models.adapter import AdaptedModel
 from fedtune.models.budget import message_bytes
-from fedtune.training.workload import EncodedShards
+from fedtune.training.workload import EncodedShards, poisoned
 from fedtune.types import RoundRecord
+
+
+def _plain(config: Config, arm: str) -> Config:
+    """Return the settings of an arm without federation: plain LoRA, and nothing around it."""
+    default = Config(domain=config.domain)
+    around = {key: getattr(default, key) for key in ("method", "drift", "server", "robust", "attack")}
+    lora = config.lora.model_copy(update={"ranks": ()})
+    return config.model_copy(update={"arm": arm, "lora": lora, **around})
 
 
 def derive(config: Config, arm: str) -> Config:
     """Return the settings of an arm.
 
     Centralised training is one client with all rows that makes, each round, as many steps as a whole cohort
-    does; local-only keeps the federation's settings and lets each client take part alone.
+    does; local-only keeps the federation's settings and lets each client take part alone. Both train plain LoRA of the
+    global rank, whatever the federated method is: they are what one would do without it.
     """
-    if arm != "centralised":
+    if arm == "federated":
         return config.model_copy(update={"arm": arm})
+    plain = _plain(config, arm)
+    if arm == "local-only":
+        return plain
     steps = config.train.max_steps * config.federation.cohort_size
     federation = config.federation.model_copy(update={"clients": 1, "fraction": 1.0, "min_clients": 1})
-    return config.model_copy(
+    return plain.model_copy(
         update={
-            "arm": arm,
             "federation": federation,
             "train": config.train.model_copy(update={"max_steps": steps}),
             "data": config.data.model_copy(update={"partition": "iid"}),
@@ -44,12 +59,19 @@ def derive(config: Config, arm: str) -> Config:
     )
 
 
-def wire(config: Config, start: AdapterState) -> Callable[[int], int]:
-    """Return what tells, for a round, how many bytes one client exchanges under the run's method."""
-    method, state = methods.create(config), ServerState(start)
+def wire(config: Config, start: AdapterState) -> Callable[[int], int] | None:
+    """Return what tells how many bytes a cohort exchanges in a round; None where that depends on the run's course."""
+    recipe = methods.create(config)
+    if recipe.varying:
+        return None
+    state = recipe.initial(start)
+    able = dict.fromkeys(range(config.federation.clients), 1)
 
     def exchanged(round_: int) -> int:
-        return message_bytes(method.view(state, 0)) + message_bytes(method.expected(state, 0, round_))
+        cohort = sample(config, able, round_)
+        return sum(
+            message_bytes(recipe.view(state, c)) + message_bytes(recipe.expected(state, c, round_)) for c in cohort
+        )
 
     return exchanged
 
@@ -78,6 +100,36 @@ class Arm:
     reporter: Reporter
     on_round: Callable[[RoundRecord, ServerState], None] | None = None
 
+    @property
+    def private(self) -> PrivateStore:
+        """What the arm's clients keep to themselves."""
+        return PrivateStore(self.folder / "clients", self.config.federation.keep_checkpoints)
+
+    @property
+    def recipe(self) -> Recipe:
+        """The method, with what is around it."""
+        return methods.create(self.config)
+
+    def shared_model(self, state: ServerState) -> dict[str, Tensor]:
+        """Return the tensors of the global model: the adapter, and what was moved into the base."""
+        return self._loadable({**to_tensors(state.adapter), **side_tensors(join(state.base))})
+
+    def own_model(self, state: ServerState, client: int) -> dict[str, Tensor]:
+        """Return the tensors of a client's own model: what it would start the next round from."""
+        recipe, next_round = self.recipe, state.round + 1
+        layout = recipe.method.cut(self.start, client)
+        kept = self.private.load(client, (self.config.federation.rounds + 1, 1))
+        return self._loadable(recipe.begin(layout, recipe.view(state, client), kept, next_round))
+
+    def _loadable(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Return tensors with DoRA's magnitudes as PEFT has them, where they are relative."""
+        return to_magnitudes(tensors, self.adapted.row_norms(tensors)) if self.recipe.exact_dora else tensors
+
+    def adapter_of(self, state: ServerState) -> AdapterState:
+        """Return the global model as one PEFT adapter, of whatever rank that takes."""
+        adapter = with_tensors(state.adapter, self._loadable(to_tensors(state.adapter)))
+        return as_adapter(adapter, state.base)
+
     def for_client(self, client: int) -> Arm:
         """Return the same arm with a folder for one client's training."""
         return replace(self, folder=self.folder / f"client-{client:04d}", run_id=f"{self.run_id}-{client}")
@@ -94,8 +146,9 @@ def train(arm: Arm, only: int | None = None) -> Progress:
     Raises:
         RunFailedError, CancelledError: as the round loop does.
     """
-    method = methods.create(arm.config)
-    runtime = Runtime(arm.config, arm.adapted, method, arm.shards, arm.reporter.step)
+    recipe = arm.recipe
+    shards = poisoned(arm.shards, arm.config)
+    runtime = Runtime(arm.config, arm.adapted, recipe, shards, arm.private, arm.reporter.step)
 
     def resident(context: Context) -> Runtime:
         return runtime
@@ -112,7 +165,7 @@ def train(arm: Arm, only: int | None = None) -> Progress:
     arm.reporter.training(arm.config.arm, arm.config.federation.rounds, _rounds_over(arm.folder))
     federation = Federation(
         config=arm.config,
-        method=method,
+        recipe=recipe,
         grid=faulty,
         registered=arm.shards.sizes,
         run_id=arm.run_id,
@@ -120,4 +173,4 @@ def train(arm: Arm, only: int | None = None) -> Progress:
         only=None if only is None else frozenset({only}),
         on_round=over,
     )
-    return run_rounds(federation, ServerState(arm.start))
+    return run_rounds(federation, recipe.initial(arm.start))

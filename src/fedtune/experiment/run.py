@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from torch import Tensor
 
@@ -24,7 +23,7 @@ from fedtune.experiment.folder import RESULT, RunFolder, cancellable, open_run, 
 from fedtune.experiment.report import Reporter
 from fedtune.federation.checkpoint import Progress
 from fedtune.io import append_lines, digest, folder_lock, write_json
-from fedtune.lora.state import AdapterState, to_tensors
+from fedtune.lora.state import AdapterState
 from fedtune.methods.base import ServerState
 from fedtune.models import adapter as adapters
 from fedtune.models import budget, load, zoo
@@ -32,6 +31,7 @@ from fedtune.results import schema
 from fedtune.training import workload
 from fedtune.types import RoundRecord, derive_seed
 
+Scored = tuple[list[schema.Score], dict[str, list[float | None]]]
 ARMS = ("federated", "local-only", "centralised")
 
 
@@ -51,23 +51,41 @@ class Session:
         """The run's settings."""
         return self.settings.config
 
-    def evaluate(self, state: AdapterState | None, where: str, config: Config | None = None) -> list[schema.Score]:
-        """Evaluate the base model (None) or an adapter on all tasks, logging under `evals/<where>/`."""
+    def evaluate(self, tensors: Mapping[str, Tensor] | None, where: str) -> list[schema.Score]:
+        """Evaluate the base model (None) or a model's tensors on all tasks, logging under `evals/<where>/`."""
         started = time.monotonic()
         model, tokenizer = self.adapted.model, self.adapted.base.tokenizer
         target = self.run.path / "evals" / where
-        chosen, shown = config or self.config, self.reporter.evaluating
-        who = f"{self.adapted.base.name}@{self.adapted.base.revision}"
+        who, shown = f"{self.adapted.base.name}@{self.adapted.base.revision}", self.reporter.evaluating
         model.eval()
-        if state is None:
-            with model.disable_adapter():
-                scores = evaluate_all(model, tokenizer, self.tasks, chosen, target, digest(who), shown)
+        if tensors is None:
+            with model.disable_adapter(), self.adapted.sides.off():
+                scores = evaluate_all(model, tokenizer, self.tasks, self.config, target, digest(who), shown)
         else:
-            self.adapted.load_state(state)
-            identity = digest([who, {n: _sha256(t) for n, t in to_tensors(state).items()}])
-            scores = evaluate_all(model, tokenizer, self.tasks, chosen, target, identity, shown)
+            self.adapted.load(tensors)
+            identity = digest([who, {n: _sha256(t) for n, t in tensors.items()}])
+            scores = evaluate_all(model, tokenizer, self.tasks, self.config, target, identity, shown)
         self.run.add_seconds("evaluation", time.monotonic() - started)
         return scores
+
+    def evaluate_each(self, models: Iterable[tuple[int, Mapping[str, Tensor]]], where: str) -> Scored:
+        """Evaluate every client's own model; the scores are the clients' means, with each one's beside them."""
+        found: dict[str, list[schema.Score]] = {}
+        logs: dict[str, list[Path]] = {}
+        for client, tensors in models:
+            room = f"{where}/client-{client:04d}"
+            for score in self.evaluate(tensors, room):
+                key = f"{score.task}/{score.mode}"
+                found.setdefault(key, []).append(score)
+                logs.setdefault(key, []).append(self.run.path / "evals" / room / f"{score.task}.{score.mode}.jsonl")
+        means = [mean_score(scores, logs[key]) for key, scores in found.items()]
+        return means, {key: [s.score for s in scores] for key, scores in found.items()}
+
+    def evaluate_state(self, arm: Arm, state: ServerState, where: str) -> Scored:
+        """Evaluate the global model, or each client's where the method has no single one."""
+        if not arm.recipe.method.personalised:
+            return self.evaluate(arm.shared_model(state), where), {}
+        return self.evaluate_each(((c, arm.own_model(state, c)) for c, n in arm.shards.sizes.items() if n), where)
 
 
 def _sha256(tensor: Tensor) -> str:
@@ -78,27 +96,21 @@ def _steps(progress: Progress) -> int:
     return sum(c.steps for r in progress.records for c in r.clients)
 
 
-def _curve(session: Session) -> Any:
-    """Return what evaluates every `eval.every` rounds and appends to `curve.jsonl`; None if not asked for."""
-    every = session.config.eval.every
-    if not every:
-        return None
-
-    def measure(record: RoundRecord, state: ServerState) -> None:
-        if record.round % every == 0 and record.round < session.config.federation.rounds:
-            scores = session.evaluate(state.adapter, f"round-{record.round:06d}")
-            lines = [{"round": record.round, **s.model_dump(mode="json")} for s in scores]
-            append_lines(session.run.path / "curve.jsonl", lines)
-
-    return measure
-
-
 def _prepare(session: Session, name: str, where: Path, data: workload.TrainingData | None = None) -> Arm:
+    """Return an arm ready to run; the federated one is evaluated every `eval.every` rounds into `curve.jsonl`."""
     config = arms.derive(session.config, name)
     data = data or workload.load(config)
     shards = workload.encode_shards(data, session.adapted.base.tokenizer, config)
-    curve = _curve(session) if name == "federated" else None
-    return Arm(config, session.adapted, shards, session.start, session.run.run_id, where, session.reporter, curve)
+    arm = Arm(config, session.adapted, shards, session.start, session.run.run_id, where, session.reporter)
+    every = config.eval.every
+
+    def measure(record: RoundRecord, state: ServerState) -> None:
+        if record.round % every == 0 and record.round < config.federation.rounds:
+            scores, _ = session.evaluate_state(arm, state, f"round-{record.round:06d}")
+            lines = [{"round": record.round, **s.model_dump(mode="json")} for s in scores]
+            append_lines(session.run.path / "curve.jsonl", lines)
+
+    return replace(arm, on_round=measure) if every and name == "federated" else arm
 
 
 def _train(session: Session, arm: Arm, only: int | None = None) -> Progress:
@@ -112,33 +124,30 @@ def _train(session: Session, arm: Arm, only: int | None = None) -> Progress:
 def _single(
     session: Session, name: str, where: Path, data: workload.TrainingData | None
 ) -> tuple[schema.Arm, Progress]:
-    """Train and evaluate the federated or the centralised arm; its adapter is saved as a PEFT folder."""
-    progress = _train(session, _prepare(session, name, where, data))
-    adapters.save(session.adapted, progress.state.adapter, where / "adapter")
-    scores = session.evaluate(progress.state.adapter, name)
-    return schema.Arm(name=name, scores=scores, steps=_steps(progress)), progress
+    """Train and evaluate the federated or the centralised arm; a global model is saved as a PEFT folder."""
+    arm = _prepare(session, name, where, data)
+    progress = _train(session, arm)
+    if arm.recipe.method.global_adapter:
+        adapters.save(session.adapted, arm.adapter_of(progress.state), where / "adapter")
+    scores, each = session.evaluate_state(arm, progress.state, name)
+    return schema.Arm(name=name, scores=scores, steps=_steps(progress), per_client=each), progress
 
 
 def _local_only(session: Session, where: Path, data: workload.TrainingData | None) -> tuple[schema.Arm, Progress]:
     """Train and evaluate every client alone, in the rounds in which the federation would have asked it."""
     arm = _prepare(session, "local-only", where, data)
-    per_client: dict[str, list[schema.Score]] = {}
-    logs: dict[str, list[Path]] = {}
-    steps = 0
-    progress = Progress(ServerState(session.start))
-    for client in (c for c, n in arm.shards.sizes.items() if n):
-        own = arm.for_client(client)
-        progress = _train(session, own, client)
-        adapters.save(session.adapted, progress.state.adapter, own.folder / "adapter")
-        steps += _steps(progress)
-        room = f"local-only/client-{client:04d}"
-        for score in session.evaluate(progress.state.adapter, room):
-            key = f"{score.task}/{score.mode}"
-            per_client.setdefault(key, []).append(score)
-            logs.setdefault(key, []).append(session.run.path / "evals" / room / f"{score.task}.{score.mode}.jsonl")
-    means = [mean_score(scores, logs[key]) for key, scores in per_client.items()]
-    spread = {key: [s.score for s in scores] for key, scores in per_client.items()}
-    return schema.Arm(name="local-only", scores=means, steps=steps, per_client=spread), progress
+    done: dict[int, Progress] = {}
+
+    def models() -> Iterator[tuple[int, Mapping[str, Tensor]]]:
+        for client in (c for c, n in arm.shards.sizes.items() if n):
+            own = arm.for_client(client)
+            done[client] = _train(session, own, client)
+            adapters.save(session.adapted, own.adapter_of(done[client].state), own.folder / "adapter")
+            yield client, own.shared_model(done[client].state)
+
+    scores, each = session.evaluate_each(models(), "local-only")
+    steps = sum(map(_steps, done.values()))
+    return schema.Arm(name="local-only", scores=scores, steps=steps, per_client=each), list(done.values())[-1]
 
 
 def _arm(session: Session, name: str, main: bool, data: workload.TrainingData) -> tuple[schema.Arm, Progress]:

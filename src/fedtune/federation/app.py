@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from flwr.app import ConfigRecord, Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 
 from fedtune.config import Config
 from fedtune.federation import messages
-from fedtune.lora.state import to_tensors
-from fedtune.methods.base import Method
+from fedtune.federation.private import PrivateStore
+from fedtune.methods import Recipe
 from fedtune.models.adapter import AdaptedModel
-from fedtune.training.local import OnStep, fit
+from fedtune.training.local import LocalWork, OnStep
 from fedtune.training.workload import EncodedShards
 from fedtune.types import DataError
 
@@ -25,15 +25,17 @@ class Runtime:
     Attributes:
         config: the run's settings.
         adapted: the base model with its adapter.
-        method: its client half is used.
+        recipe: its client half is used.
         shards: every client's examples.
+        private: what clients keep to themselves.
         on_step: progress, called with (client, tokens, loss).
     """
 
     config: Config
     adapted: AdaptedModel
-    method: Method
+    recipe: Recipe
     shards: EncodedShards
+    private: PrivateStore = field(default_factory=lambda: PrivateStore(None))
     on_step: OnStep | None = None
 
 
@@ -47,26 +49,23 @@ def _train(runtime: Runtime, message: Message, context: Context) -> Message:
     if not shard:
         raise DataError(f"client {client} has no examples")
     record = message.content.array_records[messages.ADAPTER]
-    # what is not sent is what this run's seed made it, on every client the same
-    start = {**to_tensors(runtime.adapted.layout), **messages.unpack(record)}
-    result = fit(
+    when = int(str(order["round"])), int(str(order["phase"]))
+    recipe, private = runtime.recipe, runtime.private
+    local = LocalWork(
         runtime.adapted,
         shard,
-        start,
-        runtime.method,
+        recipe.method.cut(runtime.adapted.layout, client),
+        private.load(client, when),
         runtime.config,
-        client,
-        int(str(order["round"])),
+        (client, *when),
         runtime.on_step,
     )
-    metrics = {
-        "examples": result.examples,
-        "tokens": result.tokens,
-        "steps": result.steps,
-        "loss": result.loss,
-    }
+    fitted = recipe.fit(local, messages.unpack(record))
+    if fitted.kept:
+        private.save(client, when, fitted.kept)
+    metrics = {"examples": local.examples, "tokens": local.tokens, "steps": len(local.losses_seen), "loss": local.loss}
     near = messages.is_in_process(record)
-    return Message(messages.train_answer(order, result.payload, metrics, in_process=near), reply_to=message)
+    return Message(messages.train_answer(order, fitted.payload, metrics, in_process=near), reply_to=message)
 
 
 def _query(runtime: Runtime, message: Message, context: Context) -> Message:

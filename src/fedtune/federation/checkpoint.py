@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,12 +21,14 @@ from fedtune.io import (
     write_json,
     write_lines,
 )
+from fedtune.lora.base_delta import Piece
+from fedtune.lora.product import Product
 from fedtune.lora.state import to_tensors, with_tensors
 from fedtune.methods.base import ServerState
 from fedtune.types import CorruptFileError, FedtuneError, RoundRecord
 
 STATE, TENSORS, ROUNDS = "state.json", "state.safetensors", "rounds.jsonl"
-_EXTRA = "extra/"
+_EXTRA, _BASE = "extra/", "base/"
 
 
 @dataclass(frozen=True)
@@ -48,7 +51,28 @@ def _folder(run: Path, round_: int) -> Path:
 
 def _tensors(state: ServerState) -> dict[str, Tensor]:
     extra = {_EXTRA + name: t for name, t in state.extra.items()}
-    return {name: t.contiguous() for name, t in {**to_tensors(state.adapter), **extra}.items()}
+    base = {
+        f"{_BASE}{piece.round}/{end}/{path}": getattr(product, end)
+        for piece in state.base
+        for path, product in piece.products.items()
+        for end in ("left", "right")
+    }
+    return {name: t.contiguous() for name, t in {**to_tensors(state.adapter), **extra, **base}.items()}
+
+
+def _state(tensors: Mapping[str, Tensor], start: ServerState, round_: int) -> ServerState:
+    """Return the server's state from a checkpoint's tensors."""
+    extra = {n.removeprefix(_EXTRA): t for n, t in tensors.items() if n.startswith(_EXTRA)}
+    pieces: dict[int, dict[str, Product]] = {}
+    for name in tensors:
+        if name.startswith(_BASE):
+            number, end, path = name.removeprefix(_BASE).split("/", 2)
+            if end == "left":
+                other = tensors[f"{_BASE}{number}/right/{path}"]
+                pieces.setdefault(int(number), {})[path] = Product(tensors[name], other)
+    own = {n: t for n, t in tensors.items() if not n.startswith((_EXTRA, _BASE))}
+    base = tuple(Piece(number, pieces[number]) for number in sorted(pieces))
+    return ServerState(with_tensors(start.adapter, own), round_, extra, base)
 
 
 def save(run: Path, progress: Progress, run_id: str, keep: int) -> None:
@@ -86,14 +110,13 @@ def _read(folder: Path, run: Path, start: ServerState, run_id: str) -> Progress:
         raise CorruptFileError(f"{folder}: belongs to run {document['run_id']}, this is {run_id}")
     tensor_header(folder / TENSORS)
     tensors = safetensors.torch.load_file(folder / TENSORS)
-    extra = {n.removeprefix(_EXTRA): t for n, t in tensors.items() if n.startswith(_EXTRA)}
-    adapter = with_tensors(start.adapter, {n: t for n, t in tensors.items() if not n.startswith(_EXTRA)})
+    state = _state(tensors, start, int(document["state_round"]))
     round_ = int(document["round"])
     records = [RoundRecord.from_json(line) for line in read_lines(run / ROUNDS, torn_tail=True)][: round_ - 1]
     records.append(RoundRecord.from_json(document["record"]))
     if [r.round for r in records] != list(range(1, round_ + 1)):
         raise CorruptFileError(f"{run / ROUNDS}: has rounds {[r.round for r in records]}, checkpoint is {round_}")
-    return Progress(ServerState(adapter, int(document["state_round"]), extra), tuple(records), document["skipped"])
+    return Progress(state, tuple(records), document["skipped"])
 
 
 def newest(run: Path, start: ServerState, run_id: str) -> tuple[Progress, tuple[str, ...]]:

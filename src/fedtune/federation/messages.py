@@ -59,12 +59,14 @@ def is_in_process(record: ArrayRecord) -> bool:
     return any(isinstance(a, TensorArray) for a in record.values())
 
 
-def train_order(run: str, round_: int, client: int, tensors: Mapping[str, Tensor], *, in_process: bool) -> RecordDict:
-    """Build what a client is sent for one round."""
+def train_order(
+    run: str, when: tuple[int, int], client: int, tensors: Mapping[str, Tensor], *, in_process: bool
+) -> RecordDict:
+    """Build what a client is sent for one exchange: (round, exchange of the round, from 1)."""
     return RecordDict(
         {
             ADAPTER: pack(tensors, in_process=in_process),
-            ORDER: ConfigRecord({"run": run, "round": round_, "client": client}),
+            ORDER: ConfigRecord({"run": run, "round": when[0], "phase": when[1], "client": client}),
         }
     )
 
@@ -77,7 +79,7 @@ def train_answer(
         {
             ADAPTER: pack(tensors, in_process=in_process),
             METRICS: MetricRecord(dict(metrics)),
-            IDENTITY: ConfigRecord({key: order[key] for key in ("run", "round", "client")}),
+            IDENTITY: ConfigRecord({key: order[key] for key in ("run", "round", "phase", "client")}),
         }
     )
 
@@ -89,10 +91,10 @@ def _metrics(content: RecordDict) -> dict[str, float]:
     return {k: float(v) for k, v in record.items() if isinstance(v, (int, float))}
 
 
-def _claims(content: RecordDict) -> tuple[str, int, int] | None:
+def _claims(content: RecordDict) -> tuple[str, int, int, int] | None:
     identity: Any = content.get(IDENTITY)
     try:
-        return str(identity["run"]), int(identity["round"]), int(identity["client"])
+        return str(identity["run"]), int(identity["round"]), int(identity["client"]), int(identity["phase"])
     except (TypeError, KeyError, ValueError):
         return None
 

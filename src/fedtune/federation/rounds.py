@@ -3,28 +3,28 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from flwr.app import Message, RecordDict
 from flwr.serverapp import Grid
-from torch import Tensor
 
 from fedtune.config import Config
 from fedtune.federation import checkpoint, messages
 from fedtune.federation.checkpoint import Progress
 from fedtune.federation.faults import kill_point
 from fedtune.io import append_lines
-from fedtune.methods.base import Method, ServerState
+from fedtune.methods import Recipe, ServerState
 from fedtune.models.budget import message_bytes
 from fedtune.privacy.screen import Expected, Screened, screen
 from fedtune.training.schedule import learning_rate
 from fedtune.types import RoundRecord, RunFailedError, derive_seed
 
 POLL = 0.2
+When = tuple[int, int]
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class Federation:
 
     Attributes:
         config: the run's settings.
-        method: its server half is used.
+        recipe: its server half is used.
         grid: in-process, simulation or deployment.
         registered: examples of each client; those with none are never asked.
         run_id: ties messages and checkpoints to this run.
@@ -43,7 +43,7 @@ class Federation:
     """
 
     config: Config
-    method: Method
+    recipe: Recipe
     grid: Grid
     registered: Mapping[int, int]
     run_id: str
@@ -94,74 +94,109 @@ def connect(grid: Grid, clients: int, timeout: float, address: str = "this grid"
     return nodes
 
 
-def _orders(fed: Federation, cohort: Sequence[int], round_: int, state: ServerState) -> list[Message]:
+def _orders(fed: Federation, cohort: Sequence[int], when: When, state: ServerState) -> tuple[list[Message], int]:
+    """Return the messages of one exchange, and the bytes they send."""
     near = bool(getattr(fed.grid, "in_process", False))
     by_client = {client: node for node, client in fed.nodes.items()}
-    return [
-        fed.grid.create_message(
-            messages.train_order(fed.run_id, round_, c, fed.method.view(state, c), in_process=near),
-            "train",
-            by_client[c],
-            str(round_),
-            fed.config.federation.deadline,
+    sent, messages_ = 0, []
+    for client in cohort:
+        download = fed.recipe.view(state, client)
+        sent += message_bytes(download)
+        order = messages.train_order(fed.run_id, when, client, download, in_process=near)
+        group, ttl = str(when[0]), fed.config.federation.deadline
+        messages_.append(fed.grid.create_message(order, "train", by_client[client], group, ttl))
+    return messages_, sent
+
+
+def _expected(fed: Federation, cohort: Sequence[int], when: When, state: ServerState) -> Expected:
+    round_, phase = when
+    method = fed.recipe.method
+    return Expected(
+        fed.run_id,
+        round_,
+        {c: fed.recipe.expected(state, c, round_) for c in cohort},
+        fed.registered,
+        fed.config.federation.weights,
+        (lambda tensors, client: method.flaw(tensors, state, client, round_)) if method.ragged else None,
+        phase,
+    )
+
+
+@dataclass(frozen=True)
+class _Exchange:
+    """One exchange's screened replies, its bytes (down, up), and whether they are enough to aggregate."""
+
+    screened: Screened
+    bytes: tuple[int, int]
+    enough: bool
+
+
+def _exchange(fed: Federation, cohort: Sequence[int], when: When, state: ServerState) -> _Exchange:
+    settings = fed.config.federation
+    orders, down = _orders(fed, cohort, when, state)
+    answered = fed.grid.send_and_receive(orders, timeout=settings.deadline)
+    replies = [messages.read_reply(m, fed.nodes) for m in answered]
+    kill_point(when[0], "screen")
+    screened = screen(replies, _expected(fed, cohort, when, state))
+    enough = len(screened.updates) >= min(settings.min_clients, max(1, len(cohort))) and bool(screened.updates)
+    up = sum(message_bytes(r.tensors) for r in replies if r.tensors is not None)
+    return _Exchange(screened, (down, up), enough)
+
+
+def _all_exchanges(
+    fed: Federation, cohort: Sequence[int], round_: int, state: ServerState
+) -> tuple[_Exchange, ServerState]:
+    """Make a round's exchanges; return the last one, with everything rejected on the way, and the state it answers.
+
+    A client that is lost on the way is not asked again in the round.
+    """
+    done = _exchange(fed, cohort, (round_, 1), state)
+    for phase in range(2, fed.recipe.phases + 1):
+        if not done.enough:
+            break
+        state = fed.recipe.middle(done.screened.updates, state, round_)
+        going = [u.client for u in done.screened.updates]
+        last = _exchange(fed, going, (round_, phase), state)
+        screened = replace(
+            last.screened,
+            stats=tuple(s for s in done.screened.stats if s.client in {u.client for u in last.screened.updates}),
+            rejected=(*done.screened.rejected, *last.screened.rejected),
+            notes=(*done.screened.notes, *last.screened.notes),
         )
-        for c in cohort
-    ]
-
-
-def _expected(fed: Federation, cohort: Sequence[int], round_: int, state: ServerState) -> Expected:
-    signature = {c: fed.method.expected(state, c, round_) for c in cohort}
-    return Expected(fed.run_id, round_, signature, fed.registered, fed.config.federation.weights)
-
-
-def _received(replies: Iterable[Mapping[str, Tensor] | None]) -> int:
-    return sum(message_bytes(t) for t in replies if t is not None)
+        sizes = done.bytes[0] + last.bytes[0], done.bytes[1] + last.bytes[1]
+        done = _Exchange(screened, sizes, last.enough)
+    return done, state
 
 
 def _one_round(fed: Federation, round_: int, progress: Progress) -> Progress:
     """Ask, screen, aggregate, record. Too few good updates leave the state untouched."""
-    settings = fed.config.federation
     state = progress.state
     cohort = _cohort(fed, round_)
     started = time.monotonic()
     kill_point(round_, "send")
-    answered = fed.grid.send_and_receive(_orders(fed, cohort, round_, state), timeout=settings.deadline)
-    replies = [messages.read_reply(m, fed.nodes) for m in answered]
+    done, asked = _all_exchanges(fed, cohort, round_, state)
     trained = time.monotonic()
-    kill_point(round_, "screen")
-    screened = screen(replies, _expected(fed, cohort, round_, state))
-    enough = len(screened.updates) >= min(settings.min_clients, max(1, len(cohort))) and bool(screened.updates)
     kill_point(round_, "aggregate")
-    new_state = fed.method.server_step(screened.updates, state, round_) if enough else state
-    down = sum(message_bytes(fed.method.view(state, c)) for c in cohort)
-    up = _received(r.tensors for r in replies)
-    record = _record(fed, round_, cohort, screened, enough, (down, up))
+    new_state = fed.recipe.server_step(done.screened.updates, asked, round_) if done.enough else state
+    record = _record(fed, round_, cohort, done)
     finished = time.monotonic()
     timing = {"round": round_, "train_seconds": trained - started, "server_seconds": finished - trained}
     append_lines(fed.folder / "timings.jsonl", [timing])
-    skipped = 0 if enough or not cohort else progress.skipped + 1
+    skipped = 0 if done.enough or not cohort else progress.skipped + 1
     return Progress(new_state, (*progress.records, record), skipped)
 
 
-def _record(
-    fed: Federation,
-    round_: int,
-    cohort: Sequence[int],
-    screened: Screened,
-    enough: bool,
-    sizes: tuple[int, int],
-) -> RoundRecord:
-    status = "ok" if enough else "skipped" if cohort else "idle"
+def _record(fed: Federation, round_: int, cohort: Sequence[int], done: _Exchange) -> RoundRecord:
     return RoundRecord(
         round=round_,
-        status=status,
+        status="ok" if done.enough else "skipped" if cohort else "idle",
         learning_rate=learning_rate(fed.config.train, round_, fed.config.federation.rounds),
         cohort=tuple(cohort),
-        clients=screened.stats,
-        rejected=screened.rejected,
-        bytes_down=sizes[0],
-        bytes_up=sizes[1],
-        notes=screened.notes,
+        clients=done.screened.stats,
+        rejected=done.screened.rejected,
+        bytes_down=done.bytes[0],
+        bytes_up=done.bytes[1],
+        notes=done.screened.notes,
     )
 
 

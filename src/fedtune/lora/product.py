@@ -6,7 +6,7 @@ vectors of L R come from two thin QR decompositions and the SVD of an n x n core
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -26,6 +26,11 @@ class Product:
     def dense(self) -> Tensor:
         """Return the matrix [out, in]; for tests and exports."""
         return self.left @ self.right
+
+    @property
+    def inner(self) -> int:
+        """How many columns the left factor has: at least the matrix's rank."""
+        return int(self.left.shape[1])
 
 
 def _wide(tensor: Tensor) -> Tensor:
@@ -52,19 +57,102 @@ def svd(product: Product) -> tuple[Tensor, Tensor, Tensor]:
     return left_basis @ u[:, :n], s[:n], vh[:n] @ right_basis.T
 
 
+def split(product: Product, rank: int) -> tuple[Product, Product]:
+    """Return the best approximation of a rank (Eckart-Young) as (U S, Vh), and what it leaves out.
+
+    The first is padded with zeros if the product has less rank; the second has as many columns as it needs.
+    """
+    u, s, vh = svd(product)
+    floor = s.max() * torch.finfo(s.dtype).eps * max(u.shape[0], vh.shape[1])
+    missing, needed = max(0, rank - s.shape[0]), int((s > floor).sum())
+    left = torch.cat([u[:, :rank] * s[:rank], u.new_zeros(u.shape[0], missing)], dim=1)
+    right = torch.cat([vh[:rank], vh.new_zeros(missing, vh.shape[1])], dim=0)
+    return Product(left, right), Product(u[:, rank:needed] * s[rank:needed], vh[rank:needed])
+
+
 def truncate(product: Product, rank: int) -> Product:
     """Return the best approximation of a rank (Eckart-Young), as (U S, Vh), padded with zeros if it has less."""
-    u, s, vh = svd(product)
-    u, s, vh = u[:, :rank], s[:rank], vh[:rank]
-    missing = rank - s.shape[0]
-    left = torch.cat([u * s, u.new_zeros(u.shape[0], missing)], dim=1)
-    return Product(left, torch.cat([vh, vh.new_zeros(missing, vh.shape[1])], dim=0))
+    return split(product, rank)[0]
+
+
+def energy_rank(values: Tensor, share: float) -> int:
+    """Return how many singular values hold a share of the sum of their squares."""
+    energy = values.square().cumsum(0)
+    if not bool(energy[-1] > 0):
+        return 1
+    return min(len(values), int((energy < share * energy[-1]).sum()) + 1)
 
 
 def inner(one: LoraModule, two: LoraModule) -> float:
     """Return the Frobenius inner product of two modules' deltas through r x r products."""
     middle = _wide(two.b).T @ _wide(one.b)
     return float(one.scale * two.scale * (middle * (_wide(two.a) @ _wide(one.a).T)).sum())
+
+
+def of(module: LoraModule) -> Product:
+    """Return a module's delta as a product, in the orientation of B A."""
+    return Product(_wide(module.b) * module.scale, _wide(module.a))
+
+
+def total(*products: Product) -> Product:
+    """Return the sum of products, by stacking them."""
+    return Product(torch.cat([p.left for p in products], dim=1), torch.cat([p.right for p in products], dim=0))
+
+
+def minus(product: Product) -> Product:
+    """Return the product with the opposite sign."""
+    return Product(-product.left, product.right)
+
+
+def norm(product: Product) -> float:
+    """Return the Frobenius norm, from the cores of two QR decompositions (no cancellation, nothing dense)."""
+    return float((torch.linalg.qr(product.left)[1] @ torch.linalg.qr(product.right.T)[1].T).norm())
+
+
+def compressed(product: Product, cap: int = 0) -> Product:
+    """Return the product with no more columns than its numerical rank, and than `cap` where that is above 0.
+
+    Without a cap nothing is lost beyond rounding: only singular values below machine precision are dropped.
+    """
+    u, s, vh = svd(product)
+    floor = s.max() * torch.finfo(s.dtype).eps * max(product.left.shape[0], product.right.shape[1])
+    rank = max(1, int((s > floor).sum()))
+    rank = min(rank, cap) if cap else rank
+    return Product(u[:, :rank] * s[:rank], vh[:rank])
+
+
+def residual(modules: Sequence[LoraModule], weights: Sequence[float]) -> Product:
+    """Return M - s mean(B) mean(A) in N - 1 blocks of the rank (FedEx-LoRA, arXiv 2410.09432, equation 7).
+
+    The residual is s sum_i b_i a_i with b_i = sqrt(w_i)(B_i - mean B) and a_i likewise. An orthogonal mixing of the
+    N blocks whose first column is sqrt(w) makes the first block of both stacks vanish.
+
+    Args:
+        modules: of equal rank and scale.
+        weights: of each; they need not sum to 1.
+    """
+    shares = torch.tensor(weights, dtype=torch.float64) / float(sum(weights))
+    mean = weighted_mean(({"a": _wide(m.a), "b": _wide(m.b)} for m in modules), weights)
+    roots = shares.sqrt().to(mean["a"].dtype)
+    count = len(modules)
+    mixing = torch.linalg.qr(torch.cat([roots[:, None], torch.eye(count, dtype=roots.dtype)], dim=1))[0][:, 1:]
+    spread_a = torch.stack([w * (_wide(m.a) - mean["a"]) for w, m in zip(roots, modules, strict=True)])
+    spread_b = torch.stack([w * (_wide(m.b) - mean["b"]) for w, m in zip(roots, modules, strict=True)])
+    right = torch.einsum("ij,irk->jrk", mixing, spread_a).flatten(0, 1)
+    left = torch.einsum("ij,ior->ojr", mixing, spread_b).flatten(1, 2)
+    return Product(left * modules[0].scale, right)
+
+
+def gram(products: Sequence[Mapping[str, Product]]) -> Tensor:
+    """Return the inner products [n, n] of n sets of products, summed over their names, through their factors."""
+    table = torch.zeros(len(products), len(products), dtype=torch.float64)
+    for name in products[0]:
+        for i, one in enumerate(products):
+            for j in range(i + 1):
+                two = products[j]
+                value = ((two[name].left.T @ one[name].left) * (two[name].right @ one[name].right.T)).sum()
+                table[i, j] += value.double()
+    return table + table.tril(-1).T
 
 
 def nearest_orthogonal(matrix: Tensor) -> Tensor:

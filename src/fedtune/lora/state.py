@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from fedtune.types import AdapterError
+from fedtune.types import AdapterError, derive_seed
 
 PREFIX = "base_model.model."
 A, B, M = ".lora_A.weight", ".lora_B.weight", ".lora_magnitude_vector"
@@ -43,7 +43,11 @@ class LoraModule:
     @property
     def scale(self) -> float:
         """The scale s."""
-        return self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
+        return self.scale_at(self.rank)
+
+    def scale_at(self, rank: int) -> float:
+        """Return the scale that the same alpha has at another rank."""
+        return self.alpha / (math.sqrt(rank) if self.rslora else rank)
 
     def delta(self) -> Tensor:
         """Return s B A in float32 or better, in the orientation of the weight it is added to."""
@@ -52,7 +56,7 @@ class LoraModule:
         return dense.T if self.conv1d else dense
 
 
-AdapterState = dict[str, LoraModule]
+AdapterState = Mapping[str, LoraModule]
 
 
 def to_tensors(adapter: Mapping[str, LoraModule]) -> dict[str, Tensor]:
@@ -95,6 +99,41 @@ def parameters(adapter: Mapping[str, LoraModule]) -> int:
 def resized(module: LoraModule, rank: int) -> LoraModule:
     """Return a module of another rank with the same alpha; its factors are placeholders of zeros."""
     return replace(module, a=module.a.new_zeros(rank, module.a.shape[1]), b=module.b.new_zeros(module.b.shape[0], rank))
+
+
+def with_rank(module: LoraModule, rank: int) -> LoraModule:
+    """Return a module cut to its first `rank` components, or padded with zeros up to them.
+
+    Alpha stays, so the scale changes with the rank; B takes up the difference, and what is kept of the delta is
+    what it was.
+    """
+    new = resized(module, rank)
+    kept = min(rank, module.rank)
+    new.a[:kept] = module.a[:kept]
+    new.b[:, :kept] = module.b[:, :kept] * (module.scale / new.scale)
+    return new
+
+
+def fresh(adapter: Mapping[str, LoraModule], seed: int, round_: int) -> AdapterState:
+    """Return an adapter of the same shapes with a new random A and B = 0, the same wherever it is made.
+
+    A is uniform within 1/sqrt(in), as PEFT draws it; each layer has a stream of its own, and the first rows of a larger
+    rank are those of a smaller one.
+    """
+    made = {}
+    for path, module in adapter.items():
+        generator = torch.Generator().manual_seed(derive_seed(seed, "fresh", round_, path))
+        bound = 1 / math.sqrt(module.a.shape[1])
+        a = torch.rand(module.a.shape, generator=generator, dtype=torch.float64) * 2 * bound - bound
+        made[path] = replace(module, a=a.to(module.a.dtype), b=torch.zeros_like(module.b))
+    return made
+
+
+def rescaled(module: LoraModule, like: LoraModule) -> LoraModule:
+    """Return the same delta with another module's scale at this module's rank; B takes up the difference."""
+    new = replace(module, alpha=like.scale * (math.sqrt(module.rank) if like.rslora else module.rank))
+    new = replace(new, rslora=like.rslora)
+    return new if new.scale == module.scale else replace(new, b=module.b * (module.scale / new.scale))
 
 
 def from_tensors(

@@ -2,55 +2,181 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Iterable
 
 from pydantic import ValidationError
 
 from fedtune.config import Config
-from fedtune.methods.base import ClientUpdate, Method, ServerState
+from fedtune.methods.base import ClientUpdate, Method, Scene, ServerState
+from fedtune.methods.fed_sb import FedSB
+from fedtune.methods.fedalt import FedALT
+from fedtune.methods.fedask import FedASK
+from fedtune.methods.feddpa import FedDPA
+from fedtune.methods.fedex_lora import FedExLoRA
+from fedtune.methods.fedilora import FediLoRA
 from fedtune.methods.fedit import FedIT
-from fedtune.methods.fedprox import FedProx
+from fedtune.methods.fedkseed import FedKSeed
+from fedtune.methods.fedmomentum import FedMomentum
 from fedtune.methods.fedrot_lora import FedRotLoRA
+from fedtune.methods.fedsa_lora import FedSALoRA
 from fedtune.methods.fedsvd import FedSVD
 from fedtune.methods.ffa_lora import FFALoRA
 from fedtune.methods.flexlora import FlexLoRA
+from fedtune.methods.flora import FLoRA
+from fedtune.methods.florist import FLoRIST
+from fedtune.methods.hetlora import HetLoRA
+from fedtune.methods.hlora import HLoRA
+from fedtune.methods.lora_a2 import LoRAA2
 from fedtune.methods.lora_fair import LoRAFAIR
+from fedtune.methods.rac_lora import RACLoRA
+from fedtune.methods.rbla import RBLA
+from fedtune.methods.recipe import Recipe
 from fedtune.methods.rolora import RoLoRA
-from fedtune.types import Problem, nearest
+from fedtune.types import Problem, derive_seed, nearest
 
-_ALL: tuple[type[Method], ...] = (FedIT, FedProx, FFALoRA, RoLoRA, FlexLoRA, LoRAFAIR, FedSVD, FedRotLoRA)
+_ALL: tuple[type[Method], ...] = (
+    FedIT,
+    FFALoRA,
+    FedSALoRA,
+    RoLoRA,
+    FLoRA,
+    FedExLoRA,
+    FlexLoRA,
+    HLoRA,
+    FLoRIST,
+    FedMomentum,
+    RBLA,
+    FediLoRA,
+    HetLoRA,
+    LoRAFAIR,
+    FedSVD,
+    FedSB,
+    FedRotLoRA,
+    FedASK,
+    RACLoRA,
+    LoRAA2,
+    FedALT,
+    FedDPA,
+    FedKSeed,
+)
 METHODS: dict[str, type[Method]] = {m.name: m for m in _ALL}
+AROUND = {
+    "fedprox": "drift.proximal_mu=0.01",
+    "scaffold": "drift.scaffold=true with train.optimizer=sgd",
+    "fedavg": "server.optimizer=none (the default)",
+    **{name: f"server.optimizer={name}" for name in ("fedavgm", "fedadagrad", "fedyogi", "fedadam")},
+    **{name: f"robust.rule={name}" for name in ("krum", "multi-krum", "trimmed", "foolsgold", "dnc")},
+}
 
-__all__ = ["METHODS", "ClientUpdate", "Method", "ServerState", "create", "problems"]
+__all__ = ["METHODS", "ClientUpdate", "Method", "Recipe", "Scene", "ServerState", "build", "create", "problems"]
+
+
+def _names(attribute: str) -> str:
+    return ", ".join(m for m in METHODS if getattr(METHODS[m], attribute))
+
+
+def unknown(name: str) -> str:
+    """Say what a name that is no method may have meant."""
+    if name in AROUND:
+        return f"it goes around any method: --set {AROUND[name]}"
+    return nearest(name, [*METHODS, *AROUND]) or "list them: fedtune ls methods"
 
 
 def problems(config: Config) -> Iterable[Problem]:
-    """Yield what is wrong with the method's name and settings; one without effect is refused."""
+    """Yield what is wrong with the method and what is around it; a setting without effect is refused."""
     name = config.method.name
     if name not in METHODS:
-        fix = nearest(name, METHODS) or "list them: fedtune ls methods"
-        yield Problem(f'method.name = "{name}"', "unknown method", fix)
+        yield Problem(f'method.name = "{name}"', "unknown method", unknown(name))
         return
-    kind = METHODS[name]
-    if config.lora.dora and not kind.dora:
-        able = ", ".join(m for m in METHODS if METHODS[m].dora)
-        yield Problem("lora.dora", f"{name} is not defined for DoRA's magnitudes", f"these are: {able}")
+    yield from _combination(config, METHODS[name])
+    yield from _own_settings(config, METHODS[name])
+
+
+def _own_settings(config: Config, kind: type[Method]) -> Iterable[Problem]:
     try:
         parameters = kind.Parameters.model_validate(config.method.parameters)
     except ValidationError as err:
         for error in err.errors():
             key = str(error["loc"][0])
             if error["type"] == "extra_forbidden":
-                fix = nearest(key, kind.Parameters.model_fields) or f"{name} has no such setting"
+                fix = nearest(key, kind.Parameters.model_fields) or f"{kind.name} has no such setting"
                 yield Problem(f"method.{key}", "unknown key", fix)
             else:
                 yield Problem(f"method.{key} = {error['input']!r}", error["msg"])
         return
     if reason := kind.inert(parameters):
-        yield Problem(f"method ({name})", f"has no effect: {reason}", "use fedit, or a value above 0")
+        yield Problem(f"method ({kind.name})", f"has no effect: {reason}")
 
 
-def create(config: Config) -> Method:
+def _combination(config: Config, kind: type[Method]) -> Iterable[Problem]:
+    """Yield what a method does not go together with."""
+    name, drift, robust = kind.name, config.drift, config.robust
+    if config.lora.dora and not kind.dora:
+        yield Problem("lora.dora", f"{name} is not defined for DoRA's magnitudes", f"these are: {_names('dora')}")
+    if config.lora.ranks and not kind.mixed_ranks:
+        yield Problem("lora.ranks", f"{name} needs one rank for all clients", f"mixed ranks: {_names('mixed_ranks')}")
+    if isinstance(config.lora.ranks, tuple) and config.lora.ranks:
+        have, need = len(config.lora.ranks), config.federation.clients
+        if have != need:
+            yield Problem("lora.ranks", f"has {have} ranks for {need} clients", "or shares: {4 = 0.5, 16 = 0.5}")
+    if config.lora.ranks and config.lora.dora:
+        yield Problem("lora.ranks", "mixed ranks are not defined together with DoRA")
+    if config.server.optimizer != "none" and not kind.factors:
+        yield Problem(
+            "server.optimizer", f"{name}'s factors change coordinates", f"these keep them: {_names('factors')}"
+        )
+    if config.server.optimizer == "none" and config.server.model_dump(exclude_defaults=True):
+        yield Problem("server", "has no effect without server.optimizer")
+    if (robust.rule, robust.clip_norm) != ("none", "none") and not kind.comparable:
+        fix = f"these send models: {_names('comparable')}"
+        yield Problem("robust", f"an update of {name} cannot be compared with others", fix)
+    if drift.scaffold:
+        yield from _scaffold(config, kind)
+    yield from _attack(config)
+
+
+def _scaffold(config: Config, kind: type[Method]) -> Iterable[Problem]:
+    if config.train.optimizer != "sgd":
+        yield Problem("drift.scaffold", "is defined for SGD only", "set train.optimizer = sgd")
+    if not kind.factors or kind.private or config.lora.ranks or config.lora.dora:
+        yield Problem("drift.scaffold", f"its control variates do not fit {kind.name} with these settings")
+
+
+def _attack(config: Config) -> Iterable[Problem]:
+    attack = config.attack
+    if (attack.kind == "none") != (not attack.clients):
+        yield Problem("attack", "needs both a kind and clients, or neither")
+    strangers = [c for c in attack.clients if not 0 <= c < config.federation.clients]
+    if strangers:
+        yield Problem(
+            f"attack.clients = {list(attack.clients)}", f"there are clients 0 to {config.federation.clients - 1}"
+        )
+
+
+def client_ranks(config: Config) -> dict[int, int]:
+    """Return each client's rank, where they differ: as listed, or drawn by shares (largest remainder, seeded)."""
+    ranks, clients = config.lora.ranks, config.federation.clients
+    if not isinstance(ranks, dict):
+        return dict(enumerate(ranks))
+    exact = {rank: share * clients for rank, share in ranks.items()}
+    counts = {rank: int(value) for rank, value in exact.items()}
+    order = sorted(exact, key=lambda r: (counts[r] - exact[r], r))
+    for rank in order[: clients - sum(counts.values())]:
+        counts[rank] += 1
+    dealt = [rank for rank in sorted(counts) for _ in range(counts[rank])]
+    random.Random(derive_seed(config.seed, "ranks")).shuffle(dealt)
+    return dict(enumerate(dealt))
+
+
+def build(config: Config) -> Method:
     """Return the method a run asks for. The settings have passed `problems`."""
     kind = METHODS[config.method.name]
-    return kind(kind.Parameters.model_validate(config.method.parameters))
+    ranks = client_ranks(config) if config.arm != "centralised" else {}
+    scene = Scene(config.seed, ranks, config.lora.r, config.federation.cohort_size)
+    return kind(kind.Parameters.model_validate(config.method.parameters), scene)
+
+
+def create(config: Config) -> Recipe:
+    """Return the method a run asks for, with everything the settings put around it."""
+    return Recipe(build(config), config)

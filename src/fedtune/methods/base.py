@@ -1,30 +1,35 @@
 """What a federated method is: a client half and a server half, pure functions over adapter states.
 
-A method sees neither Flower nor disk nor the base model. A new one is a subclass in a file of its own that
-overrides only what differs from the weighted mean of the factors; see docs/add-a-method.md.
+A method sees neither Flower nor disk nor the base model. A new one is a subclass in a file of its own that overrides
+only what differs from the weighted mean of the factors; see docs/add-a-method.md.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, ClassVar
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, ClassVar, NamedTuple
 
 from fedtune.config.schema import Section
+from fedtune.methods.local import Fitted, Local, Tensors
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from fedtune.lora.base_delta import Piece
     from fedtune.lora.state import AdapterState
 
 
 @dataclass(frozen=True)
 class ClientUpdate:
-    """One client's screened update: the tensors it sent, by name, and how many examples stand behind them."""
+    """One client's screened update: the tensors it sent, by name, and how many examples stand behind them.
+
+    `examples` is the update's weight; a robust rule may have changed it.
+    """
 
     client: int
-    tensors: Mapping[str, Tensor]
-    examples: int
+    tensors: Tensors
+    examples: float
 
 
 @dataclass(frozen=True)
@@ -35,11 +40,39 @@ class ServerState:
         adapter: the global adapter.
         round: the last round that is in it (0: untouched).
         extra: a stateful method's own tensors, by name.
+        base: low-rank changes of the base model, in the order they were made; see `lora.base_delta`.
     """
 
     adapter: AdapterState
     round: int = 0
     extra: Mapping[str, Tensor] = field(default_factory=dict)
+    base: tuple[Piece, ...] = ()
+
+
+class Sizes(NamedTuple):
+    """Numbers of one module's A, B, of its rank and of a round's clients, to reckon traffic with."""
+
+    a: int
+    b: int
+    rank: int
+    clients: int
+
+
+@dataclass(frozen=True)
+class Scene:
+    """What a method may know of the run it is in.
+
+    Attributes:
+        seed: of everything that all parties draw alike.
+        ranks: client -> rank, where clients have ranks of their own.
+        rank: of the global adapter; 0 where there is no run.
+        cohort: clients asked a round.
+    """
+
+    seed: int = 0
+    ranks: Mapping[int, int] = field(default_factory=dict)
+    rank: int = 0
+    cohort: int = 1
 
 
 class Method:
@@ -53,8 +86,17 @@ class Method:
         linear: the server needs only sums, so secure sums apply.
         mixed_ranks: clients may have different ranks.
         personalised: there is no single global model.
+        global_adapter: the server's adapter is a model of its own (not so where only one factor is shared).
+        keeps_base: it moves the base model by low-rank side adapters.
         stateful: the server keeps `extra` state.
-        dora: its server half is defined for DoRA's magnitudes too.
+        private: clients keep tensors of their own between rounds.
+        dora: "" (not defined for DoRA), "mean" (magnitudes averaged like factors), "exact" (through the exact
+            map of `lora.dora`).
+        factors: what is trained is the global adapter's own tensors, in coordinates that stay, so server optimisers
+            and control variates mean something.
+        comparable: an update stands for a model, so a robust rule can compare it with others.
+        ragged: the shapes a client sends are its own choice, within what `flaw` allows.
+        phases: exchanges a round.
     """
 
     name: ClassVar[str]
@@ -64,19 +106,37 @@ class Method:
     linear: ClassVar[bool] = True
     mixed_ranks: ClassVar[bool] = False
     personalised: ClassVar[bool] = False
+    global_adapter: ClassVar[bool] = True
+    keeps_base: ClassVar[bool] = False
     stateful: ClassVar[bool] = False
-    dora: ClassVar[bool] = False
+    private: ClassVar[bool] = False
+    dora: ClassVar[str] = ""
+    factors: ClassVar[bool] = True
+    comparable: ClassVar[bool] = True
+    ragged: ClassVar[bool] = False
+    phases: ClassVar[int] = 1
 
     class Parameters(Section):
         """No settings of its own."""
 
-    def __init__(self, parameters: Section) -> None:
+    def __init__(self, parameters: Section, scene: Scene | None = None) -> None:
         self.parameters = parameters
+        self.scene = scene or Scene()
+
+    @property
+    def seed(self) -> int:
+        """The run's seed, of everything that all parties draw alike."""
+        return self.scene.seed
 
     @classmethod
     def inert(cls, parameters: Section) -> str:
         """Say why these settings would have no effect, or return an empty string."""
         return ""
+
+    @classmethod
+    def traffic(cls, sizes: Sizes) -> tuple[float, float]:
+        """Return how many numbers a client sends, and receives, for one module in a round of the steady state."""
+        return sizes.a + sizes.b, sizes.a + sizes.b
 
     # client half
 
@@ -84,7 +144,20 @@ class Method:
         """Tell whether a tensor is trained, and sent, in a round."""
         return True
 
-    def loss_term(self, now: Mapping[str, Tensor], start: Mapping[str, Tensor]) -> Tensor | None:
+    def begin(self, layout: AdapterState, download: Tensors, kept: Tensors, round_: int) -> dict[str, Tensor]:
+        """Return all tensors a client's model has at the start of a round.
+
+        Args:
+            layout: the adapter of the client's rank as the run's seed made it, on every client the same.
+            download: what `view` sent.
+            kept: what this client kept in its last round.
+            round_: which round.
+        """
+        from fedtune.lora.state import to_tensors
+
+        return {**to_tensors(layout), **download}
+
+    def loss_term(self, now: Tensors, start: Tensors) -> Tensor | None:
         """Return what is added to the loss of each step, as a scalar; None for nothing.
 
         Args:
@@ -93,15 +166,39 @@ class Method:
         """
         return None
 
-    def payload(self, tensors: Mapping[str, Tensor], start: Mapping[str, Tensor], round_: int) -> dict[str, Tensor]:
+    def fit(self, local: Local, start: Tensors) -> Fitted:
+        """Do a client's work of one round: train what is trainable from `start`; return what it sends and keeps."""
+        names = [n for n in start if self.trainable(local.round, n)]
+        trained = local.train(start, names, lambda now: self.loss_term(now, start))
+        return Fitted(self.payload(trained, start, local.round))
+
+    def payload(self, tensors: Tensors, start: Tensors, round_: int) -> dict[str, Tensor]:
         """Return what a client sends after its local training."""
         return {name: t for name, t in tensors.items() if self.trainable(round_, name)}
 
     # server half
 
+    def rank_of(self, client: int) -> int | None:
+        """Return the rank of a client's adapter, or None where all have the global one."""
+        return self.scene.ranks.get(client)
+
+    def cut(self, adapter: AdapterState, client: int) -> AdapterState:
+        """Return an adapter with the rank that a client has."""
+        from fedtune.lora.state import with_rank
+
+        rank = self.rank_of(client)
+        return adapter if rank is None else {path: with_rank(m, rank) for path, m in adapter.items()}
+
     def weights(self, updates: Sequence[ClientUpdate]) -> list[float]:
         """Return the weight of each update; they need not sum to 1."""
         return [float(u.examples) for u in updates]
+
+    def completed(self, update: ClientUpdate, state: ServerState) -> AdapterState:
+        """Return an update as a whole adapter: what was not sent is as the server has it."""
+        from fedtune.lora.state import to_tensors, with_tensors
+
+        like = self.cut(state.adapter, update.client)
+        return with_tensors(like, {**to_tensors(like), **update.tensors})
 
     def combine(self, updates: Sequence[ClientUpdate], state: ServerState) -> dict[str, Tensor]:
         """Return the aggregate of the updates' tensors."""
@@ -114,28 +211,50 @@ class Method:
         from fedtune.lora.state import to_tensors, with_tensors
 
         merged = {**to_tensors(state.adapter), **self.combine(updates, state)}
-        return ServerState(with_tensors(state.adapter, merged), round_, state.extra)
+        return replace(state, adapter=with_tensors(state.adapter, merged), round=round_)
+
+    def middle(self, updates: Sequence[ClientUpdate], state: ServerState, round_: int) -> ServerState:
+        """Return the state in which the next exchange of the same round is made (`phases` above 1)."""
+        raise NotImplementedError(f"{self.name} has one exchange a round")
 
     def aggregate(
-        self, clients: Sequence[AdapterState], examples: Sequence[int], state: ServerState, round_: int, rank: int = 0
+        self, clients: Sequence[AdapterState], examples: Sequence[float], state: ServerState, round_: int, rank: int = 0
     ) -> ServerState:
         """Aggregate whole adapters, as clients would send them after a round that started from `state`.
 
         Args:
-            clients: their adapters; of different ranks only where the method allows it.
+            clients: their adapters, of one rank; a lazily read sequence is read once, one adapter at a time.
+                Scales may differ: B takes up the difference.
             examples: of each.
             state: the server's before.
             round_: which round.
             rank: of the result, where the method cuts ranks; ignored elsewhere.
         """
-        from fedtune.lora.state import to_tensors
+        from fedtune.lora.algebra import weighted_mean
+        from fedtune.lora.state import rescaled, to_tensors
 
         start = to_tensors(state.adapter)
-        updates = [
-            ClientUpdate(i, self.payload(to_tensors(adapter), start, round_), n)
-            for i, (adapter, n) in enumerate(zip(clients, examples, strict=True))
-        ]
+
+        def sent(adapter: AdapterState) -> Tensors:
+            fitting = {path: rescaled(m, state.adapter[path]) for path, m in adapter.items()}
+            return self.payload(to_tensors(fitting), start, round_)
+
+        if self.running:
+            mean = weighted_mean((sent(c) for c in clients), examples)
+            return self.server_step([ClientUpdate(0, mean, 1.0)], state, round_)
+        updates = [ClientUpdate(i, sent(c), n) for i, (c, n) in enumerate(zip(clients, examples, strict=True))]
         return self.server_step(updates, state, round_)
+
+    def personal(
+        self, clients: Sequence[AdapterState], examples: Sequence[float], after: ServerState
+    ) -> Iterator[AdapterState] | None:
+        """Return what each client gets of an aggregation, where that is not one global adapter; else None."""
+        return None
+
+    @property
+    def running(self) -> bool:
+        """Whether whole adapters can be added up one after the other, in memory that their number does not change."""
+        return type(self).combine is Method.combine and type(self).aggregate is Method.aggregate
 
     def view(self, state: ServerState, client: int) -> dict[str, Tensor]:
         """Return what a client downloads at the start of a round.
@@ -144,10 +263,22 @@ class Method:
         """
         from fedtune.lora.state import to_tensors
 
-        return to_tensors(state.adapter)
+        return to_tensors(self.cut(state.adapter, client))
 
     def expected(self, state: ServerState, client: int, round_: int) -> dict[str, Tensor]:
         """Return tensors with the names, shapes and dtypes that a client must send."""
         from fedtune.lora.state import to_tensors
 
-        return {n: t for n, t in to_tensors(state.adapter).items() if self.trainable(round_, n)}
+        adapter = to_tensors(self.cut(state.adapter, client))
+        return {n: t for n, t in adapter.items() if self.trainable(round_, n)}
+
+    def common(self, round_: int, name: str) -> bool:
+        """Tell whether a tensor has to be the same in all adapters that are aggregated after a round."""
+        return not self.trainable(round_, name)
+
+    def flaw(self, update: Tensors, state: ServerState, client: int, round_: int) -> str:
+        """Say what is wrong with a ragged update whose names and dtypes are as expected, or return an empty string.
+
+        Where a method is not `ragged`, its shapes are those of `expected`, which the screening sees to.
+        """
+        return ""

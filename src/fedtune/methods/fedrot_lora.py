@@ -1,8 +1,8 @@
 """FedRot-LoRA: each client rotates its factors towards the global ones before sending (arXiv 2602.23638).
 
-(B R, R^T A) is the same model for any orthogonal R; the R nearest to the reference removes the part of FedIT's
-error that is only a difference of gauge. Odd rounds align A, even rounds B; the first round has nothing to align
-to. `blend` < 1 turns only part of the way.
+(B R, R^T A) is the same model for any orthogonal R; the R nearest to the reference removes the part of FedIT's error
+that is only a difference of gauge. Odd rounds align A, even rounds B; the first round has nothing to align to.
+`blend` < 1 turns only part of the way.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class FedRotLoRA(FedIT):
     name = "fedrot_lora"
     title = "FedRot-LoRA"
     paper = "arXiv:2602.23638"
-    dora = False
+    dora = ""
 
     class Parameters(Section):
         """`blend`: how far to turn, from 0 (not at all) to 1 (onto the reference)."""

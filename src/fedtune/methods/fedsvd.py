@@ -1,7 +1,7 @@
 """FedSVD: only B is trained; after each round A is given orthonormal rows by an SVD (arXiv 2505.12805).
 
-mean(B) A is exact; its SVD U S V^T gives A = V^T and B = U S, the same product in a better-conditioned gauge.
-Clients start each round with a fresh optimiser, so no optimiser state refers to the old gauge.
+mean(B) A is exact; its SVD U S V^T gives A = V^T and B = U S, the same product in a better-conditioned gauge. Clients
+start each round with a fresh optimiser, so no optimiser state refers to the old gauge.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from fedtune.methods.base import ClientUpdate, Method, ServerState
+from fedtune.methods.base import ClientUpdate, Method, ServerState, Sizes
 
 if TYPE_CHECKING:
     from fedtune.lora.state import LoraModule
@@ -23,6 +23,13 @@ class FedSVD(Method):
     title = "FedSVD"
     paper = "arXiv:2505.12805"
     exact = True
+    factors = False
+    dora = "exact"
+
+    @classmethod
+    def traffic(cls, sizes: Sizes) -> tuple[float, float]:
+        """B up, both factors down."""
+        return sizes.b, sizes.a + sizes.b
 
     def trainable(self, round_: int, name: str) -> bool:
         """Train B only; A changes on the server."""
@@ -35,9 +42,12 @@ class FedSVD(Method):
 
     def orthogonalise(self, module: LoraModule) -> LoraModule:
         """Return the same product with orthonormal rows of A; an all-zero product keeps its factors."""
-        from fedtune.lora.product import Product, svd
+        from fedtune.lora.product import of, svd
 
         if not module.b.any():
             return module
-        u, s, vh = svd(Product(module.b, module.a))
-        return replace(module, b=(u * s).to(module.b.dtype), a=vh.to(module.a.dtype))
+        u, s, vh = svd(of(module))
+        rank = module.rank  # at most this many are not zero, also where the layer is narrower
+        return replace(
+            module, b=(u[:, :rank] * s[:rank] / module.scale).to(module.b.dtype), a=vh[:rank].to(module.a.dtype)
+        )

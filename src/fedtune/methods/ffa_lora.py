@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from fedtune.methods.base import Method, ServerState
+from fedtune.methods.base import Method, ServerState, Sizes
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -20,6 +20,12 @@ class FFALoRA(Method):
     title = "FFA-LoRA"
     paper = "arXiv:2403.12313"
     exact = True
+    dora = "exact"
+
+    @classmethod
+    def traffic(cls, sizes: Sizes) -> tuple[float, float]:
+        """B both ways."""
+        return sizes.b, sizes.b
 
     def trainable(self, round_: int, name: str) -> bool:
         """Train B only."""

@@ -1,9 +1,9 @@
 """LoRA-FAIR: the mean of the factors, with B corrected towards the ideal product (arXiv 2411.14961).
 
-B = mean(B) + D, where D minimises ||M/s - (mean(B) + D) mean(A)||^2 + lambda ||D||^2. The paper descends on a
-cosine distance; this is its ridge form, which has the closed solution
-D = (M/s - mean(B) mean(A)) mean(A)^T (mean(A) mean(A)^T + lambda I)^-1. lambda -> infinity is FedIT, lambda -> 0
-projects the ideal update on the row space of mean(A).
+B = mean(B) + D, where D minimises ||M/s - (mean(B) + D) mean(A)||^2 + lambda ||D||^2. The paper descends on a cosine
+distance; this is its ridge form, which has the closed solution D = (M/s - mean(B) mean(A)) mean(A)^T (mean(A)
+mean(A)^T + lambda I)^-1. lambda -> infinity is FedIT, lambda -> 0 projects the ideal update on the row space of
+mean(A).
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ class LoRAFAIR(FlexLoRA):
     title = "LoRA-FAIR (ridge form)"
     paper = "arXiv:2411.14961"
     mixed_ranks = False
+    factors = True
 
     aggregate = Method.aggregate
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +11,21 @@ import torch
 from torch import Tensor
 
 from fedtune.config.schema import LoraSettings
-from fedtune.io import read_json, tensor_header, write_bytes, write_json
-from fedtune.lora.state import AdapterState, LoraModule, from_tensors, to_tensors, with_tensors
+from fedtune.io import write_bytes, write_json
+from fedtune.lora.dora import row_norms
+from fedtune.lora.state import (
+    PREFIX,
+    A,
+    AdapterState,
+    B,
+    LoraModule,
+    to_tensors,
+    with_tensors,
+)
+from fedtune.models.folder import CONFIG, WEIGHTS, read_folder
 from fedtune.models.load import LoadedModel
+from fedtune.models.sides import Sides, is_side
 from fedtune.types import AdapterError, ModelError, nearest
-
-WEIGHTS = "adapter_model.safetensors"
-CONFIG = "adapter_config.json"
 
 
 @dataclass(frozen=True)
@@ -29,21 +37,93 @@ class AdaptedModel:
         model: the PEFT model.
         slots: the adapter's parameters by the names of the PEFT file format.
         layout: the adapter as it was attached: initial values, shapes, scales and orientation.
+        layers: PEFT's layers by path.
+        sides: what methods put beside the adapter.
     """
 
     base: LoadedModel
     model: Any
     slots: Mapping[str, torch.nn.Parameter]
     layout: AdapterState
+    layers: Mapping[str, Any]
+    sides: Sides
 
     def state(self) -> AdapterState:
         """Return a copy of the adapter as it is now, on the CPU."""
         tensors = {name: p.detach().to("cpu", copy=True) for name, p in self.slots.items()}
         return with_tensors(self.layout, tensors)
 
+    def load(self, tensors: Mapping[str, Tensor]) -> None:
+        """Copy an adapter of at most the attached rank, and side tensors, into the model.
+
+        A smaller rank fills the first components; the rest is zero and stays so, for neither factor has a gradient
+        there. The layer's scale becomes that of the smaller rank.
+
+        Raises:
+            AdapterError: names or shapes that do not fit; nothing is loaded then.
+        """
+        own = {n: t for n, t in tensors.items() if not is_side(n)}
+        ranks = {path: _rank(path, module, own) for path, module in self.layout.items()}
+        load_tensors(self.slots, {n: _padded(n, t, self.slots[n]) if n in self.slots else t for n, t in own.items()})
+        for path, rank in ranks.items():
+            self.layers[path].scaling["default"] = self.layout[path].scale_at(rank)
+        self.sides.load({n: t for n, t in tensors.items() if is_side(n)}, self.device)
+
+    def read(self, like: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return copies on the CPU of the tensors that were loaded, as they are now and in the shapes they had."""
+        now = {**self.slots, **self.sides.parameters()}
+        found = {}
+        for name, tensor in like.items():
+            value = now[name].detach() if name in now else tensor
+            found[name] = value[tuple(slice(n) for n in tensor.shape)].to("cpu", copy=True).contiguous()
+        return found
+
+    @property
+    def device(self) -> torch.device:
+        """Where the adapter is."""
+        return next(iter(self.slots.values())).device
+
     def load_state(self, adapter: Mapping[str, LoraModule]) -> None:
         """Copy a state into the model. Raises AdapterError if names or shapes differ; nothing is loaded then."""
-        load_tensors(self.slots, to_tensors(adapter))
+        self.load(to_tensors(adapter))
+
+    def row_norms(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return ||W0 + s B A|| of each output row, by layer, for the factors given."""
+        norms = {}
+        for path, module in self.layout.items():
+            a, b = (tensors[PREFIX + path + end].float() for end in (A, B))
+            delta = replace(module, a=a, b=b).scale * (b @ a)
+            weight = base_weight(self.layers[path]).to(delta.device)
+            norms[path] = row_norms(weight.T if module.conv1d else weight, delta)
+        return norms
+
+
+def base_weight(layer: Any) -> Tensor:
+    """Return a layer's base weight, dequantised where it is quantised."""
+    from peft.utils.integrations import dequantize_module_weight
+
+    weight: Tensor = dequantize_module_weight(layer.get_base_layer()).detach()
+    return weight
+
+
+def _rank(path: str, module: LoraModule, tensors: Mapping[str, Tensor]) -> int:
+    """Return the rank of a layer's factors, at most the attached one."""
+    a, b = (tensors.get(PREFIX + path + end) for end in (A, B))
+    if a is None or b is None or a.dim() != 2 or b.dim() != 2:
+        return module.rank
+    if a.shape[0] != b.shape[1] or a.shape[0] > module.rank:
+        raise AdapterError(f"{path}: A has rank {a.shape[0]}, B {b.shape[1]}; this model has room for {module.rank}")
+    return int(a.shape[0])
+
+
+def _padded(name: str, tensor: Tensor, slot: Tensor) -> Tensor:
+    """Return a factor padded with zeros to the slot's rank; anything else as it is."""
+    axis = 0 if name.endswith(A) else 1
+    if not name.endswith((A, B)) or tensor.dim() != 2 or tensor.shape[axis] >= slot.shape[axis]:
+        return tensor
+    missing = list(tensor.shape)
+    missing[axis] = slot.shape[axis] - tensor.shape[axis]
+    return torch.cat([tensor, tensor.new_zeros(missing)], dim=axis)
 
 
 def load_tensors(slots: Mapping[str, torch.nn.Parameter], tensors: Mapping[str, Tensor]) -> None:
@@ -72,11 +152,9 @@ def _file_name(parameter: str) -> str:
     return name.removesuffix(".default")
 
 
-def _layout(model: Any, slots: Mapping[str, torch.nn.Parameter], settings: LoraSettings) -> AdapterState:
-    modules: AdapterState = {}
-    for path, layer in model.get_base_model().named_modules():
-        if not hasattr(layer, "lora_A"):
-            continue
+def _layout(layers: Mapping[str, Any], slots: Mapping[str, torch.nn.Parameter], settings: LoraSettings) -> AdapterState:
+    modules: dict[str, LoraModule] = {}
+    for path, layer in layers.items():
         get = f"base_model.model.{path}"
         modules[path] = LoraModule(
             a=slots[f"{get}.lora_A.weight"].detach().to("cpu", copy=True),
@@ -128,7 +206,10 @@ def attach(base: LoadedModel, settings: LoraSettings, seed: int) -> AdaptedModel
     slots = {_file_name(n): p for n, p in model.named_parameters() if p.requires_grad}
     model.peft_config["default"].base_model_name_or_path = base.name
     model.peft_config["default"].revision = base.revision
-    return AdaptedModel(base, model, slots, _layout(model, slots, settings))
+    layers = {path: m for path, m in model.get_base_model().named_modules() if hasattr(m, "lora_A")}
+    sides = Sides(layers)
+    model.fedtune_sides = sides
+    return AdaptedModel(base, model, slots, _layout(layers, slots, settings), layers, sides)
 
 
 def detach(adapted: AdaptedModel) -> LoadedModel:
@@ -138,73 +219,16 @@ def detach(adapted: AdaptedModel) -> LoadedModel:
 
 
 def save(adapted: AdaptedModel, adapter: Mapping[str, LoraModule], folder: Path) -> None:
-    """Write a folder that `PeftModel.from_pretrained` loads."""
+    """Write a folder that `PeftModel.from_pretrained` loads; the rank and the scale are the adapter's own."""
     import safetensors.torch
 
     config = adapted.model.peft_config["default"].to_dict()
-    config["inference_mode"] = True
+    first = next(iter(adapter.values()))
+    config |= {"inference_mode": True, "r": first.rank, "lora_alpha": first.alpha, "use_rslora": first.rslora}
     plain = {k: sorted(v) if isinstance(v, set) else getattr(v, "value", v) for k, v in config.items()}
     write_json(folder / CONFIG, plain)
     tensors = {name: t.contiguous() for name, t in to_tensors(adapter).items()}
     write_bytes(folder / WEIGHTS, safetensors.torch.save(tensors, metadata={"format": "pt"}))
-
-
-def read_folder(folder: Path) -> tuple[LoraSettings, str, dict[str, Tensor]]:
-    """Read a PEFT adapter folder that anybody made.
-
-    Returns:
-        Its settings, the name of its base model, and its tensors.
-
-    Raises:
-        AdapterError: pickled weights, a link that leads outside, or not a LoRA adapter.
-        CorruptFileError: a damaged file.
-    """
-    import safetensors.torch
-
-    if not (folder / CONFIG).is_file():
-        raise AdapterError(f"{folder}: no {CONFIG}; this is not a PEFT adapter folder")
-    for path in (folder / CONFIG, folder / WEIGHTS):
-        if path.is_symlink() and not path.resolve().is_relative_to(folder.resolve()):
-            raise AdapterError(f"{path}: a link that leads outside the folder is not followed")
-    if not (folder / WEIGHTS).exists():
-        pickled = [p.name for p in folder.iterdir() if p.suffix in (".bin", ".pt", ".pth", ".pkl")]
-        raise AdapterError(
-            f"{folder}: no {WEIGHTS}"
-            + (f"; {pickled[0]} is a pickle, which can run code and is not read" if pickled else "")
-            + ". Convert it where you trust it: safetensors.torch.save_file(torch.load(path, weights_only=True), out)"
-        )
-    config = read_json(folder / CONFIG)
-    if str(config.get("peft_type", "")).upper() != "LORA":
-        raise AdapterError(f"{folder}: a {config.get('peft_type')} adapter; only LoRA adapters are read")
-    tensor_header(folder / WEIGHTS)
-    tensors = safetensors.torch.load_file(folder / WEIGHTS)
-    targets = config.get("target_modules") or ()
-    settings = LoraSettings(
-        r=config["r"],
-        alpha=config["lora_alpha"],
-        dropout=config.get("lora_dropout", 0.0),
-        target_modules=(targets,) if isinstance(targets, str) else tuple(sorted(targets)),
-        rslora=bool(config.get("use_rslora")),
-        dora=bool(config.get("use_dora")),
-    )
-    return settings, str(config.get("base_model_name_or_path", "")), tensors
-
-
-def read_state(folder: Path) -> AdapterState:
-    """Read an adapter folder as a state, without its base model.
-
-    Raises:
-        AdapterError, CorruptFileError: as `read_folder`; also for ranks or alphas that differ between layers.
-    """
-    settings, _, tensors = read_folder(folder)
-    config = read_json(folder / CONFIG)
-    if config.get("rank_pattern") or config.get("alpha_pattern"):
-        raise AdapterError(f"{folder}: rank_pattern and alpha_pattern are not read")
-    state = from_tensors(tensors, settings.alpha, rslora=settings.rslora, conv1d=bool(config.get("fan_in_fan_out")))
-    wrong = [path for path, module in state.items() if module.rank != settings.r]
-    if wrong:
-        raise AdapterError(f"{folder}: {wrong[0]} has rank {state[wrong[0]].rank}, its {CONFIG} says {settings.r}")
-    return state
 
 
 def load_folder(base: LoadedModel, folder: Path, *, check_base: bool = True) -> AdaptedModel:

@@ -17,6 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fedtune.models import sides
+
 NAME = "fedtune_packed"
 MIN_PREFIX = 8
 _packing: ContextVar[bool] = ContextVar("packing", default=False)
@@ -173,6 +175,29 @@ def pack(texts: Sequence[Sequence[int]], *, share_prefix: bool = False) -> Packe
     return PackedRow(ids, positions, tuple(borders), prefix, place)
 
 
+def text_features(model: Any, texts: Sequence[Sequence[int]]) -> Tensor:
+    """Return the base model's last hidden state at the end of each text [texts, hidden], adapters left out."""
+    device = next(model.parameters()).device
+    row = pack(texts)
+    mixer = sides.of(model)
+    with torch.no_grad(), contextlib.ExitStack() as during:
+        if mixer is not None:
+            during.enter_context(model.disable_adapter())
+            during.enter_context(mixer.off())
+        during.enter_context(_packed_pass())
+        output = model(
+            input_ids=torch.tensor([row.ids], device=device),
+            position_ids=torch.tensor([row.positions], device=device),
+            borders=row.borders,
+            prefix=0,
+            use_cache=False,
+            output_hidden_states=True,
+        )
+    ends = torch.tensor(row.borders[1:], device=device) - 1
+    hidden: Tensor = output.hidden_states[-1][0, ends]
+    return hidden
+
+
 def packed_logits(
     model: Any, texts: Sequence[Sequence[int]], keep: Sequence[int], *, share_prefix: bool = False
 ) -> Tensor:
@@ -188,11 +213,19 @@ def packed_logits(
         Logits [len(keep), vocabulary].
     """
     device = next(model.parameters()).device
-    row = pack(texts, share_prefix=share_prefix)
+    mixer = sides.of(model)
+    apart = mixer is not None and mixer.per_text  # then what is shared by two texts would differ between them
+    row = pack(texts, share_prefix=share_prefix and not apart)
     index = torch.tensor([row.place[i] for i in keep], dtype=torch.long, device=device)
     inner = model.get_base_model() if hasattr(model, "get_base_model") else model
     direct = "logits_to_keep" in inspect.signature(inner.forward).parameters
-    with _packed_pass():
+    with contextlib.ExitStack() as during:
+        if mixer is not None and apart:
+            lengths = torch.tensor([len(t) for t in texts], device=device)
+            during.enter_context(
+                mixer.mixed(lambda: text_features(model, texts), lambda w: w.repeat_interleave(lengths)[None, :, None])
+            )
+        during.enter_context(_packed_pass())
         output = model(
             input_ids=torch.tensor([row.ids], device=device),
             position_ids=torch.tensor([row.positions], device=device),

@@ -42,16 +42,16 @@ class Budget:
 
     Attributes:
         message: bytes of one whole adapter on the wire.
-        per_round: bytes of the first round, both directions, when nobody fails.
-        total: bytes of the whole run.
+        per_round: bytes of the first round, both directions, when nobody fails; None likewise.
+        total: bytes of the whole run; None where they depend on its course.
         model: bytes of the resident base model.
         training: rough peak of training beside it (adapter, gradients, optimiser, activations).
         trainable: numbers that are trained.
     """
 
     message: int
-    per_round: int
-    total: int
+    per_round: int | None
+    total: int | None
     model: int
     training: int
     trainable: int
@@ -66,7 +66,7 @@ def predict(
         config: the run's settings.
         adapted: the model with its adapter.
         longest: tokens of the longest example, where known; `train.max_length` otherwise.
-        wire: round -> bytes one client exchanges, both directions; the whole adapter both ways by default.
+        wire: round -> bytes its cohort exchanges, both directions; None where nobody can say.
 
     Activations are counted as 34 hidden-sized numbers a token and layer (kept for the backward pass; one
     with checkpointing), with at most `max_tokens_per_forward` tokens at a time, plus logits of the labels.
@@ -81,12 +81,11 @@ def predict(
     kept = 1 if train.gradient_checkpointing else 34
     activations = tokens * shape.hidden_size * shape.num_hidden_layers * kept * width
     trainable = sum(t.numel() for t in tensors.values())
-    each = [wire(t) if wire else 2 * message for t in range(1, config.federation.rounds + 1)]
-    cohort = config.federation.cohort_size
+    each = [wire(t) for t in range(1, config.federation.rounds + 1)] if wire else []
     return Budget(
         message=message,
-        per_round=each[0] * cohort,
-        total=sum(each) * cohort,
+        per_round=each[0] if each else None,
+        total=sum(each) if each else None,
         model=sum(p.numel() * p.element_size() for p in weights),
         training=trainable * 16 + activations + tokens * shape.vocab_size * 4,
         trainable=trainable,

@@ -7,7 +7,7 @@ method here that has not passed this file.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -23,14 +23,14 @@ class Reply:
 
     Attributes:
         client: the client it was sent to, as the transport knows; None for a node never asked.
-        claims: (run, round, client) as the reply says.
+        claims: (run, round, client, exchange of the round) as the reply says.
         tensors: the update; None for an error reply.
         metrics: numbers by name.
         error: the client's traceback, if it failed.
     """
 
     client: int | None
-    claims: tuple[str, int, int] | None
+    claims: tuple[str, int, int, int] | None
     tensors: Mapping[str, Tensor] | None
     metrics: Mapping[str, float]
     error: str = ""
@@ -46,6 +46,8 @@ class Expected:
         signature: for each client asked, tensors with the right names, shapes and dtypes.
         registered: for each client, how many examples its shard has.
         weights: whether examples used or the whole shard weigh.
+        flaw: says what is wrong with an update whose shapes are the client's choice; None where they are not.
+        phase: which exchange of the round.
     """
 
     run: str
@@ -53,6 +55,8 @@ class Expected:
     signature: Mapping[int, Mapping[str, Tensor]]
     registered: Mapping[int, int]
     weights: str = "examples-used"
+    flaw: Callable[[Mapping[str, Tensor], int], str] | None = None
+    phase: int = 1
 
 
 @dataclass(frozen=True)
@@ -73,9 +77,10 @@ def _identity(reply: Reply, expected: Expected, seen: set[int]) -> tuple[str, st
         return "error", reply.error
     if reply.claims is None or reply.tensors is None:
         return "malformed", "the reply lacks its identity or its update"
-    run, round_, client = reply.claims
-    if run != expected.run or round_ != expected.round:
-        return "stale", f"answers run {run} round {round_}, now is run {expected.run} round {expected.round}"
+    run, round_, client, phase = reply.claims
+    if (run, round_, phase) != (expected.run, expected.round, expected.phase):
+        now = f"run {expected.run} round {expected.round}.{expected.phase}"
+        return "stale", f"answers run {run} round {round_}.{phase}, now is {now}"
     if client != reply.client:
         return "unknown_client", f"sent by client {reply.client}, claims to be {client}"
     return ("duplicate", "a second reply of this client") if client in seen else None
@@ -91,19 +96,28 @@ def _keys(got: Mapping[str, Tensor], want: Mapping[str, Tensor]) -> tuple[str, s
     return None
 
 
-def _shapes(got: Mapping[str, Tensor], want: Mapping[str, Tensor]) -> tuple[str, str] | None:
-    """Reject by exact signature: a shape that would broadcast is as wrong as any other."""
+def _kinds(got: Mapping[str, Tensor], want: Mapping[str, Tensor]) -> tuple[str, str] | None:
     for name, tensor in want.items():
         if got[name].dtype != tensor.dtype:
             return "dtype", f"{name}: got {got[name].dtype}, expected {tensor.dtype}"
+    return None
+
+
+def _shapes(got: Mapping[str, Tensor], want: Mapping[str, Tensor]) -> tuple[str, str] | None:
+    """Reject by exact signature: a shape that would broadcast is as wrong as any other."""
+    for name, tensor in want.items():
         if got[name].shape != tensor.shape:
             axis = 0 if ".lora_A" in name else 1
             ranked = got[name].dim() == 2 and ".lora_" in name and got[name].shape[1 - axis] == tensor.shape[1 - axis]
             if ranked:
-                detail = f"rank {got[name].shape[axis]}, expected {tensor.shape[axis]}; in a run all ranks are equal"
-                return "rank", f"{name}: {detail} (for mixed ranks: fedtune aggregate)"
+                return "rank", f"{name}: rank {got[name].shape[axis]}, this client's is {tensor.shape[axis]}"
             return "shape", f"{name}: got {tuple(got[name].shape)}, expected {tuple(tensor.shape)}"
     return None
+
+
+def _free_shapes(got: Mapping[str, Tensor], expected: Expected, client: int) -> tuple[str, str] | None:
+    flaw = expected.flaw(got, client) if expected.flaw else ""
+    return ("shape", flaw) if flaw else None
 
 
 def _finite(got: Mapping[str, Tensor]) -> tuple[str, str] | None:
@@ -127,7 +141,10 @@ def _reason(reply: Reply, expected: Expected, seen: set[int]) -> tuple[str, str]
         return "malformed", "the reply has no update"
     want = expected.signature[reply.client]
     got = reply.tensors
-    return _keys(got, want) or _shapes(got, want) or _finite(got) or _examples(reply)
+    if odd := _keys(got, want) or _kinds(got, want):
+        return odd
+    shaped = _free_shapes(got, expected, reply.client) if expected.flaw else _shapes(got, want)
+    return shaped or _finite(got) or _examples(reply)
 
 
 def _number(metrics: Mapping[str, float], name: str) -> int:

@@ -52,7 +52,8 @@ class Score(Document):
 class Arm(Document):
     """One way to get a model, and its scores: base, federated, local-only, centralised.
 
-    For local-only, `per_client` has each client's score by `task/mode`, and `scores` their means.
+    Where every client has a model of its own (local-only, personalised methods), `per_client` has each client's
+    score by `task/mode`, and `scores` their means.
     """
 
     name: str
@@ -82,5 +83,5 @@ class Result(Document):
     lost_clients: int
     bytes_down: int
     bytes_up: int
-    bytes_predicted: int
+    bytes_predicted: int | None
     trainable_parameters: int

@@ -14,28 +14,15 @@ from torch import Tensor
 
 from fedtune.config import Config
 from fedtune.data.encode import Encoded
-from fedtune.methods.base import Method
-from fedtune.models.adapter import AdaptedModel, load_tensors
-from fedtune.models.attention import packed_logits
+from fedtune.lora.state import AdapterState
+from fedtune.methods.local import Tensors, Term
+from fedtune.models.adapter import AdaptedModel
+from fedtune.models.attention import packed_logits, text_features
 from fedtune.training import schedule
 from fedtune.types import derive_seed
 
 OnStep = Callable[[int, int, float], None]
 Slots = Mapping[str, torch.nn.Parameter]
-
-
-@dataclass(frozen=True)
-class LocalResult:
-    """What a client has after its local steps: the payload to send, and its counts.
-
-    `loss` is the mean over steps of the mean cross-entropy of a step's labels, in nats.
-    """
-
-    payload: dict[str, Tensor]
-    examples: int
-    tokens: int
-    steps: int
-    loss: float
 
 
 def micro_batches(examples: Sequence[Encoded], limit: int) -> Iterator[list[Encoded]]:
@@ -68,7 +55,7 @@ def label_loss(model: Any, examples: Sequence[Encoded], *, share_prefix: bool = 
     return F.cross_entropy(logits, torch.tensor(targets, device=logits.device), reduction="sum")
 
 
-def _step_loss(model: Any, examples: Sequence[Encoded], limit: int, *, share_prefix: bool) -> float:
+def step_loss(model: Any, examples: Sequence[Encoded], limit: int, *, share_prefix: bool) -> float:
     """Backpropagate the mean loss over all labels of a step, whatever the micro-batches; return it."""
     labels = sum(e.labels for e in examples)
     total = 0.0
@@ -79,19 +66,19 @@ def _step_loss(model: Any, examples: Sequence[Encoded], limit: int, *, share_pre
     return total
 
 
-def _select(slots: Slots, method: Method, round_: int) -> dict[str, torch.nn.Parameter]:
-    """Switch gradients on for what the method trains in this round, and off for the rest."""
-    chosen = {}
+def _select(slots: Slots, names: Sequence[str]) -> dict[str, torch.nn.Parameter]:
+    """Switch gradients on for what is trained, and off for the rest."""
+    wanted = set(names)
     for name, parameter in slots.items():
         parameter.grad = None
-        parameter.requires_grad_(method.trainable(round_, name))
-        if parameter.requires_grad:
-            chosen[name] = parameter
-    return chosen
+        parameter.requires_grad_(name in wanted)
+    return {name: slots[name] for name in names}
 
 
 def _optimizer(chosen: Slots, config: Config, rate: float) -> torch.optim.Optimizer:
     train = config.train
+    if train.optimizer == "sgd":
+        return torch.optim.SGD(chosen.values(), lr=rate, weight_decay=train.weight_decay)
     return torch.optim.AdamW(
         chosen.values(),
         lr=rate,
@@ -116,83 +103,142 @@ def _training(model: Any, checkpointing: bool) -> Iterator[None]:
 
 
 @dataclass(frozen=True)
-class _Steps:
-    """Losses and token counts of the steps made."""
+class Extras:
+    """What a method adds to plain steps: a term of the loss, masks and corrections of gradients, by name."""
 
-    losses: list[float]
-    tokens: int
+    term: Term | None = None
+    masks: Tensors | None = None
+    correction: Tensors | None = None
 
-
-def _run_steps(
-    model: Any,
-    shard: Sequence[Encoded],
-    plan: Sequence[Sequence[int]],
-    chosen: Slots,
-    term: Callable[[], Tensor | None],
-    config: Config,
-    rate: float,
-    report: Callable[[int, float], None],
-) -> _Steps:
-    """Make the optimiser steps of one client: loss, the method's term, clipping, AdamW."""
-    optimizer = _optimizer(chosen, config, rate)
-    exact = config.lora.dropout == 0
-    losses: list[float] = []
-    total = 0
-    for rows in plan:
-        examples = [shard[i] for i in rows]
-        optimizer.zero_grad(set_to_none=True)
-        loss = _step_loss(model, examples, config.train.max_tokens_per_forward, share_prefix=exact)
-        extra = term()
+    def apply(self, chosen: Slots) -> None:
+        """Change the gradients that a step's loss has left."""
+        extra = self.term(chosen) if self.term else None
         if extra is not None:
             extra.backward()  # type: ignore[no-untyped-call]
-        torch.nn.utils.clip_grad_norm_(chosen.values(), config.train.max_grad_norm)
-        optimizer.step()
-        tokens = sum(len(e.ids) for e in examples)
-        losses.append(loss)
-        total += tokens
-        report(tokens, loss)
-    return _Steps(losses, total)
+        for table, change in ((self.correction, torch.Tensor.add_), (self.masks, torch.Tensor.mul_)):
+            for name, value in (table or {}).items():
+                grad = chosen[name].grad if name in chosen else None
+                if grad is not None:
+                    change(grad, value.to(grad.device, grad.dtype))
 
 
-def fit(
-    adapted: AdaptedModel,
-    shard: Sequence[Encoded],
-    start: Mapping[str, Tensor],
-    method: Method,
-    config: Config,
-    client: int,
-    round_: int,
-    on_step: OnStep | None = None,
-) -> LocalResult:
-    """Train one client for one round, starting from what it downloaded.
+class LocalWork:
+    """One client's work of one round on the resident model; what methods see as `Local`.
 
     Args:
         adapted: the resident model; its adapter is overwritten.
         shard: the client's examples, at least one.
-        start: the downloaded tensors.
-        method: its client half is used.
+        layout: the adapter of the client's rank, as the run's seed made it.
+        kept: what the client kept to itself.
         config: the run's settings.
-        client: whose shard; with the round it keys every random draw, so the result depends on nothing else.
-        round_: which round.
+        key: (client, round, exchange); with the seed it keys every random draw, so the result depends on nothing else.
         on_step: called with (client, tokens, loss) after each optimiser step.
     """
-    train = config.train
-    rate = schedule.learning_rate(train, round_, config.federation.rounds)
-    plan = schedule.batches(train, len(shard), config.seed, client, round_)
-    load_tensors(adapted.slots, start)
-    chosen = _select(adapted.slots, method, round_)
-    torch.manual_seed(derive_seed(config.seed, "dropout", client, round_))
 
-    def report(tokens: int, loss: float) -> None:
-        if on_step:
-            on_step(client, tokens, loss)
+    def __init__(
+        self,
+        adapted: AdaptedModel,
+        shard: Sequence[Encoded],
+        layout: AdapterState,
+        kept: Tensors,
+        config: Config,
+        key: tuple[int, int, int],
+        on_step: OnStep | None = None,
+    ) -> None:
+        self._adapted, self._shard, self._config, self._on_step = adapted, shard, config, on_step
+        self.client, self.round, self.phase = key
+        self.layout, self.kept = layout, kept
+        self.rate = schedule.learning_rate(config.train, self.round, config.federation.rounds)
+        self.plan = schedule.batches(config.train, len(shard), config.seed, self.client, self.round)
+        self.steps = len(self.plan)
+        self.losses_seen: list[float] = []
+        self.tokens = 0
+        self.passes = 0
 
-    def term() -> Tensor | None:
-        return method.loss_term(chosen, start)
+    @property
+    def examples(self) -> int:
+        """How many different examples the round's steps have."""
+        return len({i for rows in self.plan for i in rows})
 
-    with _training(adapted.model, train.gradient_checkpointing):
-        steps = _run_steps(adapted.model, shard, plan, chosen, term, config, rate, report)
-    trained = {name: p.detach().to("cpu", copy=True) for name, p in adapted.slots.items()}
-    distinct = len({i for rows in plan for i in rows})
-    payload = method.payload(trained, start, round_)
-    return LocalResult(payload, distinct, steps.tokens, len(plan), math.fsum(steps.losses) / len(steps.losses))
+    def _place(self, start: Tensors, names: Sequence[str]) -> dict[str, torch.nn.Parameter]:
+        self._adapted.load(start)
+        return _select({**self._adapted.slots, **self._adapted.sides.parameters()}, names)
+
+    def train(
+        self,
+        start: Tensors,
+        names: Sequence[str],
+        term: Term | None = None,
+        masks: Tensors | None = None,
+        correction: Tensors | None = None,
+    ) -> dict[str, Tensor]:
+        """Make the round's optimiser steps on `names` and return all tensors of the model afterwards."""
+        chosen = self._place(start, names)
+        more = (self.passes,) if self.passes else ()
+        torch.manual_seed(derive_seed(self._config.seed, "dropout", self.client, self.round, *more))
+        self.passes += 1
+        with _training(self._adapted.model, self._config.train.gradient_checkpointing):
+            self._run(chosen, Extras(term, masks, correction))
+        return self._adapted.read(start)
+
+    def _run(self, chosen: Slots, extras: Extras) -> None:
+        """Make the optimiser steps: loss, the method's extras, clipping, the step."""
+        optimizer = _optimizer(chosen, self._config, self.rate)
+        for rows in self.plan:
+            examples = [self._shard[i] for i in rows]
+            optimizer.zero_grad(set_to_none=True)
+            loss = self._step_loss(examples)
+            extras.apply(chosen)
+            torch.nn.utils.clip_grad_norm_(chosen.values(), self._config.train.max_grad_norm)
+            optimizer.step()
+            self._report(examples, loss)
+
+    def _step_loss(self, examples: Sequence[Encoded]) -> float:
+        exact = self._config.lora.dropout == 0
+        limit = self._config.train.max_tokens_per_forward
+        return step_loss(self._adapted.model, examples, limit, share_prefix=exact)
+
+    def _report(self, examples: Sequence[Encoded], loss: float) -> None:
+        tokens = sum(len(e.ids) for e in examples)
+        self.losses_seen.append(loss)
+        self.tokens += tokens
+        if self._on_step:
+            self._on_step(self.client, tokens, loss)
+
+    def gradients(self, at: Tensors, names: Sequence[str]) -> dict[str, Tensor]:
+        """Return the gradient of the round's first step at a point."""
+        chosen = self._place(at, names)
+        examples = [self._shard[i] for i in self.plan[0]]
+        self._report(examples, self._step_loss(examples))
+        return {n: (torch.zeros_like(p) if p.grad is None else p.grad).to("cpu", copy=True) for n, p in chosen.items()}
+
+    @torch.no_grad()
+    def losses(self, step: int, points: Sequence[Tensors]) -> list[float]:
+        """Return the loss of one of the round's steps at several points, without gradients."""
+        examples = [self._shard[i] for i in self.plan[step]]
+        found = []
+        for point in points:
+            self._adapted.load(point)
+            found.append(self._plain_loss(examples))
+        self._report(examples, found[0])
+        return found
+
+    def _plain_loss(self, examples: Sequence[Encoded]) -> float:
+        limit = self._config.train.max_tokens_per_forward
+        runs = micro_batches(examples, limit)
+        total = sum(label_loss(self._adapted.model, run, share_prefix=True).item() for run in runs)
+        return total / sum(e.labels for e in examples)
+
+    def features(self, count: int) -> Tensor:
+        """Return the base model's last hidden state [count, hidden] at the end of the first examples' prompts."""
+        texts = [e.ids[: e.start] for e in self._shard[:count]]
+        return text_features(self._adapted.model, texts).float().cpu()
+
+    def row_norms(self, at: Tensors) -> dict[str, Tensor]:
+        """Return ||W0 + s B A|| of each output row, by layer."""
+        return self._adapted.row_norms(at)
+
+    @property
+    def loss(self) -> float:
+        """The mean over steps of the mean cross-entropy of a step's labels, in nats; NaN before any."""
+        return math.fsum(self.losses_seen) / len(self.losses_seen) if self.losses_seen else math.nan

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -135,3 +135,26 @@ def encode_shards(data: TrainingData, tokenizer: Any, config: Config) -> Encoded
     by_row = dict(zip(encoded.kept, encoded.examples, strict=True))
     shards = tuple(tuple(by_row[i] for i in shard if i in by_row) for shard in data.shards)
     return EncodedShards(shards, encoded.masked, len(encoded.truncated))
+
+
+def poisoned(shards: EncodedShards, config: Config) -> EncodedShards:
+    """Return the shards with the responses of label-flipping attackers exchanged among their own examples.
+
+    Each example gets the next example's response that differs from its own; every other client's are untouched.
+    """
+    if config.attack.kind != "label-flip":
+        return shards
+    changed = [
+        _flipped(shard) if client in config.attack.clients else shard for client, shard in enumerate(shards.shards)
+    ]
+    return replace(shards, shards=tuple(changed))
+
+
+def _flipped(shard: Sequence[Encoded]) -> tuple[Encoded, ...]:
+    responses = [example.ids[example.start :] for example in shard]
+    flipped = []
+    for place, example in enumerate(shard):
+        others = responses[place + 1 :] + responses[:place]
+        wrong = next((r for r in others if r != responses[place]), responses[place])
+        flipped.append(Encoded(example.ids[: example.start] + wrong, example.start))
+    return tuple(flipped)

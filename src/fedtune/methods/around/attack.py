@@ -1,0 +1,72 @@
+"""Scripted attackers, to show what a method or a robust rule resists. They act on what a client would have sent."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from fedtune.methods.local import Tensors
+from fedtune.types import derive_seed
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from fedtune.config.schema import AttackSettings
+
+Attack = Callable[[dict[str, "Tensor"], Tensors, float, int], dict[str, "Tensor"]]
+_A, _B = ".lora_A.weight", ".lora_B.weight"
+
+
+def _moved(payload: dict[str, Tensor], start: Tensors, factor: float) -> dict[str, Tensor]:
+    """Return start + factor (sent - start); a tensor that has no start is scaled."""
+    return {n: start[n] + factor * (t - start[n]) if n in start else factor * t for n, t in payload.items()}
+
+
+def sign_flip(payload: dict[str, Tensor], start: Tensors, scale: float, seed: int) -> dict[str, Tensor]:
+    """Send the opposite of the update, `scale` times as large."""
+    return _moved(payload, start, -scale)
+
+
+def boost(payload: dict[str, Tensor], start: Tensors, scale: float, seed: int) -> dict[str, Tensor]:
+    """Send `scale` times the update, to replace the mean (arXiv 1807.00459)."""
+    return _moved(payload, start, scale)
+
+
+def random(payload: dict[str, Tensor], start: Tensors, scale: float, seed: int) -> dict[str, Tensor]:
+    """Send Gaussian noise with `scale` times the norm of each tensor's update."""
+    import torch
+
+    sent = {}
+    for name, tensor in payload.items():
+        generator = torch.Generator().manual_seed(derive_seed(seed, "noise", name))
+        noise = torch.randn(tensor.shape, generator=generator, dtype=tensor.dtype)
+        change = tensor - start[name] if name in start else tensor
+        size = scale * change.norm() / noise.norm().clamp(min=1e-30)
+        sent[name] = start.get(name, 0) + noise * size
+    return sent
+
+
+def gauge(payload: dict[str, Tensor], start: Tensors, scale: float, seed: int) -> dict[str, Tensor]:
+    """Send the same model in another gauge, (B scale, A / scale): no norm of the update shows it.
+
+    A client that sends one factor alone has no gauge to choose.
+    """
+    sent = dict(payload)
+    for name in payload:
+        other = name.replace(_A, _B)
+        if name.endswith(_A) and other in payload:
+            sent[name], sent[other] = payload[name] / scale, payload[other] * scale
+    return sent
+
+
+ATTACKS: dict[str, Attack] = {"sign-flip": sign_flip, "boost": boost, "random": random, "gauge": gauge}
+
+
+def tampered(
+    payload: dict[str, Tensor], start: Tensors, settings: AttackSettings, client: int, seed: int
+) -> dict[str, Tensor]:
+    """Return what a client sends: its payload, or what an attacker makes of it."""
+    if client not in settings.clients or settings.kind not in ATTACKS:
+        return payload
+    floats = {n: t for n, t in payload.items() if t.is_floating_point()}
+    return {**payload, **ATTACKS[settings.kind](floats, start, settings.scale, seed)}

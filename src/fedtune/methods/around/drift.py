@@ -1,0 +1,105 @@
+"""Corrections of client drift: FedProx (arXiv 1812.06127) and SCAFFOLD (arXiv 1910.06378)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+from fedtune.methods.local import Local, Tensors, Term
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from fedtune.lora.state import AdapterState
+
+CONTROL = "scaffold/"
+
+
+def proximal(now: Tensors, start: Tensors, mu: float) -> Tensor:
+    """Return mu/2 ||x - x_global||^2; its gradient is mu (x - x_global) (FedProx, equation 2)."""
+    squares = [(now[name] - start[name].to(now[name].device)).square().sum() for name in now]
+    return mu / 2 * sum(squares[1:], squares[0])
+
+
+def split(tensors: Tensors) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Return a message's own tensors, and SCAFFOLD's among them without their prefix."""
+    own = {n: t for n, t in tensors.items() if not n.startswith(CONTROL)}
+    return own, {n.removeprefix(CONTROL): t for n, t in tensors.items() if n.startswith(CONTROL)}
+
+
+def named(controls: Tensors) -> dict[str, Tensor]:
+    """Return control variates under their names on the wire."""
+    return {CONTROL + n: t for n, t in controls.items()}
+
+
+class Corrected:
+    """A client's work with drift corrections in every step; otherwise as it was.
+
+    Attributes:
+        changes: after training with SCAFFOLD, how each control variate changed: c_i+ - c_i.
+    """
+
+    def __init__(self, local: Local, mu: float, controls: tuple[Tensors, Tensors] | None) -> None:
+        self._local = local
+        self._mu = mu
+        self._controls = controls
+        self.changes: dict[str, Tensor] = {}
+        self.client, self.round, self.phase = local.client, local.round, local.phase
+        self.layout: AdapterState = local.layout
+        self.kept, self.rate, self.steps = local.kept, local.rate, local.steps
+
+    def _term(self, start: Tensors, term: Term | None) -> Term | None:
+        if not self._mu:
+            return term
+
+        def both(now: Tensors) -> Tensor:
+            own = term(now) if term else None
+            pull = proximal(now, start, self._mu)
+            return pull if own is None else own + pull
+
+        return both
+
+    def train(
+        self,
+        start: Tensors,
+        names: Sequence[str],
+        term: Term | None = None,
+        masks: Tensors | None = None,
+        correction: Tensors | None = None,
+    ) -> dict[str, Tensor]:
+        """Train with the corrections (option II of SCAFFOLD: c_i+ = c_i - c + (x - y_i) / (K lr))."""
+        if self._controls is None:
+            return self._local.train(start, names, self._term(start, term), masks, correction)
+        server, own = self._controls
+        drift = {n: server[n] - own[n] if n in own else server[n] for n in names if n in server}
+        trained = self._local.train(start, names, self._term(start, term), masks, drift)
+        scale = 1 / (self.steps * self.rate)
+        self.changes = {n: (start[n] - trained[n]) * scale - server[n] for n in drift}
+        return trained
+
+    def gradients(self, at: Tensors, names: Sequence[str]) -> dict[str, Tensor]:
+        """Return the gradient of the round's first step at a point."""
+        return self._local.gradients(at, names)
+
+    def features(self, count: int) -> Tensor:
+        """Return the base model's last hidden state of the first examples."""
+        return self._local.features(count)
+
+    def row_norms(self, at: Tensors) -> dict[str, Tensor]:
+        """Return ||W0 + s B A|| of each output row, by layer."""
+        return self._local.row_norms(at)
+
+    def losses(self, step: int, points: Sequence[Tensors]) -> list[float]:
+        """Return the loss of one of the round's steps at several points."""
+        return self._local.losses(step, points)
+
+
+def new_controls(controls: Mapping[str, Tensor], changes: Mapping[str, Tensor], share: float) -> dict[str, Tensor]:
+    """Return the server's controls: c + |S|/N mean(c_i+ - c_i).
+
+    Args:
+        controls: c.
+        changes: the mean change over the round's clients, unweighted.
+        share: |S|/N.
+    """
+    return {n: c + share * changes[n] if n in changes else c for n, c in controls.items()}

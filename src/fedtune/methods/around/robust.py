@@ -1,0 +1,124 @@
+"""Robust rules in product space, as weights: they see only the Gram matrix of the updates.
+
+With G_ij = <dW_i - dW, dW_j - dW> all pairwise distances are known, without a dense matrix and whatever gauge a
+client chose. A rule turns the clients' weights into others, so it goes with any combiner. Rules on single coordinates
+(median, trimmed mean) would not, and are not here; `trimmed` drops whole clients.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from fedtune.config.schema import RobustSettings
+
+Rule = Callable[["Tensor", "Tensor", "RobustSettings"], "Tensor"]
+
+
+def distances(gram: Tensor) -> Tensor:
+    """Return squared distances [n, n] from inner products [n, n]."""
+    squares = gram.diag()
+    return (squares[:, None] + squares[None] - 2 * gram).clamp(min=0)
+
+
+def krum_scores(gram: Tensor, malicious: int) -> Tensor:
+    """Return each update's sum of squared distances to its n - f - 2 nearest others (arXiv 1703.02757)."""
+    near = max(1, gram.shape[0] - malicious - 2)
+    return distances(gram).sort(dim=1).values[:, 1 : near + 1].sum(dim=1)
+
+
+def _selected(weights: Tensor, order: Tensor, count: int) -> Tensor:
+    kept = weights.new_zeros(weights.shape)
+    kept[order[:count]] = weights[order[:count]]
+    return kept
+
+
+def krum(gram: Tensor, weights: Tensor, settings: RobustSettings) -> Tensor:
+    """Keep the one update with the best Krum score."""
+    return _selected(weights, krum_scores(gram, settings.malicious).argsort(stable=True), 1)
+
+
+def multi_krum(gram: Tensor, weights: Tensor, settings: RobustSettings) -> Tensor:
+    """Keep the n - f updates with the best Krum scores."""
+    order = krum_scores(gram, settings.malicious).argsort(stable=True)
+    return _selected(weights, order, max(1, len(weights) - settings.malicious))
+
+
+def _to_mean(gram: Tensor, shares: Tensor) -> Tensor:
+    """Return each update's distance to the weighted mean."""
+    return (gram.diag() - 2 * gram @ shares + shares @ gram @ shares).clamp(min=0).sqrt()
+
+
+def geometric_median(gram: Tensor, weights: Tensor, settings: RobustSettings) -> Tensor:
+    """Return the weights of the point with the least sum of distances (Weiszfeld, arXiv 1912.13445)."""
+    shares = weights / weights.sum()
+    floor = gram.diag().max().clamp(min=0).sqrt() * 1e-12 + 1e-300
+    for _ in range(settings.iterations):
+        new = weights / _to_mean(gram, shares).clamp(min=float(floor))
+        shares = new / new.sum()
+    return shares * weights.sum()
+
+
+def trimmed(gram: Tensor, weights: Tensor, settings: RobustSettings) -> Tensor:
+    """Drop the f updates farthest from the geometric median."""
+    centre = geometric_median(gram, weights, settings)
+    order = _to_mean(gram, centre / centre.sum()).argsort(stable=True)
+    return _selected(weights, order, max(1, len(weights) - settings.malicious))
+
+
+def foolsgold(gram: Tensor, weights: Tensor, settings: RobustSettings) -> Tensor:
+    """Weigh down updates that are alike (arXiv 1808.04866, without memory of earlier rounds)."""
+    import torch
+
+    norms = gram.diag().clamp(min=0).sqrt().clamp(min=1e-300)
+    alike = (gram / (norms[:, None] * norms[None])).fill_diagonal_(0)
+    most = alike.max(dim=1).values + 1e-5
+    pardoned = torch.where(most[:, None] < most[None], alike * (most[:, None] / most[None]), alike)
+    honest = (1 - pardoned.max(dim=1).values).clamp(0, 1)
+    honest = (honest / honest.max().clamp(min=1e-12)).clamp(1e-12, 0.99)
+    logit = ((honest / (1 - honest)).log() + 0.5).clamp(0, 1)
+    # nobody left: everyone is alike, which says nothing against anyone
+    return weights * logit if bool((logit > 0).any()) else weights
+
+
+def dnc(gram: Tensor, weights: Tensor, settings: RobustSettings) -> Tensor:
+    """Drop the f updates that lie farthest along the main direction of spread (DnC, NDSS 2021).
+
+    The published rule does so on random coordinates to bear the dimension; the Gram matrix needs no such thing.
+    """
+    import torch
+
+    shares = weights / weights.sum()
+    centred = gram - (gram @ shares)[:, None] - (shares @ gram)[None] + shares @ gram @ shares
+    values, vectors = torch.linalg.eigh((centred + centred.T) / 2)
+    score = values[-1].clamp(min=0) * vectors[:, -1].square()
+    return _selected(weights, score.argsort(stable=True), max(1, len(weights) - settings.malicious))
+
+
+RULES: dict[str, Rule] = {
+    "krum": krum,
+    "multi-krum": multi_krum,
+    "geometric-median": geometric_median,
+    "trimmed": trimmed,
+    "foolsgold": foolsgold,
+    "dnc": dnc,
+}
+
+
+def clip_shares(gram: Tensor, weights: Tensor, limit: float) -> tuple[Tensor, float]:
+    """Return weights in which no update counts for more than norm `limit`, and the weight that is left over.
+
+    w_i min(1, C / ||dW_i||) of each update and the rest of the unchanged model is the clipped mean exactly.
+
+    Args:
+        gram: of the updates.
+        weights: of each.
+        limit: C; 0 takes the median norm (adaptive).
+    """
+    norms = gram.diag().clamp(min=0).sqrt()
+    bound = limit or float(norms.sort().values[(len(norms) - 1) // 2])
+    factor = (bound / norms.clamp(min=1e-300)).clamp(max=1)
+    return weights * factor, float((weights * (1 - factor)).sum())

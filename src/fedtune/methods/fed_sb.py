@@ -1,0 +1,162 @@
+"""Fed-SB: one r x r matrix R is trained between two frozen orthonormal bases, W0 + s B R A (arXiv 2502.15436).
+
+mean(B R A) = B mean(R) A, so the mean is exact and a client sends r^2 numbers a layer. The bases are the main
+singular vectors of the gradient at the start. The first round finds them: clients send random sketches of their
+gradient (which are sums, so secure sums apply), the server takes the SVD of the mean from the sketches alone. The
+gradient is never built: with B = 0 LoRA's gradient of B is s G A^T, with A = 0 that of A is s B^T G. R starts at 0,
+so that the model starts as the base model; the paper starts it near the first step's singular values.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from fedtune.methods.base import ClientUpdate, Method, ServerState, Sizes
+from fedtune.methods.local import Fitted, Local, Tensors
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from fedtune.lora.state import AdapterState
+
+_HOLDERS, _R, _BASIS = "fed_sb/holders", ".lora_R.weight", "fed_sb/basis/"
+_A, _B = ".lora_A.weight", ".lora_B.weight"
+RIGHT, LEFT = 2, 3  # random probes of each side; more on the left, so that the system for the core is overdetermined
+
+
+class FedSB(Method):
+    """Mean of R between fixed bases."""
+
+    name = "fed_sb"
+    title = "Fed-SB"
+    paper = "arXiv:2502.15436"
+    exact = True
+    stateful = True
+    private = True
+    factors = False
+    comparable = False
+
+    @classmethod
+    def traffic(cls, sizes: Sizes) -> tuple[float, float]:
+        """R both ways, once the bases are there."""
+        return sizes.rank**2, sizes.rank**2
+
+    def trainable(self, round_: int, name: str) -> bool:
+        """Train R only."""
+        return name.endswith(_R)
+
+    def common(self, round_: int, name: str) -> bool:
+        """In a PEFT folder R is part of B; A is the common basis."""
+        return name.endswith(_A)
+
+    def begin(self, layout: AdapterState, download: Tensors, kept: Tensors, round_: int) -> dict[str, Tensor]:
+        """Return the bases and R; before there are any, the fresh adapter."""
+        from fedtune.lora.state import to_tensors
+
+        new = {n: t for n, t in {**kept, **download}.items() if n != _HOLDERS}
+        return new or to_tensors(layout)
+
+    def fit(self, local: Local, start: Tensors) -> Fitted:
+        """Send sketches of the gradient while there are no bases, then train R."""
+        if not any(n.endswith(_R) for n in start):
+            return Fitted(self._sketches(local))
+        trained = local.train(start, [n for n in start if self.trainable(local.round, n)])
+        bases = {n: t for n, t in start.items() if not n.endswith(_R)}
+        return Fitted({n: t for n, t in trained.items() if n.endswith(_R)}, bases)
+
+    def _probe(self, layout: AdapterState, number: int) -> AdapterState:
+        """Return random factors, common to all: A to probe from the right, B from the left."""
+        from fedtune.lora.state import fresh
+
+        turned = {p: replace(m, a=m.b.T, b=m.a.T) for p, m in layout.items()}
+        left = {p: m.a.T for p, m in fresh(turned, self.seed, -number).items()}
+        return {p: replace(m, b=left[p]) for p, m in fresh(layout, self.seed, -number).items()}
+
+    def _sketches(self, local: Local) -> dict[str, Tensor]:
+        """Return G A^T and B^T G for each probe, of the round's first step."""
+        from fedtune.lora.state import to_tensors
+
+        sent: dict[str, Tensor] = {}
+        for number in range(1, LEFT + 1):
+            probe = self._probe(local.layout, number)
+            for end, zero in ((_B, "b"), (_A, "a")):
+                if zero == "b" and number > RIGHT:
+                    continue
+                at = {p: replace(m, **{zero: getattr(m, zero) * 0}) for p, m in probe.items()}
+                tensors = to_tensors(at)
+                found = local.gradients(tensors, [n for n in tensors if n.endswith(end)])
+                sent |= {f"{n}.{number}": g for n, g in found.items()}
+        return sent
+
+    def server_step(self, updates: Sequence[ClientUpdate], state: ServerState, round_: int) -> ServerState:
+        """Find the bases in the first round; average R from then on."""
+        import torch
+
+        mean = self.combine(updates, state)
+        if _HOLDERS not in state.extra:
+            return self._founded(mean, state, round_)
+        holders = {int(c) for c in state.extra[_HOLDERS]} | {u.client for u in updates}
+        extra = {**state.extra, **mean, _HOLDERS: torch.tensor(sorted(holders), dtype=torch.int64)}
+        return replace(state, adapter=self._product(state, extra), round=round_, extra=extra)
+
+    def _founded(self, sketches: Tensors, state: ServerState, round_: int) -> ServerState:
+        """Return the state with bases from the SVD of the mean gradient, and R = 0."""
+        import torch
+
+        from fedtune.lora import product
+        from fedtune.lora.state import PREFIX
+
+        extra: dict[str, Tensor] = {_HOLDERS: torch.zeros(0, dtype=torch.int64)}
+        adapter = {}
+        probes = [self._probe(state.adapter, n) for n in range(1, LEFT + 1)]
+        for path, module in state.adapter.items():
+            right = torch.cat([sketches[f"{PREFIX}{path}{_B}.{n}"] for n in range(1, RIGHT + 1)], dim=1)
+            left = torch.cat([sketches[f"{PREFIX}{path}{_A}.{n}"] for n in range(1, LEFT + 1)], dim=0)
+            core = torch.linalg.qr(right)[0]
+            probe = torch.cat([p[path].b for p in probes], dim=1)
+            u, _, vh = product.svd(product.Product(core, torch.linalg.lstsq(probe.T @ core, left).solution))
+            extra[_BASIS + path] = u[:, : module.rank].contiguous()
+            extra[PREFIX + path + _R] = module.a.new_zeros(module.rank, module.rank)
+            adapter[path] = replace(module, a=vh[: module.rank].contiguous(), b=torch.zeros_like(module.b))
+        return replace(state, adapter=adapter, round=round_, extra=extra)
+
+    def _product(self, state: ServerState, extra: Tensors) -> AdapterState:
+        """Return the model as a LoRA adapter: (A, B R)."""
+        from fedtune.lora.state import PREFIX
+
+        return {p: replace(m, b=extra[_BASIS + p] @ extra[PREFIX + p + _R]) for p, m in state.adapter.items()}
+
+    def view(self, state: ServerState, client: int) -> dict[str, Tensor]:
+        """Send R, and the bases to whoever does not have them; nothing but a mark before there are any."""
+        import torch
+
+        from fedtune.lora.state import PREFIX
+
+        known = state.extra.get(_HOLDERS)
+        if known is None:
+            return {_HOLDERS: torch.tensor(0)}
+        sent = {n: t for n, t in state.extra.items() if n.endswith(_R)}
+        if client not in known.tolist():
+            sent |= {PREFIX + p + _A: m.a for p, m in state.adapter.items()}
+            sent |= {PREFIX + p + _B: state.extra[_BASIS + p] for p in state.adapter}
+        return sent
+
+    def expected(self, state: ServerState, client: int, round_: int) -> dict[str, Tensor]:
+        """Expect sketches in the first round, R from then on."""
+        from fedtune.lora.state import to_tensors
+
+        if _HOLDERS in state.extra:
+            return {n: t for n, t in state.extra.items() if n.endswith(_R)}
+        adapter = to_tensors(state.adapter)
+        probes = [(n, t, i) for n, t in adapter.items() for i in range(1, LEFT + 1)]
+        return {f"{n}.{i}": t for n, t, i in probes if n.endswith(_A) or i <= RIGHT}
+
+    def aggregate(
+        self, clients: Sequence[AdapterState], examples: Sequence[float], state: ServerState, round_: int, rank: int = 0
+    ) -> ServerState:
+        """Average B R under the clients' common A, as PEFT folders hold it."""
+        from fedtune.methods.ffa_lora import FFALoRA
+
+        return FFALoRA(FFALoRA.Parameters()).aggregate(clients, examples, state, round_)

@@ -1,0 +1,94 @@
+"""FedALT: each client's own adapter, and beside it, frozen, the mean of the others' (arXiv 2503.11880).
+
+A router, softmax over the two, weighs them for each token; it and the adapter are trained, and the router never
+leaves the client. The rest of the world needs no second server pass: with the mean over all and its own share w_i a
+client computes (mean - w_i own) / (1 - w_i) itself, so secure sums apply.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from fedtune.methods.base import ClientUpdate, Method, ServerState
+from fedtune.methods.local import Fitted, Local, Tensors
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from fedtune.lora.state import AdapterState
+
+_SHARE, _SHARES = "fedalt/share", "fedalt/shares"
+_FACTORS = (".lora_A.weight", ".lora_B.weight")
+
+
+def rest_of_world(mean: Tensor, own: Tensor, share: float) -> Tensor:
+    """Return the mean of the others: (mean - w own) / (1 - w); zeros where there are none."""
+    return (mean - share * own) / (1 - share) if share < 1 else mean * 0
+
+
+class FedALT(Method):
+    """Own adapter, rest-of-world adapter, router."""
+
+    name = "fedalt"
+    title = "FedALT"
+    paper = "arXiv:2503.11880"
+    personalised = True
+    global_adapter = False
+    stateful = True
+    private = True
+    factors = False
+
+    def trainable(self, round_: int, name: str) -> bool:
+        """Train the own adapter and the router."""
+        return not name.endswith((".other_A.weight", ".other_B.weight"))
+
+    def begin(self, layout: AdapterState, download: Tensors, kept: Tensors, round_: int) -> dict[str, Tensor]:
+        """Return the own adapter and router as kept, and the rest of the world from the mean."""
+        from fedtune.lora.state import PREFIX, to_tensors
+
+        share = float(download[_SHARE])
+        own = {**to_tensors(layout), **kept}
+        for name, mean in download.items():
+            if name.endswith(_FACTORS):
+                other = name.replace(".lora_", ".other_")
+                own[other] = rest_of_world(mean, own[name], share) if share else mean
+        for path, module in layout.items():
+            own.setdefault(PREFIX + path + ".router.weight", module.a.new_zeros(2, module.a.shape[1]))
+        return own
+
+    def fit(self, local: Local, start: Tensors) -> Fitted:
+        """Train; keep the adapter and the router, send the adapter."""
+        trained = local.train(start, [n for n in start if self.trainable(local.round, n)])
+        kept = {n: t for n, t in trained.items() if self.trainable(local.round, n)}
+        return Fitted({n: t for n, t in kept.items() if n.endswith(_FACTORS)}, kept)
+
+    def server_step(self, updates: Sequence[ClientUpdate], state: ServerState, round_: int) -> ServerState:
+        """Average the adapters, and remember what share of the mean each client has."""
+        import torch
+
+        after = super().server_step(updates, state, round_)
+        total = sum(self.weights(updates))
+        table = [[float(u.client), w / total] for u, w in zip(updates, self.weights(updates), strict=True)]
+        return replace(after, extra={**after.extra, _SHARES: torch.tensor(table, dtype=torch.float64)})
+
+    def view(self, state: ServerState, client: int) -> dict[str, Tensor]:
+        """Send the mean, and this client's share in it."""
+        import torch
+
+        shares = {int(c): s for c, s in state.extra.get(_SHARES, torch.zeros(0, 2)).tolist()}
+        return {**super().view(state, client), _SHARE: torch.tensor(shares.get(client, 0.0), dtype=torch.float64)}
+
+    def personal(
+        self, clients: Sequence[AdapterState], examples: Sequence[float], after: ServerState
+    ) -> Iterator[AdapterState]:
+        """Return for each client the mean of the others."""
+        from fedtune.lora.state import rescaled
+
+        for client, weight in zip(clients, examples, strict=True):
+            share, rest = weight / sum(examples), {}
+            for path, mean in after.adapter.items():
+                own = rescaled(client[path], mean)
+                rest[path] = replace(mean, a=rest_of_world(mean.a, own.a, share), b=rest_of_world(mean.b, own.b, share))
+            yield rest

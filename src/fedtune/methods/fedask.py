@@ -1,0 +1,159 @@
+"""FedASK: the mean product from two sums, so that secure sums apply to it (arXiv 2507.09990).
+
+First exchange: Y = sum_i w_i s_i B_i (A_i Omega) with a common random Omega of `width` columns; the server takes Q =
+qr(Y). Second: P = sum_i w_i (Q^T s_i B_i) A_i, and Q P = Q Q^T M. Exact once the width reaches M's rank; below that
+it is a randomised SVD. Its best rank-r part is the next adapter (in the paper's balanced split); the rest goes into
+the base or is dropped.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Literal, cast
+
+from pydantic import Field
+
+from fedtune.methods.base import ClientUpdate, ServerState, Sizes
+from fedtune.methods.base_delta import MovesBase, is_side
+from fedtune.methods.local import Fitted, Local, Tensors
+from fedtune.types import derive_seed
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from fedtune.lora.state import AdapterState
+
+_Q, _Y, _P, _OWN = "fedask/Q/", "fedask/Y/", "fedask/P/", "fedask/own/"
+
+
+class FedASK(MovesBase):
+    """Two-phase sketch of the mean product."""
+
+    name = "fedask"
+    title = "FedASK"
+    paper = "arXiv:2507.09990"
+    exact = True
+    linear = True
+    mixed_ranks = True
+    comparable = False
+    phases = 2
+
+    class Parameters(MovesBase.Parameters):
+        """`width`: columns of the sketch, 0 for as many as make it exact; `rest`: keep or drop what exceeds rank r."""
+
+        width: int = Field(0, ge=0)
+        rest: Literal["keep", "drop"] = "keep"
+
+    @property
+    def _own(self) -> FedASK.Parameters:
+        return cast("FedASK.Parameters", self.parameters)
+
+    @classmethod
+    def traffic(cls, sizes: Sizes) -> tuple[float, float]:
+        """Both sketches up, at the exact width N r; Q, the adapter and the rest down."""
+        return sizes.clients * (sizes.a + sizes.b), sizes.clients * (sizes.a + 2 * sizes.b)
+
+    def sketch_width(self, out: int, inner: int, rank: int) -> int:
+        """Return the columns of a layer's sketch."""
+        return min(out, inner, self._own.width or self.scene.cohort * rank)
+
+    def probe(self, path: str, inner: int, width: int, round_: int) -> Tensor:
+        """Return Omega [in, width]: the same everywhere; fewer columns are the first of more."""
+        import torch
+
+        generator = torch.Generator().manual_seed(derive_seed(self.seed, "omega", round_, path))
+        return torch.randn(width, inner, generator=generator, dtype=torch.float64).T
+
+    def fit(self, local: Local, start: Tensors) -> Fitted:
+        """Train and send the first sketch; in the second exchange send the second."""
+        from fedtune.lora.state import with_tensors
+
+        if local.phase == 2:
+            own = {n.removeprefix(_OWN): t for n, t in local.kept.items() if n.startswith(_OWN)}
+            kept = {n: t for n, t in local.kept.items() if is_side(n)}
+            bases = {n.removeprefix(_Q): t for n, t in start.items()}
+            return Fitted(self.second(with_tensors(local.layout, own), bases), kept)
+        fitted = super().fit(local, start)
+        adapter = with_tensors(local.layout, fitted.payload)
+        own = {_OWN + n: t for n, t in fitted.payload.items()}
+        return Fitted(self.first(adapter, self._widths(adapter), local.round), {**fitted.kept, **own})
+
+    def _widths(self, adapter: AdapterState) -> dict[str, int]:
+        """Return each layer's sketch width, which must not depend on the client's own rank."""
+        return {p: self.sketch_width(m.b.shape[0], m.a.shape[1], self.scene.rank or m.rank) for p, m in adapter.items()}
+
+    def first(self, adapter: AdapterState, widths: dict[str, int], round_: int) -> dict[str, Tensor]:
+        """Return s B (A Omega) of each layer [out, width]."""
+        from fedtune.lora.product import of
+
+        sent = {}
+        for path, m in adapter.items():
+            whole = of(m)
+            omega = self.probe(path, m.a.shape[1], widths[path], round_).to(whole.right.dtype)
+            sent[_Y + path] = whole.left @ (whole.right @ omega)
+        return sent
+
+    def second(self, adapter: AdapterState, bases: Tensors) -> dict[str, Tensor]:
+        """Return (Q^T s B) A of each layer [width, in]."""
+        from fedtune.lora.product import of
+
+        products = {path: of(module) for path, module in adapter.items()}
+        return {_P + p: (bases[p].to(w.left.dtype).T @ w.left) @ w.right for p, w in products.items()}
+
+    def middle(self, updates: Sequence[ClientUpdate], state: ServerState, round_: int) -> ServerState:
+        """Return the state with an orthonormal basis of the summed first sketches."""
+        import torch
+
+        mean = self.combine(updates, state)
+        bases = {_Q + n.removeprefix(_Y): torch.linalg.qr(t)[0] for n, t in mean.items()}
+        return replace(state, extra={**state.extra, **bases})
+
+    def server_step(self, updates: Sequence[ClientUpdate], state: ServerState, round_: int) -> ServerState:
+        """Split Q P into the next adapter and the rest."""
+        from fedtune.lora import product
+        from fedtune.methods.hlora import HLoRA
+
+        mean = self.combine(updates, state)
+        adapter, rest = {}, {}
+        for path, module in state.adapter.items():
+            whole = product.Product(state.extra[_Q + path], mean[_P + path])
+            best, left_out = product.split(whole, module.rank)
+            adapter[path] = HLoRA(HLoRA.Parameters()).factors_of(module, best)
+            rest[path] = left_out
+        kept = {n: t for n, t in state.extra.items() if not n.startswith(_Q)}
+        moved = rest if self._own.rest == "keep" else {}
+        return self.moved(replace(state, extra=kept), adapter, moved, updates, round_)
+
+    def view(self, state: ServerState, client: int) -> dict[str, Tensor]:
+        """Send the model, or in the second exchange the bases."""
+        bases = {n: t for n, t in state.extra.items() if n.startswith(_Q)}
+        return bases or super().view(state, client)
+
+    def expected(self, state: ServerState, client: int, round_: int) -> dict[str, Tensor]:
+        """Expect first or second sketches."""
+        sent = {}
+        for path, m in state.adapter.items():
+            out, inner = m.b.shape[0], m.a.shape[1]
+            width = self.sketch_width(out, inner, self.scene.rank or m.rank)
+            name, shape = (_P + path, (width, inner)) if _Q + path in state.extra else (_Y + path, (out, width))
+            sent[name] = m.a.new_zeros(shape)
+        return sent
+
+    def aggregate(
+        self, clients: Sequence[AdapterState], examples: Sequence[float], state: ServerState, round_: int, rank: int = 0
+    ) -> ServerState:
+        """Do both exchanges with adapters of any ranks and scales."""
+        from fedtune.methods.flexlora import template
+
+        start = replace(state, adapter=template(clients, rank), extra={}, base=())
+        total = {p: sum(c[p].rank for c in clients) for p in start.adapter}
+        widths = {p: min(m.b.shape[0], m.a.shape[1], self._own.width or total[p]) for p, m in start.adapter.items()}
+        first = [
+            ClientUpdate(i, self.first(c, widths, round_), n)
+            for i, (c, n) in enumerate(zip(clients, examples, strict=True))
+        ]
+        middle = self.middle(first, start, round_)
+        bases = {n.removeprefix(_Q): t for n, t in middle.extra.items()}
+        second = [replace(u, tensors=self.second(c, bases)) for u, c in zip(first, clients, strict=True)]
+        return self.server_step(second, middle, round_)

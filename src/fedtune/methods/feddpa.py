@@ -1,0 +1,78 @@
+"""FedDPA-T: a global adapter that is averaged and a local one that stays, mixed for each text (arXiv 2403.19211).
+
+Each round the global adapter is trained alone and sent; then the local one is trained beside the frozen global one,
+each with weight 1/2. For a text the local adapter weighs half its mean cosine similarity (of the base model's last
+hidden state) to five training examples of the client, the global one the rest.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, cast
+
+from pydantic import Field
+
+from fedtune.config.schema import Section
+from fedtune.methods.base import Method, ServerState
+from fedtune.methods.local import Fitted, Local, Tensors
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from fedtune.lora.state import AdapterState
+
+ANCHORS, MIX = "mix.anchors", "mix.weight"
+_LOCAL, _GLOBAL = ".other_", ".lora_"
+
+
+class FedDPA(Method):
+    """Global and local adapter."""
+
+    name = "feddpa"
+    title = "FedDPA-T"
+    paper = "arXiv:2403.19211"
+    personalised = True
+    private = True
+    factors = False
+
+    class Parameters(Section):
+        """`samples`: training examples a text is compared with; `local_weight`: factor of their similarity."""
+
+        samples: int = Field(5, ge=1)
+        local_weight: float = Field(0.5, gt=0, le=1)
+
+    @property
+    def _own(self) -> FedDPA.Parameters:
+        return cast("FedDPA.Parameters", self.parameters)
+
+    def trainable(self, round_: int, name: str) -> bool:
+        """Both adapters are trained, one after the other."""
+        return not name.startswith("mix.")
+
+    def begin(self, layout: AdapterState, download: Tensors, kept: Tensors, round_: int) -> dict[str, Tensor]:
+        """Return the global adapter and, once there is one, the local."""
+        import torch
+
+        start = {**super().begin(layout, download, {}, round_), **kept}
+        return {**start, MIX: torch.tensor(self._own.local_weight)} if kept else start
+
+    def fit(self, local: Local, start: Tensors) -> Fitted:
+        """Train the global adapter, then the local one; send the first, keep the second."""
+        import torch
+
+        from fedtune.lora.state import to_tensors
+
+        shared = {n: t for n, t in start.items() if _GLOBAL in n}
+        sent = local.train(shared, list(shared), lambda now: self.loss_term(now, shared))
+        own = {n: t for n, t in start.items() if _LOCAL in n}
+        own = own or {n.replace(_GLOBAL, _LOCAL): t for n, t in to_tensors(local.layout).items()}
+        # the weights of the mixture are fixed while the local adapter is trained
+        both = {**shared, **own, MIX: torch.tensor(0.5)}
+        trained = local.train(both, list(own))
+        kept = {n: t for n, t in trained.items() if _LOCAL in n}
+        return Fitted(self.payload(sent, shared, local.round), {**kept, ANCHORS: local.features(self._own.samples)})
+
+    def expected(self, state: ServerState, client: int, round_: int) -> dict[str, Tensor]:
+        """Expect the global adapter."""
+        from fedtune.lora.state import to_tensors
+
+        return to_tensors(state.adapter)

@@ -1,0 +1,57 @@
+"""FediLoRA: RBLA's mean over the owners of each rank, and a repair of the weakest layer (arXiv 2509.06984).
+
+After its local training a client finds the layer whose update agrees least with the global one (smallest cosine of
+the two products) and moves it towards that by `repair`. Our reading: the paper has no public code.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, cast
+
+from pydantic import Field
+
+from fedtune.config.schema import Section
+from fedtune.methods.local import Tensors
+from fedtune.methods.rbla import RBLA
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+_A, _B = ".lora_A.weight", ".lora_B.weight"
+
+
+def agreement(a: Tensor, b: Tensor, a_start: Tensor, b_start: Tensor) -> float:
+    """Return the cosine of B A and B_start A_start through r x r products; 1 where either is zero."""
+    cross = ((b_start.T @ b) * (a_start @ a.T)).sum()
+    sizes = ((b.T @ b) * (a @ a.T)).sum() * ((b_start.T @ b_start) * (a_start @ a_start.T)).sum()
+    return float(cross / sizes.sqrt()) if float(sizes) > 0 else 1.0
+
+
+class FediLoRA(RBLA):
+    """RBLA with a repaired layer."""
+
+    name = "fedilora"
+    title = "FediLoRA"
+    paper = "arXiv:2509.06984"
+
+    class Parameters(Section):
+        """`repair`: how far the weakest layer is moved to the global one; 0 is RBLA."""
+
+        repair: float = Field(0.5, ge=0, le=1)
+
+    @classmethod
+    def inert(cls, parameters: Section) -> str:
+        """Without repair it is RBLA."""
+        return "with repair = 0 this is RBLA" if cast("FediLoRA.Parameters", parameters).repair == 0 else ""
+
+    def payload(self, tensors: Tensors, start: Tensors, round_: int) -> dict[str, Tensor]:
+        """Repair the weakest layer."""
+        sent = dict(tensors)
+        paths = [n.removesuffix(_A) for n in tensors if n.endswith(_A)]
+        known = {p: agreement(*(t[p + e] for t in (tensors, start) for e in (_A, _B))) for p in paths}
+        weakest = min(paths, key=lambda p: known[p])
+        if known[weakest] < 1:
+            share = cast("FediLoRA.Parameters", self.parameters).repair
+            for name in (weakest + _A, weakest + _B):
+                sent[name] = tensors[name].lerp(start[name].to(tensors[name].dtype), share)
+        return sent

@@ -1,0 +1,128 @@
+"""FedKSeed: zeroth-order steps along K seeded directions; only K scalars travel (arXiv 2312.06353).
+
+w = w_0 - lr sum_j G_j z(seed_j): a step takes the difference of two losses along z_j, and G_j sums up what all
+clients found for direction j. Everybody replays the same sum in the same order in float32 on the CPU, so replays
+agree bit for bit. The paper moves all weights of the model; here w is the adapter, so that the result is a PEFT
+adapter like any other's. The learning rate is constant: a schedule or weight decay would break the replay.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, cast
+
+from pydantic import Field
+
+from fedtune.config.schema import Section
+from fedtune.methods.base import ClientUpdate, Method, ServerState, Sizes
+from fedtune.methods.local import Fitted, Local, Tensors
+from fedtune.types import derive_seed
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from fedtune.lora.state import AdapterState
+
+_SCALARS, _START = "fedkseed/scalars", "fedkseed/start/"
+
+
+class FedKSeed(Method):
+    """Replayed scalars."""
+
+    name = "fedkseed"
+    title = "FedKSeed (on the adapter)"
+    paper = "arXiv:2312.06353"
+    stateful = True
+    factors = False
+    comparable = False
+
+    class Parameters(Section):
+        """`seeds`: K; `epsilon`: half the way between the two losses; `steps`: 0 for as many as a round has."""
+
+        seeds: int = Field(4096, ge=1)
+        epsilon: float = Field(1e-2, gt=0)
+        learning_rate: float = Field(5e-5, gt=0)
+        steps: int = Field(0, ge=0)
+
+    @property
+    def _own(self) -> FedKSeed.Parameters:
+        return cast("FedKSeed.Parameters", self.parameters)
+
+    @classmethod
+    def traffic(cls, sizes: Sizes) -> tuple[float, float]:
+        """K scalars for the whole model, next to nothing for one module."""
+        return 0.0, 0.0
+
+    def direction(self, number: int, like: Tensors) -> dict[str, Tensor]:
+        """Return direction z_j in float32, drawn on the CPU in the order of names."""
+        import torch
+
+        generator = torch.Generator().manual_seed(derive_seed(self.seed, "direction", number))
+        return {n: torch.randn(like[n].shape, generator=generator) for n in sorted(like)}
+
+    def replay(self, start: Tensors, scalars: Tensor) -> dict[str, Tensor]:
+        """Return w_0 - lr sum_j G_j z_j, in ascending j; directions nobody took cost nothing."""
+        now = {n: t.clone() for n, t in start.items()}
+        for number in scalars.nonzero()[:, 0].tolist():
+            step = self._own.learning_rate * float(scalars[number])
+            for name, z in self.direction(number, start).items():
+                now[name].sub_(z.to(now[name].dtype), alpha=step)
+        return now
+
+    def begin(self, layout: AdapterState, download: Tensors, kept: Tensors, round_: int) -> dict[str, Tensor]:
+        """Replay the sums so far on the run's initial adapter."""
+        from fedtune.lora.state import to_tensors
+
+        return self.replay(to_tensors(layout), download[_SCALARS])
+
+    def fit(self, local: Local, start: Tensors) -> Fitted:
+        """Walk along random directions; send what was found for each."""
+        import torch
+
+        own, found = self._own, torch.zeros(self._own.seeds)
+        chance = random.Random(derive_seed(self.seed, "walk", local.client, local.round))
+        now = {n: t.clone() for n, t in start.items()}
+        for step in range(own.steps or local.steps):
+            number = chance.randrange(own.seeds)
+            z = self.direction(number, now)
+            ends = [{n: t.add(z[n], alpha=sign * own.epsilon) for n, t in now.items()} for sign in (1, -1)]
+            plus, minus = local.losses(step % local.steps, ends)
+            slope = torch.tensor((plus - minus) / (2 * own.epsilon), dtype=torch.float32)
+            found[number] += slope
+            for name, tensor in now.items():
+                tensor.sub_(z[name], alpha=own.learning_rate * float(slope))
+        return Fitted({_SCALARS: found})
+
+    def server_step(self, updates: Sequence[ClientUpdate], state: ServerState, round_: int) -> ServerState:
+        """Add the mean of the scalars, and replay."""
+        from fedtune.lora.state import to_tensors, with_tensors
+
+        start = {n.removeprefix(_START): t for n, t in state.extra.items() if n.startswith(_START)}
+        start = start or to_tensors(state.adapter)
+        total = self._scalars(state) + self.combine(updates, state)[_SCALARS]
+        extra = {**state.extra, _SCALARS: total, **{_START + n: t for n, t in start.items()}}
+        adapter = with_tensors(state.adapter, self.replay(start, total))
+        return replace(state, adapter=adapter, round=round_, extra=extra)
+
+    def _scalars(self, state: ServerState) -> Tensor:
+        import torch
+
+        return state.extra.get(_SCALARS, torch.zeros(self._own.seeds))
+
+    def view(self, state: ServerState, client: int) -> dict[str, Tensor]:
+        """Send the K sums."""
+        return {_SCALARS: self._scalars(state)}
+
+    def expected(self, state: ServerState, client: int, round_: int) -> dict[str, Tensor]:
+        """Expect K scalars."""
+        return {_SCALARS: self._scalars(state)}
+
+    def aggregate(
+        self, clients: Sequence[AdapterState], examples: Sequence[float], state: ServerState, round_: int, rank: int = 0
+    ) -> ServerState:
+        """Average the adapters: what the replay of the clients' mean scalars gives."""
+        from fedtune.methods.fedit import FedIT
+
+        return FedIT(FedIT.Parameters()).aggregate(clients, examples, state, round_)

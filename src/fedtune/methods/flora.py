@@ -1,0 +1,68 @@
+"""FLoRA: the clients' factors are stacked, without any error, and moved into the base model (arXiv 2409.05976).
+
+M = sum_i w_i s_i B_i A_i is the stack [B_1 ... B_N] [w_1 s_1 A_1; ...]: each client's own scale, the weight on one
+factor only. Every round starts from a fresh random A, the same on every client from the run's seed, and B = 0.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from fedtune.methods.base import ClientUpdate, ServerState, Sizes
+from fedtune.methods.base_delta import MovesBase
+from fedtune.methods.local import Tensors
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from fedtune.lora.product import Product
+    from fedtune.lora.state import AdapterState
+
+
+class FLoRA(MovesBase):
+    """Stacking; clients start each round from a fresh adapter."""
+
+    name = "flora"
+    title = "FLoRA (stacking)"
+    paper = "arXiv:2409.05976"
+    exact = True
+    mixed_ranks = True
+
+    @classmethod
+    def traffic(cls, sizes: Sizes) -> tuple[float, float]:
+        """The adapter up, the whole stack down."""
+        return sizes.a + sizes.b, sizes.clients * (sizes.a + sizes.b)
+
+    def begin(self, layout: AdapterState, download: Tensors, kept: Tensors, round_: int) -> dict[str, Tensor]:
+        """Start from this round's fresh adapter."""
+        from fedtune.lora.state import fresh
+
+        return super().begin(fresh(layout, self.seed, round_), download, kept, round_)
+
+    def shared(self, state: ServerState, client: int) -> dict[str, Tensor]:
+        """Send no adapter: each round's is fresh."""
+        return {}
+
+    def server_step(self, updates: Sequence[ClientUpdate], state: ServerState, round_: int) -> ServerState:
+        """Move the stack into the base model."""
+        from fedtune.lora.state import fresh
+
+        stacks = self._stacks([self.completed(u, state) for u in updates], self.weights(updates))
+        return self.moved(state, fresh(state.adapter, self.seed, round_ + 1), stacks, updates, round_)
+
+    def aggregate(
+        self, clients: Sequence[AdapterState], examples: Sequence[float], state: ServerState, round_: int, rank: int = 0
+    ) -> ServerState:
+        """Stack adapters of any ranks and scales."""
+        from fedtune.lora.base_delta import append
+        from fedtune.lora.state import fresh
+
+        base = append((), round_, self._stacks(list(clients), examples))
+        return replace(state, adapter=fresh(state.adapter, self.seed, round_ + 1), round=round_, base=base)
+
+    def _stacks(self, adapters: Sequence[AdapterState], weights: Sequence[float]) -> dict[str, Product]:
+        from fedtune.lora import product
+
+        return {path: product.stack([a[path] for a in adapters], weights) for path in adapters[0]}

@@ -1,0 +1,42 @@
+"""FLoRIST: the mean product cut at the rank that holds a share of its energy (arXiv 2506.09199).
+
+The server chooses each layer's rank: the fewest singular values whose squares sum to `tau` of all, at most the
+adapter's. Components beyond it keep the run's initial A and B = 0, so they can be trained again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, cast
+
+from pydantic import Field
+
+from fedtune.config.schema import Section
+from fedtune.methods.flexlora import FlexLoRA
+
+if TYPE_CHECKING:
+    from fedtune.lora.state import LoraModule
+
+
+class FLoRIST(FlexLoRA):
+    """SVD of the mean product, rank by energy."""
+
+    name = "florist"
+    title = "FLoRIST"
+    paper = "arXiv:2506.09199"
+
+    class Parameters(Section):
+        """`tau`: the share of the energy (sum of squared singular values) to keep."""
+
+        tau: float = Field(0.99, gt=0, le=1)
+
+    def merge(self, module: LoraModule, clients: Sequence[LoraModule], weights: Sequence[float]) -> LoraModule:
+        """Return one module's new factors; what lies beyond the energy's rank is zero in B."""
+        from fedtune.lora import product
+
+        tau = cast("FLoRIST.Parameters", self.parameters).tau
+        best = product.truncate(product.stack(clients, weights), module.rank)
+        whole = product.svd(product.stack(clients, weights))[1]
+        rank = min(module.rank, product.energy_rank(whole, tau))
+        best.left[:, rank:] = 0
+        return self.factors_of(module, best)

@@ -1,0 +1,137 @@
+"""HetLoRA: truncated adapters, zero-padded and weighted by the norm of their product; clients prune (arXiv 2401.06432).
+
+Client i's weight in a layer is its examples times ||B_i A_i||_F. Its loss has lambda ||B[:, c:]|| ||A[c:]|| with c =
+gamma r_i; if that tail has shrunk at the end of the round, the client cuts its rank to c and keeps it so.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, cast
+
+from pydantic import Field
+
+from fedtune.config.schema import Section
+from fedtune.methods.base import ClientUpdate, ServerState
+from fedtune.methods.local import Fitted, Local, Tensors
+from fedtune.methods.rbla import RBLA
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from fedtune.lora.state import AdapterState, LoraModule
+
+_A, _B, _RANKS = ".lora_A.weight", ".lora_B.weight", "hetlora/ranks"
+
+
+def norm(module: LoraModule) -> float:
+    """Return ||s B A||_F as s sqrt(tr(B^T B A A^T)), without the dense product."""
+    return module.scale * math.sqrt(max(0.0, float(((module.b.T @ module.b) * (module.a @ module.a.T)).double().sum())))
+
+
+class HetLoRA(RBLA):
+    """Zero-padding with norm weights and self-pruning."""
+
+    name = "hetlora"
+    title = "HetLoRA"
+    paper = "arXiv:2401.06432"
+    stateful = True
+    ragged = True
+    factors = False
+
+    class Parameters(Section):
+        """`regulariser`: lambda of the tail's penalty; `gamma`: the share of its rank a client keeps when it prunes."""
+
+        regulariser: float = Field(0.005, ge=0)
+        gamma: float = Field(0.99, gt=0, le=1)
+
+    def _tail(self, tensors: Tensors) -> dict[str, tuple[Tensor, Tensor]]:
+        """Return for each layer the part beyond gamma r of (A, B); layers without one are left out."""
+        tails = {}
+        for name in tensors:
+            if name.endswith(_A):
+                a, b = tensors[name], tensors[name.replace(_A, _B)]
+                cut = self.pruned(a.shape[0])
+                if cut < a.shape[0]:
+                    tails[name.removesuffix(_A)] = (a[cut:], b[:, cut:])
+        return tails
+
+    def loss_term(self, now: Tensors, start: Tensors) -> Tensor | None:
+        """Return lambda times the sum over layers of ||B_tail|| ||A_tail||."""
+        weight = cast("HetLoRA.Parameters", self.parameters).regulariser
+        # the norm of an exact zero has no gradient: the smallest square keeps it finite
+        parts = [
+            (b.square().sum() + 1e-12).sqrt() * (a.square().sum() + 1e-12).sqrt() for a, b in self._tail(now).values()
+        ]
+        return weight * sum(parts[1:], parts[0]) if parts and weight else None
+
+    def fit(self, local: Local, start: Tensors) -> Fitted:
+        """Train, and cut the rank where the tail shrank over the round; B takes up what alpha/r changes."""
+        from fedtune.lora.state import to_tensors, with_rank, with_tensors
+
+        trained = super().fit(local, start).payload
+        before, after = (sum(float(a.norm() * b.norm()) for a, b in self._tail(t).values()) for t in (start, trained))
+        if not 0 < after < before:
+            return Fitted(trained)
+        adapter = with_tensors(local.layout, trained)
+        return Fitted(to_tensors({path: with_rank(m, self.pruned(m.rank)) for path, m in adapter.items()}))
+
+    def pruned(self, rank: int) -> int:
+        """Return the rank a client of a rank prunes itself to."""
+        return max(1, math.floor(cast("HetLoRA.Parameters", self.parameters).gamma * rank))
+
+    def rank_in(self, state: ServerState, client: int) -> int | None:
+        """Return the rank a client has by now: its own, or what it pruned itself to."""
+        known = {int(c): int(r) for c, r in state.extra.get(_RANKS, ())}
+        return known.get(client, self.rank_of(client))
+
+    def view(self, state: ServerState, client: int) -> dict[str, Tensor]:
+        """Send the first ranks of the global adapter."""
+        from fedtune.lora.state import to_tensors, with_rank
+
+        rank = self.rank_in(state, client)
+        return to_tensors({p: m if rank is None else with_rank(m, rank) for p, m in state.adapter.items()})
+
+    def expected(self, state: ServerState, client: int, round_: int) -> dict[str, Tensor]:
+        """Expect what was sent, or a smaller rank."""
+        return self.view(state, client)
+
+    def flaw(self, update: Tensors, state: ServerState, client: int, round_: int) -> str:
+        """Accept the rank that was sent or the pruned one, the same in every layer."""
+        allowed = self.view(state, client)
+        whole = next(t.shape[0] for n, t in allowed.items() if n.endswith(_A))
+        got = {t.shape[0 if n.endswith(_A) else 1] for n, t in update.items() if t.dim() == 2}
+        for name, tensor in update.items():
+            wide = 1 if name.endswith(_A) else 0
+            if tensor.dim() != 2 or tensor.shape[wide] != allowed[name].shape[wide]:
+                return f"{name}: got {tuple(tensor.shape)}, expected {tuple(allowed[name].shape)} or a pruned rank"
+        if len(got) != 1 or not got <= {whole, self.pruned(whole)}:
+            return f"ranks {sorted(got)}, expected {whole} or, pruned, {self.pruned(whole)}"
+        return ""
+
+    def completed(self, update: ClientUpdate, state: ServerState) -> AdapterState:
+        """Return an update as an adapter of whatever rank it has."""
+        from fedtune.lora.state import with_tensors
+
+        return with_tensors(state.adapter, update.tensors)
+
+    def server_step(self, updates: Sequence[ClientUpdate], state: ServerState, round_: int) -> ServerState:
+        """Aggregate, and remember the ranks clients have pruned themselves to."""
+        import torch
+
+        after = super().server_step(updates, state, round_)
+        ranks = {int(c): int(r) for c, r in state.extra.get(_RANKS, ())}
+        for update in updates:
+            ranks[update.client] = next(t.shape[0] for n, t in update.tensors.items() if n.endswith(_A))
+        table = torch.tensor(sorted(ranks.items()), dtype=torch.int64)
+        return replace(after, extra={**after.extra, _RANKS: table})
+
+    def shares(self, clients: Sequence[LoraModule], weights: Sequence[float], rank: int) -> Tensor:
+        """Return the same weight for every rank: missing ranks count as zeros."""
+        import torch
+
+        known = [w * norm(m) for w, m in zip(weights, clients, strict=True)]
+        used = known if sum(known) > 0 else list(weights)
+        return torch.tensor(used, dtype=torch.float64)[:, None].expand(-1, rank)

@@ -1,0 +1,76 @@
+"""RBLA: rank by rank, the mean over the clients that have it (arXiv 2408.08699).
+
+Row j of A and column j of B are averaged over the clients of rank j or more, with their weights among themselves: the
+rows few clients have are not diluted by the others' zeros. A client of rank r_i downloads the first r_i. Not exact,
+and tied to the gauge: row j of one client has to mean what row j of another does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from fedtune.methods.base import ClientUpdate, Method, ServerState
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from fedtune.lora.state import AdapterState, LoraModule
+
+
+class RBLA(Method):
+    """Per-rank mean over the owners."""
+
+    name = "rbla"
+    title = "RBLA"
+    paper = "arXiv:2408.08699"
+    mixed_ranks = True
+
+    def server_step(self, updates: Sequence[ClientUpdate], state: ServerState, round_: int) -> ServerState:
+        """Average rank by rank; a rank nobody sent stays what it was."""
+        adapters = [self.completed(u, state) for u in updates]
+        return self._merged(adapters, self.weights(updates), state, round_)
+
+    def aggregate(
+        self, clients: Sequence[AdapterState], examples: Sequence[float], state: ServerState, round_: int, rank: int = 0
+    ) -> ServerState:
+        """Aggregate adapters of any ranks; the result has the largest one."""
+        from fedtune.methods.flexlora import template
+
+        like = replace(state, adapter=template(clients, 0))
+        return self._merged(clients, [float(n) for n in examples], like, round_)
+
+    def _merged(
+        self, adapters: Sequence[AdapterState], weights: Sequence[float], state: ServerState, round_: int
+    ) -> ServerState:
+        merged = {p: self.merge(m, [a[p] for a in adapters], weights) for p, m in state.adapter.items()}
+        return replace(state, adapter=merged, round=round_)
+
+    def shares(self, clients: Sequence[LoraModule], weights: Sequence[float], rank: int) -> Tensor:
+        """Return each client's weight for each rank [clients, rank]; 0 where it does not have it."""
+        import torch
+
+        owned = torch.arange(rank)[None] < torch.tensor([m.rank for m in clients])[:, None]
+        return owned * torch.tensor(weights, dtype=torch.float64)[:, None]
+
+    def merge(self, module: LoraModule, clients: Sequence[LoraModule], weights: Sequence[float]) -> LoraModule:
+        """Return one module's new factors; scales of other ranks or alphas are taken up by B."""
+        from fedtune.lora.state import with_rank
+
+        table = self.shares(clients, weights, module.rank)
+        total = table.sum(0)
+        share = table / total.clamp(min=1e-300)
+        padded = [with_rank(m, module.rank) for m in clients]
+        factor = [m.scale / module.scale for m in padded]
+        a = sum(s[:, None] * m.a for s, m in zip(share, padded, strict=True))
+        b = sum(s * f * m.b for s, f, m in zip(share, factor, padded, strict=True))
+        return _kept(module, {"a": a, "b": b}, total > 0)
+
+
+def _kept(module: LoraModule, new: Mapping[str, Tensor], owned: Tensor) -> LoraModule:
+    """Return the new factors where somebody owns the rank, the old ones elsewhere."""
+    import torch
+
+    a = torch.where(owned[:, None], new["a"].to(module.a.dtype), module.a)
+    return replace(module, a=a, b=torch.where(owned, new["b"].to(module.b.dtype), module.b))

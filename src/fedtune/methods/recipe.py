@@ -1,0 +1,204 @@
+"""A method with everything that goes around it: what the round loop and the clients really call.
+
+Order on the client: SCAFFOLD and FedProx inside the steps, the method's payload, DoRA's map, an attacker. On the
+server: DoRA's map, robust weights, the method's step, the server optimiser, SCAFFOLD's controls.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+from fedtune.config import Config
+from fedtune.methods.around import attack, drift, optimizer, robust
+from fedtune.methods.base import ClientUpdate, Method, ServerState
+from fedtune.methods.local import Fitted, Local, Tensors
+from fedtune.types import derive_seed
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from fedtune.lora.product import Product
+    from fedtune.lora.state import AdapterState
+
+_SERVER = "server/"
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A method and what the run's settings put around it."""
+
+    method: Method
+    config: Config
+
+    @property
+    def exact_dora(self) -> bool:
+        """Whether magnitudes travel through the exact map."""
+        return self.config.lora.dora and self.method.dora == "exact"
+
+    @property
+    def varying(self) -> bool:
+        """Whether the bytes of a round depend on the rounds before it."""
+        kind = self.method
+        return kind.keeps_base or kind.ragged or kind.phases > 1 or (kind.stateful and kind.private)
+
+    @property
+    def phases(self) -> int:
+        """Exchanges a round."""
+        return self.method.phases
+
+    def initial(self, adapter: AdapterState) -> ServerState:
+        """Return the server's state before the first round."""
+        from fedtune.lora import dora
+        from fedtune.lora.state import to_tensors, with_tensors
+
+        if self.exact_dora:
+            adapter = with_tensors(adapter, dora.unit(to_tensors(adapter)))
+        return ServerState(adapter)
+
+    # client half
+
+    def begin(self, layout: AdapterState, download: Tensors, kept: Tensors, round_: int) -> dict[str, Tensor]:
+        """Return all tensors of a client's model at the start of a round; magnitudes are relative under exact DoRA."""
+        layout = self.initial(layout).adapter
+        return self.method.begin(layout, drift.split(download)[0], drift.split(kept)[0], round_)
+
+    def fit(self, local: Local, download: Tensors) -> Fitted:
+        """Do a client's work of one exchange."""
+        sent, controls = drift.split(download)
+        start = self._started(local, sent) if local.phase == 1 else sent
+        own = drift.split(local.kept)[1]
+        corrected = drift.Corrected(
+            local, self.config.drift.proximal_mu, (controls, own) if self.config.drift.scaffold else None
+        )
+        fitted = self.method.fit(corrected, start)
+        payload = self._mapped(local, fitted.payload, start)
+        kept = dict(fitted.kept)
+        if corrected.changes:
+            payload |= drift.named(corrected.changes)
+            kept |= drift.named({**own, **{n: own.get(n, 0) + t for n, t in corrected.changes.items()}})
+        seed = derive_seed(self.config.seed, "attack", local.client, local.round)
+        return Fitted(attack.tampered(payload, start, self.config.attack, local.client, seed), kept)
+
+    def _started(self, local: Local, sent: Tensors) -> dict[str, Tensor]:
+        from fedtune.lora import dora
+
+        start = self.begin(local.layout, sent, local.kept, local.round)
+        return dora.to_magnitudes(start, local.row_norms(start)) if self.exact_dora else start
+
+    def _mapped(self, local: Local, payload: dict[str, Tensor], start: Tensors) -> dict[str, Tensor]:
+        from fedtune.lora import dora
+
+        return dora.to_wire(payload, local.row_norms({**start, **payload})) if self.exact_dora else payload
+
+    # server half
+
+    def view(self, state: ServerState, client: int) -> dict[str, Tensor]:
+        """Return what a client downloads."""
+        down = self.method.view(state, client)
+        if self.config.drift.scaffold:
+            down |= drift.named(self._controls(state))
+        return down
+
+    def _controls(self, state: ServerState) -> dict[str, Tensor]:
+        from fedtune.lora.state import to_tensors
+
+        known = drift.split(state.extra)[1]
+        return known or {n: t.new_zeros(t.shape) for n, t in to_tensors(state.adapter).items()}
+
+    def expected(self, state: ServerState, client: int, round_: int) -> dict[str, Tensor]:
+        """Return tensors with the names, shapes and dtypes that a client must send."""
+        up = self.method.expected(state, client, round_)
+        return up | drift.named(dict(up)) if self.config.drift.scaffold else up
+
+    def middle(self, updates: Sequence[ClientUpdate], state: ServerState, round_: int) -> ServerState:
+        """Return the state for the next exchange of the same round."""
+        return self.method.middle(updates, state, round_)
+
+    def server_step(self, updates: Sequence[ClientUpdate], state: ServerState, round_: int) -> ServerState:
+        """Return the state after a round; `updates` is not empty and sorted by client."""
+        changes = [drift.split(u.tensors)[1] for u in updates]
+        updates = [replace(u, tensors=drift.split(u.tensors)[0]) for u in updates]
+        updates = self._reweighed(updates, state)
+        updates, relative = self._divided(updates)
+        after = self.method.server_step(updates, replace(state, extra=self._own(state)), round_)
+        after = self._optimised(state, after, round_)
+        return self._finished(state, after, relative, changes)
+
+    def _own(self, state: ServerState) -> dict[str, Tensor]:
+        """Return the method's own extra state, without what belongs to what is around it."""
+        return {n: t for n, t in state.extra.items() if not n.startswith((_SERVER, drift.CONTROL))}
+
+    def _divided(self, updates: Sequence[ClientUpdate]) -> tuple[list[ClientUpdate], dict[str, Tensor]]:
+        from fedtune.lora import dora
+
+        if not self.exact_dora:
+            return list(updates), {}
+        tensors, relative = dora.divided([u.tensors for u in updates], self.method.weights(updates))
+        return [replace(u, tensors=t) for u, t in zip(updates, tensors, strict=True)], relative
+
+    def _changes(self, updates: Sequence[ClientUpdate], state: ServerState) -> list[dict[str, Product]]:
+        """Return each update's change of the model as products: what it claims minus what it was sent."""
+        from fedtune.lora import product
+
+        before = {path: product.minus(product.of(m)) for path, m in state.adapter.items()}
+        return [
+            {p: product.total(product.of(m), before[p]) for p, m in self.method.completed(u, state).items()}
+            for u in updates
+        ]
+
+    def _reweighed(self, updates: Sequence[ClientUpdate], state: ServerState) -> list[ClientUpdate]:
+        """Return the updates with the weights a robust rule gives them; those without any are left out."""
+        import torch
+
+        from fedtune.lora.product import gram
+
+        settings = self.config.robust
+        if settings.rule == "none" and settings.clip_norm == "none":
+            return list(updates)
+        table = gram(self._changes(updates, state))
+        weights = torch.tensor([float(u.examples) for u in updates], dtype=table.dtype)
+        if settings.rule != "none":
+            weights = robust.RULES[settings.rule](table, weights, settings)
+        rest = 0.0
+        if settings.clip_norm != "none":
+            limit = 0.0 if settings.clip_norm == "median" else float(settings.clip_norm)
+            weights, rest = robust.clip_shares(table, weights, limit)
+        kept = [replace(u, examples=float(w)) for u, w in zip(updates, weights, strict=True) if float(w) > 0]
+        if rest > 0:  # what was clipped off counts for the unchanged model
+            kept.append(ClientUpdate(-1, self.method.expected(state, updates[0].client, state.round + 1), rest))
+        return kept
+
+    def _optimised(self, before: ServerState, after: ServerState, round_: int) -> ServerState:
+        from fedtune.lora.state import to_tensors, with_tensors
+
+        if self.config.server.optimizer == "none":
+            return after
+        memory = {n.removeprefix(_SERVER): t for n, t in before.extra.items() if n.startswith(_SERVER)}
+        stepped, memory = optimizer.step(
+            self.config.server,
+            to_tensors(before.adapter),
+            to_tensors(after.adapter),
+            memory,
+            round_,
+            lambda name: self.method.trainable(round_, name),
+        )
+        extra = {**after.extra, **{_SERVER + n: t for n, t in memory.items()}}
+        return replace(after, adapter=with_tensors(after.adapter, stepped), extra=extra)
+
+    def _finished(
+        self, before: ServerState, after: ServerState, relative: Tensors, changes: Sequence[Tensors]
+    ) -> ServerState:
+        """Set the relative magnitudes, and SCAFFOLD's controls."""
+        from fedtune.lora.algebra import weighted_mean
+        from fedtune.lora.state import to_tensors, with_tensors
+
+        if relative:
+            after = replace(after, adapter=with_tensors(after.adapter, {**to_tensors(after.adapter), **relative}))
+        if not self.config.drift.scaffold:
+            return after
+        share = len(changes) / self.config.federation.clients
+        mean = weighted_mean(changes, [1.0] * len(changes))
+        controls = drift.new_controls(self._controls(before), mean, share)
+        return replace(after, extra={**after.extra, **drift.named(controls)})
