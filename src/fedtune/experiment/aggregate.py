@@ -257,7 +257,8 @@ def _dora_update(path: str, module: LoraModule, delta: Tensor, base: Weights | N
         raise ConfigError("fedtune aggregate", [Problem("--effective", what, "give --base MODEL")])
     weight = base(path).float()
     moved = weight + delta
-    return module.magnitude.float()[:, None] * moved / moved.norm(dim=1, keepdim=True) - weight
+    update: Tensor = module.magnitude.float()[:, None] * moved / moved.norm(dim=1, keepdim=True) - weight
+    return update
 
 
 def write_dense(dense: Mapping[str, Tensor], path: Path) -> None:
