@@ -13,7 +13,7 @@ from fedtune.lora import product
 from fedtune.lora.base_delta import effective
 from fedtune.lora.product import regauge
 from fedtune.lora.state import AdapterState, LoraModule, to_tensors
-from fedtune.methods import METHODS, Method, Scene, ServerState, problems
+from fedtune.methods import METHODS, ClientUpdate, Method, Scene, ServerState, problems
 from fedtune.methods.base import Sizes
 
 OUT, IN, RANK = 7, 5, 2
@@ -258,3 +258,17 @@ def test_product_space_methods_are_never_worse_than_fedit() -> None:
         sum(float(product.norm(product.split(product.stack([c[p] for c in three], weights), 2)[1]) ** 2) for p in ideal)
         ** 0.5
     )
+
+
+def test_a_running_sum_is_the_sum(method: Method) -> None:
+    """Who says it needs the mean only gets the same from the updates one by one."""
+    if not method.running:
+        return
+    three, weights, state = clients(method, [1, 2, 3], 2), [1.0, 2.0, 3.0], ServerState(START, 1)
+    summed = method.aggregate(three, weights, state, 2)
+    start = to_tensors(START)
+    sent = [
+        ClientUpdate(i, method.payload(to_tensors(a), start, 2), w)
+        for i, (a, w) in enumerate(zip(three, weights, strict=True))
+    ]
+    assert same(dense(summed), dense(method.server_step(sent, state, 2)))

@@ -96,6 +96,8 @@ class Method:
             and control variates mean something.
         comparable: an update stands for a model, so a robust rule can compare it with others.
         ragged: the shapes a client sends are its own choice, within what `flaw` allows.
+        running: the server step sees no more of the updates than their weighted mean, so whole adapters can be
+            added up one after the other, in memory that does not grow with their number.
         phases: exchanges a round.
     """
 
@@ -114,6 +116,7 @@ class Method:
     factors: ClassVar[bool] = True
     comparable: ClassVar[bool] = True
     ragged: ClassVar[bool] = False
+    running: ClassVar[bool] = False
     phases: ClassVar[int] = 1
 
     class Parameters(Section):
@@ -250,11 +253,6 @@ class Method:
     ) -> Iterator[AdapterState] | None:
         """Return what each client gets of an aggregation, where that is not one global adapter; else None."""
         return None
-
-    @property
-    def running(self) -> bool:
-        """Whether whole adapters can be added up one after the other, in memory that their number does not change."""
-        return type(self).combine is Method.combine and type(self).aggregate is Method.aggregate
 
     def view(self, state: ServerState, client: int) -> dict[str, Tensor]:
         """Return what a client downloads at the start of a round.

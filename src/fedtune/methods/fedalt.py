@@ -39,6 +39,7 @@ class FedALT(Method):
     stateful = True
     private = True
     factors = False
+    running = True
 
     def trainable(self, round_: int, name: str) -> bool:
         """Train the own adapter and the router."""

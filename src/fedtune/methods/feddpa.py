@@ -33,6 +33,7 @@ class FedDPA(Method):
     personalised = True
     private = True
     factors = False
+    running = True
 
     class Parameters(Section):
         """`samples`: training examples a text is compared with; `local_weight`: factor of their similarity."""

@@ -14,3 +14,4 @@ class FedIT(Method):
     title = "FedIT (FedAvg of the factors)"
     paper = "arXiv:2305.05644"
     dora = "mean"
+    running = True

@@ -28,6 +28,7 @@ class FedSALoRA(Method):
     global_adapter = False
     private = True
     comparable = False
+    running = True
 
     @classmethod
     def traffic(cls, sizes: Sizes) -> tuple[float, float]:

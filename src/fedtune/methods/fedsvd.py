@@ -25,6 +25,7 @@ class FedSVD(Method):
     exact = True
     factors = False
     dora = "exact"
+    running = True
 
     @classmethod
     def traffic(cls, sizes: Sizes) -> tuple[float, float]:

@@ -21,6 +21,7 @@ class FFALoRA(Method):
     paper = "arXiv:2403.12313"
     exact = True
     dora = "exact"
+    running = True
 
     @classmethod
     def traffic(cls, sizes: Sizes) -> tuple[float, float]:

@@ -14,6 +14,7 @@ class RoLoRA(Method):
     title = "RoLoRA"
     paper = "arXiv:2502.01755"
     exact = True
+    running = True
 
     @classmethod
     def traffic(cls, sizes: Sizes) -> tuple[float, float]:
