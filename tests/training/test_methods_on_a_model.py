@@ -1,0 +1,317 @@
+"""What methods do inside a model: side adapters, cores, second adapters, smaller ranks, exact DoRA."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fedtune import methods
+from fedtune.config import Config, Settings
+from fedtune.config.schema import LoraSettings, ModelSettings
+from fedtune.evaluation.generate import Decoding, complete
+from fedtune.lora import base_delta, dora
+from fedtune.lora.product import Product
+from fedtune.lora.state import PREFIX, fresh, to_tensors, with_rank, with_tensors
+from fedtune.methods import ClientUpdate, ServerState
+from fedtune.models.adapter import AdaptedModel, attach, base_weight, save
+from fedtune.models.attention import packed_logits, text_features
+from fedtune.models.load import load
+from fedtune.training.local import LocalWork
+from tests.training.test_local import SHARD, _stock_training
+
+TEXTS = [e.ids for e in SHARD[:4]]
+KEEP = list(range(sum(map(len, TEXTS))))
+
+
+@pytest.fixture(scope="module")
+def config(settings: Callable[..., Settings]) -> Config:
+    return settings(train={"max_steps": 3, "per_device_train_batch_size": 5, "learning_rate_max": 1e-2}).config
+
+
+def adapted(config: Config, **changes: Any) -> AdaptedModel:
+    base = load(ModelSettings(name=config.model.name))
+    return attach(base, config.lora.model_copy(update=changes), seed=3)
+
+
+def local(
+    model: AdaptedModel, config: Config, client: int = 1, round_: int = 1, phase: int = 1, **more: Any
+) -> LocalWork:
+    return LocalWork(
+        model, SHARD, more.get("layout", model.layout), more.get("kept", {}), config, (client, round_, phase)
+    )
+
+
+def noisy(model: AdaptedModel, seed: int = 0, size: float = 0.1) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return {n: t + size * torch.randn(t.shape, generator=generator) for n, t in to_tensors(model.layout).items()}
+
+
+@torch.no_grad()
+def logits(model: AdaptedModel, *, share: bool = True) -> Tensor:
+    model.model.eval()
+    return packed_logits(model.model, TEXTS, KEEP, share_prefix=share)
+
+
+def test_side_adapters_do_what_one_peft_adapter_does(config: Config, tmp_path: Path) -> None:
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    model = adapted(config)
+    state = with_tensors(model.layout, noisy(model))
+    moved = {p: Product(0.1 * torch.randn(m.b.shape[0], 3), torch.randn(3, m.a.shape[1])) for p, m in state.items()}
+    pieces = base_delta.append((), 1, moved)
+    model.load(to_tensors(state))
+    without = logits(model)
+    model.load({**to_tensors(state), **base_delta.side_tensors(moved)})
+    beside = logits(model)
+    assert not torch.allclose(without, beside, atol=1e-2)
+    save(model, base_delta.as_adapter(state, pieces), tmp_path)
+    stock = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(config.model.name), tmp_path).eval()
+    with torch.no_grad():
+        alone = torch.cat([stock(input_ids=torch.tensor([t])).logits[0] for t in TEXTS])
+    assert torch.allclose(beside, alone, atol=1e-4)
+    with model.model.disable_adapter(), model.sides.off():
+        plain = logits(model)
+    with torch.no_grad():
+        untouched = load(ModelSettings(name=config.model.name)).model
+        assert torch.allclose(plain, packed_logits(untouched, TEXTS, KEEP), atol=1e-6)
+    model.load(to_tensors(state))
+    assert torch.equal(logits(model), without)
+
+
+def test_side_adapters_are_right_on_layers_stored_the_other_way_round(tmp_path: Path) -> None:
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    from tests.tiny import make_tokenizer
+
+    torch.manual_seed(0)
+    shape = {"n_embd": 24, "n_layer": 2, "n_head": 2, "vocab_size": 512, "bos_token_id": 1, "eos_token_id": 2}
+    GPT2LMHeadModel(GPT2Config(**shape)).save_pretrained(tmp_path)
+    make_tokenizer().save_pretrained(tmp_path)
+    model = attach(load(ModelSettings(name=str(tmp_path))), LoraSettings(r=2, target_modules=("c_attn",)), seed=0)
+    path, module = next(iter(model.layout.items()))
+    assert module.conv1d
+    moved = {path: Product(torch.randn(module.b.shape[0], 2), torch.randn(2, module.a.shape[1]))}
+    before, norms = logits(model), model.row_norms(to_tensors(model.layout))
+    model.load({**to_tensors(model.layout), **base_delta.side_tensors(moved)})
+    beside = logits(model)
+    weight = model.layers[path].get_base_layer().weight
+    assert torch.allclose(norms[path], weight.norm(dim=0))
+    with torch.no_grad():
+        weight += moved[path].dense().T
+    model.load(to_tensors(model.layout))
+    assert torch.allclose(logits(model), beside, atol=1e-4)
+    assert not torch.allclose(before, beside, atol=1e-2)
+
+
+@pytest.mark.parametrize("kind", [{}, {"rslora": True}])
+def test_a_client_of_a_smaller_rank_trains_as_stock_peft_of_that_rank(config: Config, kind: dict[str, Any]) -> None:
+    wide, narrow = adapted(config, r=4, **kind), adapted(config, r=2, **kind)
+    start = {p: with_rank(m, 2) for p, m in wide.layout.items()}
+    assert all(m.scale == narrow.layout[p].scale for p, m in start.items())
+    narrow.load(to_tensors(start))
+    want = _stock_training(config, narrow, 2)
+    work = LocalWork(wide, SHARD, start, {}, config, (1, 2, 1))
+    tensors = to_tensors(start)
+    got = work.train(tensors, list(tensors))
+    assert all(torch.allclose(got[n], want[n], atol=2e-4) for n in want)
+    assert {t.shape for t in got.values()} == {t.shape for t in tensors.values()}
+    assert all(not p[2:].any() for n, p in wide.slots.items() if "lora_A" in n)
+
+
+def test_a_core_sits_between_the_factors(config: Config) -> None:
+    model = adapted(config)
+    tensors = noisy(model)
+    cores = {p: torch.randn(m.rank, m.rank) for p, m in model.layout.items()}
+    model.load({**tensors, **{f"{PREFIX}{p}.lora_R.weight": c for p, c in cores.items()}})
+    cored = logits(model)
+    merged = {
+        n: t @ cores[n.removeprefix(PREFIX).rsplit(".lora", 1)[0]] if "lora_B" in n else t for n, t in tensors.items()
+    }
+    model.load(merged)
+    assert torch.allclose(cored, logits(model), atol=1e-5)
+
+
+def _full_gradients(model: AdaptedModel, config: Config) -> dict[str, Tensor]:
+    """The dense gradient of every adapted weight at the base model, by plain autograd."""
+    work = local(model, config)
+    weights = {p: layer.get_base_layer().weight for p, layer in model.layers.items()}
+    for weight in weights.values():
+        weight.requires_grad_(True)
+    work.gradients(to_tensors(model.layout), [next(iter(model.slots))])
+    found = {p: weight.grad.detach().clone() for p, weight in weights.items()}
+    for weight in weights.values():
+        weight.requires_grad_(False)
+        weight.grad = None
+    return found
+
+
+def test_fed_sbs_sketches_are_those_of_the_dense_gradient(config: Config) -> None:
+    model = adapted(config)
+    method = methods.build(config.model_copy(update={"method": config.method.model_copy(update={"name": "fed_sb"})}))
+    gradients = _full_gradients(model, config)
+    sketches = method.fit(local(model, config), to_tensors(model.layout)).payload
+    probe = method._probe(model.layout, 1)  # type: ignore[attr-defined]
+    for path, gradient in gradients.items():
+        scale = model.layout[path].scale
+        right, left = sketches[f"{PREFIX}{path}.lora_B.weight.1"], sketches[f"{PREFIX}{path}.lora_A.weight.1"]
+        assert torch.allclose(right, scale * gradient @ probe[path].a.T, atol=1e-5)
+        assert torch.allclose(left, scale * probe[path].b.T @ gradient, atol=1e-5)
+        assert right.abs().max() > 1e-4
+
+
+def test_a_router_weighs_the_own_and_the_other_adapter_token_by_token(config: Config) -> None:
+    model = adapted(config)
+    own, path = noisy(model), next(iter(model.layout))
+    layer, module = model.layers[path], model.layout[path]
+    other_a, other_b = torch.randn(4, module.a.shape[1]), torch.randn(module.b.shape[0], 4)
+    router = torch.randn(2, module.a.shape[1])
+    names = {"other_A": other_a, "other_B": other_b, "router": router}
+    model.load({**own, **{f"{PREFIX}{path}.{role}.weight": t for role, t in names.items()}})
+    model.model.eval()
+    x = torch.randn(1, 5, module.a.shape[1])
+    gates = F.linear(x, router).softmax(-1)
+    a, b = own[f"{PREFIX}{path}.lora_A.weight"], own[f"{PREFIX}{path}.lora_B.weight"]
+    want = F.linear(x, base_weight(layer)) + module.scale * (
+        gates[..., :1] * F.linear(F.linear(x, a), b) + gates[..., 1:] * F.linear(F.linear(x, other_a), other_b)
+    )
+    with torch.no_grad():
+        assert torch.allclose(layer(x), want, atol=1e-5)
+
+
+def test_a_mixture_by_similarity_is_each_texts_own(config: Config) -> None:
+    """Packed, one by one, and generated: a text's weight depends on nothing but itself."""
+    model = adapted(config)
+    tensors = noisy(model)
+    other = {n.replace(".lora_", ".other_"): t for n, t in noisy(model, seed=1).items()}
+    anchors = text_features(model.model, TEXTS[:2])
+    model.load({**tensors, **other, "mix.anchors": anchors, "mix.weight": torch.tensor(0.5)})
+    packed = logits(model)
+    with torch.no_grad():
+        single = torch.cat([packed_logits(model.model, [t], range(len(t))) for t in TEXTS])
+    assert torch.allclose(packed, single, atol=1e-5)
+    weights = model.sides.similarity(text_features(model.model, TEXTS))
+    assert 0 < float(weights.min()) < float(weights.max()) <= 0.5
+    model.load({**tensors, **other, "mix.weight": weights[1]})
+    with torch.no_grad():
+        fixed = packed_logits(model.model, [TEXTS[1]], range(len(TEXTS[1])))
+    begin = len(TEXTS[0])
+    assert torch.allclose(packed[begin : begin + len(TEXTS[1])], fixed, atol=1e-5)
+    tokenizer = model.base.tokenizer
+    model.load({**tensors, **other, "mix.anchors": anchors, "mix.weight": torch.tensor(0.5)})
+    prompts, stops = ["What is", "### Response: a longer prompt"], [(), ()]
+    decoding = Decoding(new_tokens=6)
+    both = [c for part in complete(model.model, tokenizer, prompts, stops, decoding) for c in part]
+    alone = [c for p in prompts for part in complete(model.model, tokenizer, [p], [()], decoding) for c in part]
+    assert both == alone
+
+
+def _weights(model: AdaptedModel, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """DoRA's effective weight of every layer, dense."""
+    found = {}
+    for path, module in with_tensors(model.layout, tensors).items():
+        moved = base_weight(model.layers[path]) + module.delta()
+        assert module.magnitude is not None
+        found[path] = module.magnitude[:, None] * moved / moved.norm(dim=1, keepdim=True)
+    return found
+
+
+@pytest.mark.parametrize(
+    ("name", "exact"), [("ffa_lora", True), ("flexlora", True), ("fedsvd", True), ("lora_fair", False)]
+)
+def test_dora_through_the_map_is_the_mean_of_the_clients_weights(config: Config, name: str, exact: bool) -> None:
+    """On a real DoRA model, with the clients' tensors as they would be after training; large rank for the SVD."""
+    chosen = config.model_copy(
+        update={
+            "lora": config.lora.model_copy(update={"dora": True, "r": 16}),
+            "method": config.method.model_copy(update={"name": name}),
+        }
+    )
+    model = adapted(config, dora=True, r=16)
+    recipe = methods.create(chosen)
+    state = recipe.initial(model.layout)
+    start = dora.to_magnitudes(to_tensors(state.adapter), model.row_norms(to_tensors(state.adapter)))
+    assert all(torch.allclose(start[n], t, atol=1e-6) for n, t in to_tensors(model.layout).items())
+    sent, effective = [], []
+    for client, weight in ((0, 1.0), (1, 3.0)):
+        trained = {
+            n: start[n] * (1 + 0.2 * torch.rand(t.shape)) if "magnitude" in n else t
+            for n, t in noisy(model, seed=client, size=0.02).items()
+        }
+        trained = {n: t if recipe.method.trainable(1, n) else start[n] for n, t in trained.items()}
+        if name in ("flexlora", "lora_fair"):
+            trained = {
+                n: torch.where(torch.arange(t.shape[1]) < 6, t, 0) if "lora_B" in n else t for n, t in trained.items()
+            }
+        payload = recipe.method.payload(trained, start, 1)
+        mapped = dora.to_wire(payload, model.row_norms({**start, **payload}))
+        sent.append(ClientUpdate(client, mapped, weight))
+        effective.append({p: weight / 4 * w for p, w in _weights(model, trained).items()})
+    after = recipe.server_step(sent, state, 1)
+    tensors = to_tensors(after.adapter)
+    got = _weights(model, dora.to_magnitudes(tensors, model.row_norms(tensors)))
+    gap = max(float((got[p] - effective[0][p] - effective[1][p]).norm() / got[p].norm()) for p in got)
+    assert (gap < 1e-6) is exact, gap
+    again = recipe.server_step([sent[0], ClientUpdate(1, sent[0].tensors, 3.0)], state, 1)
+    tensors = to_tensors(again.adapter)
+    fixed = _weights(model, dora.to_magnitudes(tensors, model.row_norms(tensors)))
+    assert all(torch.allclose(fixed[p], effective[0][p] * 4, atol=1e-5) for p in fixed) or not exact
+
+
+def test_a_vanishing_relative_magnitude_is_refused() -> None:
+    with pytest.raises(ValueError, match="mean relative magnitude falls to 0"):
+        dora.divided([{PREFIX + "q.lora_magnitude_vector": torch.zeros(3)}], [1.0])
+
+
+@pytest.mark.parametrize("name", ["fedalt", "feddpa", "fedsa_lora"])
+def test_a_clients_own_model_is_what_it_trained(config: Config, name: str) -> None:
+    """After a round, `begin` with what was kept gives back the tensors that the training ended with."""
+    chosen = config.model_copy(update={"method": config.method.model_copy(update={"name": name})})
+    model, recipe = adapted(config), methods.create(chosen)
+    state = recipe.initial(model.layout)
+    fitted = recipe.fit(local(model, chosen), recipe.view(state, 1))
+    after = recipe.server_step([ClientUpdate(1, fitted.payload, 1.0)], state, 1)
+    mine = recipe.begin(model.layout, recipe.view(after, 1), fitted.kept, 2)
+    for tensor_name, tensor in fitted.payload.items():
+        assert torch.allclose(mine[tensor_name], tensor)
+    for tensor_name, tensor in fitted.kept.items():
+        assert torch.equal(mine[tensor_name], tensor)
+    model.load(mine)
+    assert not torch.equal(logits(model), logits_of(model, to_tensors(model.layout)))
+
+
+def logits_of(model: AdaptedModel, tensors: dict[str, Tensor]) -> Tensor:
+    model.load(tensors)
+    return logits(model)
+
+
+def test_masks_and_corrections_act_on_gradients(config: Config) -> None:
+    model = adapted(config)
+    start = to_tensors(model.layout)
+    names = [n for n in start if "lora_B" in n]
+    masks = {n: torch.zeros_like(start[n]).index_fill_(1, torch.tensor([1]), 1.0) for n in names}
+    got = local(model, config).train(start, names, masks=masks)
+    for name in names:
+        assert torch.equal(got[name][:, 0], start[name][:, 0])
+        assert not torch.equal(got[name][:, 1], start[name][:, 1])
+    sgd = config.model_copy(
+        update={"train": config.train.model_copy(update={"optimizer": "sgd", "max_grad_norm": 1e9})}
+    )
+    plain = local(model, sgd).train(start, names)
+    push = {n: torch.ones_like(start[n]) for n in names}
+    pushed = local(model, sgd).train(start, names, correction=push)
+    first = local(model, sgd)
+    for name in names:
+        moved = (plain[name] - pushed[name]).mean()
+        assert float(moved) == pytest.approx(first.rate * first.steps, rel=0.05)
+
+
+def test_the_rest_of_a_fresh_adapter_is_the_layouts(config: Config) -> None:
+    model = adapted(config)
+    new = fresh(model.layout, 1, 1)
+    assert {n: t.shape for n, t in to_tensors(new).items()} == {n: t.shape for n, t in to_tensors(model.layout).items()}
+    assert ServerState(new).round == 0
