@@ -12,7 +12,6 @@ from fedtune.experiment.arms import derive
 from fedtune.experiment.report import Reporter
 from fedtune.experiment.run import run
 from fedtune.io import read_json, read_lines
-from fedtune.methods import METHODS
 from fedtune.results.schema import Result
 from fedtune.types import DataError
 from tests.conftest import ASK, write_jsonl
@@ -199,16 +198,3 @@ def test_an_arm_can_be_the_run(settings: Callable[..., Settings], tmp_path: Path
     assert [a.name for a in result.arms] == [arm]
     where = path / "arms/local-only/client-0001" if arm == "local-only" else path
     assert (where / "adapter/adapter_model.safetensors").exists()
-
-
-@pytest.mark.parametrize("name", list(METHODS))
-def test_every_method_runs_and_its_bytes_are_predicted(
-    settings: Callable[..., Settings], tmp_path: Path, name: str
-) -> None:
-    path, result = run(settings(method={"name": name}, eval={"limit": 2}), tmp_path / "run")
-    assert (result.rounds, result.skipped_rounds, result.lost_clients) == (3, 0, 0)
-    if result.bytes_predicted is not None:
-        assert result.bytes_down + result.bytes_up == result.bytes_predicted
-    each = result.arms[-1].per_client
-    assert bool(each) is METHODS[name].personalised
-    assert (path / "adapter").exists() is METHODS[name].global_adapter

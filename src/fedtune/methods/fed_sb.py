@@ -116,7 +116,10 @@ class FedSB(Method):
             left = torch.cat([sketches[f"{PREFIX}{path}{_A}.{n}"] for n in range(1, LEFT + 1)], dim=0)
             core = torch.linalg.qr(right)[0]
             probe = torch.cat([p[path].b for p in probes], dim=1)
-            u, _, vh = product.svd(product.Product(core, torch.linalg.lstsq(probe.T @ core, left).solution))
+            # by QR, for LAPACK's own least squares does not give the same bits twice
+            basis, triangle = torch.linalg.qr(probe.T @ core)
+            inner = torch.linalg.solve_triangular(triangle, basis.T @ left, upper=True)
+            u, _, vh = product.svd(product.Product(core, inner))
             extra[_BASIS + path] = u[:, : module.rank].contiguous()
             extra[PREFIX + path + _R] = module.a.new_zeros(module.rank, module.rank)
             adapter[path] = replace(module, a=vh[: module.rank].contiguous(), b=torch.zeros_like(module.b))
