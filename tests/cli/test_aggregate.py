@@ -132,3 +132,129 @@ def test_wrong_words_name_the_right_ones(folders: list[Path], tmp_path: Path) ->
     for wrong in ("round=abc", "round=0", "rank=1.5"):
         with pytest.raises(ConfigError, match=f"--set {wrong}: must be a whole number"):
             _run("--method", "flexlora", "--set", wrong, "--out", tmp_path / "out", "--clients", *folders)
+
+
+def _dense(path: Path) -> dict[str, torch.Tensor]:
+    return safetensors.torch.load_file(path)
+
+
+@pytest.mark.parametrize("method", ["flora", "fedex_lora", "fedmomentum", "fedask"])
+def test_exact_methods_write_one_adapter_that_peft_loads(
+    folders: list[Path], tiny_folder: Path, tmp_path: Path, method: str
+) -> None:
+    """What goes into the base in a run is part of the folder here, in whatever rank that takes."""
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    words = ["--examples", "1,2,3", "--effective", tmp_path / "dense.safetensors", "--clients", *folders]
+    facts = _run("--method", method, "--out", tmp_path / "out", *words)
+    ideal, dense = _mean(folders, [1.0, 2.0, 3.0]), _dense(tmp_path / "dense.safetensors")
+    assert facts["relative_error"] < 1e-5
+    assert facts["rank"] > 4
+    assert all(torch.allclose(dense[p], ideal[p], atol=1e-5) for p in ideal)
+    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny_folder), tmp_path / "out")
+    layer = model.get_base_model().model.layers[1].self_attn.v_proj
+    assert torch.allclose(layer.get_delta_weight("default"), ideal["model.layers.1.self_attn.v_proj"], atol=1e-5)
+
+
+@pytest.mark.parametrize("method", ["flora", "rbla", "hetlora", "fedilora", "hlora", "florist", "fedmomentum"])
+def test_mixed_ranks_from_the_command_line(tiny_folder: Path, tmp_path: Path, method: str) -> None:
+    mixed = [
+        _folder(tiny_folder, tmp_path / "a", 1, r=2, lora_alpha=4),
+        _folder(tiny_folder, tmp_path / "b", 2, r=6, lora_alpha=6, use_rslora=True),
+    ]
+    facts = _run("--method", method, "--examples", "1,3", "--out", tmp_path / "out", "--clients", *mixed)
+    made = read_state(tmp_path / "out")
+    assert facts["rank"] == next(iter(made.values())).rank
+    assert (facts["relative_error"] < 1e-5) is (method in ("flora", "fedmomentum"))
+
+
+def test_scales_are_folded_into_b(folders: list[Path], tiny_folder: Path, tmp_path: Path) -> None:
+    """Another alpha is another way to write the same update; the mean of factors takes it at its face value."""
+    first = safetensors.torch.load_file(folders[0] / "adapter_model.safetensors")
+    config = json.loads((folders[0] / "adapter_config.json").read_text())
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "adapter_config.json").write_text(json.dumps({**config, "lora_alpha": 2 * config["lora_alpha"]}))
+    halved = {n: t / 2 if "lora_B" in n else t for n, t in first.items()}
+    safetensors.torch.save_file(halved, other / "adapter_model.safetensors")
+    _run("--method", "fedit", "--out", tmp_path / "one", "--clients", folders[0], folders[1])
+    _run("--method", "fedit", "--out", tmp_path / "two", "--clients", other, folders[1])
+    one, two = read_state(tmp_path / "one"), read_state(tmp_path / "two")
+    assert all(torch.allclose(one[p].delta(), two[p].delta(), atol=1e-6) for p in one)
+
+
+def test_personal_methods_write_a_folder_for_each_client(folders: list[Path], tmp_path: Path) -> None:
+    facts = _run("--method", "fedsa_lora", "--out", tmp_path / "out", "--clients", *folders)
+    assert facts["relative_error"] is None
+    assert [Path(f).name for f in facts["adapters"]] == ["client-0", "client-1", "client-2"]
+    states = [read_state(f) for f in folders]
+    for i, folder in enumerate(facts["adapters"]):
+        made = read_state(Path(folder))
+        for path, module in made.items():
+            assert torch.equal(module.b, states[i][path].b)
+            assert torch.allclose(module.a, torch.stack([s[path].a for s in states]).mean(0), atol=1e-6)
+    with pytest.raises(ConfigError, match="no single global model"):
+        _run("--method", "fedalt", "--out", tmp_path / "no", "--effective", tmp_path / "x", "--clients", *folders)
+    assert not (tmp_path / "no").exists()
+
+
+def test_dora_adapters_with_their_base(tiny_folder: Path, tmp_path: Path) -> None:
+    """FFA-DoRA on folders PEFT wrote: the dense weights it gives are the mean of the clients' dense weights."""
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    clients = [_folder(tiny_folder, tmp_path / f"d{i}", i, use_dora=True) for i in range(2)]
+    first = safetensors.torch.load_file(clients[0] / "adapter_model.safetensors")
+    second = safetensors.torch.load_file(clients[1] / "adapter_model.safetensors")
+    stretched = {n: t * 1.3 if "magnitude" in n else first[n] if "lora_A" in n else t for n, t in second.items()}
+    safetensors.torch.save_file(stretched, clients[1] / "adapter_model.safetensors")
+    with pytest.raises(ProblemsError, match="needs its base model's weights; give --base MODEL"):
+        _run("--method", "ffa_lora", "--out", tmp_path / "no", "--clients", *clients)
+    words = ["--examples", "1,3", "--base", tiny_folder, "--effective", tmp_path / "dense.safetensors"]
+
+    def weights(folder: Path) -> dict[str, torch.Tensor]:
+        model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny_folder), folder)
+        plain = model.merge_and_unload()
+        return {n.removesuffix(".weight"): t.detach().clone() for n, t in plain.named_parameters() if "_proj" in n}
+
+    base = AutoModelForCausalLM.from_pretrained(tiny_folder).state_dict()
+    one, two = weights(clients[0]), weights(clients[1])
+    for method in ("ffa_lora", "flexlora", "fedsvd"):
+        more = ["--set", "rank=8"] if method == "flexlora" else []
+        _run("--method", method, "--out", tmp_path / method, *words, *more, "--clients", *clients)
+        dense, merged = _dense(tmp_path / "dense.safetensors"), weights(tmp_path / method)
+        for path, update in dense.items():
+            ideal = 0.25 * one[path] + 0.75 * two[path]
+            assert torch.allclose(merged[path], ideal, atol=1e-5), method
+            assert torch.allclose(base[path + ".weight"] + update, ideal, atol=1e-5), method
+
+
+def test_a_running_sum_holds_one_client_at_a_time(folders: list[Path]) -> None:
+    """FedIT over folders reads layers when it needs them; nothing keeps what was read."""
+    import weakref
+
+    from fedtune.experiment.aggregate import aggregate, build
+    from fedtune.models.folder import FolderState
+
+    alive: list[weakref.ref[Any]] = []
+    most = 0
+
+    class Counted(FolderState):
+        def __getitem__(self, path: str) -> Any:
+            nonlocal most
+            module = super().__getitem__(path)
+            alive.append(weakref.ref(module))
+            most = max(most, sum(r() is not None for r in alive))
+            return module
+
+    counts = []
+    for number in (3, 12):
+        most = 0
+        alive.clear()
+        clients = [Counted(folders[i % 3]) for i in range(number)]
+        aggregate(build("fedit", {}), clients, [1.0] * number)
+        counts.append(most)
+    layers = len(FolderState(folders[0]))
+    assert counts[1] <= max(12 + 1, 2 * layers + 1) + layers
+    assert counts[1] < 12 * layers

@@ -272,3 +272,50 @@ def test_a_running_sum_is_the_sum(method: Method) -> None:
         for i, (a, w) in enumerate(zip(three, weights, strict=True))
     ]
     assert same(dense(summed), dense(method.server_step(sent, state, 2)))
+
+
+def _big(rank: int, seed: int) -> AdapterState:
+    generator = torch.Generator().manual_seed(seed)
+    draw = lambda *shape: torch.randn(*shape, generator=generator, dtype=torch.float64)  # noqa: E731
+    return {"layer.q": LoraModule(draw(rank, 60), draw(40, rank), 8.0)}
+
+
+def _steady(method: Method, state: ServerState, number: int) -> tuple[list[int], list[int]]:
+    """Play rounds with updates of the expected shapes; return the numbers each exchange took of client 0, by round."""
+    ups, downs = [], []
+    for round_ in range(1, 6):
+        up = down = 0
+        for phase in range(1, method.phases + 1):
+            view, expected = method.view(state, 0), method.expected(state, 0, round_)
+            if method.ragged and method.name == "lora_a2":
+                ranks = method.budget(state.adapter, 0)  # type: ignore[attr-defined]
+                axis = 1 if round_ % 2 else 0
+                expected = {n: t.narrow(0 if n.endswith("chosen") else axis, 0, ranks) for n, t in expected.items()}
+            down += sum(t.numel() for t in view.values() if t.dim())
+            up += sum(t.numel() for n, t in expected.items() if not n.endswith("chosen"))
+            sent = []
+            for client in range(number):
+                generator = torch.Generator().manual_seed(100 * round_ + client)
+                noise = {
+                    n: t if n.endswith("chosen") else torch.randn(t.shape, generator=generator, dtype=torch.float64)
+                    for n, t in expected.items()
+                }
+                sent.append(ClientUpdate(client, noise, 1.0))
+            if phase < method.phases:
+                state = method.middle(sent, state, round_)
+            else:
+                state = method.server_step(sent, state, round_)
+        ups.append(up)
+        downs.append(down)
+    return ups, downs
+
+
+@pytest.mark.parametrize("name", [n for n in METHODS if n != "fedkseed"])
+def test_the_traffic_that_is_listed_is_the_traffic_there_is(name: str) -> None:
+    rank, number = 2, 3
+    kind = METHODS[name]
+    method = kind(kind.Parameters(), Scene(seed=1, rank=rank, cohort=number))
+    ups, downs = _steady(method, ServerState(_big(rank, 0)), number)
+    up, down = method.traffic(Sizes(rank * 60, rank * 40, rank, number))
+    assert sum(ups[-2:]) / 2 == pytest.approx(up)
+    assert sum(downs[-2:]) / 2 == pytest.approx(down)

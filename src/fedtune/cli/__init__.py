@@ -10,7 +10,7 @@ import warnings
 import typer
 
 from fedtune import __version__
-from fedtune.cli import aggregate, evaluate, info, run, score
+from fedtune.cli import aggregate, conformance, evaluate, info, run, score
 from fedtune.types import CancelledError, FedtuneError
 
 # nothing leaves the machine that nobody asked for, and libraries keep quiet beside our own progress
@@ -41,6 +41,7 @@ app.command("eval")(evaluate.evaluate)
 app.command("compare")(evaluate.compare)
 app.command("score")(score.score)
 app.command("aggregate")(aggregate.aggregate)
+app.command("conformance")(conformance.conformance)
 app.command("data")(info.data)
 app.command("ls")(info.ls)
 app.command("doctor")(info.doctor)
