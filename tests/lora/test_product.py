@@ -102,3 +102,49 @@ def test_peft_combines_adapters_to_the_same_delta(tiny_folder: Path, how: str) -
     if how == "svd":
         ours = product.truncate(ours, 2)
     assert torch.allclose(ours.dense(), layer.get_delta_weight("mixed"), atol=1e-5)
+
+
+def _float(module: LoraModule) -> LoraModule:
+    return LoraModule(module.a.float(), module.b.float(), module.alpha, module.rslora)
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_the_fast_way_in_float32_is_the_slow_one(count: int) -> None:
+    modules = [_float(_module(i, 3, 6.0, out=40, inner=30)) for i in range(count)]
+    stacked = product.stack(modules, [1.0 + i for i in range(count)])
+    fast = product._svd_by_gram(stacked)
+    assert fast is not None
+    u, s, vh = fast
+    slow = product._svd_by_qr(product.Product(stacked.left.double(), stacked.right.double()))
+    assert torch.allclose(s.double(), slow[1], rtol=1e-5)
+    assert torch.allclose((u * s @ vh).double(), stacked.dense().double(), atol=1e-4)
+    assert torch.allclose(u.T @ u, torch.eye(len(s)), atol=1e-5)
+    assert torch.allclose(vh @ vh.T, torch.eye(len(s)), atol=1e-5)
+    for rank in (1, 2, 3):
+        ideal = (slow[0][:, :rank] * slow[1][:rank]) @ slow[2][:rank]
+        assert torch.allclose(product.truncate(stacked, rank).dense().double(), ideal, atol=1e-4)
+
+
+def test_twins_and_zeros_take_the_slow_way() -> None:
+    twin = _float(_module(1, 3, 6.0, out=40, inner=30))
+    stacked = product.stack([twin, twin], [1.0, 2.0])
+    assert product._svd_by_gram(stacked) is None
+    assert torch.allclose(product.truncate(stacked, 3).dense(), twin.delta(), atol=1e-4)
+    zero = product.Product(torch.zeros(5, 2), torch.randn(2, 4))
+    assert not product.truncate(zero, 2).dense().any()
+    wide = product.stack([_float(_module(i, 4, 4.0)) for i in range(4)], [1.0] * 4)
+    assert product._svd_by_gram(wide) is None
+    assert torch.allclose(product.truncate(wide, 5).dense(), wide.dense(), atol=1e-4)
+
+
+def test_the_norm_of_a_small_difference_is_right() -> None:
+    one = product.stack(MIXED, WEIGHTS)
+    near = product.Product(one.left * (1 + 1e-9), one.right)
+    gap = product.norm(product.total(one, product.minus(near)))
+    assert gap == pytest.approx(1e-9 * float(one.dense().norm()), rel=1e-3)
+
+
+def test_the_gram_of_updates_is_the_dense_one() -> None:
+    sets = [{"x": product.of(m), "y": product.of(m)} for m in MIXED]
+    dense = torch.stack([2**0.5 * m.delta().flatten() for m in MIXED])
+    assert torch.allclose(product.gram(sets), dense @ dense.T, atol=1e-10)

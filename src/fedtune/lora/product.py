@@ -15,6 +15,9 @@ from torch import Tensor
 from fedtune.lora.algebra import weighted_mean
 from fedtune.lora.state import LoraModule
 
+# below this ratio of Cholesky's diagonal a Gram matrix in float64 no longer carries float32's digits
+SINGULAR = 1e-4
+
 
 @dataclass(frozen=True)
 class Product:
@@ -50,11 +53,37 @@ def stack(modules: Sequence[LoraModule], weights: Sequence[float]) -> Product:
 
 def svd(product: Product) -> tuple[Tensor, Tensor, Tensor]:
     """Return the thin SVD (U [out, n], S [n], Vh [n, in]) of a product, n at most min(out, in, inner)."""
+    fast = _svd_by_gram(product) if product.left.dtype == torch.float32 else None
+    return fast or _svd_by_qr(product)
+
+
+def _svd_by_qr(product: Product) -> tuple[Tensor, Tensor, Tensor]:
     left_basis, left_core = torch.linalg.qr(product.left)
     right_basis, right_core = torch.linalg.qr(product.right.T)
     u, s, vh = torch.linalg.svd(left_core @ right_core.T)
     n = min(u.shape[0], vh.shape[0])
     return left_basis @ u[:, :n], s[:n], vh[:n] @ right_basis.T
+
+
+def _svd_by_gram(product: Product) -> tuple[Tensor, Tensor, Tensor] | None:
+    """Return the SVD of a float32 product through n x n Gram matrices in float64; None if those are near singular.
+
+    With L = Q T (Cholesky of L^T L), the eigenvectors W of T (R R^T) T^T give U = Q W = L T^-1 W, and S Vh = U^T L R.
+    Faster than two QR decompositions; squaring costs half of float64's digits, which leaves what float32 has.
+    """
+    left, right = product.left.double(), product.right.double()
+    lower, failed = torch.linalg.cholesky_ex(left.T @ left)
+    diagonal = lower.diagonal()
+    if bool(failed) or not bool(diagonal.min() > SINGULAR * diagonal.max()):
+        return None
+    upper = lower.T
+    _, w = torch.linalg.eigh(upper @ (right @ right.T) @ lower)
+    w = w.flip(1)[:, : min(product.left.shape[0], product.right.shape[1])]
+    u = left @ torch.linalg.solve_triangular(upper, w, upper=True)
+    rows = (w.T @ upper) @ right
+    s = rows.norm(dim=1)
+    vh = rows / s.clamp(min=torch.finfo(torch.float64).tiny)[:, None]
+    return u.float(), s.float(), vh.float()
 
 
 def split(product: Product, rank: int) -> tuple[Product, Product]:
@@ -75,12 +104,11 @@ def truncate(product: Product, rank: int) -> Product:
     return split(product, rank)[0]
 
 
-def energy_rank(values: Tensor, share: float) -> int:
-    """Return how many singular values hold a share of the sum of their squares."""
-    energy = values.square().cumsum(0)
-    if not bool(energy[-1] > 0):
-        return 1
-    return min(len(values), int((energy < share * energy[-1]).sum()) + 1)
+def energy_rank(values: Tensor, energy: float) -> int:
+    """Return how many of the largest singular values have squares that sum to an energy; all if none do."""
+    # rounding must not ask for one value more where all of them are wanted
+    short = values.square().cumsum(0) < energy * (1 - 1e-6)
+    return min(len(values), int(short.sum()) + 1)
 
 
 def inner(one: LoraModule, two: LoraModule) -> float:

@@ -1,7 +1,7 @@
 """FLoRIST: the mean product cut at the rank that holds a share of its energy (arXiv 2506.09199).
 
 The server chooses each layer's rank: the fewest singular values whose squares sum to `tau` of all, at most the
-adapter's. Components beyond it keep the run's initial A and B = 0, so they can be trained again.
+adapter's. Components beyond it keep their direction in A and have B = 0, so they can be trained again.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ class FLoRIST(FlexLoRA):
         from fedtune.lora import product
 
         tau = cast("FLoRIST.Parameters", self.parameters).tau
-        best = product.truncate(product.stack(clients, weights), module.rank)
-        whole = product.svd(product.stack(clients, weights))[1]
-        rank = min(module.rank, product.energy_rank(whole, tau))
+        whole = product.stack(clients, weights)
+        best = product.truncate(whole, module.rank)
+        rank = product.energy_rank(best.left.norm(dim=0), tau * product.norm(whole) ** 2)
         best.left[:, rank:] = 0
         return self.factors_of(module, best)
