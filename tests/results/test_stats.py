@@ -64,3 +64,12 @@ def test_the_same_twice_is_no_difference_and_unequal_lengths_are_refused() -> No
 
 def test_intervals_are_the_same_every_time() -> None:
     assert proportion_interval(31, 77) == proportion_interval(31, 77)
+
+
+def test_mcnemar_holds_for_thousands_of_items() -> None:
+    from scipy.stats import binomtest
+
+    from fedtune.results.stats import mcnemar
+
+    for a, b in ((700, 900), (3000, 3100), (0, 2000), (5, 1)):
+        assert mcnemar(a, b) == pytest.approx(binomtest(min(a, b), a + b, 0.5).pvalue, rel=1e-9, abs=1e-300)

@@ -10,7 +10,7 @@ import warnings
 import typer
 
 from fedtune import __version__
-from fedtune.cli import aggregate, conformance, evaluate, info, run, score
+from fedtune.cli import aggregate, board, conformance, evaluate, info, run, score
 from fedtune.types import CancelledError, FedtuneError
 
 # nothing leaves the machine that nobody asked for, and libraries keep quiet beside our own progress
@@ -42,6 +42,11 @@ app.command("compare")(evaluate.compare)
 app.command("score")(score.score)
 app.command("aggregate")(aggregate.aggregate)
 app.command("conformance")(conformance.conformance)
+app.command("submit")(board.submit)
+app.command("validate")(board.validate)
+app.command("verify")(board.verify)
+app.command("report")(board.report)
+app.add_typer(board.board, name="board")
 app.command("data")(info.data)
 app.command("ls")(info.ls)
 app.command("doctor")(info.doctor)

@@ -1,0 +1,255 @@
+"""From the store of entries to `board.json`: rows, ranks with ties, and what the page needs to compare them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fedtune import __version__
+from fedtune.board.entries import read_store
+from fedtune.io import digest
+from fedtune.methods import METHODS
+from fedtune.results.entry import Entry
+from fedtune.results.schema import Arm, Score
+from fedtune.results.stats import mcnemar
+from fedtune.types import DataError
+
+BOARD_VERSION = 1
+LEVEL = 0.05
+SIZES = ((1_000, "under 1 B"), (4_000, "1 to 4 B"), (10_000, "4 to 10 B"), (math.inf, "over 10 B"))
+BUDGET = 200_000 * 1024**2  # FlowerTune's limit: 200,000 MiB over all rounds, both directions
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """The seeds of one recipe: entries that differ in nothing else."""
+
+    entries: tuple[Entry, ...]
+
+    @property
+    def first(self) -> Entry:
+        """The entry with the smallest seed."""
+        return self.entries[0]
+
+
+def recipes(entries: Iterable[Entry]) -> list[Recipe]:
+    """Group entries by recipe, in the order they come.
+
+    Raises:
+        DataError: two entries of one recipe and seed.
+    """
+    groups: dict[tuple[str, ...], list[Entry]] = {}
+    for entry in entries:
+        groups.setdefault((*entry.place().parts[:-1], entry.team), []).append(entry)
+    for place, found in groups.items():
+        seeds = [e.seed for e in found]
+        if len(set(seeds)) < len(seeds):
+            raise DataError(f"{'/'.join(place)}: seed {max(seeds, key=seeds.count)} is there more than once")
+    return [Recipe(tuple(sorted(found, key=lambda e: e.seed or 0))) for found in groups.values()]
+
+
+def _mean(values: Sequence[float | None]) -> float | None:
+    known = [v for v in values if v is not None]
+    return math.fsum(known) / len(known) if known and len(known) == len(values) else None
+
+
+def _wilson(score: float, n: int) -> tuple[float, float]:
+    """Return the 95 % Wilson interval of a proportion over n items (closed form: a thousand rows take no time)."""
+    z = 1.959963984540054
+    centre, spread = score + z * z / (2 * n), z * math.sqrt(score * (1 - score) / n + z * z / (4 * n * n))
+    return (centre - spread) / (1 + z * z / n), (centre + spread) / (1 + z * z / n)
+
+
+def _task(recipe: Recipe, score: Score) -> dict[str, Any]:
+    """Return a task's numbers over all seeds of a recipe."""
+    same = [_score(e.main, score) for e in recipe.entries]
+    base = [_score(arm, score) if (arm := e.arm("base")) else None for e in recipe.entries]
+    mean = _mean([s.score if s else None for s in same])
+    seeds = [s.score for s in same if s and s.score is not None]
+    known = mean is not None and score.metric == "accuracy" and score.n
+    low, high = _wilson(mean, score.n) if known and mean is not None else (score.interval or (None, None))
+    return {
+        "task": score.task,
+        "mode": score.mode,
+        "metric": score.metric,
+        "n": score.n,
+        "score": mean,
+        "low": low,
+        "high": high,
+        "seeds": seeds,
+        "spread": float(np.std(seeds, ddof=1)) if len(seeds) > 1 else None,
+        "strict": _mean([s.strict if s else None for s in same]),
+        "valid": _mean([s.valid_rate if s else None for s in same]),
+        "base": _mean([s.score if s else None for s in base]),
+        "chance": score.trivial.get("majority"),
+        "claimed": recipe.first.claims.get(score.task),
+        "clients": [v for v in recipe.first.main.per_client.get(f"{score.task}/{score.mode}", []) if v is not None],
+        "items": score.items_sha256,
+        "bits": _bits(recipe, score),
+    }
+
+
+def _score(arm: Arm | None, like: Score) -> Score | None:
+    found = [s for s in arm.scores if (s.task, s.mode) == (like.task, like.mode)] if arm else []
+    return found[0] if found else None
+
+
+def _bits(recipe: Recipe, score: Score) -> str | None:
+    """Return which items the first seed had right, for paired tests in the page."""
+    entry = recipe.first
+    known = entry.answers.get(f"{entry.main.name}/{score.task}/{score.mode}")
+    return known.bits if known and known.n == score.n else None
+
+
+def _config(entry: Entry, *path: str) -> Any:
+    value: Any = entry.config
+    for part in path:
+        value = value.get(part) if isinstance(value, dict) else None
+    return value
+
+
+def _size(millions: float | None) -> str:
+    return "unknown" if millions is None else next(name for limit, name in SIZES if millions < limit)
+
+
+def _average(tasks: Sequence[dict[str, Any]], mode: str, key: str = "score") -> float | None:
+    return _mean([t[key] for t in tasks if t["mode"] == mode and t["metric"] != "nats_per_token"])
+
+
+def row(recipe: Recipe) -> dict[str, Any]:
+    """Return one line of the board."""
+    entry, costs = recipe.first, [e.costs for e in recipe.entries]
+    tasks = [_task(recipe, s) for s in entry.main.scores]
+    total = _mean([float(c.bytes_up + c.bytes_down) or None for c in costs])
+    modes = sorted({t["mode"] for t in tasks})
+    return {
+        "id": digest([*entry.place().parts[:-1], entry.team])[:12],
+        "kind": entry.kind,
+        "domain": entry.domain,
+        "team": entry.team,
+        "title": entry.title,
+        "link": entry.link,
+        "state": _worst_state(recipe),
+        "reasons": sorted({r for e in recipe.entries for r in e.reasons}),
+        "unranked": sorted({r for e in recipe.entries for r in e.unranked}),
+        "base": entry.base,
+        "revision": entry.revision,
+        "millions": entry.base_millions,
+        "size": _size(entry.base_millions),
+        "method": entry.method,
+        "paper": METHODS[entry.method].paper if entry.method in METHODS else "",
+        "rank_r": _config(entry, "lora", "r"),
+        "dora": bool(_config(entry, "lora", "dora")),
+        "partition": _config(entry, "data", "partition") or "unknown",
+        "protocol": entry.protocol or "unknown",
+        "privacy": entry.privacy.model_dump() if entry.privacy else None,
+        "seeds": [e.seed for e in recipe.entries if e.seed is not None],
+        "rounds": entry.rounds,
+        "lost": sum(e.lost_clients for e in recipe.entries),
+        "config": entry.config_sha256,
+        "commit": entry.code.get("commit"),
+        "dirty": entry.code.get("dirty"),
+        "tasks": tasks,
+        "scores": {mode: _average(tasks, mode) for mode in modes},
+        "strict": {mode: _average(tasks, mode, "strict") for mode in modes},
+        "valid": {mode: _average(tasks, mode, "valid") for mode in modes},
+        "bytes": total,
+        "budget": "unknown" if not total else "within 200 GB" if total <= BUDGET else "over 200 GB",
+        "seconds": _mean([c.wall_seconds for c in costs]),
+        "peak": _mean([float(c.peak_memory_bytes) if c.peak_memory_bytes else None for c in costs]),
+        "energy": _mean([c.energy_joules for c in costs]),
+        "trainable": entry.costs.trainable_parameters,
+        "adapter": entry.costs.adapter_bytes,
+        "curve": [p.model_dump() for p in entry.curve],
+        "losses": entry.losses,
+    }
+
+
+def _worst_state(recipe: Recipe) -> str:
+    order = ("flagged", "reported", "re-scored", "re-run")
+    return min((e.state for e in recipe.entries), key=order.index)
+
+
+def _flags(bits: str, n: int) -> np.ndarray:
+    import base64
+
+    return np.unpackbits(np.frombuffer(base64.b64decode(bits), dtype=np.uint8))[:n].astype(bool)
+
+
+def separable(one: dict[str, Any], two: dict[str, Any], mode: str) -> bool:
+    """Tell whether two rows' averages differ at 95 %.
+
+    Item by item (exact McNemar over the tasks both have on the same items) where both have their samples; by their
+    intervals' overlap in quadrature elsewhere.
+    """
+    tasks = {t["task"]: t for t in two["tasks"] if t["mode"] == mode}
+    pairs = [(t, tasks[t["task"]]) for t in one["tasks"] if t["mode"] == mode and t["task"] in tasks]
+    same = [(a, b) for a, b in pairs if a["bits"] and b["bits"] and a["items"] == b["items"] and a["n"] == b["n"]]
+    if same and len(same) == len(pairs):
+        gained = [_flags(a["bits"], a["n"]).astype(int) - _flags(b["bits"], b["n"]) for a, b in same]
+        only_one, only_two = (int(sum((g == sign).sum() for g in gained)) for sign in (1, -1))
+        return mcnemar(only_one, only_two) < LEVEL
+    return _apart(one, two, mode)
+
+
+def _half(row_: dict[str, Any], mode: str) -> float | None:
+    """Return half the width of a row's 95 % interval, its tasks being independent."""
+    known = [t for t in row_["tasks"] if t["mode"] == mode and t["low"] is not None]
+    return math.sqrt(sum(((t["high"] - t["low"]) / 2) ** 2 for t in known)) / len(known) if known else None
+
+
+def _apart(one: dict[str, Any], two: dict[str, Any], mode: str) -> bool:
+    first, second = _half(one, mode), _half(two, mode)
+    if first is None or second is None:
+        return False
+    return bool(abs(one["scores"][mode] - two["scores"][mode]) > math.hypot(first, second))
+
+
+def ranked(rows: Sequence[dict[str, Any]], domain: str, mode: str) -> dict[str, int]:
+    """Return rank by row id on one board: a row that cannot be told from the one above shares its rank.
+
+    Flagged and unranked rows, and rows without a score, have none.
+    """
+    able = [
+        r
+        for r in rows
+        if r["domain"] == domain and r["scores"].get(mode) is not None and r["state"] != "flagged" and not r["unranked"]
+    ]
+    able.sort(key=lambda r: (-r["scores"][mode], r["id"]))
+    ranks: dict[str, int] = {}
+    for place, this in enumerate(able):
+        above = able[place - 1] if place else None
+        tied = above is not None and not separable(above, this, mode)
+        ranks[this["id"]] = ranks[above["id"]] if tied and above is not None else place + 1
+    return ranks
+
+
+def board(store: Path) -> dict[str, Any]:
+    """Return everything the page shows.
+
+    Raises:
+        CorruptFileError: an entry cannot be read.
+        DataError: there is none, or one is there twice.
+    """
+    entries = [entry for _, entry in read_store(store)]
+    if not entries:
+        raise DataError(f"{store}: no entries; import published ones or add a submission (fedtune board --help)")
+    rows = [row(recipe) for recipe in recipes(entries)]
+    domains = sorted({r["domain"] for r in rows})
+    modes = sorted({mode for r in rows for mode in r["scores"]})
+    ranks = {f"{d}/{m}": ranked(rows, d, m) for d in domains for m in modes}
+    return {
+        "schema_version": BOARD_VERSION,
+        "made_by": f"fedtune {__version__}",
+        "store_sha256": digest([e.model_dump(mode="json") for e in entries]),
+        "entries": len(entries),
+        "domains": domains,
+        "modes": modes,
+        "rows": rows,
+        "ranks": {key: table for key, table in ranks.items() if table},
+    }

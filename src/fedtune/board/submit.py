@@ -1,0 +1,65 @@
+"""Pack finished runs into a submission: what anybody needs to check them, and nothing else."""
+
+from __future__ import annotations
+
+import gzip
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+from fedtune.board import card
+from fedtune.board.entries import from_run
+from fedtune.io import file_sha256, write_bytes, write_json
+from fedtune.results.entry import Entry
+from fedtune.types import DataError
+
+ENTRY = "entry.json"
+KEPT = ("config.toml", "manifest.json", "result.json", "rounds.jsonl", "data.json", "curve.jsonl")
+
+
+def _copy(run: Path, out: Path) -> None:
+    for name in KEPT:
+        if (run / name).exists():
+            shutil.copyfile(run / name, out / name)
+    for path in sorted((run / "adapter").glob("*")):
+        if path.suffix in (".json", ".safetensors"):
+            (out / "adapter").mkdir(exist_ok=True)
+            shutil.copyfile(path, out / "adapter" / path.name)
+    for log in sorted((run / "evals").rglob("*.jsonl")):
+        target = out / "evals" / log.relative_to(run / "evals")
+        # without a time stamp, so that the same log has the same hash
+        write_bytes(target.with_suffix(".jsonl.gz"), gzip.compress(log.read_bytes(), mtime=0))
+
+
+def pack_one(run: Path, out: Path, team: str, title: str = "", link: str = "") -> Entry:
+    """Pack one run into a folder of its own.
+
+    Raises:
+        DataError: the run is not complete, or the folder is not empty.
+        ValueError: a text with markup.
+    """
+    if out.exists() and any(out.iterdir()):
+        raise DataError(f"{out}: is not empty; choose another --out")
+    entry = from_run(run, team, title, link)
+    out.mkdir(parents=True, exist_ok=True)
+    _copy(run, out)
+    card.write(out, entry)
+    files = {str(p.relative_to(out)): file_sha256(p) for p in sorted(out.rglob("*")) if p.is_file()}
+    entry = entry.model_copy(update={"files": files})
+    write_json(out / ENTRY, entry.model_dump(mode="json"))
+    return entry
+
+
+def pack(runs: Sequence[Path], out: Path, team: str, title: str = "", link: str = "") -> list[Entry]:
+    """Pack the seeds of one recipe, each into `seed-<n>`.
+
+    Raises:
+        DataError: a run is not complete, two have one seed, or they are not of one recipe.
+    """
+    known = [from_run(run) for run in runs]
+    if len({e.config_sha256 for e in known}) > 1:
+        raise DataError("these runs are not of one recipe: they differ in more than the seed (fedtune compare RUN RUN)")
+    seeds = [e.seed for e in known]
+    if len(set(seeds)) < len(seeds):
+        raise DataError(f"two runs have the same seed: {sorted(s for s in seeds if s is not None)}")
+    return [pack_one(run, out / f"seed-{e.seed}", team, title, link) for run, e in zip(runs, known, strict=True)]

@@ -1,0 +1,67 @@
+"""Bytes made again from shapes: what the rounds say they exchanged against what the adapter must have cost."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from fedtune.io import read_lines, tensor_header
+from fedtune.methods import METHODS
+from fedtune.methods.base import Sizes
+from fedtune.results.entry import Entry
+from fedtune.types import Problem
+
+# what a method may save below its own reckoning: ranks a client pruned, a first round that only sketches
+LEEWAY = 0.25
+
+
+def _modules(folder: Path) -> list[tuple[int, int]]:
+    """Return (in, out) of each adapted layer, from the saved adapter's header."""
+    header = tensor_header(folder / "adapter/adapter_model.safetensors")
+    shapes = {name: entry["shape"] for name, entry in header.items()}
+    factors = [n for n in shapes if n.endswith(".lora_A.weight")]
+    return [(shapes[n][1], shapes[n.replace(".lora_A.", ".lora_B.")][0]) for n in factors]
+
+
+def _least(folder: Path, entry: Entry, clients: int) -> tuple[float, float]:
+    """Return the bytes (up, down) a client exchanges in a round by the method's own reckoning, headers left out."""
+    rank, kind = int(entry.config["lora"]["r"]), METHODS[entry.method]
+    each = [kind.traffic(Sizes(i * rank, o * rank, rank, clients)) for i, o in _modules(folder)]
+    return 4 * sum(up for up, _ in each), 4 * sum(down for _, down in each)
+
+
+def byte_problems(folder: Path, entry: Entry) -> Iterator[Problem]:
+    """Yield rounds that do not add up to the entry, lost uplinks it does not own to, and bytes that are too few."""
+    rounds: list[dict[str, Any]] = read_lines(folder / "rounds.jsonl")
+    if len(rounds) != entry.rounds or [r["round"] for r in rounds] != list(range(1, len(rounds) + 1)):
+        yield Problem("rounds.jsonl", f"has {len(rounds)} rounds, the entry says {entry.rounds}")
+    if entry.config["federation"]["rounds"] != entry.rounds:
+        wanted = entry.config["federation"]["rounds"]
+        yield Problem("entry.rounds", f"{entry.rounds} rounds were run, the settings ask for {wanted}")
+    lost = sum(len(r["cohort"]) - len(r["clients"]) for r in rounds)
+    if lost != entry.lost_clients:
+        yield Problem("entry.lost_clients", f"says {entry.lost_clients}, the rounds have {lost} uplinks lost")
+    for name, said in (("bytes_up", entry.costs.bytes_up), ("bytes_down", entry.costs.bytes_down)):
+        counted = sum(r[name] for r in rounds)
+        if counted != said:
+            yield Problem(f"entry.costs.{name}", f"says {said:,}, the rounds add up to {counted:,}")
+    if (folder / "adapter").exists() and entry.method in METHODS and not entry.config["lora"].get("ranks"):
+        yield from _too_few(folder, entry, rounds)
+
+
+def _too_few(folder: Path, entry: Entry, rounds: list[dict[str, Any]]) -> Iterator[Problem]:
+    asked, answered = sum(len(r["cohort"]) for r in rounds), sum(len(r["clients"]) for r in rounds)
+    most = max((len(r["cohort"]) for r in rounds), default=1)
+    up, down = _least(folder, entry, most)
+    stateful = METHODS[entry.method].private or METHODS[entry.method].keeps_base
+    share = LEEWAY if stateful or METHODS[entry.method].ragged else 1.0
+    for name, said, least in (
+        ("bytes_up", entry.costs.bytes_up, up * answered * share),
+        ("bytes_down", entry.costs.bytes_down, down * asked * share),
+    ):
+        if said < int(least * 0.999):
+            yield Problem(
+                f"entry.costs.{name}",
+                f"says {said:,}; {entry.method} on these layers takes at least {int(least):,}",
+            )

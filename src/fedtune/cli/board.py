@@ -1,0 +1,152 @@
+"""`fedtune submit`, `validate`, `verify`, `report` and `board`: results that nobody has to trust."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from fedtune.types import ConfigError, Problem
+
+board = typer.Typer(no_args_is_help=True, help="The leaderboard: built from entries in git, by anyone.")
+REJECTED = 4
+
+
+def submit(
+    runs: Annotated[list[Path], typer.Argument(help="Finished run folders: the seeds of one recipe.")],
+    out: Annotated[Path, typer.Option(help="The submission's folder.")],
+    team: Annotated[str, typer.Option(help="Who submits; plain text, shown on the board.")],
+    title: Annotated[str, typer.Option(help="What to call it.")] = "",
+    link: Annotated[str, typer.Option(help="An https address to read on.")] = "",
+) -> None:
+    """Pack finished runs: recipe, seeds, adapters, per-sample files, byte log, model cards."""
+    from pydantic import ValidationError
+
+    from fedtune.board.submit import pack
+
+    try:
+        entries = pack(runs, out, team, title, link)
+    except ValidationError as err:
+        problems = [Problem(f"--{e['loc'][0]}", e["msg"]) for e in err.errors()]
+        raise ConfigError("fedtune submit", problems) from err
+    for entry in entries:
+        typer.echo(f"{out / f'seed-{entry.seed}'}: {entry.domain}, {entry.base}, {entry.method}")
+        for reason in entry.unranked:
+            typer.echo(f"  not ranked: {reason}")
+    if len(entries) < 3:
+        typer.echo(f"{len(entries)} of 3 seeds that a spread takes; run the others with --seed")
+
+
+def validate(
+    path: Annotated[Path, typer.Argument(help="A submission: a folder, or a zip of one.")],
+    json_output: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Check a submission as the board's own machine does: every reason, exit code 4 if there is one."""
+    from fedtune.board.validate import check
+
+    found = check(path)
+    if json_output:
+        plain = [{"run": name, "problems": [str(p) for p in problems]} for name, _, problems in found]
+        typer.echo(json.dumps(plain, indent=1))
+    else:
+        for name, _, problems in found:
+            typer.echo(f"{name}: {'good' if not problems else f'{len(problems)} problems'}")
+            for problem in problems:
+                typer.echo(f"  {problem}")
+    if any(problems for _, _, problems in found):
+        raise typer.Exit(REJECTED)
+
+
+def verify(
+    path: Annotated[Path, typer.Argument(help="A packed run (a folder with entry.json).")],
+    rounds: Annotated[int, typer.Option(min=1, help="How many rounds to run again.")] = 3,
+    data: Annotated[str, typer.Option(help="The folder of training files, where the run read one.")] = "",
+) -> None:
+    """Run the first rounds again and hold them against the submission; exit code 4 if they differ."""
+    from rich.console import Console
+
+    from fedtune.cli.progress import TerminalReporter
+    from fedtune.experiment.verify import verify as replay
+
+    found = replay(path, rounds, data, TerminalReporter(Console(stderr=True)))
+    for line in found:
+        typer.echo(line)
+    typer.echo(f"{rounds} rounds: {'differ' if found else 'the same'}")
+    if found:
+        raise typer.Exit(REJECTED)
+
+
+def report(
+    run: Annotated[Path, typer.Argument(help="A finished run folder.")],
+    out: Annotated[Path | None, typer.Option(help="Where to write (default: report.html in the run folder).")] = None,
+    md: Annotated[bool, typer.Option("--md", help="Markdown instead of HTML.")] = False,
+) -> None:
+    """Write a one-page report of a run."""
+    from fedtune.board import report as reports
+    from fedtune.io import write_bytes
+
+    entry = reports.report(run)
+    target = out or run / ("report.md" if md else "report.html")
+    write_bytes(target, (reports.markdown(entry) if md else reports.page(entry)).encode())
+    typer.echo(str(target))
+
+
+@board.command("build")
+def build(
+    store: Annotated[Path, typer.Argument(help="The folder of entries.")],
+    out: Annotated[Path, typer.Option(help="Where the page goes.")],
+) -> None:
+    """Build index.html and board.json; the page opens from disk and asks for nothing."""
+    from fedtune.board.site import build as make
+
+    data = make(store, out)
+    typer.echo(f"{out / 'index.html'}: {len(data['rows'])} rows of {data['entries']} entries")
+
+
+@board.command("add")
+def add(
+    path: Annotated[Path, typer.Argument(help="A submission.")],
+    store: Annotated[Path, typer.Option(help="The folder of entries.")],
+    state: Annotated[str, typer.Option(help="re-scored, or re-run after fedtune verify.")] = "re-scored",
+) -> None:
+    """Validate a submission and put its entries into the store."""
+    from fedtune.board.entries import write_entry
+    from fedtune.board.validate import check
+
+    if state not in ("re-scored", "re-run"):
+        raise ConfigError("command line", [Problem(f"--state {state}", "must be re-scored or re-run")])
+    found = check(path)
+    bad = [f"{name}: {p}" for name, _, problems in found for p in problems]
+    if bad:
+        typer.echo("\n".join(bad), err=True)
+        raise typer.Exit(REJECTED)
+    for _, entry, _ in found:
+        if entry is not None:
+            typer.echo(str(write_entry(store, entry.model_copy(update={"state": state}))))
+
+
+@board.command("import-published")
+def import_published(
+    folder: Annotated[Path, typer.Argument(help="Published submissions with an index.json.")],
+    store: Annotated[Path, typer.Option(help="The folder of entries.")],
+    skip_programs: Annotated[bool, typer.Option(help="Leave the code domain out (no sandbox here).")] = False,
+) -> None:
+    """Score published FlowerTune submissions again from their generations and put them into the store."""
+    from fedtune.board import published
+    from fedtune.board.entries import write_entry
+
+    skipped = ("code",) if skip_programs else ()
+    for entry in published.read(folder, lambda what: typer.echo(f"scoring {what}"), skipped):
+        typer.echo(f"{entry.state}: {write_entry(store, entry)}")
+        for reason in entry.reasons:
+            typer.echo(f"  {reason}")
+
+
+@board.command("schema")
+def schema() -> None:
+    """Print the JSON Schema of an entry."""
+    from fedtune.results.entry import Entry
+
+    typer.echo(json.dumps(Entry.model_json_schema(), indent=1))

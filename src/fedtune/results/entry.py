@@ -1,0 +1,176 @@
+"""What a board is made of: one entry for each run, in git, rebuilt by anyone. Schema version 1."""
+
+from __future__ import annotations
+
+import base64
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field, field_validator
+
+from fedtune.results.schema import Arm, Document
+
+State = Literal["reported", "re-scored", "re-run", "flagged"]
+_SAFE = re.compile(r"[^A-Za-z0-9._@-]+")
+_MARKUP = re.compile(r"[<>\x00-\x08\x0b\x0c\x0e-\x1f\x7f\u202a-\u202e\u2066-\u2069]")
+
+
+def plain_text(value: str) -> str:
+    """Return a text that may stand on the page, or raise: no markup, control or direction-changing characters."""
+    if _MARKUP.search(value):
+        raise ValueError("has markup, control or direction-changing characters; write plain text")
+    return value
+
+
+class Costs(Document):
+    """What a run took; null where nobody could read it.
+
+    Attributes:
+        bytes_up, bytes_down: on the wire, all clients and rounds.
+        wall_seconds: training and evaluation, all attempts.
+        gpu_seconds: wall seconds times devices.
+        peak_memory_bytes: of the process.
+        energy_joules: of the processor's package, where the system lets one read it.
+        trainable_parameters: of the adapter.
+        adapter_bytes: the size of the saved adapter.
+    """
+
+    bytes_up: int = 0
+    bytes_down: int = 0
+    wall_seconds: float | None = None
+    gpu_seconds: float | None = None
+    peak_memory_bytes: int | None = None
+    energy_joules: float | None = None
+    trainable_parameters: int | None = None
+    adapter_bytes: int | None = None
+
+
+class Answers(Document):
+    """Which items of a task were right, so that two entries can be compared item by item.
+
+    Attributes:
+        items_sha256: of the items; only equal ones may be paired.
+        n: items.
+        bits: one bit an item, most significant first, base64.
+    """
+
+    items_sha256: str
+    n: int = Field(ge=0)
+    bits: str
+
+    @classmethod
+    def pack(cls, right: Sequence[bool], items_sha256: str) -> Answers:
+        """Pack one flag an item."""
+        text = "".join("1" if r else "0" for r in right)
+        padded = text + "0" * (-len(text) % 8)
+        raw = bytes(int(padded[i : i + 8], 2) for i in range(0, len(padded), 8))
+        return cls(items_sha256=items_sha256, n=len(right), bits=base64.b64encode(raw).decode())
+
+    def unpack(self) -> list[bool]:
+        """Return one flag an item.
+
+        Raises:
+            ValueError: fewer bits than items.
+        """
+        flags = [bool(byte >> shift & 1) for byte in base64.b64decode(self.bits) for shift in range(7, -1, -1)]
+        if len(flags) < self.n:
+            raise ValueError(f"{len(flags)} bits for {self.n} items")
+        return flags[: self.n]
+
+
+class Point(Document):
+    """A score during the run."""
+
+    round: int
+    task: str
+    mode: str
+    score: float | None
+
+
+class Privacy(Document):
+    """A differential-privacy guarantee: of whom, and how strong."""
+
+    unit: Literal["client", "example"]
+    epsilon: float = Field(gt=0)
+    delta: float = Field(gt=0, lt=1)
+
+
+class Entry(Document):
+    """One run, or one published result.
+
+    Attributes:
+        kind: a run of this program, or somebody's published generations.
+        team, title, link: who, what, where to read on. Plain text.
+        state: reported (as its maker says), re-scored (from its samples), re-run (by somebody else), flagged.
+        reasons: why it is flagged, or what a reader should doubt.
+        base_millions: parameters of the base model.
+        config, config_sha256, protocol, protocol_sha256: the settings; empty for published results.
+        arms: base model, federated and others, with their scores.
+        answers: `arm/task/mode` -> which items were right.
+        losses: mean training loss of each round.
+        lost_clients, skipped_rounds: what went wrong on the way.
+        claims: scores as the maker published them, by task, where they are not ours.
+    """
+
+    schema_version: Literal[1] = 1
+    kind: Literal["run", "published"] = "run"
+    team: str = Field("", max_length=80)
+    title: str = Field("", max_length=160)
+    link: str = Field("", max_length=300, pattern=r"^(https://[^\s\"'<>]+)?$")
+    state: State = "reported"
+    reasons: list[str] = Field(default_factory=list)
+    domain: str
+    base: str = Field(max_length=200)
+    revision: str = Field("", max_length=80)
+    base_millions: float | None = Field(None, gt=0)
+    method: str = Field(max_length=80)
+    seed: int | None = Field(None, ge=0)
+    config: dict[str, Any] = Field(default_factory=dict)
+    config_sha256: str = ""
+    protocol: str = ""
+    protocol_sha256: str = ""
+    unranked: list[str] = Field(default_factory=list)
+    arms: list[Arm]
+    answers: dict[str, Answers] = Field(default_factory=dict)
+    curve: list[Point] = Field(default_factory=list)
+    losses: list[float | None] = Field(default_factory=list)
+    rounds: int = Field(0, ge=0)
+    lost_clients: int = Field(0, ge=0)
+    skipped_rounds: int = Field(0, ge=0)
+    data: dict[str, Any] = Field(default_factory=dict)
+    costs: Costs = Field(default_factory=Costs)
+    privacy: Privacy | None = None
+    code: dict[str, Any] = Field(default_factory=dict)
+    versions: dict[str, str] = Field(default_factory=dict)
+    machine: dict[str, Any] = Field(default_factory=dict)
+    claims: dict[str, float] = Field(default_factory=dict)
+    files: dict[str, str] = Field(default_factory=dict)
+
+    @field_validator("team", "title", "base", "method", "revision")
+    @classmethod
+    def _plain(cls, value: str) -> str:
+        return plain_text(value)
+
+    @field_validator("reasons", "unranked")
+    @classmethod
+    def _plain_lines(cls, value: list[str]) -> list[str]:
+        return [plain_text(line)[:500] for line in value]
+
+    def arm(self, name: str) -> Arm | None:
+        """Return an arm by name, if the entry has it."""
+        return next((a for a in self.arms if a.name == name), None)
+
+    @property
+    def main(self) -> Arm:
+        """The arm that is ranked."""
+        return self.arm("federated") or self.arms[-1]
+
+    def place(self) -> Path:
+        """Return the entry's path in the store: domain/base@revision/method/config/seed-n.json."""
+        recipe = self.config_sha256[:16] or f"{self.team}-{self.title}"[:60]
+        base = f"{self.base}@{self.revision[:12]}" if self.revision else self.base
+        seed = f"seed-{self.seed}" if self.seed is not None else "published"
+        parts = [_SAFE.sub("-", part).strip("-.") or "unnamed" for part in (self.domain, base, self.method, recipe)]
+        return Path(*parts, f"{seed}.json")

@@ -1,0 +1,148 @@
+"""The store and the board made from it: places, seeds, ties, and a thousand rows without torch."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pydantic import ValidationError
+
+from fedtune.board.build import board, ranked, row, separable
+from fedtune.board.build import recipes as group
+from fedtune.board.entries import read_entry, write_entry
+from fedtune.board.site import build, embedded, page
+from fedtune.results.entry import Answers, Entry, Privacy
+from fedtune.results.schema import Arm
+from fedtune.types import CorruptFileError, DataError
+from tests.board.entries import entry, many, score
+
+
+def test_an_entry_has_one_place_and_nothing_else_may_take_it(tmp_path: Path) -> None:
+    one = entry(0)
+    path = write_entry(tmp_path, one)
+    place = path.relative_to(tmp_path).parts
+    assert place[0] == "finance"
+    assert place[1] == f"Qwen-Qwen2.5-0.5B-Instruct@{'r' * 12}"
+    assert place[2:] == ("fedit", "0" * 16, "seed-1.json")
+    assert read_entry(path) == one
+    assert write_entry(tmp_path, one) == path
+    with pytest.raises(DataError, match="an entry of this recipe and seed already"):
+        write_entry(tmp_path, one.model_copy(update={"team": "another"}))
+    path.write_text("{}")
+    with pytest.raises(CorruptFileError, match="domain"):
+        read_entry(path)
+
+
+def test_places_never_lead_out_of_the_store() -> None:
+    odd = entry(0, domain="../../etc", base="../x", method="..", config_sha256="")
+    assert ".." not in odd.place().parts
+    assert not odd.place().is_absolute()
+
+
+@pytest.mark.parametrize("field", ["team", "title", "base", "method"])
+@pytest.mark.parametrize("text", ["<script>alert(1)</script>", "a\u202eb", "a\x00b"])
+def test_texts_with_markup_are_refused(field: str, text: str) -> None:
+    with pytest.raises(ValidationError, match="write plain text"):
+        entry(0, **{field: text})
+
+
+def test_links_are_https_or_nothing() -> None:
+    with pytest.raises(ValidationError):
+        entry(0, link="javascript:alert(1)")
+    assert entry(0, link="https://example.org/x").link
+
+
+def test_answers_survive_packing() -> None:
+    flags = [i % 3 == 0 for i in range(77)]
+    packed = Answers.pack(flags, "x")
+    assert packed.unpack() == flags
+    assert Answers.pack([], "x").unpack() == []
+    with pytest.raises(ValueError, match="bits for 200 items"):
+        Answers(items_sha256="x", n=200, bits="AAAA").unpack()
+
+
+def _row(right: int, number: int, **changes: Any) -> dict[str, Any]:
+    return row(group([entry(number, right, **changes)])[0])
+
+
+def test_seeds_of_one_recipe_are_one_row() -> None:
+    seeds = [entry(0, right, seed=seed) for seed, right in ((1, 100), (2, 120), (3, 110))]
+    made = group(seeds)
+    assert len(made) == 1
+    line = row(made[0])
+    assert line["seeds"] == [1, 2, 3]
+    assert line["scores"]["likelihood"] == pytest.approx(0.55)
+    assert line["tasks"][0]["spread"] == pytest.approx(0.05)
+    assert line["tasks"][0]["base"] == pytest.approx(0.45)
+    with pytest.raises(DataError, match="seed 1 is there more than once"):
+        group([seeds[0], seeds[0]])
+
+
+def test_the_interval_is_wilsons() -> None:
+    from scipy.stats import binomtest
+
+    task = _row(120, 0)["tasks"][0]
+    want = binomtest(120, 200).proportion_ci(method="wilson")
+    assert (task["low"], task["high"]) == (pytest.approx(want.low), pytest.approx(want.high))
+
+
+def test_rows_that_cannot_be_told_apart_share_a_rank() -> None:
+    rows = [_row(150, 0), _row(149, 1), _row(100, 2), _row(140, 3, state="flagged", reasons=["impossible"])]
+    ranks = ranked(rows, "finance", "likelihood")
+    assert [ranks.get(r["id"]) for r in rows] == [1, 1, 3, None]
+    assert separable(rows[0], rows[2], "likelihood")
+    other = _row(149, 1, answers={})
+    assert not separable(rows[0], other, "likelihood")
+    assert separable(rows[2], other, "likelihood")
+
+
+def test_what_is_unranked_or_without_score_has_no_rank() -> None:
+    rows = [_row(150, 0, unranked=["quickstart"]), _row(149, 1, arms=[Arm(name="federated", scores=[])])]
+    assert ranked(rows, "finance", "likelihood") == {}
+
+
+def test_a_board_says_what_it_is_made_of(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="no entries"):
+        board(tmp_path)
+    for made in many(12):
+        write_entry(tmp_path, made)
+    data = build(tmp_path, tmp_path / "site")
+    assert json.loads((tmp_path / "site/board.json").read_text()) == json.loads(json.dumps(data))
+    assert (data["entries"], len(data["rows"]), data["domains"]) == (12, 12, ["code", "finance", "general", "medical"])
+    assert set(data["ranks"]) == {f"{d}/likelihood" for d in data["domains"]}
+    private = row(group([entry(0, privacy=Privacy(unit="client", epsilon=2.0, delta=1e-5))])[0])
+    assert private["privacy"]["epsilon"] == 2.0
+
+
+def test_data_cannot_leave_its_script_element() -> None:
+    text = embedded({"x": "</script><script>alert(1)</script>&\u2028"})
+    assert "<" not in text
+    assert "\u2028" not in text
+    assert json.loads(text) == {"x": "</script><script>alert(1)</script>&\u2028"}
+    made = page({"rows": [], "domains": [], "modes": [], "ranks": {}, "x": "@js@ @css@ @data@"})
+    assert made.count("<script>") == 1
+    assert "default-src 'none'" in made
+    assert "http" not in made.split("<style>")[1].split("</style>")[0]
+
+
+def test_a_thousand_rows_are_built_and_checked_without_torch(tmp_path: Path) -> None:
+    for made in many(1000):
+        write_entry(tmp_path / "store", made)
+    program = (
+        "import sys; from pathlib import Path; from fedtune.board.site import build\n"
+        "from fedtune.board.validate import check\n"
+        f"data = build(Path({str(tmp_path / 'store')!r}), Path({str(tmp_path / 'site')!r}))\n"
+        "assert len(data['rows']) == 1000\n"
+        f"assert check(Path({str(tmp_path / 'nothing')!r}))[0][2]\n"
+        "print([m for m in ('torch', 'transformers', 'flwr', 'datasets', 'peft') if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert done.stdout.strip() == "[]", done.stderr
+
+
+def test_the_schema_that_is_documented_is_the_schema(tmp_path: Path) -> None:
+    path = Path(__file__).parents[2] / "docs/entry.schema.json"
+    assert json.loads(path.read_text()) == Entry.model_json_schema()
+    assert score(10).n == 200

@@ -1,0 +1,330 @@
+"""A submission of a real tiny run is good; each attack on it is refused with its reason."""
+
+import gzip
+import json
+import os
+import shutil
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from fedtune.board.entries import from_run
+from fedtune.board.submit import pack
+from fedtune.board.validate import check, impossible
+from fedtune.cli import app
+from fedtune.config import Settings
+from fedtune.experiment.run import run
+from fedtune.io import file_sha256
+from fedtune.types import ConfigError, DataError
+from tests.board.entries import score
+
+
+@pytest.fixture(scope="module")
+def runs(settings: Callable[..., Settings], tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    root = tmp_path_factory.mktemp("runs")
+    short = {"federation": {"clients": 2, "rounds": 2}, "eval": {"base": True, "modes": ["likelihood", "official"]}}
+    return [run(settings(seed=s, **short), root / f"s{s}")[0] for s in (1, 2)]
+
+
+@pytest.fixture(scope="module")
+def good(runs: list[Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("packed") / "submission"
+    pack(runs, out, "a team", "a title", "https://example.org")
+    return out
+
+
+@pytest.fixture
+def copy(good: Path, tmp_path: Path) -> Path:
+    shutil.copytree(good, tmp_path / "s")
+    return tmp_path / "s"
+
+
+def reasons(path: Path) -> str:
+    return "\n".join(str(p) for _, _, problems in check(path) for p in problems)
+
+
+def _json(path: Path, change: Callable[[Any], None]) -> None:
+    document = json.loads(path.read_text())
+    change(document)
+    path.write_text(json.dumps(document))
+
+
+def relist(packed: Path) -> None:
+    """Make the listed hashes those of the files, as a careful cheat would."""
+
+    def listed(entry: Any) -> None:
+        entry["files"] = {n: file_sha256(packed / n) for n in entry["files"] if (packed / n).exists()}
+
+    _json(packed / "entry.json", listed)
+
+
+def test_a_real_submission_is_good_as_folder_and_as_zip(good: Path, tmp_path: Path) -> None:
+    assert reasons(good) == ""
+    archive = shutil.make_archive(str(tmp_path / "s"), "zip", good)
+    assert reasons(Path(archive)) == ""
+    done = CliRunner().invoke(app, ["validate", str(good)])
+    assert done.exit_code == 0
+    assert "seed-1: good" in done.output
+    names = {p.name for p in (good / "seed-1").iterdir()}
+    assert {"entry.json", "README.md", "adapter", "evals", "rounds.jsonl", "config.toml", ".eval_results"} <= names
+
+
+def test_the_card_is_for_the_hub(good: Path) -> None:
+    from huggingface_hub import ModelCard
+
+    card = ModelCard.load(good / "seed-1/README.md")
+    assert card.data.library_name == "peft"
+    assert card.data.eval_results
+    assert "fedtune run --config config.toml --seed 1" in card.text
+    shaped = json.loads((good / "seed-1/results_lm_eval.json").read_text())
+    assert shaped["results"]["fpb_likelihood"]["sample_len"] == 24
+
+
+def test_runs_that_do_not_belong_together_are_not_packed(
+    runs: list[Path], settings: Callable[..., Settings], tmp_path: Path
+) -> None:
+    with pytest.raises(DataError, match="same seed"):
+        pack([runs[0], runs[0]], tmp_path / "x", "t")
+    other = run(settings(federation={"clients": 2, "rounds": 1}, eval={"limit": 2}), tmp_path / "other")[0]
+    with pytest.raises(DataError, match="not of one recipe"):
+        pack([runs[0], other], tmp_path / "x", "t")
+    pack(runs, tmp_path / "y", "t")
+    with pytest.raises(DataError, match="is not empty"):
+        pack(runs, tmp_path / "y", "t")
+    with pytest.raises(ConfigError, match="write plain text"):
+        CliRunner().invoke(
+            app, ["submit", str(runs[0]), "--out", str(tmp_path / "z"), "--team", "<b>x</b>"], catch_exceptions=False
+        )
+    _json(runs[0] / "manifest.json", lambda m: m.update(status="cancelled"))
+    try:
+        with pytest.raises(DataError, match="the run is cancelled"):
+            from_run(runs[0])
+    finally:
+        _json(runs[0] / "manifest.json", lambda m: m.update(status="complete"))
+
+
+def _edit_scores(packed: Path, value: float) -> None:
+    def better(document: Any) -> None:
+        document["arms"][-1]["scores"][0]["score"] = value
+
+    _json(packed / "entry.json", better)
+    _json(packed / "result.json", better)
+
+
+def edited_score(packed: Path) -> None:
+    _edit_scores(packed, 23 / 24)
+    relist(packed)
+
+
+def impossible_score(packed: Path) -> None:
+    _edit_scores(packed, 0.5994)
+    relist(packed)
+
+
+def _rewrite_log(packed: Path, change: Callable[[dict[str, Any]], None], mode: str = "likelihood") -> None:
+    path = packed / f"evals/federated/fpb.{mode}.jsonl.gz"
+    rows = [json.loads(line) for line in gzip.decompress(path.read_bytes()).decode().splitlines()]
+    for r in rows[1:]:
+        change(r)
+    path.write_bytes(gzip.compress("".join(json.dumps(r) + "\n" for r in rows).encode(), mtime=0))
+
+
+def samples_judged_kindly(packed: Path) -> None:
+    _rewrite_log(packed, lambda r: r.update(correct=True))
+    _edit_scores(packed, 1.0)
+    relist(packed)
+
+
+def texts_judged_kindly(packed: Path) -> None:
+    _rewrite_log(packed, lambda r: r.update(correct=True, predicted=r["gold"]), "official")
+    relist(packed)
+
+
+def locked_key(packed: Path) -> None:
+    text = (packed / "config.toml").read_text()
+    (packed / "config.toml").write_text(text.replace("max_steps = 2", "max_steps = 9"))
+    relist(packed)
+
+
+def wrong_hash(packed: Path) -> None:
+    (packed / "README.md").write_text("something else")
+
+
+def missing_seed(packed: Path) -> None:
+    _json(packed / "entry.json", lambda e: e.update(seed=None))
+
+
+def too_few_bytes(packed: Path) -> None:
+    lines = [json.loads(line) for line in (packed / "rounds.jsonl").read_text().splitlines()]
+    for line in lines:
+        line["bytes_up"] //= 10
+    (packed / "rounds.jsonl").write_text("".join(json.dumps(x) + "\n" for x in lines))
+    total = sum(x["bytes_up"] for x in lines)
+    _json(packed / "entry.json", lambda e: e["costs"].update(bytes_up=total))
+    _json(packed / "result.json", lambda r: r.update(bytes_up=total))
+    relist(packed)
+
+
+def bytes_that_do_not_add_up(packed: Path) -> None:
+    _json(packed / "entry.json", lambda e: e["costs"].update(bytes_up=1))
+
+
+def hidden_losses(packed: Path) -> None:
+    lines = [json.loads(line) for line in (packed / "rounds.jsonl").read_text().splitlines()]
+    lines[0]["clients"] = lines[0]["clients"][:1]
+    (packed / "rounds.jsonl").write_text("".join(json.dumps(x) + "\n" for x in lines))
+    relist(packed)
+
+
+def fewer_rounds(packed: Path) -> None:
+    text = (packed / "rounds.jsonl").read_text().splitlines(keepends=True)[:1]
+    (packed / "rounds.jsonl").write_text("".join(text))
+    relist(packed)
+
+
+def markup(packed: Path) -> None:
+    _json(packed / "entry.json", lambda e: e.update(team="<script>alert(1)</script>"))
+
+
+def pickle_inside(packed: Path) -> None:
+    (packed / "adapter/adapter_model.bin").write_bytes(b"\x80\x04")
+
+
+def link_outside(packed: Path) -> None:
+    (packed / "secret.json").symlink_to("/etc/passwd")
+
+
+def giant(packed: Path) -> None:
+    with open(packed / "evals/huge.jsonl", "wb") as file:
+        file.truncate(1024**3)
+
+
+def bomb(packed: Path) -> None:
+    (packed / "evals/bomb.jsonl.gz").write_bytes(gzip.compress(bytes(300 * 1024**2), compresslevel=9))
+
+
+def other_base(packed: Path) -> None:
+    _json(packed / "adapter/adapter_config.json", lambda c: c.update(base_model_name_or_path="mistralai/Mistral-7B"))
+    relist(packed)
+
+
+def cut_adapter(packed: Path) -> None:
+    path = packed / "adapter/adapter_model.safetensors"
+    path.write_bytes(path.read_bytes()[:-50])
+    relist(packed)
+
+
+def extra_file(packed: Path) -> None:
+    (packed / "notes.md").write_text("hello")
+
+
+def other_items(packed: Path) -> None:
+    path = packed / "evals/federated/fpb.likelihood.jsonl.gz"
+    first, *rest = gzip.decompress(path.read_bytes()).decode().splitlines(keepends=True)
+    header = json.loads(first)
+    header["items"] = "0" * 64
+    path.write_bytes(gzip.compress((json.dumps(header) + "\n" + "".join(rest)).encode(), mtime=0))
+    relist(packed)
+
+
+def not_json(packed: Path) -> None:
+    (packed / "entry.json").write_text("{")
+
+
+ATTACKS = [
+    (edited_score, "the samples give"),
+    (impossible_score, "is not k/24 for any whole k"),
+    (samples_judged_kindly, "samples are judged wrongly"),
+    (texts_judged_kindly, "its text is read as"),
+    (locked_key, "entry.config: is"),
+    (wrong_hash, "README.md: is not the file that was listed"),
+    (missing_seed, "entry.seed: is None"),
+    (too_few_bytes, "fedit on these layers takes at least"),
+    (bytes_that_do_not_add_up, "the rounds add up to"),
+    (hidden_losses, "the rounds have 1 uplinks lost"),
+    (fewer_rounds, "has 1 rounds, the entry says 2"),
+    (markup, "write plain text"),
+    (pickle_inside, "never a pickle"),
+    (link_outside, "is a link"),
+    (giant, "at most 536,870,912 are taken"),
+    (bomb, "unpacks to more than"),
+    (other_base, "was made for 'mistralai/Mistral-7B'"),
+    (cut_adapter, "cut off"),
+    (extra_file, "notes.md: is there and not listed"),
+    (other_items, "its samples are of other items"),
+    (not_json, "entry.json"),
+]
+
+
+@pytest.mark.parametrize(("attack", "said"), ATTACKS, ids=[a.__name__ for a, _ in ATTACKS])
+def test_an_attack_is_refused_with_its_reason(copy: Path, attack: Callable[[Path], None], said: str) -> None:
+    attack(copy / "seed-1")
+    assert said in reasons(copy)
+    done = CliRunner().invoke(app, ["validate", str(copy), "--json"])
+    assert done.exit_code == 4
+    assert any(r["problems"] for r in json.loads(done.output))
+    assert not next(r["problems"] for r in json.loads(done.output) if r["run"] == "seed-2")
+
+
+def test_the_same_run_twice_is_found(copy: Path) -> None:
+    shutil.copytree(copy / "seed-1", copy / "seed-9")
+    assert "has the seed or the samples of" in reasons(copy)
+
+
+@pytest.mark.parametrize("name", ["../outside.json", "/etc/evil.json", "a/../../b.json"])
+def test_an_archive_that_leads_outside_is_not_unpacked(tmp_path: Path, name: str) -> None:
+    archive = tmp_path / "x.zip"
+    with zipfile.ZipFile(archive, "w") as file:
+        file.writestr(name, "{}")
+    assert "leads outside the archive" in reasons(archive)
+    assert not (tmp_path.parent / "outside.json").exists()
+    (tmp_path / "no.zip").write_bytes(b"PK nothing")
+    assert "is not a zip archive" in reasons(tmp_path / "no.zip")
+    os.mkdir(tmp_path / "empty")
+    assert "has no entry.json" in reasons(tmp_path / "empty")
+
+
+def test_impossible_scores_of_five_hundred_questions() -> None:
+    assert impossible(score(300, 500).model_copy(update={"score": 0.5994})) == "0.5994 is not k/500 for any whole k"
+    assert impossible(score(300, 500)) == ""
+    assert "between 0 and 1" in impossible(score(300, 500).model_copy(update={"score": 1.2}))
+
+
+def test_a_good_submission_goes_into_the_store_and_onto_the_page(good: Path, copy: Path, tmp_path: Path) -> None:
+    store = tmp_path / "results"
+    done = CliRunner().invoke(app, ["board", "add", str(good), "--store", str(store)])
+    assert done.exit_code == 0, done.output
+    assert len(list(store.rglob("seed-*.json"))) == 2
+    built = CliRunner().invoke(app, ["board", "build", str(store), "--out", str(tmp_path / "site")])
+    assert "1 rows of 2 entries" in built.output
+    edited_score(copy / "seed-2")
+    refused = CliRunner().invoke(app, ["board", "add", str(copy), "--store", str(tmp_path / "none")])
+    assert refused.exit_code == 4
+    assert not (tmp_path / "none").exists()
+
+
+def test_the_first_rounds_are_run_again(good: Path, copy: Path, data_folder: Path) -> None:
+    same = CliRunner().invoke(app, ["verify", str(good / "seed-1"), "--rounds", "2", "--data", str(data_folder)])
+    assert same.exit_code == 0, same.output
+    assert "2 rounds: the same" in same.output
+    lines = [json.loads(line) for line in (copy / "seed-1/rounds.jsonl").read_text().splitlines()]
+    lines[0]["clients"][0]["loss"] *= 0.9
+    (copy / "seed-1/rounds.jsonl").write_text("".join(json.dumps(x) + "\n" for x in lines))
+    other = CliRunner().invoke(app, ["verify", str(copy / "seed-1"), "--rounds", "1", "--data", str(data_folder)])
+    assert other.exit_code == 4
+    assert "client 0 had loss" in other.output
+
+
+def test_a_report_says_what_to_doubt(runs: list[Path]) -> None:
+    done = CliRunner().invoke(app, ["report", str(runs[0])])
+    assert done.exit_code == 0, done.output
+    page = (runs[0] / "report.html").read_text()
+    for part in ("What a reader should doubt", "not ranked", "<svg", "majority class", "bytes up, down", "One seed"):
+        assert part in page, part
+    assert "<script" not in page
+    CliRunner().invoke(app, ["report", str(runs[0]), "--md"])
+    assert (runs[0] / "report.md").read_text().startswith("# finance:")
