@@ -211,9 +211,10 @@ def _apart(one: dict[str, Any], two: dict[str, Any], mode: str) -> bool:
 
 
 def ranked(rows: Sequence[dict[str, Any]], domain: str, mode: str) -> dict[str, int]:
-    """Return rank by row id on one board: a row that cannot be told from the one above shares its rank.
+    """Return rank by row id on one board: rows that cannot be told from the best of their group share its rank.
 
-    Flagged and unranked rows, and rows without a score, have none.
+    Held against the group's best and not against the row above: a chain of small steps would else tie all. Flagged and
+    unranked rows, and rows without a score, have none.
     """
     able = [
         r
@@ -222,10 +223,13 @@ def ranked(rows: Sequence[dict[str, Any]], domain: str, mode: str) -> dict[str, 
     ]
     able.sort(key=lambda r: (-r["scores"][mode], r["id"]))
     ranks: dict[str, int] = {}
+    best: dict[str, Any] | None = None
     for place, this in enumerate(able):
-        above = able[place - 1] if place else None
-        tied = above is not None and not separable(above, this, mode)
-        ranks[this["id"]] = ranks[above["id"]] if tied and above is not None else place + 1
+        if best is None or separable(best, this, mode):
+            best = this
+            ranks[this["id"]] = place + 1
+        else:
+            ranks[this["id"]] = ranks[best["id"]]
     return ranks
 
 

@@ -16,7 +16,15 @@ import tomli_w
 
 from fedtune.config import Config, Settings
 from fedtune.io import digest, read_json, write_bytes, write_json
-from fedtune.results.manifest import code, difference, machine, peak_memory, versions
+from fedtune.results.manifest import (
+    code,
+    difference,
+    energy_counters,
+    energy_since,
+    machine,
+    peak_memory,
+    versions,
+)
 from fedtune.results.schema import SCHEMA_VERSION
 from fedtune.types import CancelledError, CorruptFileError, FedtuneError, ResumeError
 
@@ -75,10 +83,13 @@ class RunFolder:
     path: Path
     manifest: dict[str, Any]
     run_id: str
-    phases: dict[str, float] = field(default_factory=dict)
+    energy: dict[str, tuple[int, int]] = field(default_factory=energy_counters)
 
     def update(self, **facts: Any) -> None:
-        """Change facts of the manifest, on disk at once."""
+        """Change facts of the manifest, on disk at once; energy adds up from update to update, over all attempts."""
+        spent, self.energy = energy_since(self.energy), energy_counters()
+        if spent is not None:
+            facts["energy_joules"] = self.manifest.get("energy_joules", 0.0) + spent
         self.manifest.update(facts, peak_memory_bytes=peak_memory())
         write_json(self.path / MANIFEST, self.manifest)
 

@@ -76,7 +76,37 @@ def machine() -> dict[str, Any]:
         "cpus": os.cpu_count(),
         "memory_bytes": memory,
         "processor": _processor(),
+        "gpus": _gpus(),
     }
+
+
+def _gpus() -> int:
+    """Count NVIDIA devices as the driver lists them; no library is needed for that."""
+    try:
+        return len(list(Path("/proc/driver/nvidia/gpus").iterdir()))
+    except OSError:
+        return 0
+
+
+def energy_counters(root: Path = Path("/sys/class/powercap")) -> dict[str, tuple[int, int]]:
+    """Return each processor package's energy counter and its range in microjoules (RAPL), where they may be read."""
+    found = {}
+    for zone in sorted(root.glob("intel-rapl:?")):
+        try:
+            value, limit = (int((zone / name).read_text()) for name in ("energy_uj", "max_energy_range_uj"))
+        except (OSError, ValueError):
+            continue  # most systems let only root read them
+        found[zone.name] = (value, limit)
+    return found
+
+
+def energy_since(start: dict[str, tuple[int, int]], root: Path = Path("/sys/class/powercap")) -> float | None:
+    """Return joules since a reading, a counter that wrapped around once included; None where nothing can be read."""
+    now = energy_counters(root)
+    shared = start.keys() & now.keys()
+    if not shared:
+        return None
+    return sum((now[z][0] - start[z][0]) % max(1, now[z][1]) for z in shared) / 1e6
 
 
 def _processor() -> str:
