@@ -22,11 +22,17 @@ from fedtune.io import file_sha256
 from fedtune.types import ConfigError, DataError
 from tests.board.entries import score
 
+# one worker makes the runs, once
+pytestmark = pytest.mark.xdist_group("submission")
+
 
 @pytest.fixture(scope="module")
 def runs(settings: Callable[..., Settings], tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     root = tmp_path_factory.mktemp("runs")
-    short = {"federation": {"clients": 2, "rounds": 2}, "eval": {"base": True, "modes": ["likelihood", "official"]}}
+    short = {
+        "federation": {"clients": 2, "rounds": 2},
+        "eval": {"base": True, "modes": ["likelihood", "official"], "official_limit": 6, "max_new_tokens": 24},
+    }
     return [run(settings(seed=s, **short), root / f"s{s}")[0] for s in (1, 2)]
 
 

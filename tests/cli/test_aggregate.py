@@ -10,6 +10,7 @@ import torch
 from typer.testing import CliRunner
 
 from fedtune.cli import app
+from fedtune.methods import METHODS
 from fedtune.models.folder import read_state
 from fedtune.types import ConfigError, ProblemsError
 
@@ -258,3 +259,23 @@ def test_a_running_sum_holds_one_client_at_a_time(folders: list[Path]) -> None:
     layers = len(FolderState(folders[0]))
     assert counts[1] <= max(12 + 1, 2 * layers + 1) + layers
     assert counts[1] < 12 * layers
+
+
+@pytest.mark.parametrize("method", list(METHODS))
+def test_every_method_aggregates_folders_with_a_common_a(folders: list[Path], tmp_path: Path, method: str) -> None:
+    """With one factor common even a mean of factors is exact, so every global model is the clients' mean."""
+    first = safetensors.torch.load_file(folders[0] / "adapter_model.safetensors")
+    shared = []
+    for i, folder in enumerate(folders):
+        own = safetensors.torch.load_file(folder / "adapter_model.safetensors")
+        made = tmp_path / f"s{i}"
+        made.mkdir()
+        (made / "adapter_config.json").write_bytes((folder / "adapter_config.json").read_bytes())
+        mixed = {n: first[n] if "lora_A" in n else t for n, t in own.items()}
+        safetensors.torch.save_file(mixed, made / "adapter_model.safetensors")
+        shared.append(made)
+    facts = _run("--method", method, "--examples", "1,2,3", "--out", tmp_path / "out", "--clients", *shared)
+    assert all((Path(f) / "adapter_model.safetensors").exists() for f in facts["adapters"])
+    # weights by norm, or a layer repaired towards the start, are not the weights of the examples
+    if METHODS[method].global_adapter and method not in ("hetlora", "fedilora"):
+        assert facts["relative_error"] == pytest.approx(0, abs=1e-5)

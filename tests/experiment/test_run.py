@@ -16,6 +16,9 @@ from fedtune.results.schema import Result
 from fedtune.types import DataError
 from tests.conftest import ASK, write_jsonl
 
+# one worker makes the long run, once
+pytestmark = pytest.mark.xdist_group("whole-run")
+
 
 class Recorder(Reporter):
     def __init__(self) -> None:

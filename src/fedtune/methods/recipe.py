@@ -120,7 +120,7 @@ class Recipe:
         """Return the state after a round; `updates` is not empty and sorted by client."""
         changes = [drift.split(u.tensors)[1] for u in updates]
         updates = [replace(u, tensors=drift.split(u.tensors)[0]) for u in updates]
-        updates = self._reweighed(updates, state)
+        updates = self._reweighed(updates, state, round_)
         updates, relative = self._divided(updates)
         after = self.method.server_step(updates, replace(state, extra=self._own(state)), round_)
         after = self._optimised(state, after, round_)
@@ -148,7 +148,7 @@ class Recipe:
             for u in updates
         ]
 
-    def _reweighed(self, updates: Sequence[ClientUpdate], state: ServerState) -> list[ClientUpdate]:
+    def _reweighed(self, updates: Sequence[ClientUpdate], state: ServerState, round_: int) -> list[ClientUpdate]:
         """Return the updates with the weights a robust rule gives them; those without any are left out."""
         import torch
 
@@ -167,7 +167,7 @@ class Recipe:
             weights, rest = robust.clip_shares(table, weights, limit)
         kept = [replace(u, examples=float(w)) for u, w in zip(updates, weights, strict=True) if float(w) > 0]
         if rest > 0:  # what was clipped off counts for the unchanged model
-            kept.append(ClientUpdate(-1, self.method.expected(state, updates[0].client, state.round + 1), rest))
+            kept.append(ClientUpdate(-1, self.method.expected(state, updates[0].client, round_), rest))
         return kept
 
     def _optimised(self, before: ServerState, after: ServerState, round_: int) -> ServerState:
