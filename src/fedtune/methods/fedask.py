@@ -144,7 +144,7 @@ class FedASK(MovesBase):
         self, clients: Sequence[AdapterState], examples: Sequence[float], state: ServerState, round_: int, rank: int = 0
     ) -> ServerState:
         """Do both exchanges with adapters of any ranks and scales."""
-        from fedtune.methods.flexlora import template
+        from fedtune.methods.by_layer import template
 
         start = replace(state, adapter=template(clients, rank), extra={}, base=())
         total = {p: sum(c[p].rank for c in clients) for p in start.adapter}

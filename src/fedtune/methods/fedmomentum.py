@@ -43,7 +43,7 @@ class FedMomentum(MovesBase):
     ) -> ServerState:
         """Aggregate adapters of any ranks and scales; the adapter has the largest rank unless told otherwise."""
         from fedtune.lora.base_delta import append
-        from fedtune.methods.flexlora import template
+        from fedtune.methods.by_layer import template
 
         adapter, rest = self._split(clients, list(examples), template(clients, rank))
         return replace(state, adapter=adapter, round=round_, base=append((), round_, rest))

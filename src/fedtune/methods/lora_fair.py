@@ -16,20 +16,20 @@ from pydantic import Field
 
 from fedtune.config.schema import Section
 from fedtune.methods.base import Method
-from fedtune.methods.flexlora import FlexLoRA
+from fedtune.methods.by_layer import ByLayer
 
 if TYPE_CHECKING:
     from fedtune.lora.state import LoraModule
 
 
-class LoRAFAIR(FlexLoRA):
+class LoRAFAIR(ByLayer):
     """FedIT with a ridge correction of B."""
 
     name = "lora_fair"
     title = "LoRA-FAIR (ridge form)"
     paper = "arXiv:2411.14961"
-    mixed_ranks = False
-    factors = True
+    linear = False
+    dora = "exact"
 
     aggregate = Method.aggregate
 

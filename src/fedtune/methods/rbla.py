@@ -11,41 +11,21 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from fedtune.methods.base import ClientUpdate, Method, ServerState
+from fedtune.methods.by_layer import ByLayer
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from fedtune.lora.state import AdapterState, LoraModule
+    from fedtune.lora.state import LoraModule
 
 
-class RBLA(Method):
+class RBLA(ByLayer):
     """Per-rank mean over the owners."""
 
     name = "rbla"
     title = "RBLA"
     paper = "arXiv:2408.08699"
     mixed_ranks = True
-
-    def server_step(self, updates: Sequence[ClientUpdate], state: ServerState, round_: int) -> ServerState:
-        """Average rank by rank; a rank nobody sent stays what it was."""
-        adapters = [self.completed(u, state) for u in updates]
-        return self._merged(adapters, self.weights(updates), state, round_)
-
-    def aggregate(
-        self, clients: Sequence[AdapterState], examples: Sequence[float], state: ServerState, round_: int, rank: int = 0
-    ) -> ServerState:
-        """Aggregate adapters of any ranks; the result has the largest one."""
-        from fedtune.methods.flexlora import template
-
-        like = replace(state, adapter=template(clients, 0))
-        return self._merged(clients, [float(n) for n in examples], like, round_)
-
-    def _merged(
-        self, adapters: Sequence[AdapterState], weights: Sequence[float], state: ServerState, round_: int
-    ) -> ServerState:
-        merged = {p: self.merge(m, [a[p] for a in adapters], weights) for p, m in state.adapter.items()}
-        return replace(state, adapter=merged, round=round_)
 
     def shares(self, clients: Sequence[LoraModule], weights: Sequence[float], rank: int) -> Tensor:
         """Return each client's weight for each rank [clients, rank]; 0 where it does not have it."""
