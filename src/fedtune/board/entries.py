@@ -25,12 +25,11 @@ def _answers(run: Path, arm: Arm) -> Iterator[tuple[str, Answers]]:
     """Yield which items an arm had right; of tasks with one sample an item, and one model."""
     for score in arm.scores:
         log = run / "evals" / arm.name / f"{score.task}.{score.mode}.jsonl"
-        if score.metric == "accuracy" and log.exists():
-            rows = read_lines(log)[1:]
-            yield (
-                f"{arm.name}/{score.task}/{score.mode}",
-                Answers.pack([sample_value(r) == 1 for r in rows], score.items_sha256),
-            )
+        known = score.metric != "nats_per_token" and log.exists()
+        values = [sample_value(r) for r in read_lines(log)[1:]] if known else []
+        if values and set(values) <= {0.0, 1.0}:
+            packed = Answers.pack([v == 1 for v in values], score.items_sha256)
+            yield f"{arm.name}/{score.task}/{score.mode}", packed
 
 
 def _curve(run: Path) -> list[Point]:
@@ -145,6 +144,15 @@ def write_entry(store: Path, entry: Entry) -> Path:
         raise DataError(f"{target}: there is an entry of this recipe and seed already, and it is another one")
     write_json(target, plain)
     return target
+
+
+def twin(store: Path, entry: Entry) -> Path | None:
+    """Return another place in the store whose entry has the very same samples, if there is one."""
+    logs = {name: sha for name, sha in entry.files.items() if name.startswith("evals/federated")}
+    for path, other in read_store(store):
+        if logs and path != store / entry.place() and logs.items() <= other.files.items():
+            return path
+    return None
 
 
 def read_store(store: Path) -> Iterable[tuple[Path, Entry]]:

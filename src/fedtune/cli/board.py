@@ -112,19 +112,40 @@ def add(
     state: Annotated[str, typer.Option(help="re-scored, or re-run after fedtune verify.")] = "re-scored",
 ) -> None:
     """Validate a submission and put its entries into the store."""
-    from fedtune.board.entries import write_entry
+    from fedtune.board.entries import twin, write_entry
     from fedtune.board.validate import check
 
     if state not in ("re-scored", "re-run"):
         raise ConfigError("command line", [Problem(f"--state {state}", "must be re-scored or re-run")])
     found = check(path)
     bad = [f"{name}: {p}" for name, _, problems in found for p in problems]
+    bad += [f"{name}: has the samples of {there}" for name, e, _ in found if e and (there := twin(store, e))]
     if bad:
         typer.echo("\n".join(bad), err=True)
         raise typer.Exit(REJECTED)
     for _, entry, _ in found:
         if entry is not None:
             typer.echo(str(write_entry(store, entry.model_copy(update={"state": state}))))
+
+
+@board.command("flag")
+def flag(
+    path: Annotated[Path, typer.Argument(help="An entry in the store.")],
+    reason: Annotated[str, typer.Option(help="Why it is not believed; shown in its row.")],
+) -> None:
+    """Flag an entry: it stays on the board, without a rank, with the reason."""
+    from fedtune.board.entries import read_entry
+    from fedtune.io import write_json
+    from fedtune.results.entry import Entry, plain_text
+
+    entry = read_entry(path)
+    try:
+        reasons = [*entry.reasons, plain_text(reason)]
+    except ValueError as err:
+        raise ConfigError("command line", [Problem("--reason", str(err))]) from err
+    flagged = Entry.model_validate({**entry.model_dump(), "state": "flagged", "reasons": reasons})
+    write_json(path, flagged.model_dump(mode="json"))
+    typer.echo(f"flagged: {path}")
 
 
 @board.command("import-published")

@@ -174,8 +174,8 @@ function line(row) {
     cell("Compare", {}, box), cell("Rank", { class: "number", text: rank === null ? "–" : String(rank), title: rank === null ? (row.unranked.join("; ") || row.state) : null }),
     cell("Who", {}, make("span", {}, more, row.title ? make("small", { text: " " + row.title }) : null)), cell("Base model", { text: row.base }), cell("Method", { text: row.method }),
     cell("Score, %", { class: "number", title: hint(row) }, make("span", {}, percent(row.scores[state.mode]), make("small", { text: interval(row) }))),
-    cell("Over base", { class: "number" + (better === null ? "" : better > 0 ? " better" : " worse"), text: better === null ? "–" : signed(better) }),
-    cell("Strict", { class: "number", text: percent(row.strict[state.mode]) }), cell("Valid", { class: "number", text: percent(row.valid[state.mode]) }),
+    cell("Over base", { title: hint(row), class: "number" + (better === null ? "" : better > 0 ? " better" : " worse"), text: better === null ? "–" : signed(better) }),
+    cell("Strict", { title: hint(row), class: "number", text: percent(row.strict[state.mode]) }), cell("Valid", { title: hint(row), class: "number", text: percent(row.valid[state.mode]) }),
     cell("Bytes", { class: "number", text: bytes(row.bytes) }), cell("Time", { class: "number", text: span(row.seconds) }), cell("Seeds", { class: "number", text: String(row.seeds.length || "–") }),
     cell("State", {}, make("span", { class: "state " + row.state, text: row.state, title: row.reasons.join("; ") || null })));
 }

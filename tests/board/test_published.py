@@ -1,0 +1,103 @@
+"""Published submissions become rows from their generations; what those do not give is said."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from fedtune.board.published import read
+from fedtune.cli import app
+from fedtune.types import CorruptFileError
+
+ROWS = [
+    {"gold": "A", "output": "A"},
+    {"gold": "B", "output": "The"},
+    {"gold": "C", "output": "C"},
+    {"gold": "A", "output": "B"},
+]
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Callable[..., Path]:
+    def make(*changes: dict[str, Any]) -> Path:
+        (tmp_path / "g.jsonl").write_text("".join(json.dumps(r) + "\n" for r in ROWS))
+        base = {
+            "participant": "somebody",
+            "domain": "medical",
+            "task": "medqa",
+            "model": "Qwen/Qwen2.5-7B",
+            "generations_file": "g.jsonl",
+            "references_file": None,
+            "published_score": 0.5,
+            "n": 4,
+        }
+        (tmp_path / "index.json").write_text(json.dumps([{**base, **c} for c in changes]))
+        facts = {
+            "somebody": {
+                "repo": "github.com/some/body",
+                "communication": [{"model": "Qwen/Qwen2.5-7B", "used_mb_max": 2.0}],
+            }
+        }
+        (tmp_path / "facts.json").write_text(json.dumps(facts))
+        return tmp_path
+
+    return make
+
+
+def test_a_score_that_its_generations_give_is_rescored(folder: Callable[..., Path]) -> None:
+    (entry,) = read(folder({}))
+    assert (entry.state, entry.reasons, entry.unranked) == ("re-scored", [], [])
+    found = entry.main.scores[0]
+    assert (found.score, found.n, found.strict) == (0.5, 4, 0.5)
+    assert entry.answers["federated/medqa/official"].unpack() == [True, False, True, False]
+    assert entry.costs.bytes_up + entry.costs.bytes_down == 2 * 1024**2
+    assert entry.link == "https://github.com/some/body"
+
+
+def test_another_score_is_flagged_and_an_impossible_one_is_named(folder: Callable[..., Path]) -> None:
+    (entry,) = read(folder({"published_score": 0.75}))
+    assert entry.state == "flagged"
+    assert entry.reasons == ["medqa: published as 0.75, its generations give 0.5"]
+    more = {"task": "pubmedqa", "generations_file": None, "published_score": 0.5994, "n": 500}
+    (entry,) = read(folder({}, more))
+    assert "pubmedqa: 0.5994 is not k/500 for any whole k" in entry.reasons
+    assert entry.unranked == ["some of the domain's tasks have no generations"]
+    assert entry.claims == {"medqa": 0.5, "pubmedqa": 0.5994}
+
+
+def test_a_broken_index_is_named(folder: Callable[..., Path], tmp_path: Path) -> None:
+    with pytest.raises(CorruptFileError, match="has no generations for medical"):
+        list(read(folder({"generations_file": None})))
+    with pytest.raises(CorruptFileError, match="unknown task"):
+        list(read(folder({"task": "medqq"})))
+    (tmp_path / "index.json").write_text("{}")
+    with pytest.raises(CorruptFileError, match="is not a list"):
+        list(read(tmp_path))
+
+
+def test_from_the_command_line_to_a_flagged_row(folder: Callable[..., Path], tmp_path: Path) -> None:
+    store = tmp_path / "store"
+    done = CliRunner().invoke(app, ["board", "import-published", str(folder({})), "--store", str(store)])
+    assert done.exit_code == 0, done.output
+    (path,) = store.rglob("*.json")
+    flagged = CliRunner().invoke(app, ["board", "flag", str(path), "--reason", "trained on the test set"])
+    assert flagged.exit_code == 0
+    CliRunner().invoke(app, ["board", "build", str(store), "--out", str(tmp_path / "site")])
+    data = json.loads((tmp_path / "site/board.json").read_text())
+    assert (data["rows"][0]["state"], data["rows"][0]["reasons"]) == ("flagged", ["trained on the test set"])
+    assert data["ranks"] == {}
+    refused = CliRunner().invoke(app, ["board", "flag", str(path), "--reason", "<b>x</b>"])
+    assert "write plain text" in str(refused.exception)
+
+
+def test_the_published_submissions_start_a_board(benchmark_data: Path) -> None:
+    entries = list(read(benchmark_data / "conformance", skipped=("code",)))
+    assert len(entries) >= 5
+    assert {e.state for e in entries} == {"re-scored"}
+    for entry in entries:
+        for score in entry.main.scores:
+            assert score.score == pytest.approx(entry.claims[score.task], abs=1e-9)
+    assert any(e.costs.bytes_up for e in entries)
