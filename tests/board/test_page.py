@@ -248,3 +248,17 @@ def test_texts_from_a_submission_stay_texts(browser: Any, tmp_path: Path) -> Non
     assert evil in tab.locator("#board tbody").text_content()
     tab.close()
     assert Answers.pack([True], "x").n == score(1, 1).n == 1
+
+
+@pytest.mark.parametrize(("first", "second"), [(20, 0), (3, 9), (700, 900), (2204, 75)])
+def test_the_pages_mcnemar_is_pythons(browser: Any, first: int, second: int) -> None:
+    from fedtune.board.site import _part
+    from fedtune.results.stats import mcnemar
+
+    source = _part("page.js")
+    begin = source.index("function mcnemar")
+    function = source[begin : source.index("\nconst chance", begin)]
+    tab = browser.new_page()
+    got = tab.evaluate(f"(() => {{ {function}; return mcnemar({first}, {second}); }})()")
+    tab.close()
+    assert got == pytest.approx(mcnemar(first, second), rel=1e-9, abs=1e-290)

@@ -89,7 +89,7 @@ def _entry(root: Path, items: list[dict[str, Any]], facts: dict[str, Any], on_ta
         domain=DOMAINS.get(first["domain"], first["domain"]),
         base=first["model"] if named else "not stated",
         base_millions=known.parameters if known else None,
-        method="unknown",
+        method="not stated",
         protocol="flowertune-leaderboard",
         unranked=["some of the domain's tasks have no generations"] if len(scores) < len(items) else [],
         arms=[Arm(name="federated", scores=scores)],

@@ -27,6 +27,7 @@ function bytes(x) {
   while (x >= 1024 && i < units.length - 1) { x /= 1024; i += 1; }
   return (i ? x.toFixed(1) : String(x)) + " " + units[i];
 }
+const decimal = (e) => 10 ** (((e % 3) + 3) % 3) + " " + ["B", "kB", "MB", "GB", "TB", "PB"][Math.floor(e / 3)];
 function span(seconds) {
   if (seconds === null || seconds === undefined) return "–";
   if (seconds < 3600) return (seconds / 60).toFixed(1) + " min";
@@ -228,10 +229,14 @@ function flags(task) { const raw = atob(task.bits); const out = new Uint8Array(t
 function mcnemar(a, b) {
   const n = a + b, k = Math.min(a, b);
   if (!n) return 1;
-  let term = -n * Math.LN2, sum = 0;
-  for (let i = 0; i <= k; i += 1) { sum += Math.exp(term); term += Math.log((n - i) / (i + 1)); }
-  return Math.min(1, 2 * sum);
+  // in logarithms: 2^-n leaves the range of a number at about a thousand items
+  let term = 0, top = 0;
+  const terms = [];
+  for (let i = 0; i <= k; i += 1) { terms.push(term); top = Math.max(top, term); term += Math.log((n - i) / (i + 1)); }
+  const sum = terms.reduce((total, t) => total + Math.exp(t - top), 0);
+  return Math.min(1, Math.exp(Math.LN2 * (1 - n) + top + Math.log(sum)));
 }
+const chance = (p) => (p < 1e-300 ? "< 1e-300" : "= " + p.toPrecision(2));
 function drawCompare() {
   const box = document.getElementById("compare"), rows = state.pair.map((id) => ROWS.find((r) => r.id === id));
   box.hidden = rows.length !== 2;
@@ -243,7 +248,7 @@ function drawCompare() {
       const x = flags(a), y = flags(b);
       let first = 0, second = 0;
       for (let i = 0; i < a.n; i += 1) { if (x[i] && !y[i]) first += 1; if (y[i] && !x[i]) second += 1; }
-      verdict = first + " items only the first has right, " + second + " only the second; McNemar p = " + mcnemar(first, second).toPrecision(2);
+      verdict = first + " items only the first has right, " + second + " only the second; McNemar p " + chance(mcnemar(first, second));
     }
     return make("tr", {}, cell("Task", { text: a.task + " (" + a.mode + ")" }), cell("First", { class: "number", text: percent(a.score) }), cell("Second", { class: "number", text: percent(b.score) }), cell("Difference", { class: "number", text: signed(b.score - a.score) }), cell("Paired test", { text: verdict }));
   });
@@ -264,7 +269,7 @@ function drawPareto() {
   const front = new Set();
   for (const i of order) if (ys[i] > best) { best = ys[i]; front.add(i); }
   const ticks = [];
-  for (let e = x0; e <= x1; e += 1) ticks.push(svg("line", { class: "axis", x1: x(e), x2: x(e), y1: 15, y2: h - 40 }), svg("text", { x: x(e), y: h - 22, "text-anchor": "middle", text: bytes(10 ** e) }));
+  for (let e = x0; e <= x1; e += 1) ticks.push(svg("line", { class: "axis", x1: x(e), x2: x(e), y1: 15, y2: h - 40 }), svg("text", { x: x(e), y: h - 22, "text-anchor": "middle", text: decimal(e) }));
   const say = (r) => (r.team || r.base) + ", " + r.method + ": " + percent(r.scores[state.mode]) + " % for " + bytes(r.bytes);
   const points = rows.map((r, i) => svg("circle", { class: "point" + (front.has(i) ? "" : " dominated"), cx: x(xs[i]), cy: y(ys[i]), r: front.has(i) ? 6 : 4, on: { click: () => show(r) } }, svg("title", { text: say(r) })));
   const label = "Score against bytes; on the front: " + [...front].map((i) => say(rows[i])).join("; ");
