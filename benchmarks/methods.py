@@ -9,7 +9,7 @@ that are there already are not run again. The table in `benchmarks/results/metho
 A method's score is the likelihood accuracy on held-out sentences, mean over seeds; the interval is Student's t over
 seeds. Personalised methods score the mean of their clients' own models. The aggregation error of a round is
 ||M - effective|| / ||M||, with M the weighted mean of what the clients have trained; the largest of all rounds is
-shown. Server time is that of the aggregation alone.
+shown. Server time is that of the aggregation alone, the median over seeds.
 """
 
 from __future__ import annotations
@@ -116,7 +116,7 @@ def row(lines: list[dict[str, Any]], fedit: dict[str, Any]) -> str:
     errors = [e for line in lines for e in line["errors"]]
     shown = f"{max(errors):.1e}" if errors else "–"
     up, down = (statistics.mean(line[key] / fedit[key] for line in lines) for key in ("bytes_up", "bytes_down"))
-    server = statistics.mean(line["server_ms"] for line in lines)
+    server = statistics.median(line["server_ms"] for line in lines)
     score = interval([line["score"] for line in lines]) + (" (own models)" if kind.personalised else "")
     return f"| `{kind.name}` | {score} | {up:.2f} | {down:.2f} | {server:.0f} | {shown} |"
 

@@ -1,6 +1,7 @@
 """What methods do inside a model: side adapters, cores, second adapters, smaller ranks, exact DoRA."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -315,3 +316,80 @@ def test_the_rest_of_a_fresh_adapter_is_the_layouts(config: Config) -> None:
     new = fresh(model.layout, 1, 1)
     assert {n: t.shape for n, t in to_tensors(new).items()} == {n: t.shape for n, t in to_tensors(model.layout).items()}
     assert ServerState(new).round == 0
+
+
+@pytest.mark.parametrize("name", list(methods.METHODS))
+def test_what_the_server_has_arrives_in_the_model(config: Config, name: str) -> None:
+    """A canary in the server's state is found in the resident model after a download, whatever the method sends."""
+    chosen = config.model_copy(update={"method": config.method.model_copy(update={"name": name})})
+    model, recipe = adapted(config), methods.create(chosen)
+    state = recipe.initial(model.layout)
+    sent = {}
+    for phase in range(1, recipe.phases + 1):
+        work = local(model, chosen, round_=1, phase=phase, kept=sent.get("kept", {}))
+        fitted = recipe.fit(work, recipe.view(state, 1))
+        sent = {"kept": {**sent.get("kept", {}), **fitted.kept}}
+        update = [ClientUpdate(1, fitted.payload, 1.0)]
+        step = recipe.middle if phase < recipe.phases else recipe.server_step
+        state = step(update, state, 1)
+    frozen_a = {"ffa_lora", "fedkseed", "flora", "rac_lora", "fed_sb"}
+    path = next(iter(state.adapter))
+    if name not in frozen_a:
+        canary = 7.0
+        marked = {**state.adapter, path: replace(state.adapter[path], a=torch.full_like(state.adapter[path].a, canary))}
+        state = replace(state, adapter=marked)
+    begun = recipe.begin(model.layout, recipe.view(state, 99), {}, 2)
+    model.load(begun)
+    now = {**model.slots, **model.sides.parameters()}
+    held = [n for n in begun if n in now]
+    assert set(held) >= {n for n in begun if not n.startswith("mix.")}
+    assert all(torch.equal(now[n].detach(), begun[n].to(now[n].dtype)) for n in held)
+    if name not in frozen_a:
+        found = now[f"{PREFIX}{path}.{'other_A' if name == 'fedalt' else 'lora_A'}.weight"]
+        assert bool((found == 7.0).all())
+
+
+def test_a_run_is_the_pure_functions_on_the_same_updates(settings: Callable[..., Settings], tmp_path: Path) -> None:
+    """One round of the loop = the clients' work and the server step called by hand."""
+    import safetensors.torch
+
+    from fedtune.experiment.run import run
+    from fedtune.training import workload
+    from fedtune.types import derive_seed
+
+    made = settings(method={"name": "flexlora"}, federation={"rounds": 1}, eval={"limit": 2})
+    path, _ = run(made, tmp_path / "run")
+    got = safetensors.torch.load_file(path / "checkpoints/round-000001/state.safetensors")
+    model = attach(load(made.config.model), made.config.lora, derive_seed(made.config.seed, "adapter"))
+    recipe, shards = (
+        methods.create(made.config),
+        workload.encode_shards(workload.load(made.config), model.base.tokenizer, made.config),
+    )
+    state = recipe.initial(model.layout)
+    sent = []
+    for client, shard in enumerate(shards.shards):
+        work = LocalWork(model, shard, model.layout, {}, made.config, (client, 1, 1))
+        sent.append(ClientUpdate(client, recipe.fit(work, recipe.view(state, client)).payload, work.examples))
+    after = to_tensors(recipe.server_step(sent, state, 1).adapter)
+    assert all(torch.equal(got[n], after[n]) for n in after)
+
+
+def test_side_adapters_stay_in_float32_beside_a_bfloat16_base(config: Config) -> None:
+    """An update that bfloat16 weights would swallow is felt, and no weight is touched."""
+    model = adapted(config)
+    model.model.to(torch.bfloat16)
+    path, module = next(iter(model.layout.items()))
+    weight = base_weight(model.layers[path]).clone()
+    small = 1e-4 * weight.float().norm() / (module.b.shape[0] * module.a.shape[1]) ** 0.5
+    left, right = small * torch.ones(module.b.shape[0], 1), torch.ones(1, module.a.shape[1])
+    model.load({**to_tensors(model.layout), **base_delta.side_tensors({path: Product(left, right)})})
+    assert model.sides.parameters()[f"{PREFIX}{path}.base_A.weight"].dtype == torch.float32
+    assert torch.equal(base_weight(model.layers[path]), weight)
+    x = torch.ones(1, 1, module.a.shape[1], dtype=torch.bfloat16)
+    with torch.no_grad():
+        layer = model.layers[path]
+        added = F.linear(F.linear(x.float(), right), left)
+        plain = layer.get_base_layer()(x)
+        assert torch.equal(layer(x), plain + added.to(torch.bfloat16))
+    folded = (weight + (left @ right).to(torch.bfloat16)).float() - weight.float()
+    assert float((folded - left @ right).norm()) > 0.5 * float((left @ right).norm())
