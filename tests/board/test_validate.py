@@ -237,6 +237,24 @@ def other_items(packed: Path) -> None:
     relist(packed)
 
 
+def claimed_privacy(packed: Path) -> None:
+    _json(packed / "entry.json", lambda e: e.update(privacy={"unit": "client", "epsilon": 1.0, "delta": 1e-5}))
+
+
+def smaller_base(packed: Path) -> None:
+    _json(packed / "entry.json", lambda e: e.update(base_millions=1.0))
+
+
+def turned_bits(packed: Path) -> None:
+    _json(packed / "entry.json", lambda e: e["answers"]["federated/fpb/likelihood"].update(bits="////"))
+
+
+def hidden_reason(packed: Path) -> None:
+    for name in ("entry.json", "result.json"):
+        _json(packed / name, lambda e: e.update(unranked=[]))
+    relist(packed)
+
+
 def not_json(packed: Path) -> None:
     (packed / "entry.json").write_text("{")
 
@@ -262,6 +280,10 @@ ATTACKS = [
     (cut_adapter, "cut off"),
     (extra_file, "notes.md: is there and not listed"),
     (other_items, "its samples are of other items"),
+    (claimed_privacy, "the settings have no differential privacy"),
+    (smaller_base, "entry.base_millions: is 1.0"),
+    (turned_bits, "entry.answers: is"),
+    (hidden_reason, "does not say that this makes it unranked"),
     (not_json, "entry.json"),
 ]
 

@@ -11,22 +11,29 @@ from pydantic import ValidationError
 
 from fedtune.config import load
 from fedtune.config.load import read_toml
+from fedtune.data.files import parse_rows, read_text_file
 from fedtune.evaluation.metrics import sample_value
 from fedtune.io import read_json, read_lines, write_json
 from fedtune.models.zoo import zoo
 from fedtune.results.entry import Answers, Costs, Entry, Point
-from fedtune.results.schema import Arm, Result
+from fedtune.results.schema import Arm, Result, Score
 from fedtune.types import CorruptFileError, DataError
 
 WEIGHTS = "adapter/adapter_model.safetensors"
 
 
+def _samples(run: Path, arm: Arm, score: Score) -> list[dict[str, Any]]:
+    """Return the samples of a score, from a run folder or a packed one; none where there is no log."""
+    log = run / "evals" / arm.name / f"{score.task}.{score.mode}.jsonl"
+    path = next((p for p in (log, log.with_suffix(".jsonl.gz")) if p.exists()), None)
+    return parse_rows(read_text_file(path), str(path))[1:] if path else []
+
+
 def _answers(run: Path, arm: Arm) -> Iterator[tuple[str, Answers]]:
     """Yield which items an arm had right; of tasks with one sample an item, and one model."""
     for score in arm.scores:
-        log = run / "evals" / arm.name / f"{score.task}.{score.mode}.jsonl"
-        known = score.metric != "nats_per_token" and log.exists()
-        values = [sample_value(r) for r in read_lines(log)[1:]] if known else []
+        known = score.metric != "nats_per_token"
+        values = [sample_value(r) for r in _samples(run, arm, score)] if known else []
         if values and set(values) <= {0.0, 1.0}:
             packed = Answers.pack([v == 1 for v in values], score.items_sha256)
             yield f"{arm.name}/{score.task}/{score.mode}", packed

@@ -10,14 +10,15 @@ from pathlib import Path, PurePosixPath
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from fedtune.board.entries import read_entry, recipe_hash
+from fedtune.board.entries import from_run, read_entry
 from fedtune.board.samples import recomputed
 from fedtune.board.wire import byte_problems
 from fedtune.config import load, read_protocol
 from fedtune.config.load import read_toml
 from fedtune.io import file_sha256, read_json, tensor_header
+from fedtune.models import zoo
 from fedtune.results.entry import Entry
-from fedtune.results.schema import Result, Score
+from fedtune.results.schema import Score
 from fedtune.types import FedtuneError, Problem
 
 MAX_FILES, MAX_FILE, MAX_TOTAL = 2_000, 512 * 1024**2, 1024**3
@@ -60,35 +61,47 @@ def _hashes(folder: Path, entry: Entry) -> Iterator[Problem]:
             yield Problem(name, "is not the file that was listed (sha256 differs)")
 
 
-def _same(problem: str, got: Any, want: Any) -> Iterator[Problem]:
-    if got != want:
-        yield Problem(problem, f"is {got!r}, the run's files say {want!r}")
+# what a submitter says freely; everything else must be what the files make
+FREE = {"schema_version", "kind", "team", "title", "link", "state", "reasons", "claims", "files", "privacy"}
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 120 else text[:117] + "..."
+
+
+def _made(folder: Path, entry: Entry) -> Iterator[Problem]:
+    """Yield every field that is not what the packed run's own files make."""
+    again = from_run(folder)
+    for name in sorted(Entry.model_fields.keys() - FREE):
+        said, made = getattr(entry, name), getattr(again, name)
+        if said != made:
+            yield Problem(f"entry.{name}", f"is {_short(said)}, the run's files make {_short(made)}")
+    if entry.kind != "run" or entry.claims:
+        yield Problem("entry.kind", "is of a run, and a run claims nothing beside its scores")
+    if entry.privacy is not None:
+        yield Problem("entry.privacy", "is claimed, the settings have no differential privacy")
 
 
 def _settings(folder: Path, entry: Entry) -> Iterator[Problem]:
-    """Yield settings that do not belong to the entry, or that the protocol locks."""
+    """Yield settings that are not the result's, and reasons against a rank that are not owned to."""
     settings = load([read_toml(folder / "config.toml")])
-    config = settings.config
-    yield from _same("entry.config", entry.config, config.semantic())
-    yield from _same("entry.config_sha256", entry.config_sha256, recipe_hash(folder / "config.toml"))
-    yield from _same("entry.protocol_sha256", entry.protocol_sha256, read_protocol(config.protocol).hash)
-    for name in ("domain", "protocol", "seed"):
-        yield from _same(f"entry.{name}", getattr(entry, name), getattr(config, name))
-    yield from _same("entry.method", entry.method, config.method.name)
-    for reason in settings.unranked:
+    config, known = settings.config, zoo.zoo().get(entry.base)
+    if entry.config != config.semantic():
+        yield Problem("entry.config", "is not what config.toml says")
+    if entry.protocol_sha256 != read_protocol(config.protocol).hash:
+        yield Problem("entry.protocol_sha256", f"is not that of the protocol {config.protocol}")
+    for name, want in (("seed", config.seed), ("domain", config.domain), ("method", config.method.name)):
+        if getattr(entry, name) != want:
+            yield Problem(f"entry.{name}", f"is {getattr(entry, name)!r}, config.toml says {want!r}")
+    pinned = {known.revision if known else "", config.model.revision} - {""}
+    if pinned and entry.revision not in pinned:
+        yield Problem(
+            "entry.revision", f"is {entry.revision}, the base model is pinned at {' or '.join(sorted(pinned))}"
+        )
+    for reason in (*settings.unranked, *zoo.unranked_reasons(config)):
         if reason not in entry.unranked:
             yield Problem("config.toml", f"{reason}; the entry does not say that this makes it unranked")
-
-
-def _result(folder: Path, entry: Entry) -> Iterator[Problem]:
-    """Yield what the entry says otherwise than the run's own result."""
-    result = Result.model_validate(read_json(folder / "result.json"))
-    yield from _same("entry.arms", entry.arms, result.arms)
-    for name in ("rounds", "lost_clients", "skipped_rounds", "unranked", "revision"):
-        yield from _same(f"entry.{name}", getattr(entry, name), getattr(result, name))
-    yield from _same("entry.base", entry.base, result.model)
-    yield from _same("entry.costs.bytes_up", entry.costs.bytes_up, result.bytes_up)
-    yield from _same("entry.costs.bytes_down", entry.costs.bytes_down, result.bytes_down)
 
 
 def impossible(score: Score) -> str:
@@ -138,7 +151,7 @@ def _logs_fit(folder: Path) -> Iterator[Problem]:
                     break
 
 
-CHECKS = (_hashes, _settings, _result, _scores, _adapter, byte_problems)
+CHECKS = (_hashes, _settings, _made, _scores, _adapter, byte_problems)
 
 
 def check_one(folder: Path) -> tuple[Entry | None, list[Problem]]:
