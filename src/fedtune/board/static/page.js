@@ -166,7 +166,7 @@ function interval(row) {
   return " ± " + (100 * Math.sqrt(known.reduce((sum, t) => sum + ((t.high - t.low) / 2) ** 2, 0)) / known.length).toFixed(1);
 }
 function line(row) {
-  const better = gain(row), rank = rankOf(row);
+  const better = gain(row), rank = rankOf(row), tip = hint(row);
   const box = make("input", { type: "checkbox", "aria-label": "compare " + (row.team || row.base), checked: state.pair.includes(row.id), on: { change: (event) => change(() => {
     state.pair = event.target.checked ? [...state.pair, row.id].slice(-2) : state.pair.filter((id) => id !== row.id);
   }) } });
@@ -174,9 +174,9 @@ function line(row) {
   return make("tr", { id: "row-" + row.id },
     cell("Compare", {}, box), cell("Rank", { class: "number", text: rank === null ? "–" : String(rank), title: rank === null ? (row.unranked.join("; ") || row.state) : null }),
     cell("Who", {}, make("span", {}, more, row.title ? make("small", { text: " " + row.title }) : null)), cell("Base model", { text: row.base }), cell("Method", { text: row.method }),
-    cell("Score, %", { class: "number", title: hint(row) }, make("span", {}, percent(row.scores[state.mode]), make("small", { text: interval(row) }))),
-    cell("Over base", { title: hint(row), class: "number" + (better === null ? "" : better > 0 ? " better" : " worse"), text: better === null ? "–" : signed(better) }),
-    cell("Strict", { title: hint(row), class: "number", text: percent(row.strict[state.mode]) }), cell("Valid", { title: hint(row), class: "number", text: percent(row.valid[state.mode]) }),
+    cell("Score, %", { class: "number", title: tip }, make("span", {}, percent(row.scores[state.mode]), make("small", { text: interval(row) }))),
+    cell("Over base", { title: tip, class: "number" + (better === null ? "" : better > 0 ? " better" : " worse"), text: better === null ? "–" : signed(better) }),
+    cell("Strict", { title: tip, class: "number", text: percent(row.strict[state.mode]) }), cell("Valid", { title: tip, class: "number", text: percent(row.valid[state.mode]) }),
     cell("Bytes", { class: "number", text: bytes(row.bytes) }), cell("Time", { class: "number", text: span(row.seconds) }), cell("Seeds", { class: "number", text: String(row.seeds.length || "–") }),
     cell("State", {}, make("span", { class: "state " + row.state, text: row.state, title: row.reasons.join("; ") || null })));
 }
