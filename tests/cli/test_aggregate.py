@@ -190,6 +190,8 @@ def test_personal_methods_write_a_folder_for_each_client(folders: list[Path], tm
     assert facts["relative_error"] is None
     assert [Path(f).name for f in facts["adapters"]] == ["client-0", "client-1", "client-2"]
     states = [read_state(f) for f in folders]
+    shared = read_state(tmp_path / "out")
+    assert not any(m.b.any() for m in shared.values())
     for i, folder in enumerate(facts["adapters"]):
         made = read_state(Path(folder))
         for path, module in made.items():

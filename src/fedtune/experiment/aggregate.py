@@ -207,13 +207,14 @@ def _with_magnitudes(adapter: AdapterState, relative: Mapping[str, Tensor], base
 def write(result: Aggregated, like: Path, out: Path) -> list[Path]:
     """Write a PEFT folder with the settings of a client's, and the result's own rank and scale.
 
-    Where there is no global adapter, one folder for each client below `out`.
+    Where there is no global adapter, `out` has what is shared (FedSA-LoRA's mean A with B = 0, FedALT's mean), and a
+    folder below it each client's own.
 
     Returns:
-        The folders written.
+        The folders to load: the global adapter's, or each client's.
     """
+    _write_one(result.adapter, like, out)
     if result.personal is None:
-        _write_one(result.adapter, like, out)
         return [out]
     folders = [out / f"client-{i}" for i in range(len(result.personal))]
     for adapter, folder in zip(result.personal, folders, strict=True):

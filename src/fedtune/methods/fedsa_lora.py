@@ -61,6 +61,13 @@ class FedSALoRA(Method):
         """Expect A."""
         return {n: t for n, t in super().expected(state, client, round_).items() if self._shared(n)}
 
+    def aggregate(
+        self, clients: Sequence[AdapterState], examples: Sequence[float], state: ServerState, round_: int, rank: int = 0
+    ) -> ServerState:
+        """Average A; the server has no B, and nobody's stands in for it."""
+        after = super().aggregate(clients, examples, state, round_, rank)
+        return replace(after, adapter={path: replace(m, b=m.b * 0) for path, m in after.adapter.items()})
+
     def personal(
         self, clients: Sequence[AdapterState], examples: Sequence[float], after: ServerState
     ) -> Iterator[AdapterState]:
