@@ -20,6 +20,7 @@ import math
 import statistics
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -55,7 +56,8 @@ class Watched:
             after = plain(recipe, updates, state, round_)
             self.milliseconds.append(1000 * (time.perf_counter() - started))
             if recipe.method.comparable and recipe.method.global_adapter:
-                adapters = [recipe.method.completed(u, state) for u in updates]
+                before = replace(state, round=round_ - 1)
+                adapters = [recipe.method.completed(u, before) for u in updates]
                 new = tuple(p for p in after.base if p.round == round_)
                 moved = ServerState(after.adapter, base=new)
                 self.errors.append(relative_error(moved, adapters, [u.examples for u in updates]))

@@ -462,3 +462,25 @@ def test_one_adapter_does_what_the_adapter_and_the_base_do() -> None:
     assert all(isinstance(m, LoraModule) and m.conv1d == START[p].conv1d for p, m in merged.items())
     assert base_delta.as_adapter(START) == START
     assert FLoRA(FLoRA.Parameters()).base_rank == 0
+
+
+def test_racs_updates_stand_under_the_rounds_own_a() -> None:
+    """What a robust rule compares is what the client trained, in the first round and after a skipped one too."""
+    method = make("rac_lora")
+    for last, round_ in ((0, 1), (1, 3)):
+        used = fresh(START, method.seed, round_)
+        payload = {n: t for n, t in to_tensors(adapter(1)).items() if n.endswith(B)}
+        whole = method.completed(ClientUpdate(0, payload, 1.0), ServerState(START, round_ - 1))
+        assert torch.equal(whole[NAME].a, used[NAME].a)
+        after = method.server_step([ClientUpdate(0, payload, 1.0)], ServerState(START, last), round_)
+        assert same(dense(after), {p: m.scale * m.b @ m.a for p, m in whole.items()})
+
+
+def test_what_is_exact_is_exact_in_float32_too() -> None:
+    clients = [{p: replace(m, a=m.a.float(), b=m.b.float()) for p, m in adapter(s).items()} for s in (1, 2, 3)]
+    ideal = mean(
+        [{p: replace(m, a=m.a.double(), b=m.b.double()) for p, m in c.items()} for c in clients], [1.0, 2.0, 3.0]
+    )
+    for name in ("flora", "fedex_lora", "fedmomentum", "fedask"):
+        got = run(make(name), clients, [1.0, 2.0, 3.0])
+        assert all((got[p].double() - ideal[p]).norm() < 3e-6 * ideal[p].norm() for p in ideal), name

@@ -92,8 +92,7 @@ def split(product: Product, rank: int) -> tuple[Product, Product]:
     The first is padded with zeros if the product has less rank; the second has as many columns as it needs.
     """
     u, s, vh = svd(product)
-    floor = s.max() * torch.finfo(s.dtype).eps * max(u.shape[0], vh.shape[1])
-    missing, needed = max(0, rank - s.shape[0]), int((s > floor).sum())
+    missing, needed = max(0, rank - s.shape[0]), int((s > s.max() * torch.finfo(s.dtype).eps).sum())
     left = torch.cat([u[:, :rank] * s[:rank], u.new_zeros(u.shape[0], missing)], dim=1)
     right = torch.cat([vh[:rank], vh.new_zeros(missing, vh.shape[1])], dim=0)
     return Product(left, right), Product(u[:, rank:needed] * s[rank:needed], vh[rank:needed])
@@ -143,8 +142,7 @@ def compressed(product: Product, cap: int = 0) -> Product:
     Without a cap nothing is lost beyond rounding: only singular values below machine precision are dropped.
     """
     u, s, vh = svd(product)
-    floor = s.max() * torch.finfo(s.dtype).eps * max(product.left.shape[0], product.right.shape[1])
-    rank = max(1, int((s > floor).sum()))
+    rank = max(1, int((s > s.max() * torch.finfo(s.dtype).eps).sum()))
     rank = min(rank, cap) if cap else rank
     return Product(u[:, :rank] * s[:rank], vh[:rank])
 

@@ -197,7 +197,10 @@ class Method:
         return [float(u.examples) for u in updates]
 
     def completed(self, update: ClientUpdate, state: ServerState) -> AdapterState:
-        """Return an update as a whole adapter: what was not sent is as the server has it."""
+        """Return an update as a whole adapter: what was not sent is as the server has it.
+
+        `state.round` is the round before the update's.
+        """
         from fedtune.lora.state import to_tensors, with_tensors
 
         like = self.cut(state.adapter, update.client)

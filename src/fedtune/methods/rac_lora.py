@@ -48,6 +48,13 @@ class RACLoRA(MovesBase):
         """Send no adapter: each round's is fresh."""
         return {}
 
+    def completed(self, update: ClientUpdate, state: ServerState) -> AdapterState:
+        """Return an update as a whole adapter: B under the round's own A."""
+        from fedtune.lora.state import fresh, to_tensors, with_tensors
+
+        used = fresh(state.adapter, self.seed, state.round + 1)
+        return with_tensors(used, {**to_tensors(used), **update.tensors})
+
     def server_step(self, updates: Sequence[ClientUpdate], state: ServerState, round_: int) -> ServerState:
         """Move mean(B) A into the base model."""
         from fedtune.lora import product

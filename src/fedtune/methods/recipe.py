@@ -157,7 +157,8 @@ class Recipe:
         settings = self.config.robust
         if settings.rule == "none" and settings.clip_norm == "none":
             return list(updates)
-        table = gram(self._changes(updates, state))
+        # a method may draw what is frozen from the round's number, and rounds may have been skipped since the last step
+        table = gram(self._changes(updates, replace(state, round=round_ - 1)))
         weights = torch.tensor([float(u.examples) for u in updates], dtype=table.dtype)
         if settings.rule != "none":
             weights = robust.RULES[settings.rule](table, weights, settings)
