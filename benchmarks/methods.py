@@ -120,7 +120,7 @@ def row(lines: list[dict[str, Any]], fedit: dict[str, Any]) -> str:
     up, down = (statistics.mean(line[key] / fedit[key] for line in lines) for key in ("bytes_up", "bytes_down"))
     server = statistics.median(line["server_ms"] for line in lines)
     score = interval([line["score"] for line in lines]) + (" (own models)" if kind.personalised else "")
-    return f"| `{kind.name}` | {score} | {up:.2f} | {down:.2f} | {server:.0f} | {shown} |"
+    return f"| `{kind.name}` | {score} | {len(lines)} | {up:.2f} | {down:.2f} | {server:.0f} | {shown} |"
 
 
 def table(lines: list[dict[str, Any]], command: str) -> str:
@@ -138,8 +138,8 @@ def table(lines: list[dict[str, Any]], command: str) -> str:
         f"model scores {interval(list(bases.values()))}. Bytes are relative to `fedit`'s. ± is Student's 95 % interval",
         "over the seeds: with so few it is wide, and nothing here ranks methods whose intervals overlap.",
         "",
-        "| method | accuracy | bytes up | bytes down | server, ms a round | largest aggregation error |",
-        "|---|---|---|---|---|---|",
+        "| method | accuracy | seeds | bytes up | bytes down | server, ms a round | largest aggregation error |",
+        "|---|---|---|---|---|---|---|",
     ]
     return "\n".join([*head, *(row(found, fedit) for found in known if found), ""])
 
