@@ -1,7 +1,8 @@
 """What methods share that move the base model: each round's change is a low-rank side adapter, downloaded once.
 
-A client keeps the side adapters it has; the server remembers until which round that is and sends only what came
-later, or everything after a compression. Nothing is ever folded into the base model's weights.
+A client keeps the side adapters it has, and how many columns it had in each of its rounds. The server remembers the
+last round of which it has a client's answer and sends what came later, or everything after a compression; what a client
+got in a round whose answer was lost it leaves out again. Nothing is ever folded into the base model's weights.
 """
 
 from __future__ import annotations
@@ -22,13 +23,18 @@ if TYPE_CHECKING:
     from fedtune.lora.product import Product
     from fedtune.lora.state import AdapterState
 
-_SEEN, _SINCE = "base/seen", "base/since"
+_SEEN, _SINCE, _HELD = "base/seen", "base/since", "base/held"
 _SIDES = (".base_A.weight", ".base_B.weight")
 
 
 def is_side(name: str) -> bool:
     """Tell whether a tensor is part of a side adapter."""
     return name.endswith(_SIDES)
+
+
+def is_kept(name: str) -> bool:
+    """Tell whether a tensor is what a client keeps of its side adapters."""
+    return is_side(name) or name == _HELD
 
 
 class MovesBase(Method):
@@ -59,21 +65,39 @@ class MovesBase(Method):
         from fedtune.lora import base_delta, product
 
         new = dict(download)
-        whole = int(new.pop(_SINCE)) == 0
-        own = {n: new.pop(n) for n in list(new) if is_side(n)}
-        pieces = [base_delta.from_side_tensors(t) for t in ([] if whole else [kept]) + [own]]
+        since = int(new.pop(_SINCE))
+        own = base_delta.from_side_tensors({n: new.pop(n) for n in list(new) if is_side(n)})
+        pieces = [self._held(kept, since, sorted(layout)), own] if since else [own]
         paths = dict.fromkeys(path for p in pieces for path in p)
         joined = {path: product.total(*(p[path] for p in pieces if path in p)) for path in paths}
         return {**super().begin(layout, new, {}, round_), **base_delta.side_tensors(joined)}
 
     def fit(self, local: Local, start: Tensors) -> Fitted:
         """Train the adapter beside the frozen side adapters, and keep those."""
-        fitted = super().fit(local, start)
-        return Fitted(fitted.payload, {**fitted.kept, **{n: t for n, t in start.items() if is_side(n)}})
+        import torch
 
-    def _seen(self, state: ServerState) -> dict[int, int]:
-        table = state.extra.get(_SEEN)
-        return {} if table is None else {int(client): int(round_) for client, round_ in table}
+        from fedtune.lora import base_delta
+
+        fitted = super().fit(local, start)
+        columns = {path: p.inner for path, p in base_delta.from_side_tensors(start).items()}
+        row = torch.tensor([[local.round, *(columns.get(path, 0) for path in sorted(local.layout))]])
+        held = torch.cat([local.kept[_HELD], row]) if _HELD in local.kept else row
+        sides = {n: t for n, t in start.items() if is_side(n)}
+        return Fitted(fitted.payload, {**fitted.kept, **sides, _HELD: held})
+
+    def _held(self, kept: Tensors, round_: int, paths: Sequence[str]) -> dict[str, Product]:
+        """Return the side adapters a client had in one of its rounds: the first columns of what it has."""
+        from fedtune.lora import base_delta
+        from fedtune.lora.product import Product
+
+        row = next(row.tolist() for row in kept[_HELD].flip(0) if int(row[0]) == round_)
+        have = base_delta.from_side_tensors(kept)
+        columns = zip(paths, row[1:], strict=True)
+        return {p: Product(have[p].left[:, :n], have[p].right[:n]) for p, n in columns if n}
+
+    def _seen(self, state: ServerState) -> dict[int, tuple[int, int]]:
+        """Return for each client the last round it answered, and the state's round then."""
+        return {int(client): (int(last), int(then)) for client, last, then in state.extra.get(_SEEN, ())}
 
     def view(self, state: ServerState, client: int) -> dict[str, Tensor]:
         """Send the adapter, and the side adapters this client has not had yet."""
@@ -81,12 +105,12 @@ class MovesBase(Method):
 
         from fedtune.lora import base_delta
 
-        seen = self._seen(state).get(client, 0)
+        last, then = self._seen(state).get(client, (0, 0))
         # a piece older than what the client has seen is still there, so nothing was compressed since
-        since = seen if state.base and state.base[0].round <= seen else 0
-        new = base_delta.join([p for p in state.base if p.round > since])
+        known = bool(state.base) and state.base[0].round <= then
+        new = base_delta.join([p for p in state.base if p.round > (then if known else 0)])
         sides = base_delta.side_tensors(new)
-        return {**self.shared(state, client), **sides, _SINCE: torch.tensor(since)}
+        return {**self.shared(state, client), **sides, _SINCE: torch.tensor(last if known else 0)}
 
     def shared(self, state: ServerState, client: int) -> dict[str, Tensor]:
         """Return the part of the adapter that is downloaded beside the side adapters."""
@@ -106,6 +130,6 @@ class MovesBase(Method):
         from fedtune.lora.base_delta import append
 
         base = append(state.base, round_, products, self.base_rank)
-        seen = self._seen(state) | {u.client: state.round for u in updates if u.client >= 0}
-        table = torch.tensor(sorted(seen.items()), dtype=torch.int64).reshape(-1, 2)
+        seen = self._seen(state) | {u.client: (round_, state.round) for u in updates if u.client >= 0}
+        table = torch.tensor([(c, *seen[c]) for c in sorted(seen)], dtype=torch.int64).reshape(-1, 3)
         return replace(state, adapter=adapter, round=round_, base=base, extra={**state.extra, _SEEN: table})

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Literal, cast
 from pydantic import Field
 
 from fedtune.methods.base import ClientUpdate, ServerState, Sizes
-from fedtune.methods.base_delta import MovesBase, is_side
+from fedtune.methods.base_delta import MovesBase, is_kept
 from fedtune.methods.local import Fitted, Local, Tensors
 from fedtune.types import derive_seed
 
@@ -71,7 +71,7 @@ class FedASK(MovesBase):
 
         if local.phase == 2:
             own = {n.removeprefix(_OWN): t for n, t in local.kept.items() if n.startswith(_OWN)}
-            kept = {n: t for n, t in local.kept.items() if is_side(n)}
+            kept = {n: t for n, t in local.kept.items() if is_kept(n)}
             bases = {n.removeprefix(_Q): t for n, t in start.items()}
             return Fitted(self.second(with_tensors(local.layout, own), bases), kept)
         fitted = super().fit(local, start)
