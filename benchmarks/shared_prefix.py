@@ -19,7 +19,7 @@ from fedtune.cli.settings import CHECKS
 from fedtune.config import load
 from fedtune.models import adapter
 from fedtune.models import load as models
-from fedtune.training.local import label_loss
+from fedtune.training.loss import label_loss
 from fedtune.training.workload import encode_shards
 from fedtune.training.workload import load as load_data
 

@@ -14,10 +14,12 @@ from fedtune.config.schema import ModelSettings
 from fedtune.data.encode import Encoded
 from fedtune.lora.state import to_tensors
 from fedtune.models.adapter import AdaptedModel, attach
-from fedtune.models.attention import pack, packed_logits
+from fedtune.models.attention import packed_logits
+from fedtune.models.packing import Span, pack
 from fedtune.models.load import load
 from fedtune.training import schedule
-from fedtune.training.local import LocalWork, label_loss, micro_batches
+from fedtune.training.local import LocalWork
+from fedtune.training.loss import label_loss, micro_batches
 
 
 def _example(seed: int, length: int, labels: int) -> Encoded:
@@ -104,13 +106,12 @@ def test_no_text_sees_its_neighbour(config: Config) -> None:
 
 def test_a_shared_prefix_is_laid_out_once() -> None:
     row = pack([[1] * 9 + [2, 3], [1] * 9 + [4], [1] * 9 + [5, 6, 7]], share_prefix=True)
-    assert row.prefix == 9
     assert row.ids == [1] * 9 + [2, 3, 4, 5, 6, 7]
     assert row.positions == [*range(9), 9, 10, 9, 9, 10, 11]
-    assert row.borders == (0, 9, 11, 12, 15)
+    assert row.spans == (Span(0, 9), Span(9, 11, (0, 9)), Span(11, 12, (0, 9)), Span(12, 15, (0, 9)))
     assert [row.ids[i] for i in row.place] == [1] * 9 + [2, 3] + [1] * 9 + [4] + [1] * 9 + [5, 6, 7]
-    assert pack([[1, 2], [1, 2]], share_prefix=True).prefix == 0
-    assert pack([[1] * 20], share_prefix=True).prefix == 0
+    assert pack([[1, 2], [1, 2]], share_prefix=True).spans == (Span(0, 2), Span(2, 4))
+    assert pack([[1] * 20], share_prefix=True).spans == (Span(0, 20),)
 
 
 def test_micro_batches_keep_order_and_limit() -> None:

@@ -22,6 +22,7 @@ from fedtune.lora.state import (
     to_tensors,
     with_tensors,
 )
+from fedtune.models.dropout import KeyedDropout, Keys
 from fedtune.models.folder import CONFIG, WEIGHTS, read_folder
 from fedtune.models.load import LoadedModel
 from fedtune.models.sides import Sides, is_side
@@ -39,6 +40,7 @@ class AdaptedModel:
         layout: the adapter as it was attached: initial values, shapes, scales and orientation.
         layers: PEFT's layers by path.
         sides: what methods put beside the adapter.
+        keys: of the tokens in a pass, by which dropout is drawn.
     """
 
     base: LoadedModel
@@ -47,6 +49,7 @@ class AdaptedModel:
     layout: AdapterState
     layers: Mapping[str, Any]
     sides: Sides
+    keys: Keys
 
     def state(self) -> AdapterState:
         """Return a copy of the adapter as it is now, on the CPU."""
@@ -207,9 +210,12 @@ def attach(base: LoadedModel, settings: LoraSettings, seed: int) -> AdaptedModel
     model.peft_config["default"].base_model_name_or_path = base.name
     model.peft_config["default"].revision = base.revision
     layers = {path: m for path, m in model.get_base_model().named_modules() if hasattr(m, "lora_A")}
-    sides = Sides(layers)
+    sides, keys = Sides(layers), Keys()
     model.fedtune_sides = sides
-    return AdaptedModel(base, model, slots, _layout(layers, slots, settings), layers, sides)
+    if settings.dropout:
+        for number, layer in enumerate(layers.values()):
+            layer.lora_dropout["default"] = KeyedDropout(settings.dropout, number, keys)
+    return AdaptedModel(base, model, slots, _layout(layers, slots, settings), layers, sides, keys)
 
 
 def detach(adapted: AdaptedModel) -> LoadedModel:

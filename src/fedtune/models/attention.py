@@ -1,16 +1,15 @@
 """Several texts in one unpadded row: attention is cut at their borders, so no token ever sees a neighbour's.
 
-Registered with transformers as the attention `fedtune_packed`; outside a packed pass it is plain SDPA.
+Registered with transformers as the attention `fedtune_packed`; outside a packed pass it is plain SDPA. Within one, texts
+of similar length attend together in dense batches, or, on a GPU in 16 bits, all at once in the variable-length kernel.
 """
 
 from __future__ import annotations
 
 import contextlib
 import inspect
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextvars import ContextVar
-from dataclasses import dataclass
-from itertools import pairwise
 from typing import Any
 
 import torch
@@ -18,26 +17,36 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fedtune.models import sides
+from fedtune.models.packing import Batch, PackedRow, Plan, pack
 
 NAME = "fedtune_packed"
-MIN_PREFIX = 8
 _packing: ContextVar[bool] = ContextVar("packing", default=False)
 
 
-def _visible(length: int, before: int, window: int | None, device: torch.device) -> Tensor | None:
-    """Return which keys each query sees, as bool [length, before + length]; None where plain causal will do.
+class _Arrange(torch.autograd.Function):
+    """Take rows of `x` in another order, rows of zeros where an index is len(x); and back in the backward pass."""
 
-    Args:
-        length: queries of this text (or suffix).
-        before: keys of a shared prefix that stand before them.
-        window: of sliding-window attention.
-    """
-    if before == 0 and (window is None or length <= window):
-        return None
-    place = torch.arange(before, before + length, device=device)[:, None]
-    key = torch.arange(before + length, device=device)[None]
-    seen = key <= place
-    return seen if window is None else seen & (key > place - window)
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, there: Tensor, back: Tensor) -> Tensor:
+        ctx.save_for_backward(there, back)
+        return _taken(x, there)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+        _, back = ctx.saved_tensors
+        return _taken(grad, back), None, None
+
+
+def _taken(x: Tensor, index: Tensor) -> Tensor:
+    return torch.cat([x, x.new_zeros(1, *x.shape[1:])]).index_select(0, index)
+
+
+def arranged(x: Tensor, there: Tensor | None, back: Tensor | None) -> Tensor:
+    """Return the rows of `x` in another order (see `packing.Plan`), gradients included; as they are without one."""
+    if there is None or back is None:
+        return x
+    moved: Tensor = _Arrange.apply(x, there, back)  # type: ignore[no-untyped-call]
+    return moved
 
 
 def _capped(query: Tensor, key: Tensor, value: Tensor, scale: float, cap: float, mask: Tensor | None) -> Tensor:
@@ -52,12 +61,12 @@ def _capped(query: Tensor, key: Tensor, value: Tensor, scale: float, cap: float,
     return weights @ value
 
 
-def _one_text(query: Tensor, key: Tensor, value: Tensor, scale: float, dropout: float, extra: dict[str, Any]) -> Tensor:
-    length, before = query.shape[-2], key.shape[-2] - query.shape[-2]
-    mask = _visible(length, before, extra.get("sliding_window"), query.device)
-    if extra.get("softcap"):
-        return _capped(query, key, value, scale, float(extra["softcap"]), mask)
-    grouped = query.shape[1] != key.shape[1]
+def _dense(
+    query: Tensor, key: Tensor, value: Tensor, scale: float, dropout: float, mask: Tensor | None, softcap: float
+) -> Tensor:
+    """Attend in a batch of texts, [texts, heads, tokens, head_dim]."""
+    if softcap:
+        return _capped(query, key, value, scale, softcap, mask)
     return F.scaled_dot_product_attention(
         query,
         key,
@@ -66,8 +75,73 @@ def _one_text(query: Tensor, key: Tensor, value: Tensor, scale: float, dropout: 
         is_causal=mask is None,
         scale=scale,
         dropout_p=dropout,
-        enable_gqa=grouped,
+        enable_gqa=query.shape[1] != key.shape[1],
     )
+
+
+def _in_batches(
+    query: Tensor, key: Tensor, value: Tensor, plan: Plan, scale: float, dropout: float, extra: dict[str, Any]
+) -> Tensor:
+    """Attend text by text in dense batches: [tokens, heads, head_dim] each, and so the result."""
+    moved = [arranged(states, plan.there, plan.back) for states in (query, key, value)]
+    window, softcap = extra.get("sliding_window"), float(extra.get("softcap") or 0.0)
+
+    def own(states: Tensor, batch: Batch) -> Tensor:
+        part = states[batch.first : batch.first + batch.count * batch.length]
+        return part.view(batch.count, batch.length, *states.shape[1:])
+
+    def seen(states: Tensor, row: Tensor, batch: Batch) -> Tensor:
+        before = row[batch.prefix[0] : batch.prefix[1]]
+        mine = own(states, batch)
+        return torch.cat([before.expand(batch.count, *before.shape), mine], dim=1) if len(before) else mine
+
+    parts = []
+    for batch in plan.batches:
+        heads = (own(moved[0], batch), seen(moved[1], key, batch), seen(moved[2], value, batch))
+        q, k, v = (states.transpose(1, 2) for states in heads)
+        made = _dense(q, k, v, scale, dropout, plan.mask(batch, window), softcap)
+        parts.append(made.transpose(1, 2).flatten(0, 1))
+    joined = torch.cat(parts) if len(parts) > 1 else parts[0]
+    return arranged(joined, plan.back, plan.there)
+
+
+def varlen_kernel() -> Callable[..., Any] | None:
+    """Return torch's variable-length attention (flash attention, CUDA), where this torch has it."""
+    try:
+        from torch.nn.attention.varlen import varlen_attn
+    except ImportError:
+        return None
+    found: Callable[..., Any] = varlen_attn
+    return found
+
+
+def _at_once(
+    kernel: Callable[..., Any], query: Tensor, key: Tensor, value: Tensor, plan: Plan, scale: float, window: int | None
+) -> Tensor:
+    """Attend in all texts by one call: [tokens, heads, head_dim] each, and so the result.
+
+    The kernel aligns its causal mask at the end, so queries behind a shared prefix see all of it.
+    """
+    lengths = plan.ragged
+    if lengths.tokens is not None:
+        key, value = key.index_select(0, lengths.tokens), value.index_select(0, lengths.tokens)
+    made: Tensor = kernel(
+        query,
+        key,
+        value,
+        lengths.queries,
+        lengths.keys,
+        *lengths.longest,
+        scale=scale,
+        window_size=(-1 if window is None else window - 1, 0),
+        enable_gqa=query.shape[1] != key.shape[1],
+    )
+    return made
+
+
+def _fits_kernel(query: Tensor, dropout: float, extra: dict[str, Any]) -> bool:
+    half = query.dtype in (torch.float16, torch.bfloat16)
+    return query.is_cuda and half and dropout == 0 and not extra.get("softcap")
 
 
 def _attention(
@@ -78,31 +152,25 @@ def _attention(
     attention_mask: Tensor | None,
     scaling: float | None = None,
     dropout: float = 0.0,
-    borders: Sequence[int] | None = None,
-    prefix: int = 0,
+    plan: Plan | None = None,
     **extra: Any,
 ) -> tuple[Tensor, None]:
     """Attend inside each text. query [1, heads, tokens, head_dim] -> [1, tokens, heads, head_dim]."""
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5
-    if borders is None and extra.get("softcap"):
+    if plan is None and extra.get("softcap"):
         return _capped(query, key, value, scale, float(extra["softcap"]), attention_mask).transpose(1, 2), None
-    if borders is None:
+    if plan is None:
         from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
         plain: tuple[Tensor, None] = sdpa_attention_forward(
             module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **extra
         )
         return plain
-
-    def seen(states: Tensor, a: int, b: int) -> Tensor:
-        own = states[:, :, a:b]
-        return torch.cat([states[:, :, :prefix], own], dim=2) if prefix and a >= prefix else own
-
-    texts = [
-        _one_text(query[:, :, a:b], seen(key, a, b), seen(value, a, b), scale, dropout, extra)
-        for a, b in pairwise(borders)
-    ]
-    return torch.cat(texts, dim=2).transpose(1, 2).contiguous(), None
+    rows = [states[0].transpose(0, 1) for states in (query, key, value)]
+    kernel = varlen_kernel() if _fits_kernel(query, dropout, extra) else None
+    if kernel is not None:
+        return _at_once(kernel, rows[0], rows[1], rows[2], plan, scale, extra.get("sliding_window"))[None], None
+    return _in_batches(rows[0], rows[1], rows[2], plan, scale, dropout, extra)[None], None
 
 
 def _mask(*args: Any, **kwargs: Any) -> Any:
@@ -129,73 +197,56 @@ def _packed_pass() -> Iterator[None]:
         _packing.reset(token)
 
 
-@dataclass(frozen=True)
-class PackedRow:
-    """Several texts as one row.
-
-    Attributes:
-        ids, positions: of each token in the row.
-        borders: where texts begin and end; with a prefix, the first stretch is the prefix itself.
-        prefix: tokens shared by all texts, computed once; 0 for none.
-        place: position in the texts joined end to end -> position in the row.
-    """
-
-    ids: list[int]
-    positions: list[int]
-    borders: tuple[int, ...]
-    prefix: int
-    place: list[int]
-
-
-def _common(texts: Sequence[Sequence[int]]) -> int:
-    """Return how many tokens all texts begin with, leaving each at least one of its own."""
-    shortest = min(map(len, texts)) - 1
-    return next((i for i in range(shortest) if len({t[i] for t in texts}) > 1), max(shortest, 0))
-
-
-def pack(texts: Sequence[Sequence[int]], *, share_prefix: bool = False) -> PackedRow:
-    """Lay texts out in one row.
-
-    Args:
-        texts: token ids, each at least one.
-        share_prefix: compute what all texts begin with only once. Exact, gradients included, as long as
-            nothing random (dropout) tells the copies apart.
-    """
-    common = _common(texts) if share_prefix and len(texts) > 1 else 0
-    prefix = common if common >= MIN_PREFIX else 0
-    ids, positions = list(texts[0][:prefix]), list(range(prefix))
-    borders = [0, prefix] if prefix else [0]
-    place: list[int] = []
-    for text in texts:
-        place += range(prefix)
-        place += range(len(ids), len(ids) + len(text) - prefix)
-        ids += text[prefix:]
-        positions += range(prefix, len(text))
-        borders.append(len(ids))
-    return PackedRow(ids, positions, tuple(borders), prefix, place)
+def run_row(model: Any, row: PackedRow, **options: Any) -> Any:
+    """Run a packed row through a causal language model loaded with this attention, bare or wrapped by PEFT."""
+    device = next(model.parameters()).device
+    with _packed_pass():
+        return model(
+            input_ids=torch.tensor([row.ids], device=device),
+            position_ids=torch.tensor([row.positions], device=device),
+            plan=Plan(row.spans, device),
+            use_cache=False,
+            **options,
+        )
 
 
 def text_features(model: Any, texts: Sequence[Sequence[int]]) -> Tensor:
     """Return the base model's last hidden state at the end of each text [texts, hidden], adapters left out."""
-    device = next(model.parameters()).device
     row = pack(texts)
     mixer = sides.of(model)
     with torch.no_grad(), contextlib.ExitStack() as during:
         if mixer is not None:
             during.enter_context(model.disable_adapter())
             during.enter_context(mixer.off())
-        during.enter_context(_packed_pass())
-        output = model(
-            input_ids=torch.tensor([row.ids], device=device),
-            position_ids=torch.tensor([row.positions], device=device),
-            borders=row.borders,
-            prefix=0,
-            use_cache=False,
-            output_hidden_states=True,
-        )
-    ends = torch.tensor(row.borders[1:], device=device) - 1
-    hidden: Tensor = output.hidden_states[-1][0, ends]
-    return hidden
+        output = run_row(model, row, output_hidden_states=True)
+    last: Tensor = output.hidden_states[-1]
+    return last[0, torch.tensor([span.end - 1 for span in row.spans], device=last.device)]
+
+
+def row_logits(model: Any, row: PackedRow, keep: Sequence[int]) -> Tensor:
+    """Run a packed row and return the logits [len(keep), vocabulary] at places in the texts joined end to end."""
+    device = next(model.parameters()).device
+    index = torch.tensor([row.place[i] for i in keep], dtype=torch.long, device=device)
+    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    direct = "logits_to_keep" in inspect.signature(inner.forward).parameters
+    output = run_row(model, row, **({"logits_to_keep": index} if direct else {}))
+    logits: Tensor = output.logits[0]
+    return logits if direct else logits[index]
+
+
+@contextlib.contextmanager
+def text_weights(model: Any, texts: Sequence[Sequence[int]]) -> Iterator[bool]:
+    """Weigh a second adapter for each text of a pass, where there is one and its weight depends on the text.
+
+    Yields whether texts may share what they begin with: not if it differs between them.
+    """
+    mixer = sides.of(model)
+    if mixer is None or not mixer.per_text:
+        yield True
+        return
+    lengths = torch.tensor([len(t) for t in texts], device=next(model.parameters()).device)
+    with mixer.mixed(lambda: text_features(model, texts), lambda w: w.repeat_interleave(lengths)[None, :, None]):
+        yield False
 
 
 def packed_logits(
@@ -212,27 +263,5 @@ def packed_logits(
     Returns:
         Logits [len(keep), vocabulary].
     """
-    device = next(model.parameters()).device
-    mixer = sides.of(model)
-    apart = mixer is not None and mixer.per_text  # then what is shared by two texts would differ between them
-    row = pack(texts, share_prefix=share_prefix and not apart)
-    index = torch.tensor([row.place[i] for i in keep], dtype=torch.long, device=device)
-    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
-    direct = "logits_to_keep" in inspect.signature(inner.forward).parameters
-    with contextlib.ExitStack() as during:
-        if mixer is not None and apart:
-            lengths = torch.tensor([len(t) for t in texts], device=device)
-            during.enter_context(
-                mixer.mixed(lambda: text_features(model, texts), lambda w: w.repeat_interleave(lengths)[None, :, None])
-            )
-        during.enter_context(_packed_pass())
-        output = model(
-            input_ids=torch.tensor([row.ids], device=device),
-            position_ids=torch.tensor([row.positions], device=device),
-            borders=row.borders,
-            prefix=row.prefix,
-            use_cache=False,
-            **({"logits_to_keep": index} if direct else {}),
-        )
-    logits: Tensor = output.logits[0]
-    return logits if direct else logits[index]
+    with text_weights(model, texts) as shareable:
+        return row_logits(model, pack(texts, share_prefix=share_prefix and shareable), keep)

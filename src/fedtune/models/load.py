@@ -17,7 +17,7 @@ from fedtune.config.schema import ModelSettings
 from fedtune.data.hub import guarded
 from fedtune.data.packages import SMOLLM2, Package, read_wheel
 from fedtune.io import cache_dir, file_sha256, read_json
-from fedtune.models import attention
+from fedtune.models import attention, lean
 from fedtune.models.zoo import is_local, zoo
 from fedtune.types import ModelError
 
@@ -188,6 +188,7 @@ def load(settings: ModelSettings, device: str | None = None) -> LoadedModel:
     disarm_cpu_4bit(model)
     model.requires_grad_(False)
     model.eval()
+    lean.slim(model)
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return LoadedModel(model, tokenizer, settings.name, _revision(settings, source, model))

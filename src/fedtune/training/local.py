@@ -1,15 +1,11 @@
-"""One client's local training in one round: its own optimiser, fresh; the base model stays where it is."""
+"""One client's local work of one round, as methods see it; the base model stays where it is."""
 
 from __future__ import annotations
 
-import contextlib
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from fedtune.config import Config
@@ -17,109 +13,13 @@ from fedtune.data.encode import Encoded
 from fedtune.lora.state import AdapterState
 from fedtune.methods.local import Tensors, Term
 from fedtune.models.adapter import AdaptedModel
-from fedtune.models.attention import packed_logits, text_features
+from fedtune.models.attention import text_features
 from fedtune.training import schedule
+from fedtune.training.executor import Executor, Extras, Sequential, Work, backpropagate, place
+from fedtune.training.loss import joint_loss, passes
 from fedtune.types import derive_seed
 
 OnStep = Callable[[int, int, float], None]
-Slots = Mapping[str, torch.nn.Parameter]
-
-
-def micro_batches(examples: Sequence[Encoded], limit: int) -> Iterator[list[Encoded]]:
-    """Cut a step's examples into runs of at most `limit` tokens (a longer single one stands alone)."""
-    run: list[Encoded] = []
-    size = 0
-    for example in examples:
-        if run and size + len(example.ids) > limit:
-            yield run
-            run, size = [], 0
-        run.append(example)
-        size += len(example.ids)
-    if run:
-        yield run
-
-
-def label_loss(model: Any, examples: Sequence[Encoded], *, share_prefix: bool = False) -> Tensor:
-    """Return the summed cross-entropy of all labels; logits exist only where a label is predicted.
-
-    `share_prefix` computes the prompt's common beginning once: exact without dropout, not with it.
-    """
-    keep: list[int] = []
-    targets: list[int] = []
-    offset = 0
-    for example in examples:
-        keep += range(offset + example.start - 1, offset + len(example.ids) - 1)
-        targets += example.ids[example.start :]
-        offset += len(example.ids)
-    logits = packed_logits(model, [e.ids for e in examples], keep, share_prefix=share_prefix).float()
-    return F.cross_entropy(logits, torch.tensor(targets, device=logits.device), reduction="sum")
-
-
-def step_loss(model: Any, examples: Sequence[Encoded], limit: int, *, share_prefix: bool) -> float:
-    """Backpropagate the mean loss over all labels of a step, whatever the micro-batches; return it."""
-    labels = sum(e.labels for e in examples)
-    total = 0.0
-    for run in micro_batches(examples, limit):
-        loss = label_loss(model, run, share_prefix=share_prefix) / labels
-        loss.backward()  # type: ignore[no-untyped-call]
-        total += loss.item()
-    return total
-
-
-def _select(slots: Slots, names: Sequence[str]) -> dict[str, torch.nn.Parameter]:
-    """Switch gradients on for what is trained, and off for the rest."""
-    wanted = set(names)
-    for name, parameter in slots.items():
-        parameter.grad = None
-        parameter.requires_grad_(name in wanted)
-    return {name: slots[name] for name in names}
-
-
-def _optimizer(chosen: Slots, config: Config, rate: float) -> torch.optim.Optimizer:
-    train = config.train
-    if train.optimizer == "sgd":
-        return torch.optim.SGD(chosen.values(), lr=rate, weight_decay=train.weight_decay)
-    return torch.optim.AdamW(
-        chosen.values(),
-        lr=rate,
-        betas=(train.adam_beta1, train.adam_beta2),
-        eps=train.adam_epsilon,
-        weight_decay=train.weight_decay,
-    )
-
-
-@contextlib.contextmanager
-def _training(model: Any, checkpointing: bool) -> Iterator[None]:
-    """Put the model into training mode, with activations recomputed if asked, and back again."""
-    model.train()
-    if checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    try:
-        yield
-    finally:
-        if checkpointing:
-            model.gradient_checkpointing_disable()
-        model.eval()
-
-
-@dataclass(frozen=True)
-class Extras:
-    """What a method adds to plain steps: a term of the loss, masks and corrections of gradients, by name."""
-
-    term: Term | None = None
-    masks: Tensors | None = None
-    correction: Tensors | None = None
-
-    def apply(self, chosen: Slots) -> None:
-        """Change the gradients that a step's loss has left."""
-        extra = self.term(chosen) if self.term else None
-        if extra is not None:
-            extra.backward()  # type: ignore[no-untyped-call]
-        for table, change in ((self.correction, torch.Tensor.add_), (self.masks, torch.Tensor.mul_)):
-            for name, value in (table or {}).items():
-                grad = chosen[name].grad if name in chosen else None
-                if grad is not None:
-                    change(grad, value.to(grad.device, grad.dtype))
 
 
 class LocalWork:
@@ -133,6 +33,7 @@ class LocalWork:
         config: the run's settings.
         key: (client, round, exchange); with the seed it keys every random draw, so the result depends on nothing else.
         on_step: called with (client, tokens, loss) after each optimiser step.
+        executor: makes the optimiser steps; one client after the other by default.
     """
 
     def __init__(
@@ -144,8 +45,10 @@ class LocalWork:
         config: Config,
         key: tuple[int, int, int],
         on_step: OnStep | None = None,
+        executor: Executor | None = None,
     ) -> None:
         self._adapted, self._shard, self._config, self._on_step = adapted, shard, config, on_step
+        self._executor = executor or Sequential(adapted)
         self.client, self.round, self.phase = key
         self.layout, self.kept = layout, kept
         self.rate = schedule.learning_rate(config.train, self.round, config.federation.rounds)
@@ -160,9 +63,8 @@ class LocalWork:
         """How many different examples the round's steps have."""
         return len({i for rows in self.plan for i in rows})
 
-    def _place(self, start: Tensors, names: Sequence[str]) -> dict[str, torch.nn.Parameter]:
-        self._adapted.load(start)
-        return _select({**self._adapted.slots, **self._adapted.sides.parameters()}, names)
+    def _examples(self, step: int) -> list[Encoded]:
+        return [self._shard[i] for i in self.plan[step]]
 
     def train(
         self,
@@ -173,30 +75,24 @@ class LocalWork:
         correction: Tensors | None = None,
     ) -> dict[str, Tensor]:
         """Make the round's optimiser steps on `names` and return all tensors of the model afterwards."""
-        chosen = self._place(start, names)
         more = (self.passes,) if self.passes else ()
-        torch.manual_seed(derive_seed(self._config.seed, "dropout", self.client, self.round, *more))
         self.passes += 1
-        with _training(self._adapted.model, self._config.train.gradient_checkpointing):
-            self._run(chosen, Extras(term, masks, correction))
-        return self._adapted.read(start)
+        work = Work(
+            start,
+            names,
+            [self._examples(step) for step in range(self.steps)],
+            self.rate,
+            self._config.train,
+            derive_seed(self._config.seed, "dropout", self.client, self.round, *more),
+            self._exact,
+            Extras(term, masks, correction),
+            self._report,
+        )
+        return self._executor.run(work)
 
-    def _run(self, chosen: Slots, extras: Extras) -> None:
-        """Make the optimiser steps: loss, the method's extras, clipping, the step."""
-        optimizer = _optimizer(chosen, self._config, self.rate)
-        for rows in self.plan:
-            examples = [self._shard[i] for i in rows]
-            optimizer.zero_grad(set_to_none=True)
-            loss = self._step_loss(examples)
-            extras.apply(chosen)
-            torch.nn.utils.clip_grad_norm_(chosen.values(), self._config.train.max_grad_norm)
-            optimizer.step()
-            self._report(examples, loss)
-
-    def _step_loss(self, examples: Sequence[Encoded]) -> float:
-        exact = self._config.lora.dropout == 0
-        limit = self._config.train.max_tokens_per_forward
-        return step_loss(self._adapted.model, examples, limit, share_prefix=exact)
+    @property
+    def _exact(self) -> bool:
+        return self._config.lora.dropout == 0
 
     def _report(self, examples: Sequence[Encoded], loss: float) -> None:
         tokens = sum(len(e.ids) for e in examples)
@@ -207,15 +103,15 @@ class LocalWork:
 
     def gradients(self, at: Tensors, names: Sequence[str]) -> dict[str, Tensor]:
         """Return the gradient of the round's first step at a point."""
-        chosen = self._place(at, names)
-        examples = [self._shard[i] for i in self.plan[0]]
-        self._report(examples, self._step_loss(examples))
+        chosen = place(self._adapted, at, names)
+        examples = self._examples(0)
+        self._report(examples, backpropagate(self._adapted, examples, self._config.train, exact=self._exact))
         return {n: (torch.zeros_like(p) if p.grad is None else p.grad).to("cpu", copy=True) for n, p in chosen.items()}
 
     @torch.no_grad()
     def losses(self, step: int, points: Sequence[Tensors]) -> list[float]:
         """Return the loss of one of the round's steps at several points, without gradients."""
-        examples = [self._shard[i] for i in self.plan[step]]
+        examples = self._examples(step)
         found = []
         for point in points:
             self._adapted.load(point)
@@ -225,9 +121,8 @@ class LocalWork:
 
     def _plain_loss(self, examples: Sequence[Encoded]) -> float:
         limit = self._config.train.max_tokens_per_forward
-        runs = micro_batches(examples, limit)
-        total = sum(label_loss(self._adapted.model, run, share_prefix=True).item() for run in runs)
-        return total / sum(e.labels for e in examples)
+        runs = (list(parts.values()) for parts in passes([examples], [0], limit))
+        return sum(sum(joint_loss(self._adapted.model, parts, share_prefix=True)[1]) for parts in runs)
 
     def features(self, count: int) -> Tensor:
         """Return the base model's last hidden state [count, hidden] at the end of the first examples' prompts."""

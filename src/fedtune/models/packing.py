@@ -1,0 +1,217 @@
+"""How several texts lie in one unpadded row, and how attention over that row is cut into dense batches."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import Any
+
+import torch
+from torch import Tensor
+
+MIN_PREFIX = 8
+# what one more call of an attention kernel costs, in pairs of a query and a key that could be computed instead
+CALL = {"cpu": 8192, "cuda": 2**20}
+
+
+@dataclass(frozen=True)
+class Span:
+    """One text's own tokens [start, end) of a row; it also sees the tokens of `prefix` [start, end) before them."""
+
+    start: int
+    end: int
+    prefix: tuple[int, int] = (0, 0)
+
+    @property
+    def length(self) -> int:
+        """Tokens of its own."""
+        return self.end - self.start
+
+    @property
+    def before(self) -> int:
+        """Tokens of the prefix."""
+        return self.prefix[1] - self.prefix[0]
+
+    def moved(self, by: int) -> Span:
+        """Return the same span further on in a row."""
+        return Span(self.start + by, self.end + by, (self.prefix[0] + by, self.prefix[1] + by))
+
+
+@dataclass(frozen=True)
+class PackedRow:
+    """Several texts as one row.
+
+    Attributes:
+        ids, positions: of each token in the row.
+        spans: which tokens belong together, in the order they stand; a shared prefix is a span of its own.
+        place: position in the texts joined end to end -> position in the row.
+    """
+
+    ids: list[int]
+    positions: list[int]
+    spans: tuple[Span, ...]
+    place: list[int]
+
+
+def _common(texts: Sequence[Sequence[int]]) -> int:
+    """Return how many tokens all texts begin with, leaving each at least one of its own."""
+    shortest = min(map(len, texts)) - 1
+    return next((i for i in range(shortest) if len({t[i] for t in texts}) > 1), max(shortest, 0))
+
+
+def pack(texts: Sequence[Sequence[int]], *, share_prefix: bool = False) -> PackedRow:
+    """Lay texts out in one row.
+
+    Args:
+        texts: token ids, each at least one.
+        share_prefix: compute what all texts begin with only once. Exact, gradients included, as long as
+            nothing random (dropout) tells the copies apart.
+    """
+    common = _common(texts) if share_prefix and len(texts) > 1 else 0
+    prefix = common if common >= MIN_PREFIX else 0
+    ids, positions = list(texts[0][:prefix]), list(range(prefix))
+    spans = [Span(0, prefix)] if prefix else []
+    place: list[int] = []
+    for text in texts:
+        place += range(prefix)
+        place += range(len(ids), len(ids) + len(text) - prefix)
+        spans.append(Span(len(ids), len(ids) + len(text) - prefix, (0, prefix)))
+        ids += text[prefix:]
+        positions += range(prefix, len(text))
+    return PackedRow(ids, positions, tuple(spans), place)
+
+
+def join(rows: Sequence[PackedRow]) -> PackedRow:
+    """Lay rows end to end; nothing of one sees anything of another."""
+    offsets = [0, *accumulate(len(r.ids) for r in rows)]
+    return PackedRow(
+        [i for r in rows for i in r.ids],
+        [p for r in rows for p in r.positions],
+        tuple(s.moved(by) for r, by in zip(rows, offsets, strict=False) for s in r.spans),
+        [p + by for r, by in zip(rows, offsets, strict=False) for p in r.place],
+    )
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Texts that attend together: [count, length] queries at [first, first + count * length) of the arranged tokens."""
+
+    first: int
+    count: int
+    length: int
+    prefix: tuple[int, int]
+
+
+def batches(spans: Sequence[Span], call: int) -> list[list[Span]]:
+    """Group spans of the same prefix whose padding to the longest costs less than a call of their own.
+
+    Args:
+        spans: of a row.
+        call: the cost of a call in pairs of query and key.
+    """
+    groups: list[list[Span]] = []
+    for span in sorted(spans, key=lambda s: (s.prefix, -s.length, s.start)):
+        first = groups[-1][0] if groups else None
+        wasted = (first.length - span.length) * (first.length + span.length + span.before) if first else 0
+        if first is not None and wasted <= call and first.prefix == span.prefix:
+            groups[-1].append(span)
+        else:
+            groups.append([span])
+    return groups
+
+
+class Plan:
+    """How a row's tokens are arranged for attention; made once a pass and used by every layer.
+
+    Attributes:
+        batches: what attends together.
+        there: arranged place -> token of the row; the row's length where padding stands. None: as they are.
+        back: token of the row -> arranged place.
+        spans: the row's.
+
+    Args:
+        spans: at least one, without gaps.
+        device: where the indices are.
+        together: all in one batch, in the order they stand, whatever padding that takes.
+    """
+
+    def __init__(self, spans: Sequence[Span], device: torch.device, *, together: bool = False) -> None:
+        self.spans = tuple(spans)
+        self.batches: list[Batch] = []
+        total = spans[-1].end
+        there: list[int] = []
+        call = CALL.get(device.type, CALL["cuda"])
+        for group in [list(spans)] if together else batches(spans, call):
+            length = max(span.length for span in group)
+            self.batches.append(Batch(len(there), len(group), length, group[0].prefix))
+            for span in group:
+                there += range(span.start, span.end)
+                there += [total] * (length - span.length)
+        back = [0] * total
+        for place, token in enumerate(there):
+            if token < total:
+                back[token] = place
+        straight = there == list(range(total))
+        self.there = None if straight else torch.tensor(there, device=device)
+        self.back = None if straight else torch.tensor(back, device=device)
+        self._device = device
+        self._masks: dict[Any, Tensor | None] = {}
+        self._ragged: Ragged | None = None
+
+    def mask(self, batch: Batch, window: int | None) -> Tensor | None:
+        """Return which keys each query of a batch sees, as bool [length, before + length]; None for plain causal.
+
+        Padding stands behind every token of its text, so a causal mask hides it from them.
+        """
+        key = (batch.length, batch.prefix, window)
+        if key not in self._masks:
+            self._masks[key] = visible(batch.length, batch.prefix[1] - batch.prefix[0], window, self._device)
+        return self._masks[key]
+
+    @property
+    def ragged(self) -> Ragged:
+        """The same row for a kernel that takes texts of different lengths end to end."""
+        if self._ragged is None:
+            self._ragged = Ragged.of(self.spans, self._device)
+        return self._ragged
+
+
+def visible(length: int, before: int, window: int | None, device: torch.device) -> Tensor | None:
+    """Return which keys each query sees, as bool [length, before + length]; None where plain causal will do.
+
+    Args:
+        length: queries of this text (or suffix).
+        before: keys of a shared prefix that stand before them.
+        window: of sliding-window attention.
+    """
+    if before == 0 and (window is None or length <= window):
+        return None
+    place = torch.arange(before, before + length, device=device)[:, None]
+    key = torch.arange(before + length, device=device)[None]
+    seen = key <= place
+    return seen if window is None else seen & (key > place - window)
+
+
+@dataclass(frozen=True)
+class Ragged:
+    """Cumulative lengths of a row's texts, int32 [texts + 1], and the tokens that are keys (None: all, in order)."""
+
+    queries: Tensor
+    keys: Tensor
+    tokens: Tensor | None
+    longest: tuple[int, int]
+
+    @staticmethod
+    def of(spans: Sequence[Span], device: torch.device) -> Ragged:
+        """Describe spans that stand in order and leave no gap."""
+        own = [s.length for s in spans]
+        seen = [s.length + s.before for s in spans]
+        tokens = [i for s in spans for i in (*range(*s.prefix), *range(s.start, s.end))]
+
+        def sums(lengths: list[int]) -> Tensor:
+            return torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=device)
+
+        shared = any(s.before for s in spans)
+        index = torch.tensor(tokens, device=device) if shared else None
+        return Ragged(sums(own), sums(seen), index, (max(own), max(seen)))

@@ -1,0 +1,140 @@
+"""Several clients' adapters side by side over one base model: each client's tokens pass through its own.
+
+The base model's layers see one row of all clients' tokens; beside each adapted layer, two batched products add
+s_k B_k A_k x to the tokens of client k. All trained numbers of a client lie in one line of one matrix, so that clipping
+and the optimiser are a few operations a client, whatever the number of layers.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import accumulate, pairwise
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fedtune.lora.state import PREFIX, A, B
+from fedtune.models.adapter import AdaptedModel
+from fedtune.models.attention import arranged
+from fedtune.models.packing import Plan, Span
+
+Tensors = Mapping[str, Tensor]
+
+
+class Stack:
+    """The adapters of some clients, trained at the same time.
+
+    Args:
+        adapted: the resident model; its own adapter is left out meanwhile.
+        starts: each client's factors; ranks may differ, and are padded with zeros, which have no gradient.
+        names: of the tensors that are trained, the same for all.
+    """
+
+    def __init__(self, adapted: AdaptedModel, starts: Sequence[Tensors], names: Sequence[str]) -> None:
+        self._adapted = adapted
+        self._shapes = {n: starts_shape(n, starts) for n in adapted.slots}
+        self._count = len(starts)
+        like = next(iter(adapted.slots.values()))
+        sizes = [self._shapes[n].numel() for n in names]
+        self._ends = dict(zip(names, accumulate(sizes), strict=True))
+        self.numbers = like.detach().new_zeros(self._count, sum(sizes))
+        self.gradients = torch.zeros_like(self.numbers)
+        # each client's line, as one parameter with its gradient
+        self.lines = [self._leaf(self.numbers[k], self.gradients[k]) for k in range(self._count)]
+        self._tensors = {n: self._stacked(n, starts) for n in adapted.slots}
+        self._scales = {path: self._scale(path, starts) for path in adapted.layout}
+        self._plan: Plan | None = None
+        self._own: tuple[int, ...] = ()
+
+    @staticmethod
+    def _leaf(numbers: Tensor, gradient: Tensor) -> torch.nn.Parameter:
+        leaf = torch.nn.Parameter(numbers)
+        leaf.grad = gradient
+        return leaf
+
+    def _window(self, matrix: Tensor, name: str) -> Tensor:
+        """Return the part of a matrix of lines that holds a tensor, as [clients, *shape]."""
+        shape, end = self._shapes[name], self._ends[name]
+        return matrix[:, end - shape.numel() : end].view(self._count, *shape)
+
+    def _stacked(self, name: str, starts: Sequence[Tensors]) -> Tensor:
+        trained = name in self._ends
+        room = self._window(self.numbers, name) if trained else self.numbers.new_zeros(self._count, *self._shapes[name])
+        for k, start in enumerate(starts):
+            room[k][_corner(start[name])] = start[name].to(room.device, room.dtype)
+        # gradients are added in place, into the matrix of lines
+        return self._leaf(room, self._window(self.gradients, name)) if trained else room
+
+    def _scale(self, path: str, starts: Sequence[Tensors]) -> Tensor:
+        ranks = [start[PREFIX + path + A].shape[0] for start in starts]
+        scales = [self._adapted.layout[path].scale_at(rank) for rank in ranks]
+        return torch.tensor(scales, dtype=self.numbers.dtype, device=self.numbers.device)[:, None, None]
+
+    def slots(self, client: int, start: Tensors) -> dict[str, torch.nn.Parameter]:
+        """Return one client's trained tensors in its own shapes, with their gradients, all in place."""
+        found = {}
+        for name in self._ends:
+            part = (client, *_corner(start[name]))
+            found[name] = self._leaf(
+                self._window(self.numbers, name)[part], self._window(self.gradients, name)[part]
+            )
+        return found
+
+    def read(self, client: int, start: Tensors) -> dict[str, Tensor]:
+        """Return copies on the CPU of one client's tensors as they are now, in the shapes they came in."""
+        return {
+            name: self._tensors[name].detach()[client][_corner(t)].to("cpu", copy=True).contiguous()
+            if name in self._tensors
+            else t
+            for name, t in start.items()
+        }
+
+    def rows(self, clients: Sequence[int], lengths: Sequence[int]) -> None:
+        """Say whose the tokens of the next pass are: some clients, and how many tokens each has, as they stand."""
+        places = [0, *accumulate(lengths)]
+        spans = [Span(start, end) for start, end in pairwise(places)]
+        self._own = tuple(clients)
+        self._plan = Plan(spans, self.numbers.device, together=True)
+
+    @contextlib.contextmanager
+    def active(self) -> Iterator[None]:
+        """Let the stacked adapters stand in for the model's own."""
+        hooks = [
+            layer.register_forward_hook(self._hook(path, layer), prepend=True)
+            for path, layer in self._adapted.layers.items()
+        ]
+        try:
+            with self._adapted.model.disable_adapter():
+                yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+            self._plan = None
+
+    def _hook(self, path: str, layer: Any) -> Any:
+        a, b, scale = self._tensors[PREFIX + path + A], self._tensors[PREFIX + path + B], self._scales[path]
+        drop = layer.lora_dropout["default"]
+
+        def add(module: Any, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+            plan = self._plan
+            if plan is None:
+                return output
+            own = slice(None) if len(self._own) == self._count else list(self._own)
+            x = arranged(drop(inputs[0].to(a.dtype))[0], plan.there, plan.back)
+            x = x.view(len(self._own), plan.batches[0].length, -1)
+            added = torch.bmm(torch.bmm(x, a[own].mT), b[own].mT) * scale[own]
+            return (output + arranged(added.flatten(0, 1), plan.back, plan.there)[None]).to(output.dtype)
+
+        return add
+
+
+def _corner(like: Tensor) -> tuple[slice, ...]:
+    """Return the part of a padded tensor that holds one of its own shape."""
+    return tuple(slice(n) for n in like.shape)
+
+
+def starts_shape(name: str, starts: Sequence[Tensors]) -> torch.Size:
+    """Return the smallest shape that holds a tensor of every client."""
+    return torch.Size(max(sizes) for sizes in zip(*(s[name].shape for s in starts), strict=True))

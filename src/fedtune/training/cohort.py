@@ -1,0 +1,150 @@
+"""Several clients in one forward and one backward pass, with stacked adapters: the numbers of one after the other."""
+
+from __future__ import annotations
+
+import contextlib
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fedtune.models.adapter import AdaptedModel
+from fedtune.models.sides import is_side
+from fedtune.models.stack import Stack
+from fedtune.training.executor import Sequential, Work, optimizer, training
+from fedtune.training.loss import Part, joint_loss, keyed, passes
+from fedtune.training.meeting import Meeting
+
+
+class Cohort:
+    """Trains up to `size` clients at a time; what cannot be stacked is trained one after the other, by the same steps.
+
+    Not stacked are DoRA (its norms need each client's whole weights) and side tensors that are trained or differ.
+
+    Args:
+        adapted: the resident model.
+        size: clients in a pass, 1 or more.
+    """
+
+    def __init__(self, adapted: AdaptedModel, size: int) -> None:
+        self._adapted = adapted
+        self._one = Sequential(adapted)
+        self._meeting = Meeting(self.run_all)
+        self.size = size
+        self.stacked = 0
+
+    def run(self, work: Work) -> dict[str, Tensor]:
+        """Make the steps together with those of all other calls that are under way."""
+        trained: dict[str, Tensor] = self._meeting.ask(work)
+        return trained
+
+    def together(self, calls: Sequence[Callable[[], Any]]) -> list[Any]:
+        """Run calls that may ask for work, each in its turn, and do what they ask for at once."""
+        return self._meeting.together(calls)
+
+    def run_all(self, works: Sequence[Work]) -> list[dict[str, Tensor] | BaseException]:
+        """Make the steps of several clients; a client that fails alone gets its error alone."""
+        found: dict[int, dict[str, Tensor] | BaseException] = {}
+        for places in self._groups(works):
+            chosen = [works[i] for i in places]
+            if len(chosen) > 1:
+                found |= zip(places, self._stacked(chosen), strict=True)
+            else:
+                found |= {i: self._alone(works[i]) for i in places}
+        return [found[i] for i in range(len(works))]
+
+    def _alone(self, work: Work) -> dict[str, Tensor] | BaseException:
+        try:
+            return self._one.run(work)
+        except Exception as err:  # one client's fault is one client's error
+            return err
+
+    def _groups(self, works: Sequence[Work]) -> Iterator[list[int]]:
+        """Yield the places of works that go together, at most `size` at a time."""
+        groups: list[list[int]] = []
+        for place, work in enumerate(works):
+            fitting = (g for g in groups if len(g) < self.size and _alike(works[g[0]], work))
+            group = next(fitting, None)
+            if group is None:
+                groups.append([place])
+            else:
+                group.append(place)
+        yield from groups
+
+    def _stacked(self, works: Sequence[Work]) -> Iterable[dict[str, Tensor]]:
+        """Make the same number of steps for each of some clients, in one pass a step."""
+        adapted, first = self._adapted, works[0]
+        adapted.sides.load({n: t for n, t in first.start.items() if is_side(n)}, adapted.device)
+        factors = [{n: t for n, t in w.start.items() if not is_side(n)} for w in works]
+        stack = Stack(adapted, factors, first.names)
+        slots = [stack.slots(k, start) for k, start in enumerate(factors)]
+        # each client has an optimiser of its own: only then may rates and even optimisers differ
+        made = [optimizer([([line], w.rate)], w.settings) for line, w in zip(stack.lines, works, strict=True)]
+        with training(adapted.model, first.settings.gradient_checkpointing), stack.active():
+            for number in range(len(first.steps)):
+                stack.gradients.zero_()
+                losses = self._passes(stack, works, number)
+                for k, work in enumerate(works):
+                    work.extras.apply(slots[k])
+                    torch.nn.utils.clip_grad_norm_([stack.lines[k]], work.settings.max_grad_norm)
+                    made[k].step()
+                    work.on_step(work.steps[number], losses[k])
+        self.stacked += len(works)
+        return [stack.read(k, w.start) for k, w in enumerate(works)]
+
+    def _passes(self, stack: Stack, works: Sequence[Work], number: int) -> list[float]:
+        """Backpropagate one step of every client; return their losses."""
+        losses = [0.0] * len(works)
+        limit = works[0].settings.max_tokens_per_forward
+        exact = works[0].exact
+        steps, keys = [w.steps[number] for w in works], [w.key(number) for w in works]
+        for parts in passes(steps, keys, limit):
+            self._pass(stack, parts, exact, losses)
+        return losses
+
+    def _pass(self, stack: Stack, parts: dict[int, Part], exact: bool, losses: list[float]) -> None:
+        chosen, adapted = list(parts.values()), self._adapted
+        with contextlib.nullcontext() if exact else keyed(adapted.keys, chosen, adapted.device):
+            loss, own = joint_loss(
+                adapted.model,
+                chosen,
+                share_prefix=exact,
+                on_rows=lambda lengths: stack.rows(list(parts), lengths),
+            )
+            with warnings.catch_warnings():  # gradients go into the matrix of lines, which is not autograd's own layout
+                warnings.filterwarnings("ignore", message="grad and param do not obey")
+                loss.backward()  # type: ignore[no-untyped-call]
+        for place, value in zip(parts, own, strict=True):
+            losses[place] += value
+
+
+def _fixed(work: Work) -> dict[str, Tensor]:
+    return {n: t for n, t in work.start.items() if is_side(n)}
+
+
+def _stackable(work: Work) -> bool:
+    """Tell whether a work is plain LoRA over a base that may have been moved, in a way that acts on every row alike."""
+    fixed = _fixed(work)
+    moved = all(n.endswith((".base_A.weight", ".base_B.weight")) for n in fixed)
+    return moved and not set(work.names) & set(fixed) and not any("lora_magnitude_vector" in n for n in work.start)
+
+
+def _alike(one: Work, other: Work) -> bool:
+    """Tell whether two works can be stacked: the same tensors trained, as many steps, the same base and limits."""
+
+    def form(work: Work) -> Any:
+        settings = work.settings
+        return (
+            list(work.names),
+            len(work.steps),
+            work.exact,
+            settings.gradient_checkpointing,
+            settings.max_tokens_per_forward,
+        )
+
+    if not (_stackable(one) and _stackable(other)) or form(one) != form(other):
+        return False
+    mine, theirs = _fixed(one), _fixed(other)
+    return mine.keys() == theirs.keys() and all(torch.equal(t, theirs[n]) for n, t in mine.items())

@@ -1,0 +1,171 @@
+"""What does the optimiser steps that methods ask for: here one client after the other, the plain way."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from fedtune.config.schema import TrainSettings
+from fedtune.data.encode import Encoded
+from fedtune.methods.local import Tensors, Term
+from fedtune.models.adapter import AdaptedModel
+from fedtune.training.loss import joint_loss, keyed, passes
+from fedtune.types import derive_seed
+
+Slots = Mapping[str, torch.nn.Parameter]
+
+
+@dataclass(frozen=True)
+class Extras:
+    """What a method adds to plain steps: a term of the loss, masks and corrections of gradients, by name."""
+
+    term: Term | None = None
+    masks: Tensors | None = None
+    correction: Tensors | None = None
+
+    def apply(self, chosen: Slots) -> None:
+        """Change the gradients that a step's loss has left."""
+        extra = self.term(chosen) if self.term else None
+        if extra is not None:
+            extra.backward()  # type: ignore[no-untyped-call]
+        for table, change in ((self.correction, torch.Tensor.add_), (self.masks, torch.Tensor.mul_)):
+            for name, value in (table or {}).items():
+                grad = chosen[name].grad if name in chosen else None
+                if grad is not None:
+                    change(grad, value.to(grad.device, grad.dtype))
+
+
+@dataclass(frozen=True)
+class Work:
+    """Some optimiser steps of one client.
+
+    Attributes:
+        start: all tensors of the model at the beginning.
+        names: of those that are trained.
+        steps: the examples of each step.
+        rate: learning rate.
+        settings: optimiser, clipping, limits.
+        seed: of what is random in them; each step has draws of its own.
+        exact: nothing random tells equal beginnings of texts apart, so they are computed once.
+        extras: what the method adds.
+        on_step: called with the examples and the loss of each step.
+    """
+
+    start: Tensors
+    names: Sequence[str]
+    steps: Sequence[Sequence[Encoded]]
+    rate: float
+    settings: TrainSettings
+    seed: int
+    exact: bool
+    extras: Extras = field(default_factory=Extras)
+    on_step: Callable[[Sequence[Encoded], float], None] = lambda examples, loss: None
+
+    def key(self, step: int) -> int:
+        """Return what keys a step's random draws."""
+        return derive_seed(self.seed, "step", step)
+
+
+class Executor(Protocol):
+    """Does the steps that methods ask for; whoever does them, the numbers are the same but for rounding."""
+
+    def run(self, work: Work) -> dict[str, Tensor]:
+        """Make the steps; return the model's tensors afterwards, in the shapes and on the CPU as they came."""
+        ...
+
+    def together(self, calls: Sequence[Callable[[], Any]]) -> list[Any]:
+        """Run calls that may ask for work, and return their results in order; what they ask may be done at once."""
+        ...
+
+    @property
+    def size(self) -> int:
+        """How many calls are worth running together."""
+        ...
+
+
+@contextlib.contextmanager
+def training(model: Any, checkpointing: bool) -> Iterator[None]:
+    """Put the model into training mode, with activations recomputed if asked, and back again."""
+    model.train()
+    if checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    try:
+        yield
+    finally:
+        if checkpointing:
+            model.gradient_checkpointing_disable()
+        model.eval()
+
+
+def optimizer(groups: Sequence[tuple[Sequence[torch.nn.Parameter], float]], train: TrainSettings) -> Any:
+    """Return the optimiser of parameters, each group with its learning rate, in the fused form where there is one."""
+    described = [{"params": list(parameters), "lr": rate} for parameters, rate in groups]
+    if train.optimizer == "sgd":
+        return torch.optim.SGD(described, lr=groups[0][1], weight_decay=train.weight_decay, fused=True)
+    return torch.optim.AdamW(
+        described,
+        lr=groups[0][1],
+        betas=(train.adam_beta1, train.adam_beta2),
+        eps=train.adam_epsilon,
+        weight_decay=train.weight_decay,
+        fused=True,
+    )
+
+
+def place(adapted: AdaptedModel, start: Tensors, names: Sequence[str]) -> dict[str, torch.nn.Parameter]:
+    """Load tensors into the model; switch gradients on for what is trained, and off for the rest."""
+    adapted.load(start)
+    wanted = set(names)
+    slots = {**adapted.slots, **adapted.sides.parameters()}
+    for name, parameter in slots.items():
+        parameter.grad = None
+        parameter.requires_grad_(name in wanted)
+    return {name: slots[name] for name in names}
+
+
+def backpropagate(
+    adapted: AdaptedModel, examples: Sequence[Encoded], settings: TrainSettings, *, exact: bool, key: int = 0
+) -> float:
+    """Backpropagate the mean loss over all labels of one client's step, whatever the micro-batches; return it."""
+    total = 0.0
+    for parts in passes([examples], [key], settings.max_tokens_per_forward):
+        chosen = list(parts.values())
+        with contextlib.nullcontext() if exact else keyed(adapted.keys, chosen, adapted.device):
+            loss, own = joint_loss(adapted.model, chosen, share_prefix=exact)
+            loss.backward()  # type: ignore[no-untyped-call]
+        total += sum(own)
+    return total
+
+
+class Sequential:
+    """One client after the other in PEFT's own layers: the way every other one is held against."""
+
+    size = 1
+
+    def __init__(self, adapted: AdaptedModel) -> None:
+        self._adapted = adapted
+
+    def run(self, work: Work) -> dict[str, Tensor]:
+        """Make the steps; return the model's tensors afterwards."""
+        chosen = place(self._adapted, work.start, work.names)
+        made = optimizer([(list(chosen.values()), work.rate)], work.settings)
+        with training(self._adapted.model, work.settings.gradient_checkpointing):
+            for number, examples in enumerate(work.steps):
+                made.zero_grad(set_to_none=True)
+                loss = backpropagate(
+                    self._adapted, examples, work.settings, exact=work.exact, key=work.key(number)
+                )
+                work.extras.apply(chosen)
+                torch.nn.utils.clip_grad_norm_(chosen.values(), work.settings.max_grad_norm)
+                made.step()
+                work.on_step(examples, loss)
+        return self._adapted.read(work.start)
+
+    def together(self, calls: Sequence[Callable[[], Any]]) -> list[Any]:
+        """Run calls one after the other."""
+        return [call() for call in calls]

@@ -1,0 +1,224 @@
+"""Several clients at once give each client what it gets alone, to rounding: the gates a speed-up has to pass."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from fedtune import methods
+from fedtune.config import Config, Settings
+from fedtune.config.schema import ModelSettings
+from fedtune.data.encode import Encoded
+from fedtune.lora.state import to_tensors
+from fedtune.methods.local import Tensors
+from fedtune.models.adapter import AdaptedModel, attach
+from fedtune.models.load import load
+from fedtune.training.cohort import Cohort
+from fedtune.training.executor import Executor, Sequential
+from fedtune.training.local import LocalWork
+
+Shards = list[list[Encoded]]
+
+
+def example(seed: int, length: int, labels: int) -> Encoded:
+    """A text that begins like the others and goes on by itself."""
+    drawn = torch.randint(5, 500, (length,), generator=torch.Generator().manual_seed(seed)).tolist()
+    return Encoded(tuple(range(20, 32)) + tuple(drawn), 12 + length - labels)
+
+
+def shards(clients: int) -> Shards:
+    """Ragged: every client has other lengths, and another number of labels."""
+    return [[example(97 * c + i, 3 + (5 * c + i) % 9, 1 + (c + i) % 3) for i in range(11 + c)] for c in range(clients)]
+
+
+@pytest.fixture(scope="module")
+def build(settings: Callable[..., Settings]) -> Callable[..., tuple[AdaptedModel, Config]]:
+    def made(dtype: torch.dtype = torch.float64, **changes: Any) -> tuple[AdaptedModel, Config]:
+        defaults = {"max_steps": 10, "per_device_train_batch_size": 4, "learning_rate_max": 5e-3}
+        train = {**defaults, "max_grad_norm": 0.5, **changes.pop("train", {})}
+        config = settings(train=train, **changes).config
+        base = load(ModelSettings(name=config.model.name))
+        base.model.to(dtype)
+        adapted = attach(base, config.lora, seed=3)
+        if dtype == torch.float64:
+            for slot in adapted.slots.values():
+                slot.data = slot.data.double()
+        return adapted, config
+
+    return made
+
+
+def started(adapted: AdaptedModel, dtype: torch.dtype = torch.float64, seed: int = 5) -> dict[str, Tensor]:
+    """An adapter whose B is not zero, so that A has a gradient."""
+    generator = torch.Generator().manual_seed(seed)
+    like = to_tensors(adapted.layout)
+    return {n: (0.1 * torch.randn(t.shape, generator=generator, dtype=torch.float64)).to(dtype) for n, t in like.items()}
+
+
+def trained(
+    adapted: AdaptedModel,
+    config: Config,
+    executor: Executor,
+    starts: Sequence[Tensors],
+    data: Shards,
+    clients: Sequence[int] | None = None,
+    losses: list[float] | None = None,
+) -> list[dict[str, Tensor]]:
+    """Local training of some clients, as the executor does it."""
+    chosen = list(range(len(starts))) if clients is None else list(clients)
+
+    def one(client: int) -> dict[str, Tensor]:
+        local = LocalWork(adapted, data[client], adapted.layout, {}, config, (client, 1, 1), executor=executor)
+        done = local.train(starts[client], list(starts[client]))
+        if losses is not None:
+            losses.append(local.loss)
+        return done
+
+    return executor.together([partial(one, client) for client in chosen])
+
+
+def distance(one: Tensors, two: Tensors) -> float:
+    """Relative L2 distance of two adapters."""
+    a, b = (torch.cat([t[n].double().flatten() for n in one]) for t in (one, two))
+    return float(torch.norm(a - b) / torch.norm(b))
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.075])
+def test_float64_cohort_is_one_client_at_a_time(build: Any, dropout: float) -> None:
+    adapted, config = build(lora__dropout=dropout)
+    starts, data = [started(adapted)] * 4, shards(4)
+    cohort, alone_losses, losses = Cohort(adapted, 4), [], []
+    alone = trained(adapted, config, Sequential(adapted), starts, data, losses=alone_losses)
+    together = trained(adapted, config, cohort, starts, data, losses=losses)
+    assert cohort.stacked == 4
+    assert max(map(distance, together, alone)) < 1e-12
+    assert losses == pytest.approx(alone_losses, rel=1e-12)
+    assert min(distance(t, starts[0]) for t in together) > 1e-2
+
+
+def test_float32_cohort_is_one_client_at_a_time(build: Any) -> None:
+    adapted, config = build(torch.float32, lora__dropout=0.075)
+    starts, data, alone_losses, losses = [started(adapted, torch.float32)] * 4, shards(4), [], []
+    alone = trained(adapted, config, Sequential(adapted), starts, data, losses=alone_losses)
+    together = trained(adapted, config, Cohort(adapted, 4), starts, data, losses=losses)
+    assert max(map(distance, together, alone)) < 1e-4
+    assert losses == pytest.approx(alone_losses, rel=1e-5)
+
+
+def test_bfloat16_cohort_is_nearer_to_one_at_a_time_than_that_is_to_float32(build: Any) -> None:
+    """The adapter and the optimiser stay in float32; only the base computes in 16 bits."""
+    half, config = build(torch.bfloat16)
+    wide, _ = build(torch.float32)
+    starts, data = [started(half, torch.float32)] * 4, shards(4)
+    alone = trained(half, config, Sequential(half), starts, data)
+    together = trained(half, config, Cohort(half, 4), starts, data)
+    exact = trained(wide, config, Sequential(wide), starts, data)
+    assert {t.dtype for t in together[0].values()} == {torch.float32}
+    near, far = (sum(map(distance, one, alone)) for one in (together, exact))
+    assert near <= 0.7 * far
+
+
+def test_grouping_and_order_do_not_matter(build: Any) -> None:
+    adapted, config = build(lora__dropout=0.075)
+    starts, data = [started(adapted)] * 5, shards(5)
+    whole = trained(adapted, config, Cohort(adapted, 5), starts, data)
+    for size, order in ((2, [0, 1, 2, 3, 4]), (3, [4, 2, 0, 1, 3]), (5, [3, 1, 4, 0, 2])):
+        other = trained(adapted, config, Cohort(adapted, size), starts, data, clients=order)
+        assert max(distance(other[i], whole[c]) for i, c in enumerate(order)) < 1e-12
+    again = trained(adapted, config, Cohort(adapted, 5), starts, data)
+    assert all(torch.equal(a[n], b[n]) for a, b in zip(again, whole, strict=True) for n in a)
+
+
+def test_a_client_sees_nothing_of_another(build: Any) -> None:
+    """Another client's data changes; nobody else's update does, not by one bit."""
+    adapted, config = build(train={"max_steps": 3})
+    starts, data = [started(adapted)] * 3, shards(3)
+    changed = [data[0], [Encoded(tuple(reversed(e.ids)), e.start) for e in data[1]], data[2]]
+    before = trained(adapted, config, Cohort(adapted, 3), starts, data)
+    after = trained(adapted, config, Cohort(adapted, 3), starts, changed)
+    assert all(torch.equal(before[c][n], after[c][n]) for c in (0, 2) for n in before[c])
+    assert distance(before[1], after[1]) > 1e-3
+
+
+def test_mixed_ranks_rates_and_optimisers(build: Any) -> None:
+    adapted, config = build(train={"max_steps": 4})
+    ranks, rates = (4, 2, 3), ("adamw", "sgd", "adamw")
+    data, full = shards(3), started(adapted)
+    starts = [{n: (t[:r] if ".lora_A" in n else t[:, :r]).clone() for n, t in full.items()} for r in ranks]
+
+    def run(executor: Executor) -> list[dict[str, Tensor]]:
+        def one(client: int) -> dict[str, Tensor]:
+            train = config.train.model_copy(update={"optimizer": rates[client], "learning_rate_max": 1e-3 * (1 + client)})
+            own = config.model_copy(update={"train": train})
+            local = LocalWork(adapted, data[client], adapted.layout, {}, own, (client, 1, 1), executor=executor)
+            return local.train(starts[client], list(starts[client]))
+
+        return executor.together([partial(one, c) for c in range(3)])
+
+    cohort = Cohort(adapted, 3)
+    alone, together = run(Sequential(adapted)), run(cohort)
+    assert cohort.stacked == 3
+    assert [t[next(iter(t))].shape[0] for t in together] == list(ranks)
+    assert max(map(distance, together, alone)) < 1e-12
+
+
+def test_small_passes_and_recomputed_activations_change_nothing(build: Any) -> None:
+    adapted, config = build(train={"max_steps": 3}, lora__dropout=0.075)
+    starts, data = [started(adapted)] * 3, shards(3)
+    whole = trained(adapted, config, Cohort(adapted, 3), starts, data)
+    for changes in ({"max_tokens_per_forward": 64}, {"gradient_checkpointing": True}):
+        other = config.model_copy(update={"train": config.train.model_copy(update=changes)})
+        for executor in (Cohort(adapted, 3), Sequential(adapted)):
+            assert max(map(distance, trained(adapted, other, executor, starts, data), whole)) < 1e-12, changes
+
+
+@pytest.mark.parametrize("name", [n for n, kind in methods.METHODS.items() if n != "fedkseed"])
+def test_every_method_fits_the_same_in_a_cohort(build: Any, name: str) -> None:
+    """What cannot be stacked (cores, second adapters, routers) is trained one after the other, unasked."""
+    adapted, config = build(torch.float32, train={"max_steps": 2}, method__name=name, federation__clients=3)
+    recipe, data = methods.create(config), shards(3)
+    state = recipe.initial(adapted.layout)
+
+    def fit(executor: Executor, round_: int, client: int) -> Any:
+        layout = recipe.method.cut(adapted.layout, client)
+        local = LocalWork(adapted, data[client], layout, {}, config, (client, round_, 1), executor=executor)
+        return recipe.fit(local, recipe.view(state, client))
+
+    for round_ in (1, 2):
+        results = []
+        for executor in (Sequential(adapted), Cohort(adapted, 3)):
+            results.append(executor.together([partial(fit, executor, round_, c) for c in range(3)]))
+        for one, two in zip(*results, strict=True):
+            assert one.payload.keys() == two.payload.keys()
+            assert distance(one.payload, two.payload) < 1e-4
+            assert one.kept.keys() == two.kept.keys()
+
+
+def test_a_client_that_fails_fails_alone(build: Any) -> None:
+    adapted, config = build(train={"max_steps": 2})
+    starts, data = [started(adapted)] * 3, shards(3)
+    cohort = Cohort(adapted, 3)
+
+    def one(client: int) -> Any:
+        if client == 1:
+            raise ValueError("its own fault")
+        local = LocalWork(adapted, data[client], adapted.layout, {}, config, (client, 1, 1), executor=cohort)
+        return local.train(starts[client], list(starts[client]))
+
+    def guarded(client: int) -> Any:
+        try:
+            return one(client)
+        except ValueError as err:
+            return str(err)
+
+    done = cohort.together([partial(guarded, c) for c in range(3)])
+    assert done[1] == "its own fault"
+    assert cohort.stacked == 2
+    with pytest.raises(ValueError, match="its own fault"):
+        cohort.together([partial(one, c) for c in range(3)])
+    assert trained(adapted, config, cohort, starts, data)[0].keys() == done[0].keys()
