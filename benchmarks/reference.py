@@ -1,7 +1,7 @@
 """The public template's procedure, re-created from its description with today's transformers and peft.
 
 For every message a client gets: load the base model anew, wrap it, pad the step's rows to the longest, compute
-the logits of every position in float32 with gradient checkpointing. Evaluation: one prompt at a time through `generate`,
+the logits of every position in float32 with gradient checkpointing. Evaluation: one prompt at a time by `generate`,
 sentiment in batches of 32 decoded to 512 tokens, the adapter unmerged. `resident=True` keeps the model in memory and is
 otherwise the same: the fair, strong baseline.
 
@@ -124,9 +124,7 @@ def answers(model: Any, tokenizer: Any, prompts: Sequence[str], new_tokens: int 
     texts = []
     for prompt in prompts:
         tokens = tokenizer(prompt, return_tensors="pt").to(model.device)
-        made = model.generate(
-            **tokens, max_new_tokens=new_tokens, do_sample=False, pad_token_id=tokenizer.eos_token_id
-        )
+        made = model.generate(**tokens, max_new_tokens=new_tokens, do_sample=False, pad_token_id=tokenizer.eos_token_id)
         texts.append(tokenizer.decode(made[0][tokens["input_ids"].shape[1] :], skip_special_tokens=True))
     return texts
 

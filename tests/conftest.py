@@ -30,6 +30,16 @@ def write_jsonl(path: Path, rows: list[dict[str, Any]]) -> Path:
     return path
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _float32() -> None:
+    """Numbers are compared in float32, also on machines where 16 bits would be chosen."""
+    import torch
+
+    from fedtune.models import measure
+
+    measure.best_dtype = lambda device: torch.float32  # type: ignore[assignment]
+
+
 @pytest.fixture(scope="session")
 def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from tests.tiny import make_folder

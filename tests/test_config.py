@@ -12,8 +12,8 @@ from fedtune.types import ConfigError
 
 FROZEN = {
     "corrected": "9ae171829bada5e2",
-    "flowertune-leaderboard": "047390cf99038ec2",
-    "flowertune-paper": "1e6d584585f36808",
+    "flowertune-leaderboard": "3131854f680c0801",
+    "flowertune-paper": "30710ab4d64ee2a6",
 }
 
 

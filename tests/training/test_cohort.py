@@ -19,7 +19,7 @@ from fedtune.methods.local import Tensors
 from fedtune.models.adapter import AdaptedModel, attach
 from fedtune.models.load import load
 from fedtune.training.cohort import Cohort
-from fedtune.training.executor import Executor, Sequential
+from fedtune.training.executor import Executor, Limits, Sequential
 from fedtune.training.local import LocalWork
 
 Shards = list[list[Encoded]]
@@ -57,7 +57,9 @@ def started(adapted: AdaptedModel, dtype: torch.dtype = torch.float64, seed: int
     """An adapter whose B is not zero, so that A has a gradient."""
     generator = torch.Generator().manual_seed(seed)
     like = to_tensors(adapted.layout)
-    return {n: (0.1 * torch.randn(t.shape, generator=generator, dtype=torch.float64)).to(dtype) for n, t in like.items()}
+    return {
+        n: (0.1 * torch.randn(t.shape, generator=generator, dtype=torch.float64)).to(dtype) for n, t in like.items()
+    }
 
 
 def trained(
@@ -153,7 +155,9 @@ def test_mixed_ranks_rates_and_optimisers(build: Any) -> None:
 
     def run(executor: Executor) -> list[dict[str, Tensor]]:
         def one(client: int) -> dict[str, Tensor]:
-            train = config.train.model_copy(update={"optimizer": rates[client], "learning_rate_max": 1e-3 * (1 + client)})
+            train = config.train.model_copy(
+                update={"optimizer": rates[client], "learning_rate_max": 1e-3 * (1 + client)}
+            )
             own = config.model_copy(update={"train": train})
             local = LocalWork(adapted, data[client], adapted.layout, {}, own, (client, 1, 1), executor=executor)
             return local.train(starts[client], list(starts[client]))
@@ -171,10 +175,9 @@ def test_small_passes_and_recomputed_activations_change_nothing(build: Any) -> N
     adapted, config = build(train={"max_steps": 3}, lora__dropout=0.075)
     starts, data = [started(adapted)] * 3, shards(3)
     whole = trained(adapted, config, Cohort(adapted, 3), starts, data)
-    for changes in ({"max_tokens_per_forward": 64}, {"gradient_checkpointing": True}):
-        other = config.model_copy(update={"train": config.train.model_copy(update=changes)})
-        for executor in (Cohort(adapted, 3), Sequential(adapted)):
-            assert max(map(distance, trained(adapted, other, executor, starts, data), whole)) < 1e-12, changes
+    for limits in (Limits(64), Limits(checkpointing=True)):
+        for executor in (Cohort(adapted, 3, limits), Sequential(adapted, limits)):
+            assert max(map(distance, trained(adapted, config, executor, starts, data), whole)) < 1e-12, limits
 
 
 @pytest.mark.parametrize("name", [n for n, kind in methods.METHODS.items() if n != "fedkseed"])

@@ -15,9 +15,10 @@ from fedtune.data.encode import Encoded
 from fedtune.lora.state import to_tensors
 from fedtune.models.adapter import AdaptedModel, attach
 from fedtune.models.attention import packed_logits
-from fedtune.models.packing import Span, pack
 from fedtune.models.load import load
+from fedtune.models.packing import Span, pack
 from fedtune.training import schedule
+from fedtune.training.executor import Limits, Sequential
 from fedtune.training.local import LocalWork
 from fedtune.training.loss import label_loss, micro_batches
 
@@ -44,9 +45,11 @@ def fit(
     config: Config,
     client: int,
     round_: int,
+    limits: Limits | None = None,
 ) -> Done:
     """One client's work of one round, as the ClientApp does it."""
-    local = LocalWork(adapted, shard, adapted.layout, {}, config, (client, round_, 1))
+    executor = Sequential(adapted, limits)
+    local = LocalWork(adapted, shard, adapted.layout, {}, config, (client, round_, 1), executor=executor)
     return Done(recipe.fit(local, start).payload, len(local.losses_seen), local.examples)
 
 
@@ -140,8 +143,7 @@ def test_fit_is_stock_peft_training(config: Config, kind: dict[str, Any], limit:
     adapted = _adapted(config, **kind)
     start = to_tensors(adapted.state())
     want = _stock_training(config, adapted, 2)
-    small = config.model_copy(update={"train": config.train.model_copy(update={"max_tokens_per_forward": limit})})
-    result = fit(adapted, SHARD, start, methods.create(config), small, 1, 2)
+    result = fit(adapted, SHARD, start, methods.create(config), config, 1, 2, Limits(limit))
     moved = torch.cat([(want[n] - start[n]).flatten() for n in want]).norm()
     assert moved > 0.01
     for name, tensor in want.items():
@@ -168,9 +170,8 @@ def test_fit_depends_on_client_and_round_only(config: Config) -> None:
 def test_checkpointing_changes_nothing(config: Config) -> None:
     adapted = _adapted(config)
     start, method = to_tensors(adapted.state()), methods.create(config)
-    saving = config.model_copy(update={"train": config.train.model_copy(update={"gradient_checkpointing": True})})
     one = fit(adapted, SHARD, start, method, config, 0, 1).payload
-    two = fit(adapted, SHARD, start, method, saving, 0, 1).payload
+    two = fit(adapted, SHARD, start, method, config, 0, 1, Limits(checkpointing=True)).payload
     assert all(torch.allclose(one[n], two[n], atol=1e-6) for n in one)
 
 

@@ -198,13 +198,32 @@ class TrainSettings(Section):
     labels: Literal["offsets", "template-tokens"] = "offsets"
     train_eos: bool = True
     rows: Literal["fresh", "repeat"] = "fresh"
-    gradient_checkpointing: bool = False
-    max_tokens_per_forward: int = Field(4096, ge=64)
 
     @model_validator(mode="after")
     def _rates(self) -> TrainSettings:
         if self.learning_rate_min > self.learning_rate_max:
             raise ValueError("learning_rate_min is larger than learning_rate_max")
+        return self
+
+
+class EngineSettings(Section):
+    """How this machine does the work. Nothing here changes a number but by rounding; "auto" is planned at the start.
+
+    `executor` trains clients one after the other ("sequential") or `cohort` of them in one pass; a pass takes at most
+    `max_tokens_per_forward` tokens; `threads` 0 is one for each core; `devices` names GPUs, for clients side by side.
+    """
+
+    executor: Literal["auto", "sequential", "cohort"] = "auto"
+    cohort: Annotated[int, Field(ge=1, le=1024)] | Literal["auto"] = "auto"
+    max_tokens_per_forward: Annotated[int, Field(ge=64)] | Literal["auto"] = "auto"
+    gradient_checkpointing: bool | Literal["auto"] = "auto"
+    threads: int = Field(0, ge=0, le=4096)
+    devices: tuple[str, ...] = ()
+
+    @model_validator(mode="after")
+    def _cohort(self) -> EngineSettings:
+        if self.executor == "sequential" and self.cohort not in ("auto", 1):
+            raise ValueError(f"cohort = {self.cohort} has no effect with executor = sequential")
         return self
 
 
@@ -242,18 +261,20 @@ class Config(Section):
     federation: FederationSettings = FederationSettings()
     train: TrainSettings = TrainSettings()
     eval: EvalSettings = EvalSettings()
+    engine: EngineSettings = EngineSettings()
 
     def plain(self) -> dict[str, Any]:
         """Return the settings as nested plain JSON types."""
         return self.model_dump(mode="json")
 
     def semantic(self) -> dict[str, Any]:
-        """Return what decides the result: everything but where this machine keeps its files.
+        """Return what decides the result: everything but where this machine keeps its files and how it works.
 
         The rows themselves are identified by the data hash in the manifest, not by a path.
         """
         plain = self.plain()
         plain["data"].pop("path")
+        plain.pop("engine")
         return plain
 
     @property

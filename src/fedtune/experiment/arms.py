@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -24,6 +25,7 @@ from fedtune.lora.state import AdapterState, to_tensors, with_tensors
 from fedtune.methods import Recipe, ServerState
 from fedtune.models.adapter import AdaptedModel
 from fedtune.models.budget import message_bytes
+from fedtune.training.executor import Executor
 from fedtune.training.workload import EncodedShards, poisoned
 from fedtune.types import RoundRecord
 
@@ -66,12 +68,14 @@ def wire(config: Config, start: AdapterState) -> Callable[[int], int] | None:
         return None
     state = recipe.initial(start)
     able = dict.fromkeys(range(config.federation.clients), 1)
+    # clients of one rank exchange the same number of bytes
+    some = {recipe.method.rank_of(c): c for c in able}
+    down = {rank: message_bytes(recipe.view(state, c)) for rank, c in some.items()}
 
     def exchanged(round_: int) -> int:
-        cohort = sample(config, able, round_)
-        return sum(
-            message_bytes(recipe.view(state, c)) + message_bytes(recipe.expected(state, c, round_)) for c in cohort
-        )
+        ranks = Counter(recipe.method.rank_of(c) for c in sample(config, able, round_))
+        up = {rank: message_bytes(recipe.expected(state, some[rank], round_)) for rank in ranks}
+        return sum(count * (down[rank] + up[rank]) for rank, count in ranks.items())
 
     return exchanged
 
@@ -88,6 +92,7 @@ class Arm:
         run_id: of the run.
         folder: the arm's own.
         reporter: who watches.
+        executor: makes the optimiser steps.
         on_round: called after each round with its record and the state.
     """
 
@@ -98,6 +103,7 @@ class Arm:
     run_id: str
     folder: Path
     reporter: Reporter
+    executor: Executor
     on_round: Callable[[RoundRecord, ServerState], None] | None = None
 
     @property
@@ -148,12 +154,12 @@ def train(arm: Arm, only: int | None = None) -> Progress:
     """
     recipe = arm.recipe
     shards = poisoned(arm.shards, arm.config)
-    runtime = Runtime(arm.config, arm.adapted, recipe, shards, arm.private, arm.reporter.step)
+    runtime = Runtime(arm.config, arm.adapted, recipe, shards, arm.private, arm.reporter.step, arm.executor)
 
     def resident(context: Context) -> Runtime:
         return runtime
 
-    grid = LocalGrid(client_app(resident), arm.config.federation.clients)
+    grid = LocalGrid(client_app(resident), arm.config.federation.clients, crew=arm.executor)
     faults = arm.config.federation.faults
     faulty = FaultyGrid(grid, faults, arm.config.seed) if any(faults.model_dump().values()) else grid
 

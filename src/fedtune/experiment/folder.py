@@ -56,7 +56,7 @@ def unfinished(root: Path = RUNS) -> Path | None:
     return max(found)[1] if found else None
 
 
-def identity(config: Config, data_hash: str, revision: str) -> dict[str, Any]:
+def identity(config: Config, data_hash: str, revision: str, dtype: str) -> dict[str, Any]:
     """Return what must be the same for a run to be continued."""
     known = versions()
     return {
@@ -64,6 +64,7 @@ def identity(config: Config, data_hash: str, revision: str) -> dict[str, Any]:
         "code": code()["sha256"],
         "data": data_hash,
         "model_revision": revision,
+        "dtype": dtype,
         "torch": known["torch"],
         "transformers": known["transformers"],
         "peft": known["peft"],

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from fedtune import domains
@@ -15,81 +15,23 @@ from fedtune.config import Config, Settings
 from fedtune.domains.base import Task
 from fedtune.evaluation import items as item_sets
 from fedtune.evaluation.code import unavailable
-from fedtune.evaluation.run import evaluate_all
 from fedtune.experiment import arms, folder
 from fedtune.experiment.arms import Arm
-from fedtune.experiment.average import mean_score
 from fedtune.experiment.folder import RESULT, RunFolder, cancellable, open_run, status
 from fedtune.experiment.report import Reporter
+from fedtune.experiment.session import Session
 from fedtune.federation.checkpoint import Progress
-from fedtune.io import append_lines, digest, folder_lock, write_json
-from fedtune.lora.state import AdapterState
+from fedtune.io import append_lines, folder_lock, write_json
 from fedtune.methods.base import ServerState
 from fedtune.models import adapter as adapters
 from fedtune.models import budget, load, zoo
 from fedtune.results import schema
 from fedtune.training import workload
+from fedtune.training.executor import Sequential
+from fedtune.training.plan import Plan, executor, plan
 from fedtune.types import RoundRecord, derive_seed
 
-Scored = tuple[list[schema.Score], dict[str, list[float | None]]]
 ARMS = ("federated", "local-only", "centralised")
-
-
-@dataclass
-class Session:
-    """What all arms of a run share: its folder, the resident model, the tasks, and who watches."""
-
-    settings: Settings
-    run: RunFolder
-    adapted: adapters.AdaptedModel
-    start: AdapterState
-    tasks: tuple[Task, ...]
-    reporter: Reporter
-
-    @property
-    def config(self) -> Config:
-        """The run's settings."""
-        return self.settings.config
-
-    def evaluate(self, tensors: Mapping[str, Tensor] | None, where: str) -> list[schema.Score]:
-        """Evaluate the base model (None) or a model's tensors on all tasks, logging under `evals/<where>/`."""
-        started = time.monotonic()
-        model, tokenizer = self.adapted.model, self.adapted.base.tokenizer
-        target = self.run.path / "evals" / where
-        who, shown = f"{self.adapted.base.name}@{self.adapted.base.revision}", self.reporter.evaluating
-        model.eval()
-        if tensors is None:
-            with model.disable_adapter(), self.adapted.sides.off():
-                scores = evaluate_all(model, tokenizer, self.tasks, self.config, target, digest(who), shown)
-        else:
-            self.adapted.load(tensors)
-            identity = digest([who, {n: _sha256(t) for n, t in tensors.items()}])
-            scores = evaluate_all(model, tokenizer, self.tasks, self.config, target, identity, shown)
-        self.run.add_seconds("evaluation", time.monotonic() - started)
-        return scores
-
-    def evaluate_each(self, models: Iterable[tuple[int, Mapping[str, Tensor]]], where: str) -> Scored:
-        """Evaluate every client's own model; the scores are the clients' means, with each one's beside them."""
-        found: dict[str, list[schema.Score]] = {}
-        logs: dict[str, list[Path]] = {}
-        for client, tensors in models:
-            room = f"{where}/client-{client:04d}"
-            for score in self.evaluate(tensors, room):
-                key = f"{score.task}/{score.mode}"
-                found.setdefault(key, []).append(score)
-                logs.setdefault(key, []).append(self.run.path / "evals" / room / f"{score.task}.{score.mode}.jsonl")
-        means = [mean_score(scores, logs[key]) for key, scores in found.items()]
-        return means, {key: [s.score for s in scores] for key, scores in found.items()}
-
-    def evaluate_state(self, arm: Arm, state: ServerState, where: str) -> Scored:
-        """Evaluate the global model, or each client's where the method has no single one."""
-        if not arm.recipe.method.personalised:
-            return self.evaluate(arm.shared_model(state), where), {}
-        return self.evaluate_each(((c, arm.own_model(state, c)) for c, n in arm.shards.sizes.items() if n), where)
-
-
-def _sha256(tensor: Tensor) -> str:
-    return hashlib.sha256(tensor.contiguous().numpy().tobytes()).hexdigest()
 
 
 def _steps(progress: Progress) -> int:
@@ -101,7 +43,9 @@ def _prepare(session: Session, name: str, where: Path, data: workload.TrainingDa
     config = arms.derive(session.config, name)
     data = data or workload.load(config)
     shards = workload.encode_shards(data, session.adapted.base.tokenizer, config)
-    arm = Arm(config, session.adapted, shards, session.start, session.run.run_id, where, session.reporter)
+    arm = Arm(
+        config, session.adapted, shards, session.start, session.run.run_id, where, session.reporter, session.executor
+    )
     every = config.eval.every
 
     def measure(record: RoundRecord, state: ServerState) -> None:
@@ -208,15 +152,35 @@ def _report_data(
         reporter.note(f"{len(empty)} clients have no examples and are never asked: {empty[:10]}")
 
 
+def _planned(session: Session, shards: workload.EncodedShards) -> Plan:
+    """Plan how to train, or go on as the run began, and take up the plan."""
+    before, config = session.run.manifest.get("plan"), session.config
+    how = Plan.read(before) if before else plan(config, session.adapted, shards.longest, shards.mean * _batch(config))
+    torch.set_num_threads(how.threads)
+    session.executor = executor(how, session.adapted)
+    return how
+
+
+def _batch(config: Config) -> int:
+    return config.train.per_device_train_batch_size * config.train.gradient_accumulation_steps
+
+
 def _work(session: Session, data: workload.TrainingData, extra: Sequence[str]) -> schema.Result:
     config = session.config
     shards = workload.encode_shards(data, session.adapted.base.tokenizer, config)
     _report_data(session.run, data, shards, session.reporter)
+    how = _planned(session, shards)
     planned = budget.predict(
-        arms.derive(config, config.arm), session.adapted, shards.longest, arms.wire(config, session.start)
+        arms.derive(config, config.arm),
+        session.adapted,
+        shards.longest,
+        arms.wire(config, session.start),
+        tokens=how.tokens,
+        checkpointing=how.checkpointing,
     )
-    session.run.update(predicted=vars(planned), data=data.summary())
+    session.run.update(predicted=vars(planned), data=data.summary(), plan=how.document())
     session.reporter.plan(config, planned)
+    session.reporter.note(f"engine: {how.line()} ({'; '.join(how.why)})")
     done = [schema.Arm(name="base", scores=session.evaluate(None, "base"))] if config.eval.base else []
     main, progress = _arm(session, config.arm, True, data)
     done.append(main)
@@ -263,13 +227,13 @@ def run(
         tasks = domains.chosen_tasks(config)
         _check_items(tasks, config)
         base = load.load(config.model)
-        known = folder.identity(config, data.hash, base.revision)
+        known = folder.identity(config, data.hash, base.revision, str(base.model.dtype).removeprefix("torch."))
         unranked = (*settings.unranked, *zoo.unranked_reasons(config))
         opened = open_run(path, settings, known, unranked, resume=resume, force=force)
         try:
             with status(opened):
                 adapted = adapters.attach(base, config.lora, derive_seed(config.seed, "adapter"))
-                session = Session(settings, opened, adapted, adapted.state(), tasks, watch)
+                session = Session(settings, opened, adapted, adapted.state(), tasks, watch, Sequential(adapted))
                 # a continued run finishes the arms it was started with
                 wanted = list(extra_arms) or list(opened.manifest.get("arms", []))
                 opened.update(arms=wanted)

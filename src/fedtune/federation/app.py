@@ -13,6 +13,7 @@ from fedtune.federation import messages
 from fedtune.federation.private import PrivateStore
 from fedtune.methods import Recipe
 from fedtune.models.adapter import AdaptedModel
+from fedtune.training.executor import Executor
 from fedtune.training.local import LocalWork, OnStep
 from fedtune.training.workload import EncodedShards
 from fedtune.types import DataError
@@ -29,6 +30,7 @@ class Runtime:
         shards: every client's examples.
         private: what clients keep to themselves.
         on_step: progress, called with (client, tokens, loss).
+        executor: makes the optimiser steps.
     """
 
     config: Config
@@ -37,6 +39,7 @@ class Runtime:
     shards: EncodedShards
     private: PrivateStore = field(default_factory=lambda: PrivateStore(None))
     on_step: OnStep | None = None
+    executor: Executor | None = None
 
 
 def _train(runtime: Runtime, message: Message, context: Context) -> Message:
@@ -59,6 +62,7 @@ def _train(runtime: Runtime, message: Message, context: Context) -> Message:
         runtime.config,
         (client, *when),
         runtime.on_step,
+        runtime.executor,
     )
     fitted = recipe.fit(local, messages.unpack(record))
     if fitted.kept:

@@ -87,12 +87,16 @@ class FaultyGrid(Grid):
         return planned(self._faults, self._seed, int(order["round"]), int(order["client"])) if order else ""
 
     def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterator[Message]:
-        """Send to the clients that are well and answer for those that are not."""
-        delivered = []
-        for message in messages:
-            fault = self._fault(message)
-            if fault == "error":
-                yield Message(Error(5, "simulated client error"), reply_to=message)
-            elif fault == "":
-                delivered.append(message)
-        yield from self._grid.send_and_receive(delivered, timeout=timeout)
+        """Send to the clients that are well, as they come, and answer for those that are not."""
+        failed: list[Message] = []
+
+        def well() -> Iterator[Message]:
+            for message in messages:
+                fault = self._fault(message)
+                if fault == "error":
+                    failed.append(message)
+                elif fault == "":
+                    yield message
+
+        yield from self._grid.send_and_receive(well(), timeout=timeout)
+        yield from (Message(Error(5, "simulated client error"), reply_to=message) for message in failed)

@@ -5,9 +5,10 @@ from __future__ import annotations
 import itertools
 import time
 import traceback
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, Protocol
 
 from flwr.app import Context, Error, Message, RecordDict
 from flwr.app.metadata import Metadata
@@ -29,6 +30,19 @@ def _identify_task() -> None:
     TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = 1, 1, SERVER_NODE
 
 
+class Crew(Protocol):
+    """Runs calls, `size` of them at a time at best, and returns their results in order."""
+
+    @property
+    def size(self) -> int:
+        """How many calls are worth running together."""
+        ...
+
+    def together(self, calls: Sequence[Callable[[], Any]]) -> list[Any]:
+        """Run calls and return their results in order."""
+        ...
+
+
 class LocalGrid(Grid):
     """Calls a ClientApp directly, one node for each client; any Flower strategy or ClientApp runs on it.
 
@@ -39,14 +53,22 @@ class LocalGrid(Grid):
         client_app: what every node runs.
         nodes: how many.
         run_config: given to every client's context.
+        crew: runs some clients' calls together; one after the other by default.
     """
 
     in_process = True
 
-    def __init__(self, client_app: ClientApp, nodes: int, run_config: dict[str, Any] | None = None) -> None:
+    def __init__(
+        self,
+        client_app: ClientApp,
+        nodes: int,
+        run_config: dict[str, Any] | None = None,
+        crew: Crew | None = None,
+    ) -> None:
         self._app = client_app
         self._nodes = nodes
         self._run_config = run_config or {}
+        self._crew = crew
         # Flower's Run class moves between versions; only its id is needed
         self._run: Any = SimpleNamespace(run_id=1)
         self._contexts: dict[int, Context] = {}
@@ -125,12 +147,14 @@ class LocalGrid(Grid):
         return [self._replies.pop(i) for i in message_ids if i in self._replies]
 
     def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterator[Message]:
-        """Answer messages one after the other, handing each reply on before the next client starts.
+        """Answer messages one after the other, or a crew's size at a time; replies go on before the next ones start.
 
         With a timeout, messages whose turn comes after it are not delivered, as over a wire.
         """
-        start = time.monotonic()
-        for message in messages:
+        start, waiting = time.monotonic(), iter(messages)
+        size = self._crew.size if self._crew else 1
+        while some := list(itertools.islice(waiting, size)):
             if timeout is not None and time.monotonic() - start > timeout:
                 return
-            yield self._answer(message)
+            calls = [partial(self._answer, message) for message in some]
+            yield from self._crew.together(calls) if self._crew else [calls[0]()]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -11,15 +11,17 @@ from typing import Any
 import numpy as np
 from flwr.app import Message, RecordDict
 from flwr.serverapp import Grid
+from torch import Tensor
 
 from fedtune.config import Config
 from fedtune.federation import checkpoint, messages
 from fedtune.federation.checkpoint import Progress
 from fedtune.federation.faults import kill_point
 from fedtune.io import append_lines
-from fedtune.methods import Recipe, ServerState
+from fedtune.lora.algebra import RunningMean
+from fedtune.methods import ClientUpdate, Recipe, ServerState
 from fedtune.models.budget import message_bytes
-from fedtune.privacy.screen import Expected, Screened, screen
+from fedtune.privacy.screen import Expected, Screened, Screening
 from fedtune.training.schedule import learning_rate
 from fedtune.types import RoundRecord, RunFailedError, derive_seed
 
@@ -40,6 +42,7 @@ class Federation:
         folder: where checkpoints, `rounds.jsonl` and `timings.jsonl` go.
         only: ask just these clients (for the local-only arm); None asks all.
         on_round: called after each round.
+        nodes: node id -> client, once they are connected; `places` is the other way round.
     """
 
     config: Config
@@ -51,6 +54,7 @@ class Federation:
     only: frozenset[int] | None = None
     on_round: Callable[[RoundRecord, ServerState], None] | None = None
     nodes: dict[int, int] = field(default_factory=dict)
+    places: dict[int, int] = field(default_factory=dict)
 
 
 def sample(config: Config, registered: Mapping[int, int], round_: int) -> list[int]:
@@ -94,18 +98,43 @@ def connect(grid: Grid, clients: int, timeout: float, address: str = "this grid"
     return nodes
 
 
-def _orders(fed: Federation, cohort: Sequence[int], when: When, state: ServerState) -> tuple[list[Message], int]:
-    """Return the messages of one exchange, and the bytes they send."""
-    near = bool(getattr(fed.grid, "in_process", False))
-    by_client = {client: node for node, client in fed.nodes.items()}
-    sent, messages_ = 0, []
-    for client in cohort:
-        download = fed.recipe.view(state, client)
-        sent += message_bytes(download)
-        order = messages.train_order(fed.run_id, when, client, download, in_process=near)
-        group, ttl = str(when[0]), fed.config.federation.deadline
-        messages_.append(fed.grid.create_message(order, "train", by_client[client], group, ttl))
-    return messages_, sent
+class _Orders:
+    """The messages of one exchange, made one by one as they are sent, and the bytes sent so far."""
+
+    def __init__(self, fed: Federation, cohort: Sequence[int], when: When, state: ServerState) -> None:
+        self._fed, self._cohort, self._when, self._state = fed, cohort, when, state
+        self.bytes = 0
+
+    def __iter__(self) -> Iterator[Message]:
+        grid, settings = self._fed.grid, self._fed.config.federation
+        near = bool(getattr(grid, "in_process", False))
+        for client in self._cohort:
+            download = self._fed.recipe.view(self._state, client)
+            self.bytes += message_bytes(download)
+            order = messages.train_order(self._fed.run_id, self._when, client, download, in_process=near)
+            node = self._fed.places[client]
+            yield grid.create_message(order, "train", node, str(self._when[0]), settings.deadline)
+
+
+class _Signatures(Mapping[int, Mapping[str, Tensor]]):
+    """What each client that was asked has to send, made when its reply is looked at."""
+
+    def __init__(self, cohort: Sequence[int], make: Callable[[int], Mapping[str, Tensor]]) -> None:
+        self._cohort, self._make = dict.fromkeys(cohort), make
+
+    def __getitem__(self, client: int) -> Mapping[str, Tensor]:
+        if client not in self._cohort:
+            raise KeyError(client)
+        return self._make(client)
+
+    def __contains__(self, client: object) -> bool:
+        return client in self._cohort
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self._cohort)
+
+    def __len__(self) -> int:
+        return len(self._cohort)
 
 
 def _expected(fed: Federation, cohort: Sequence[int], when: When, state: ServerState) -> Expected:
@@ -114,7 +143,7 @@ def _expected(fed: Federation, cohort: Sequence[int], when: When, state: ServerS
     return Expected(
         fed.run_id,
         round_,
-        {c: fed.recipe.expected(state, c, round_) for c in cohort},
+        _Signatures(cohort, lambda client: fed.recipe.expected(state, client, round_)),
         fed.registered,
         fed.config.federation.weights,
         (lambda tensors, client: method.flaw(tensors, state, client, round_)) if method.ragged else None,
@@ -124,23 +153,49 @@ def _expected(fed: Federation, cohort: Sequence[int], when: When, state: ServerS
 
 @dataclass(frozen=True)
 class _Exchange:
-    """One exchange's screened replies, its bytes (down, up), and whether they are enough to aggregate."""
+    """One exchange's screened replies, whose were good, its bytes (down, up), and whether they are enough."""
 
     screened: Screened
+    good: tuple[int, ...]
     bytes: tuple[int, int]
     enough: bool
 
 
+class _Updates:
+    """The good updates of an exchange: all of them, or only their sum where the method sees no more."""
+
+    def __init__(self, *, summed: bool) -> None:
+        self._sum = RunningMean() if summed else None
+        self._all: list[ClientUpdate] = []
+
+    def add(self, update: ClientUpdate) -> None:
+        """Take an update."""
+        if self._sum is None:
+            self._all.append(update)
+        else:
+            self._sum.add(update.tensors, update.examples)
+
+    def close(self) -> list[ClientUpdate]:
+        """Return the updates, or one that stands for all."""
+        if self._sum is None or not self._sum.weight:
+            return self._all
+        return [ClientUpdate(0, self._sum.mean(), self._sum.weight)]
+
+
 def _exchange(fed: Federation, cohort: Sequence[int], when: When, state: ServerState) -> _Exchange:
     settings = fed.config.federation
-    orders, down = _orders(fed, cohort, when, state)
-    answered = fed.grid.send_and_receive(orders, timeout=settings.deadline)
-    replies = [messages.read_reply(m, fed.nodes) for m in answered]
+    orders, screening = _Orders(fed, cohort, when, state), Screening(_expected(fed, cohort, when, state))
+    updates, up = _Updates(summed=fed.recipe.streams), 0
+    for message in fed.grid.send_and_receive(orders, timeout=settings.deadline):
+        reply = messages.read_reply(message, fed.nodes)
+        up += message_bytes(reply.tensors) if reply.tensors is not None else 0
+        update = screening.take(reply)
+        if update is not None:
+            updates.add(update)
     kill_point(when[0], "screen")
-    screened = screen(replies, _expected(fed, cohort, when, state))
-    enough = len(screened.updates) >= min(settings.min_clients, max(1, len(cohort))) and bool(screened.updates)
-    up = sum(message_bytes(r.tensors) for r in replies if r.tensors is not None)
-    return _Exchange(screened, (down, up), enough)
+    good = tuple(screening.good)
+    enough = bool(good) and len(good) >= min(settings.min_clients, max(1, len(cohort)))
+    return _Exchange(screening.close(updates.close()), good, (orders.bytes, up), enough)
 
 
 def _all_exchanges(
@@ -155,16 +210,15 @@ def _all_exchanges(
         if not done.enough:
             break
         state = fed.recipe.middle(done.screened.updates, state, round_)
-        going = [u.client for u in done.screened.updates]
-        last = _exchange(fed, going, (round_, phase), state)
+        last = _exchange(fed, done.good, (round_, phase), state)
         screened = replace(
             last.screened,
-            stats=tuple(s for s in done.screened.stats if s.client in {u.client for u in last.screened.updates}),
+            stats=tuple(s for s in done.screened.stats if s.client in last.good),
             rejected=(*done.screened.rejected, *last.screened.rejected),
             notes=(*done.screened.notes, *last.screened.notes),
         )
         sizes = done.bytes[0] + last.bytes[0], done.bytes[1] + last.bytes[1]
-        done = _Exchange(screened, sizes, last.enough)
+        done = _Exchange(screened, last.good, sizes, last.enough)
     return done, state
 
 
@@ -211,6 +265,7 @@ def run_rounds(fed: Federation, start: ServerState) -> Progress:
     if not any(fed.registered.values()):
         raise RunFailedError("no client has an example to train on")
     fed.nodes.update(connect(fed.grid, config.federation.clients, config.federation.connect_timeout))
+    fed.places.update({client: node for node, client in fed.nodes.items()})
     progress, _ = checkpoint.newest(fed.folder, start, fed.run_id)
     for round_ in range(progress.round + 1, config.federation.rounds + 1):
         progress = _one_round(fed, round_, progress)

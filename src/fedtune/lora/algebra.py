@@ -1,4 +1,4 @@
-"""Pure algebra over adapter states. Accumulates in float32 or better, whatever comes in."""
+"""Pure algebra over adapter states. Accumulates in float64, whatever comes in."""
 
 from __future__ import annotations
 
@@ -8,25 +8,45 @@ import torch
 from torch import Tensor
 
 
+class RunningMean:
+    """A weighted mean that takes one state after the other, in memory that does not grow with their number.
+
+    Sums are kept in float64: a product of a float32 number and a count of examples is exact in it, so the order of
+    the states hardly ever changes a bit of the mean.
+    """
+
+    def __init__(self) -> None:
+        self._sums: dict[str, Tensor] = {}
+        self._kinds: dict[str, torch.dtype] = {}
+        self.weight = 0.0
+
+    def add(self, state: Mapping[str, Tensor], weight: float) -> None:
+        """Take a state with its weight."""
+        for name, tensor in state.items():
+            if name not in self._sums:
+                self._kinds[name] = tensor.dtype
+                self._sums[name] = torch.zeros_like(tensor, dtype=torch.float64)
+            self._sums[name].add_(tensor, alpha=weight)
+        self.weight += weight
+
+    def mean(self) -> dict[str, Tensor]:
+        """Return the mean so far, each tensor in the dtype of the first state's.
+
+        Raises:
+            ValueError: no states, or weights that do not sum to something above 0.
+        """
+        if not self.weight > 0:
+            raise ValueError(f"weights sum to {self.weight}, not to something above 0")
+        return {name: (total / self.weight).to(self._kinds[name]) for name, total in self._sums.items()}
+
+
 def weighted_mean(states: Iterable[Mapping[str, Tensor]], weights: Sequence[float]) -> dict[str, Tensor]:
     """Return sum_i w_i x_i / sum_i w_i, tensor by tensor, in the dtype of the first state.
-
-    A running sum: the memory needed does not grow with the number of states. The sum is over exact
-    products in the order given; callers that want independence from arrival order sort first.
 
     Raises:
         ValueError: no states, or weights that do not sum to something above 0.
     """
-    total = float(sum(weights))
-    if not total > 0:
-        raise ValueError(f"weights sum to {total}, not to something above 0")
-    sums: dict[str, Tensor] = {}
-    kinds: dict[str, torch.dtype] = {}
+    sums = RunningMean()
     for state, weight in zip(states, weights, strict=True):
-        for name, tensor in state.items():
-            if name not in sums:
-                kinds[name] = tensor.dtype
-                wide = torch.promote_types(tensor.dtype, torch.float32)
-                sums[name] = torch.zeros_like(tensor, dtype=wide)
-            sums[name].add_(tensor.to(sums[name].dtype), alpha=weight / total)
-    return {name: value.to(kinds[name]) for name, value in sums.items()}
+        sums.add(state, float(weight))
+    return sums.mean()

@@ -44,6 +44,13 @@ class Recipe:
         return kind.keeps_base or kind.ragged or kind.phases > 1 or (kind.stateful and kind.private)
 
     @property
+    def streams(self) -> bool:
+        """Whether updates may be added up as they come: nothing compares them, and nothing else comes with them."""
+        robust = self.config.robust
+        plain = robust.rule == "none" and robust.clip_norm == "none"
+        return self.method.running and plain and not self.exact_dora and not self.config.drift.scaffold
+
+    @property
     def phases(self) -> int:
         """Exchanges a round."""
         return self.method.phases

@@ -1,7 +1,7 @@
 """Several texts in one unpadded row: attention is cut at their borders, so no token ever sees a neighbour's.
 
-Registered with transformers as the attention `fedtune_packed`; outside a packed pass it is plain SDPA. Within one, texts
-of similar length attend together in dense batches, or, on a GPU in 16 bits, all at once in the variable-length kernel.
+Registered with transformers as the attention `fedtune_packed`; outside a packed pass it is plain SDPA. Within one,
+texts of similar length attend together in dense batches, or, on a GPU in 16 bits, all at once in a kernel for that.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class _Arrange(torch.autograd.Function):
         return _taken(x, there)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         _, back = ctx.saved_tensors
         return _taken(grad, back), None, None
 

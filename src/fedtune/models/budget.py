@@ -6,6 +6,7 @@ import io
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache
+from typing import Any
 
 import numpy as np
 from torch import Tensor
@@ -13,6 +14,9 @@ from torch import Tensor
 from fedtune.config import Config
 from fedtune.lora.state import to_tensors
 from fedtune.models.adapter import AdaptedModel
+
+# hidden-sized numbers that a layer keeps of a token for the backward pass
+KEPT = 34
 
 
 @cache
@@ -34,6 +38,18 @@ def message_bytes(tensors: Mapping[str, Tensor]) -> int:
         for t in tensors.values()
     )
     return sum(sizes)
+
+
+def activation_bytes(shape: Any, width: int, *, checkpointing: bool) -> int:
+    """Return the bytes that training keeps of one token for the backward pass, roughly and rather too many.
+
+    Args:
+        shape: the text model's configuration.
+        width: bytes of a number.
+        checkpointing: only each layer's input is kept.
+    """
+    kept = 1 if checkpointing else KEPT
+    return int(shape.hidden_size) * int(shape.num_hidden_layers) * kept * width
 
 
 @dataclass(frozen=True)
@@ -58,7 +74,13 @@ class Budget:
 
 
 def predict(
-    config: Config, adapted: AdaptedModel, longest: int | None = None, wire: Callable[[int], int] | None = None
+    config: Config,
+    adapted: AdaptedModel,
+    longest: int | None = None,
+    wire: Callable[[int], int] | None = None,
+    *,
+    tokens: int = 4096,
+    checkpointing: bool = False,
 ) -> Budget:
     """Predict bytes (exactly) and memory (roughly) from the shapes.
 
@@ -67,19 +89,20 @@ def predict(
         adapted: the model with its adapter.
         longest: tokens of the longest example, where known; `train.max_length` otherwise.
         wire: round -> bytes its cohort exchanges, both directions; None where nobody can say.
+        tokens: of a pass, at most.
+        checkpointing: activations are recomputed.
 
     Activations are counted as 34 hidden-sized numbers a token and layer (kept for the backward pass; one
-    with checkpointing), with at most `max_tokens_per_forward` tokens at a time, plus logits of the labels.
+    with checkpointing), with at most `tokens` at a time, plus logits of the labels.
     """
     tensors = to_tensors(adapted.layout)
     message = message_bytes(tensors)
     shape = adapted.base.model.config.get_text_config()
     train = config.train
-    tokens = min(train.max_tokens_per_forward, train.per_device_train_batch_size * (longest or train.max_length))
+    tokens = min(tokens, train.per_device_train_batch_size * (longest or train.max_length))
     weights = list(adapted.base.model.parameters())
     width = max(p.element_size() for p in weights)
-    kept = 1 if train.gradient_checkpointing else 34
-    activations = tokens * shape.hidden_size * shape.num_hidden_layers * kept * width
+    activations = tokens * activation_bytes(shape, width, checkpointing=checkpointing)
     trainable = sum(t.numel() for t in tensors.values())
     each = [wire(t) for t in range(1, config.federation.rounds + 1)] if wire else []
     return Budget(

@@ -1,7 +1,7 @@
 """Dropout whose mask depends on what is dropped and not on what is computed beside it.
 
-A token's mask is a hash of (seed, client, round, step, example, position, layer): the same alone, in any micro-batch, in
-any cohort of clients, on any device. Masks of a generator would depend on who drew before.
+A token's mask is a hash of (seed, client, round, step, example, position, layer): the same alone, in any micro-batch,
+in any cohort of clients, on any device. Masks of a generator would depend on who drew before.
 """
 
 from __future__ import annotations

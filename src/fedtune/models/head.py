@@ -47,7 +47,7 @@ class _Loss(torch.autograd.Function):
         return (losses * shares).sum(), losses
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor, None, None, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor, None, None, None, None]:
         (slopes,) = ctx.saved_tensors
         return slopes.mul(grad.to(slopes.dtype)), None, None, None, None
 

@@ -21,10 +21,11 @@ class _Normalise(torch.autograd.Function):
         wide = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
         scale = (torch.linalg.vecdot(wide, wide) / x.shape[-1] + eps).rsqrt_().unsqueeze(-1)
         ctx.save_for_backward(x, weight, scale)
-        return (wide * scale).to(x.dtype).mul_(weight)
+        normalised: Tensor = (wide * scale).to(x.dtype).mul_(weight)
+        return normalised
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         x, weight, scale = ctx.saved_tensors
         wide = x.to(scale.dtype)
         weighted = (grad * weight).to(scale.dtype)

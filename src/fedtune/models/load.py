@@ -17,7 +17,7 @@ from fedtune.config.schema import ModelSettings
 from fedtune.data.hub import guarded
 from fedtune.data.packages import SMOLLM2, Package, read_wheel
 from fedtune.io import cache_dir, file_sha256, read_json
-from fedtune.models import attention, lean
+from fedtune.models import attention, lean, measure
 from fedtune.models.zoo import is_local, zoo
 from fedtune.types import ModelError
 
@@ -109,7 +109,7 @@ def check_folder(folder: Path) -> None:
 
 def _dtype(settings: ModelSettings, device: str) -> torch.dtype:
     if settings.dtype == "auto":
-        return torch.bfloat16 if device == "cuda" else torch.float32
+        return measure.best_dtype(device)
     return torch.float32 if settings.dtype == "float32" else torch.bfloat16
 
 
@@ -155,7 +155,7 @@ def _where(settings: ModelSettings) -> tuple[str, str | None]:
 
 
 def load(settings: ModelSettings, device: str | None = None) -> LoadedModel:
-    """Load a base model: float32 on CPUs, bfloat16 on CUDA unless told otherwise; safetensors only, no remote code.
+    """Load a base model, in bfloat16 where this machine is clearly faster in it; safetensors only, no remote code.
 
     Raises:
         ModelError: it cannot be loaded as asked.

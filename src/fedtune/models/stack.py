@@ -76,10 +76,9 @@ class Stack:
         """Return one client's trained tensors in its own shapes, with their gradients, all in place."""
         found = {}
         for name in self._ends:
-            part = (client, *_corner(start[name]))
-            found[name] = self._leaf(
-                self._window(self.numbers, name)[part], self._window(self.gradients, name)[part]
-            )
+            numbers, gradients = self._window(self.numbers, name)[client], self._window(self.gradients, name)[client]
+            part = _corner(start[name])
+            found[name] = self._leaf(numbers[part], gradients[part])
         return found
 
     def read(self, client: int, start: Tensors) -> dict[str, Tensor]:

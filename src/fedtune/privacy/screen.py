@@ -172,34 +172,58 @@ def _accept(reply: Reply, expected: Expected) -> tuple[ClientUpdate, ClientStats
     return ClientUpdate(client, tensors, weight), stats, note
 
 
-def screen(replies: Sequence[Reply], expected: Expected) -> Screened:
-    """Sort replies into updates that may be aggregated and rejections with a reason.
+class Screening:
+    """Sorts the replies of one exchange as they come.
 
-    A client that was asked and has no reply at all is rejected as `no_reply`. Metrics nobody asked for are
-    ignored; a missing or non-finite loss becomes None.
+    A client that was asked and has no reply at all is rejected as `no_reply`. Metrics nobody asked for are ignored; a
+    missing or non-finite loss becomes None.
     """
-    good: dict[int, tuple[ClientUpdate, ClientStats]] = {}
-    rejected: list[Rejection] = []
-    notes: list[str] = []
-    seen: set[int] = set()
-    for reply in replies:
-        odd = _reason(reply, expected, seen)
-        known = reply.client is not None and reply.client in expected.signature
+
+    def __init__(self, expected: Expected) -> None:
+        self._expected = expected
+        self._stats: dict[int, ClientStats] = {}
+        self._rejected: list[Rejection] = []
+        self._notes: list[str] = []
+        self._seen: set[int] = set()
+
+    def take(self, reply: Reply) -> ClientUpdate | None:
+        """Return the update of a reply that may be aggregated; reject the others with a reason."""
+        odd = _reason(reply, self._expected, self._seen)
+        known = reply.client is not None and reply.client in self._expected.signature
         if reply.client is not None and known and (odd is None or odd[0] not in ("stale", "duplicate")):
-            seen.add(reply.client)
+            self._seen.add(reply.client)
         if odd:
-            rejected.append(Rejection(-1 if reply.client is None else reply.client, *odd))
-            continue
-        update, stats, note = _accept(reply, expected)
-        good[update.client] = (update, stats)
-        notes += [note] if note else []
-    answered = set(good) | {r.client for r in rejected}
-    silent = [c for c in sorted(expected.signature) if c not in answered]
-    rejected += [Rejection(c, "no_reply", "dropped out or missed the deadline") for c in silent]
-    ordered = [good[c] for c in sorted(good)]
-    return Screened(
-        updates=tuple(u for u, _ in ordered),
-        stats=tuple(s for _, s in ordered),
-        rejected=tuple(sorted(rejected, key=lambda r: (r.client, r.reason))),
-        notes=tuple(sorted(notes)),
-    )
+            self._rejected.append(Rejection(-1 if reply.client is None else reply.client, *odd))
+            return None
+        update, stats, note = _accept(reply, self._expected)
+        self._stats[update.client] = stats
+        self._notes += [note] if note else []
+        return update
+
+    @property
+    def good(self) -> list[int]:
+        """The clients whose updates may be aggregated, in order."""
+        return sorted(self._stats)
+
+    def close(self, updates: Sequence[ClientUpdate]) -> Screened:
+        """Return the outcome, when no more replies come.
+
+        Args:
+            updates: what is left of those that `take` returned: all, or what they were added up to.
+        """
+        answered = set(self._stats) | {r.client for r in self._rejected}
+        silent = [c for c in sorted(self._expected.signature) if c not in answered]
+        lost = [Rejection(c, "no_reply", "dropped out or missed the deadline") for c in silent]
+        return Screened(
+            updates=tuple(sorted(updates, key=lambda u: u.client)),
+            stats=tuple(self._stats[c] for c in self.good),
+            rejected=tuple(sorted([*self._rejected, *lost], key=lambda r: (r.client, r.reason))),
+            notes=tuple(sorted(self._notes)),
+        )
+
+
+def screen(replies: Sequence[Reply], expected: Expected) -> Screened:
+    """Sort replies into updates that may be aggregated and rejections with a reason."""
+    screening = Screening(expected)
+    taken = [screening.take(reply) for reply in replies]
+    return screening.close([update for update in taken if update is not None])

@@ -13,7 +13,7 @@ from torch import Tensor
 from fedtune.models.adapter import AdaptedModel
 from fedtune.models.sides import is_side
 from fedtune.models.stack import Stack
-from fedtune.training.executor import Sequential, Work, optimizer, training
+from fedtune.training.executor import Limits, Sequential, Work, optimizer, training
 from fedtune.training.loss import Part, joint_loss, keyed, passes
 from fedtune.training.meeting import Meeting
 
@@ -26,11 +26,13 @@ class Cohort:
     Args:
         adapted: the resident model.
         size: clients in a pass, 1 or more.
+        limits: what fits; the tokens are those of all clients in a pass.
     """
 
-    def __init__(self, adapted: AdaptedModel, size: int) -> None:
+    def __init__(self, adapted: AdaptedModel, size: int, limits: Limits | None = None) -> None:
         self._adapted = adapted
-        self._one = Sequential(adapted)
+        self._one = Sequential(adapted, limits)
+        self.limits = self._one.limits
         self._meeting = Meeting(self.run_all)
         self.size = size
         self.stacked = 0
@@ -82,7 +84,7 @@ class Cohort:
         slots = [stack.slots(k, start) for k, start in enumerate(factors)]
         # each client has an optimiser of its own: only then may rates and even optimisers differ
         made = [optimizer([([line], w.rate)], w.settings) for line, w in zip(stack.lines, works, strict=True)]
-        with training(adapted.model, first.settings.gradient_checkpointing), stack.active():
+        with training(adapted.model, self.limits.checkpointing), stack.active():
             for number in range(len(first.steps)):
                 stack.gradients.zero_()
                 losses = self._passes(stack, works, number)
@@ -97,10 +99,9 @@ class Cohort:
     def _passes(self, stack: Stack, works: Sequence[Work], number: int) -> list[float]:
         """Backpropagate one step of every client; return their losses."""
         losses = [0.0] * len(works)
-        limit = works[0].settings.max_tokens_per_forward
         exact = works[0].exact
         steps, keys = [w.steps[number] for w in works], [w.key(number) for w in works]
-        for parts in passes(steps, keys, limit):
+        for parts in passes(steps, keys, self.limits.tokens):
             self._pass(stack, parts, exact, losses)
         return losses
 
@@ -132,17 +133,10 @@ def _stackable(work: Work) -> bool:
 
 
 def _alike(one: Work, other: Work) -> bool:
-    """Tell whether two works can be stacked: the same tensors trained, as many steps, the same base and limits."""
+    """Tell whether two works can be stacked: the same tensors trained, as many steps, the same base."""
 
     def form(work: Work) -> Any:
-        settings = work.settings
-        return (
-            list(work.names),
-            len(work.steps),
-            work.exact,
-            settings.gradient_checkpointing,
-            settings.max_tokens_per_forward,
-        )
+        return list(work.names), len(work.steps), work.exact
 
     if not (_stackable(one) and _stackable(other)) or form(one) != form(other):
         return False

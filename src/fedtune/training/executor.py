@@ -49,7 +49,7 @@ class Work:
         names: of those that are trained.
         steps: the examples of each step.
         rate: learning rate.
-        settings: optimiser, clipping, limits.
+        settings: optimiser and clipping.
         seed: of what is random in them; each step has draws of its own.
         exact: nothing random tells equal beginnings of texts apart, so they are computed once.
         extras: what the method adds.
@@ -71,8 +71,18 @@ class Work:
         return derive_seed(self.seed, "step", step)
 
 
+@dataclass(frozen=True)
+class Limits:
+    """What fits the machine: tokens of a pass at most (a longer text alone), and whether activations are recomputed."""
+
+    tokens: int = 4096
+    checkpointing: bool = False
+
+
 class Executor(Protocol):
     """Does the steps that methods ask for; whoever does them, the numbers are the same but for rounding."""
+
+    limits: Limits
 
     def run(self, work: Work) -> dict[str, Tensor]:
         """Make the steps; return the model's tensors afterwards, in the shapes and on the CPU as they came."""
@@ -129,11 +139,11 @@ def place(adapted: AdaptedModel, start: Tensors, names: Sequence[str]) -> dict[s
 
 
 def backpropagate(
-    adapted: AdaptedModel, examples: Sequence[Encoded], settings: TrainSettings, *, exact: bool, key: int = 0
+    adapted: AdaptedModel, examples: Sequence[Encoded], tokens: int, *, exact: bool, key: int = 0
 ) -> float:
     """Backpropagate the mean loss over all labels of one client's step, whatever the micro-batches; return it."""
     total = 0.0
-    for parts in passes([examples], [key], settings.max_tokens_per_forward):
+    for parts in passes([examples], [key], tokens):
         chosen = list(parts.values())
         with contextlib.nullcontext() if exact else keyed(adapted.keys, chosen, adapted.device):
             loss, own = joint_loss(adapted.model, chosen, share_prefix=exact)
@@ -147,19 +157,19 @@ class Sequential:
 
     size = 1
 
-    def __init__(self, adapted: AdaptedModel) -> None:
+    def __init__(self, adapted: AdaptedModel, limits: Limits | None = None) -> None:
         self._adapted = adapted
+        self.limits = limits or Limits()
 
     def run(self, work: Work) -> dict[str, Tensor]:
         """Make the steps; return the model's tensors afterwards."""
         chosen = place(self._adapted, work.start, work.names)
         made = optimizer([(list(chosen.values()), work.rate)], work.settings)
-        with training(self._adapted.model, work.settings.gradient_checkpointing):
+        with training(self._adapted.model, self.limits.checkpointing):
             for number, examples in enumerate(work.steps):
                 made.zero_grad(set_to_none=True)
-                loss = backpropagate(
-                    self._adapted, examples, work.settings, exact=work.exact, key=work.key(number)
-                )
+                tokens, key = self.limits.tokens, work.key(number)
+                loss = backpropagate(self._adapted, examples, tokens, exact=work.exact, key=key)
                 work.extras.apply(chosen)
                 torch.nn.utils.clip_grad_norm_(chosen.values(), work.settings.max_grad_norm)
                 made.step()

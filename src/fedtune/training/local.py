@@ -104,8 +104,8 @@ class LocalWork:
     def gradients(self, at: Tensors, names: Sequence[str]) -> dict[str, Tensor]:
         """Return the gradient of the round's first step at a point."""
         chosen = place(self._adapted, at, names)
-        examples = self._examples(0)
-        self._report(examples, backpropagate(self._adapted, examples, self._config.train, exact=self._exact))
+        examples, tokens = self._examples(0), self._executor.limits.tokens
+        self._report(examples, backpropagate(self._adapted, examples, tokens, exact=self._exact))
         return {n: (torch.zeros_like(p) if p.grad is None else p.grad).to("cpu", copy=True) for n, p in chosen.items()}
 
     @torch.no_grad()
@@ -120,8 +120,7 @@ class LocalWork:
         return found
 
     def _plain_loss(self, examples: Sequence[Encoded]) -> float:
-        limit = self._config.train.max_tokens_per_forward
-        runs = (list(parts.values()) for parts in passes([examples], [0], limit))
+        runs = (list(parts.values()) for parts in passes([examples], [0], self._executor.limits.tokens))
         return sum(sum(joint_loss(self._adapted.model, parts, share_prefix=True)[1]) for parts in runs)
 
     def features(self, count: int) -> Tensor:

@@ -118,7 +118,8 @@ def joint_loss(
             wanted = torch.tensor(targets, device=weight.device)
             each = F.cross_entropy(row_logits(model, row, keep).to(counted.dtype), wanted, reduction="none")
             total = (each * counted).sum()
-    split = (each.detach() * counted).split([sum(e.labels for e in part.examples) for part in parts])
+    sizes = [sum(e.labels for e in part.examples) for part in parts]
+    split = torch.split(each.detach() * counted, sizes)
     return total, [float(own.sum()) for own in split]
 
 

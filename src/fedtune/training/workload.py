@@ -115,6 +115,12 @@ class EncodedShards:
         return max(len(example.ids) for shard in self.shards for example in shard)
 
     @property
+    def mean(self) -> float:
+        """Tokens of an example on average."""
+        lengths = [len(example.ids) for shard in self.shards for example in shard]
+        return sum(lengths) / len(lengths)
+
+    @property
     def sizes(self) -> dict[int, int]:
         """Examples of each client."""
         return {client: len(shard) for client, shard in enumerate(self.shards)}

@@ -1,0 +1,85 @@
+"""What all arms of a run share, and how their models are evaluated."""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import Tensor
+
+from fedtune.config import Config, Settings
+from fedtune.domains.base import Task
+from fedtune.evaluation.run import evaluate_all
+from fedtune.experiment.arms import Arm
+from fedtune.experiment.average import mean_score
+from fedtune.experiment.folder import RunFolder
+from fedtune.experiment.report import Reporter
+from fedtune.io import digest
+from fedtune.lora.state import AdapterState
+from fedtune.methods.base import ServerState
+from fedtune.models.adapter import AdaptedModel
+from fedtune.results import schema
+from fedtune.training.executor import Executor
+
+Scored = tuple[list[schema.Score], dict[str, list[float | None]]]
+
+
+@dataclass
+class Session:
+    """What all arms of a run share: its folder, the resident model, the tasks, and who watches."""
+
+    settings: Settings
+    run: RunFolder
+    adapted: AdaptedModel
+    start: AdapterState
+    tasks: tuple[Task, ...]
+    reporter: Reporter
+    executor: Executor
+
+    @property
+    def config(self) -> Config:
+        """The run's settings."""
+        return self.settings.config
+
+    def evaluate(self, tensors: Mapping[str, Tensor] | None, where: str) -> list[schema.Score]:
+        """Evaluate the base model (None) or a model's tensors on all tasks, logging under `evals/<where>/`."""
+        started = time.monotonic()
+        model, tokenizer = self.adapted.model, self.adapted.base.tokenizer
+        target = self.run.path / "evals" / where
+        who, shown = f"{self.adapted.base.name}@{self.adapted.base.revision}", self.reporter.evaluating
+        model.eval()
+        if tensors is None:
+            with model.disable_adapter(), self.adapted.sides.off():
+                scores = evaluate_all(model, tokenizer, self.tasks, self.config, target, digest(who), shown)
+        else:
+            self.adapted.load(tensors)
+            identity = digest([who, {n: _sha256(t) for n, t in tensors.items()}])
+            scores = evaluate_all(model, tokenizer, self.tasks, self.config, target, identity, shown)
+        self.run.add_seconds("evaluation", time.monotonic() - started)
+        return scores
+
+    def evaluate_each(self, models: Iterable[tuple[int, Mapping[str, Tensor]]], where: str) -> Scored:
+        """Evaluate every client's own model; the scores are the clients' means, with each one's beside them."""
+        found: dict[str, list[schema.Score]] = {}
+        logs: dict[str, list[Path]] = {}
+        for client, tensors in models:
+            room = f"{where}/client-{client:04d}"
+            for score in self.evaluate(tensors, room):
+                key = f"{score.task}/{score.mode}"
+                found.setdefault(key, []).append(score)
+                logs.setdefault(key, []).append(self.run.path / "evals" / room / f"{score.task}.{score.mode}.jsonl")
+        means = [mean_score(scores, logs[key]) for key, scores in found.items()]
+        return means, {key: [s.score for s in scores] for key, scores in found.items()}
+
+    def evaluate_state(self, arm: Arm, state: ServerState, where: str) -> Scored:
+        """Evaluate the global model, or each client's where the method has no single one."""
+        if not arm.recipe.method.personalised:
+            return self.evaluate(arm.shared_model(state), where), {}
+        return self.evaluate_each(((c, arm.own_model(state, c)) for c, n in arm.shards.sizes.items() if n), where)
+
+
+def _sha256(tensor: Tensor) -> str:
+    return hashlib.sha256(tensor.contiguous().numpy().tobytes()).hexdigest()

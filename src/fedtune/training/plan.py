@@ -1,0 +1,148 @@
+"""What this machine can do, measured and reckoned at the start: threads, tokens a pass, recomputation, cohort."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from fedtune.config import Config
+from fedtune.models.adapter import AdaptedModel
+from fedtune.models.budget import activation_bytes
+from fedtune.models.measure import cores, free_memory, gemm_rate
+from fedtune.training.cohort import Cohort
+from fedtune.training.executor import Executor, Limits, Sequential
+
+# a machine without memory for more still trains: this many tokens pass at least
+FEWEST, MOST_CPU, MOST = 512, 4096, 65_536
+# the share of free memory that activations may take; the rest is for what nobody can foresee
+SHARE = 0.6
+# what an eager layer launches in a training step, and the seconds a launch takes on a GPU
+LAUNCHES, LAUNCH_SECONDS = 90, 6e-6
+LARGEST_COHORT = 16
+# a cohort is worth its stacking only if it fills at least this many times a client's pass
+WORTH = 1.5
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What the planner knows of a machine.
+
+    Attributes:
+        device: "cpu" or "cuda".
+        cores: that this process may use.
+        free: bytes of memory that training may take.
+        rate: floating-point operations a second of this model's products, measured.
+    """
+
+    device: str
+    cores: int
+    free: int
+    rate: float
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What was chosen, and why, in words."""
+
+    dtype: str
+    threads: int
+    tokens: int
+    checkpointing: bool
+    cohort: int
+    why: tuple[str, ...]
+
+    @staticmethod
+    def read(document: Mapping[str, Any]) -> Plan:
+        """Return a plan from a manifest."""
+        return Plan(**{**document, "why": tuple(document["why"])})
+
+    def document(self) -> dict[str, Any]:
+        """Return the plan for a manifest."""
+        return asdict(self)
+
+    def line(self) -> str:
+        """Return the plan for people."""
+        how = f"{self.cohort} clients a pass" if self.cohort > 1 else "one client at a time"
+        kept = "recomputed" if self.checkpointing else "kept"
+        return f"{self.dtype}, {self.threads} threads, {how}, {self.tokens} tokens a pass, activations {kept}"
+
+
+def machine(adapted: AdaptedModel) -> Machine:
+    """Measure this machine with products in the model's own shapes."""
+    shape = adapted.base.model.config.get_text_config()
+    width = int(getattr(shape, "intermediate_size", None) or 4 * shape.hidden_size)
+    dtype = next(p.dtype for p in adapted.base.model.parameters() if p.is_floating_point())
+    rate = gemm_rate(1024, int(shape.hidden_size), width, dtype, adapted.device)
+    return Machine(adapted.device.type, cores(), free_memory(adapted.device), rate)
+
+
+def flops_per_token(parameters: int) -> int:
+    """Return the operations of training a token on frozen weights: forward 2P and the input's gradient 2P."""
+    return 4 * parameters
+
+
+def _limits(config: Config, shape: Any, width: int, longest: int, free: int) -> tuple[int, bool, str]:
+    """Return tokens a pass, whether activations are recomputed, and why."""
+    asked = config.engine
+    room = SHARE * free
+    each = {c: activation_bytes(shape, width, checkpointing=c) + 2 * 4 * int(shape.hidden_size) for c in (False, True)}
+    fits = room >= each[False] * longest
+    checkpointing = not fits if asked.gradient_checkpointing == "auto" else asked.gradient_checkpointing
+    why = f"activations of {longest} tokens take {each[False] * longest / 2**20:.0f} MiB of {room / 2**20:.0f} MiB"
+    if asked.max_tokens_per_forward != "auto":
+        return asked.max_tokens_per_forward, checkpointing, why
+    return max(FEWEST, int(room // each[checkpointing])), checkpointing, why
+
+
+def _cohort(config: Config, known: Machine, flops: float, layers: int) -> tuple[int, str]:
+    """Return how many clients share a pass, and why.
+
+    A step of few tokens leaves a GPU waiting for its launches; clients fill the gap until computing takes as long.
+    """
+    asked, most = config.engine, config.federation.cohort_size
+    if asked.executor == "sequential":
+        return 1, "asked for"
+    if asked.cohort != "auto":
+        return asked.cohort, "asked for"
+    launching, computing = layers * LAUNCHES * LAUNCH_SECONDS, flops / known.rate
+    if known.device != "cuda":
+        return (min(most, 4), "asked for") if asked.executor == "cohort" else (1, "a CPU is busy with one client")
+    filled = launching / max(computing, 1e-9)
+    why = f"launches take {1000 * launching:.1f} ms, computing a client's step {1000 * computing:.1f} ms"
+    if filled < WORTH and asked.executor != "cohort":
+        return 1, why
+    return max(1, min(most, LARGEST_COHORT, round(filled) + 1)), why
+
+
+def plan(config: Config, adapted: AdaptedModel, longest: int, tokens: float, known: Machine | None = None) -> Plan:
+    """Choose how to train.
+
+    Args:
+        config: what is set by hand stays.
+        adapted: the resident model.
+        longest: tokens of the longest example.
+        tokens: of a client's step, on average.
+        known: the machine; measured by default.
+    """
+    here = known or machine(adapted)
+    model = adapted.base.model
+    weights = [p for p in model.parameters() if p.is_floating_point()]
+    shape, width = model.config.get_text_config(), max(p.element_size() for p in weights)
+    whole = sum(p.numel() for p in model.parameters()) - model.get_input_embeddings().weight.numel()
+    cohort, why_cohort = _cohort(config, here, flops_per_token(whole) * tokens, int(shape.num_hidden_layers))
+    limit, checkpointing, why_memory = _limits(config, shape, width, longest, here.free)
+    if config.engine.max_tokens_per_forward == "auto":
+        # a power of two, so that a little more free memory does not change the last bits of a result
+        limit = min(2 ** int(math.log2(limit)), MOST_CPU if here.device == "cpu" else MOST)
+    threads = config.engine.threads or here.cores
+    dtype = str(weights[0].dtype).removeprefix("torch.")
+    why = (f"{here.rate / 1e9:.0f} GFLOP/s in {dtype}", why_memory, f"cohort: {why_cohort}")
+    return Plan(dtype, threads, limit, checkpointing, cohort, why)
+
+
+def executor(chosen: Plan, adapted: AdaptedModel) -> Executor:
+    """Return what trains by a plan."""
+    limits = Limits(chosen.tokens, chosen.checkpointing)
+    return Cohort(adapted, chosen.cohort, limits) if chosen.cohort > 1 else Sequential(adapted, limits)
