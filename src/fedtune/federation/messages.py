@@ -25,11 +25,23 @@ ADAPTER, METRICS, IDENTITY, ORDER = "adapter", "metrics", "identity", "order"
 class TensorArray(Array):
     """A Flower array that keeps its tensor. For use inside one process; never sent over a wire."""
 
+    tensor: Tensor
+    stype = "numpy.ndarray"
+
     def __init__(self, tensor: Tensor) -> None:
-        self.tensor = tensor
-        self.dtype = str(tensor.dtype).removeprefix("torch.")
-        self.shape = tuple(tensor.shape)
-        self.stype = "numpy.ndarray"
+        self.__dict__["tensor"] = (
+            tensor  # Array watches its attributes, which costs more than all the rest of a message
+        )
+
+    @property
+    def dtype(self) -> str:  # type: ignore[override]  # made when asked for, as are the bytes
+        """The tensor's dtype, as NumPy names it."""
+        return str(self.tensor.dtype).removeprefix("torch.")
+
+    @property
+    def shape(self) -> tuple[int, ...]:  # type: ignore[override]
+        """The tensor's shape."""
+        return tuple(self.tensor.shape)
 
     @cached_property
     def data(self) -> bytes:  # type: ignore[override]  # lazily what Array has eagerly
@@ -42,7 +54,10 @@ class TensorArray(Array):
 def pack(tensors: Mapping[str, Tensor], *, in_process: bool) -> ArrayRecord:
     """Put tensors into a record, by reference inside one process."""
     if in_process:
-        return ArrayRecord({name: TensorArray(t) for name, t in tensors.items()})
+        record = ArrayRecord()  # given a dictionary it would copy every array, through its bytes
+        for name, tensor in tensors.items():
+            record[name] = TensorArray(tensor)
+        return record
     return ArrayRecord({name: Array(t.detach().cpu().contiguous().numpy()) for name, t in tensors.items()})
 
 
@@ -59,13 +74,11 @@ def is_in_process(record: ArrayRecord) -> bool:
     return any(isinstance(a, TensorArray) for a in record.values())
 
 
-def train_order(
-    run: str, when: tuple[int, int], client: int, tensors: Mapping[str, Tensor], *, in_process: bool
-) -> RecordDict:
+def train_order(run: str, when: tuple[int, int], client: int, adapter: ArrayRecord) -> RecordDict:
     """Build what a client is sent for one exchange: (round, exchange of the round, from 1)."""
     return RecordDict(
         {
-            ADAPTER: pack(tensors, in_process=in_process),
+            ADAPTER: adapter,
             ORDER: ConfigRecord({"run": run, "round": when[0], "phase": when[1], "client": client}),
         }
     )

@@ -108,12 +108,20 @@ class _Orders:
     def __iter__(self) -> Iterator[Message]:
         grid, settings = self._fed.grid, self._fed.config.federation
         near = bool(getattr(grid, "in_process", False))
+        last: dict[str, Tensor] = {}
         for client in self._cohort:
             download = self._fed.recipe.view(self._state, client)
-            self.bytes += message_bytes(download)
-            order = messages.train_order(self._fed.run_id, self._when, client, download, in_process=near)
+            if not last or not _same(download, last):  # most often all clients get the very same
+                last, record, each = download, messages.pack(download, in_process=near), message_bytes(download)
+            self.bytes += each
+            order = messages.train_order(self._fed.run_id, self._when, client, record)
             node = self._fed.places[client]
             yield grid.create_message(order, "train", node, str(self._when[0]), settings.deadline)
+
+
+def _same(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> bool:
+    """Tell whether two mappings hold the very same tensors."""
+    return one.keys() == other.keys() and all(t is other[n] for n, t in one.items())
 
 
 class _Signatures(Mapping[int, Mapping[str, Tensor]]):

@@ -98,6 +98,7 @@ class Method:
         ragged: the shapes a client sends are its own choice, within what `flaw` allows.
         running: the server step sees no more of the updates than their weighted mean, so whole adapters can be
             added up one after the other, in memory that does not grow with their number.
+        by_client: the server step also uses whose update has which weight, so a run keeps updates apart even then.
         phases: exchanges a round.
     """
 
@@ -117,6 +118,7 @@ class Method:
     comparable: ClassVar[bool] = True
     ragged: ClassVar[bool] = False
     running: ClassVar[bool] = False
+    by_client: ClassVar[bool] = False
     phases: ClassVar[int] = 1
 
     class Parameters(Section):

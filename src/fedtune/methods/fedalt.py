@@ -40,6 +40,7 @@ class FedALT(Method):
     private = True
     factors = False
     running = True
+    by_client = True
 
     def trainable(self, round_: int, name: str) -> bool:
         """Train the own adapter and the router."""

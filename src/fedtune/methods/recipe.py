@@ -48,7 +48,8 @@ class Recipe:
         """Whether updates may be added up as they come: nothing compares them, and nothing else comes with them."""
         robust = self.config.robust
         plain = robust.rule == "none" and robust.clip_norm == "none"
-        return self.method.running and plain and not self.exact_dora and not self.config.drift.scaffold
+        alone = self.method.running and not self.method.by_client
+        return alone and plain and not self.exact_dora and not self.config.drift.scaffold
 
     @property
     def phases(self) -> int:
