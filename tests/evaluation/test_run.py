@@ -94,6 +94,52 @@ def test_stopping_at_the_verdict_never_changes_a_label(model: LoadedModel, monke
     assert [official_label(t) for t in stopped] == [official_label(t) for t in whole]
 
 
+def test_rows_decoded_side_by_side_are_what_generate_gives(model: LoadedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Right padding, guesses, shared beginnings, rows that join late: the text is that of the plain batch, to its end."""
+    prompts = [item.prompt for item in SENTENCES]
+    assert len({len(model.tokenizer(p)["input_ids"]) for p in prompts}) > 1
+    monkeypatch.setattr(official, "verdict_fixed", lambda text: False)
+    monkeypatch.setattr(official, "SENTIMENT_BATCH", 5)
+    monkeypatch.setattr(official, "GROUP", 2)
+    with torch.inference_mode():
+        plain = [official._generated(model.model, model.tokenizer, prompts[i : i + 5], 40) for i in (0, 5)]
+        ours = list(official._decoded(model.model, model.tokenizer, prompts, 40))
+    assert ours == plain
+
+
+def test_models_with_settings_of_their_own_are_left_to_generate(tiny_folder: Path) -> None:
+    fresh = load_model(ModelSettings(name=str(tiny_folder)))
+    assert official._plain_greedy(fresh.model)
+    fresh.model.generation_config.repetition_penalty = 1.1
+    assert not official._plain_greedy(fresh.model)
+    penalised = [t for b in official.sentiment(fresh.model, fresh.tokenizer, SENTENCES[:3], 8) for t in b]
+    assert len(penalised) == 3
+    fresh.model.generation_config.repetition_penalty = None
+    fresh.model.generation_config.do_sample = True
+    assert not official._plain_greedy(fresh.model)
+
+
+def test_guesses_save_passes_and_change_nothing(model: LoadedModel) -> None:
+    from fedtune.evaluation.decode import Decoder, Row, guess, run
+
+    assert guess([7, 1, 2, 3, 9, 9, 1, 2, 3], 2) == [9, 9]
+    assert guess([1, 2, 3], 4) == []
+    texts = [list(range(10, 22 + 3 * i)) for i in range(5)]
+
+    def decode(*, guesses: bool) -> tuple[list[list[int]], int]:
+        rows = [Row(i, text) for i, text in enumerate(texts)]
+        decoder = Decoder(model.model, lambda row: len(row.new) == 60, guesses=guesses)
+        with torch.inference_mode():
+            for _ in run(decoder, [rows[:2], rows[2:]], 4):
+                pass
+        assert all(row.ended for row in rows)
+        return [row.new for row in rows], decoder.passes
+
+    (plain, slow), (guessed, fast) = decode(guesses=False), decode(guesses=True)
+    assert guessed == plain
+    assert fast < slow
+
+
 @pytest.mark.parametrize(
     ("text", "fixed"),
     [

@@ -230,7 +230,7 @@ def _all_exchanges(
     return done, state
 
 
-def _one_round(fed: Federation, round_: int, progress: Progress) -> Progress:
+def one_round(fed: Federation, round_: int, progress: Progress) -> Progress:
     """Ask, screen, aggregate, record. Too few good updates leave the state untouched."""
     state = progress.state
     cohort = _cohort(fed, round_)
@@ -276,7 +276,7 @@ def run_rounds(fed: Federation, start: ServerState) -> Progress:
     fed.places.update({client: node for node, client in fed.nodes.items()})
     progress, _ = checkpoint.newest(fed.folder, start, fed.run_id)
     for round_ in range(progress.round + 1, config.federation.rounds + 1):
-        progress = _one_round(fed, round_, progress)
+        progress = one_round(fed, round_, progress)
         kill_point(round_, "checkpoint")
         checkpoint.save(fed.folder, progress, fed.run_id, config.federation.keep_checkpoints)
         kill_point(round_, "recorded")
