@@ -1,7 +1,7 @@
 """A round of clients that only add 1: the cost of the engine alone, in this process and in Flower's Ray simulation.
 
-Both aggregate the same arrays: 120 of them, 7.4 MB in all, as SmolLM2-135M's adapter of rank 32 has. Flower's FedAvg runs
-in Ray and in this process; fedtune's own loop, which moves tensors and not bytes, screens every reply besides.
+Both aggregate the same arrays: 120 of them, 7.4 MB in all, as SmolLM2-135M's adapter of rank 32 has. Flower's FedAvg
+runs in Ray and in this process; fedtune's own loop, which moves tensors and not bytes, screens every reply besides.
 """
 
 from __future__ import annotations

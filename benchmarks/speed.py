@@ -3,10 +3,11 @@
     python benchmarks/speed.py [--full] [--only step,choice,…] [--repeats 3]
 
 Measures one training step (finance and code, with an ablation of each lever), choice evaluation, official finance
-evaluation, the overhead of a round beside Flower's Ray simulation, and a whole run of the finance quickstart from process
-start to scores. Both sides hash the work they are given before anything is timed, and what they return is compared: the
-ratio of two different results means nothing. `--full` makes the whole run as long as the quickstart (a quarter of an hour);
-without it, it has two steps a client and round and 32 items. JSON goes to `benchmarks/results/speed.json`.
+evaluation, the overhead of a round beside Flower's Ray simulation, and a whole run of the finance quickstart from
+process start to scores. Both sides hash the work they are given before anything is timed, and what they return is
+compared: the ratio of two different results means nothing. `--full` makes the whole run as long as the quickstart
+(half an hour more); without it, it has two steps a client and round and 32 items. The numbers go to
+`benchmarks/results/speed.json`.
 """
 
 from __future__ import annotations
@@ -28,23 +29,24 @@ from typing import Any
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from benchmarks.reference import Reference, answers, averaged, padded, sentiments  # noqa: E402
-from fedtune import domains  # noqa: E402
-from fedtune.cli.settings import CHECKS  # noqa: E402
-from fedtune.config import Config, load  # noqa: E402
-from fedtune.data.encode import Encoded  # noqa: E402
-from fedtune.evaluation import items as item_sets  # noqa: E402
-from fedtune.evaluation import official  # noqa: E402
-from fedtune.evaluation.extract import official_label  # noqa: E402
-from fedtune.io import digest, write_json  # noqa: E402
-from fedtune.lora.state import to_tensors  # noqa: E402
-from fedtune.models import adapter, measure  # noqa: E402
-from fedtune.models import load as models  # noqa: E402
-from fedtune.models.adapter import AdaptedModel  # noqa: E402
-from fedtune.results.manifest import machine, versions  # noqa: E402
-from fedtune.training import schedule, workload  # noqa: E402
-from fedtune.training.loss import Part, joint_loss  # noqa: E402
-from fedtune.types import derive_seed  # noqa: E402
+from benchmarks.reference import Reference, answers, averaged, padded, sentiments
+
+from fedtune import domains
+from fedtune.cli.settings import CHECKS
+from fedtune.config import Config, load
+from fedtune.data.encode import Encoded
+from fedtune.evaluation import items as item_sets
+from fedtune.evaluation import official
+from fedtune.evaluation.extract import official_label
+from fedtune.io import digest, write_json
+from fedtune.lora.state import to_tensors
+from fedtune.models import adapter, measure
+from fedtune.models import load as models
+from fedtune.models.adapter import AdaptedModel
+from fedtune.results.manifest import machine, versions
+from fedtune.training import schedule, workload
+from fedtune.training.loss import Part, joint_loss
+from fedtune.types import derive_seed
 
 RESULTS = Path(__file__).parent / "results" / "speed.json"
 ROUNDS = 5
@@ -57,9 +59,7 @@ def configured(domain: str, **changes: Any) -> Config:
 
 
 def alternate(sides: Mapping[str, Callable[[], Any]], repeats: int) -> dict[str, list[float]]:
-    """Return each side's seconds, from runs A-B-A-B…, after one run of each that is not counted."""
-    for work in sides.values():
-        work()
+    """Return each side's seconds, from runs A-B-A-B…; the caller has run each once before."""
     times: dict[str, list[float]] = {name: [] for name in sides}
     for _ in range(repeats):
         for name, work in sides.items():
@@ -77,6 +77,12 @@ def spread(times: Sequence[float]) -> str:
 def ratio(times: Mapping[str, Sequence[float]], slow: str, fast: str) -> float:
     """Return the ratio of medians."""
     return statistics.median(times[slow]) / statistics.median(times[fast])
+
+
+def left_padding(tokenizer: Any) -> Any:
+    """Let both sides pad on the left: what `generate` makes of padding on the right depends on its release."""
+    tokenizer.padding_side = "left"
+    return tokenizer
 
 
 def attached(config: Config) -> AdaptedModel:
@@ -98,7 +104,9 @@ def _flops(adapted: AdaptedModel, examples: Sequence[Encoded]) -> float:
 
 def _gemm(adapted: AdaptedModel, rows: int) -> float:
     """Return the rate of products in the model's own shapes at a step's size, weighed by their work."""
-    shapes = [(p.shape[1], p.shape[0]) for n, p in adapted.base.model.named_parameters() if "layers.0." in n and p.dim() == 2]
+    shapes = [
+        (p.shape[1], p.shape[0]) for n, p in adapted.base.model.named_parameters() if "layers.0." in n and p.dim() == 2
+    ]
     rates = [measure.gemm_rate(rows, a, b, torch.float32, adapted.device, 0.2) for a, b in shapes if min(a, b) > 32]
     sizes = [a * b for a, b in shapes if min(a, b) > 32]
     return sum(sizes) / sum(size / rate for size, rate in zip(sizes, rates, strict=True))
@@ -199,6 +207,7 @@ def choice(repeats: int, count: int = 64) -> list[Row]:
         def together() -> None:
             found["ours"] = [t for batch in official.choose(adapted.model, tokenizer, items, task.kind) for t in batch]
 
+        one_by_one(), together()
         times = alternate({"reference": one_by_one, "ours": together}, repeats)
     flips = _flips(adapted, items, found)
     return [
@@ -229,7 +238,7 @@ def finance(count: int = 32) -> list[Row]:
     """Measure the official sentiment evaluation, against decoding every row to 512 tokens."""
     config = configured("finance")
     adapted = attached(config)
-    tokenizer = adapted.base.tokenizer
+    tokenizer = left_padding(adapted.base.tokenizer)
     items = item_sets.load(domains.chosen_tasks(config)[0], config, count).items
     adapted.model.eval()
     with _stock(config) as theirs:
@@ -281,7 +290,7 @@ def reference_side(full: bool, resident: bool) -> Row:
     config = _whole(full)
     adapted = attached(config)
     shards = _shards(config, adapted)
-    known, tokenizer = manifest(config, adapted, shards), adapted.base.tokenizer
+    known, tokenizer = manifest(config, adapted, shards), left_padding(adapted.base.tokenizer)
     state = {n: t.clone() for n, t in to_tensors(adapted.layout).items()}
     del adapted
     side = Reference(models.packaged_folder(config.model.name), config, resident=resident)
@@ -310,6 +319,7 @@ def our_side(full: bool, folder: Path) -> Row:
     from fedtune.config import Settings
     from fedtune.config.protocol import read_protocol
     from fedtune.experiment import run as experiment
+    from fedtune.experiment.resident import Resident
     from fedtune.io import read_lines
 
     config = _whole(full)
@@ -317,9 +327,10 @@ def our_side(full: bool, folder: Path) -> Row:
     domains.chosen_tasks = lambda _: (task,)
     adapted = attached(config)
     known = manifest(config, adapted, _shards(config, adapted))
-    adapter.detach(adapted)
+    left_padding(adapted.base.tokenizer)
+    starts = {config.seed: adapted.state()}
     settings = Settings(config, read_protocol("quickstart"), ("a benchmark",))
-    path, _ = experiment.run(settings, folder)
+    path, _ = experiment.run(settings, folder, resident=Resident(adapted.base, adapted, starts))
     import safetensors.torch
 
     rows = read_lines(path / f"evals/federated/{task.name}.official.jsonl")[1:]
@@ -416,11 +427,12 @@ def shown(rows: Sequence[Row]) -> str:
             lines.append(f"| {row['what']} | skipped: {row['skipped']} | | | | |")
             continue
         slow = spread(row["reference_seconds"]) if "reference_seconds" in row else ""
-        share = f"; {row['tokens_per_second']:.0f} tokens/s, {row['gemm_share']:.0%} of GEMM" if "gemm_share" in row else ""
-        least = f"{row['at_least']:g}×" if row["at_least"] else ""
-        lines.append(
-            f"| {row['what']} | {spread(row['seconds'])}{share} | {slow} | {row['ratio']:.2f}× | {least} | {row['equal']} |"
+        share = (
+            f"; {row['tokens_per_second']:.0f} tokens/s, {row['gemm_share']:.0%} of GEMM" if "gemm_share" in row else ""
         )
+        least = f"{row['at_least']:g}×" if row["at_least"] else ""
+        mine = f"{spread(row['seconds'])}{share}"
+        lines.append(f"| {row['what']} | {mine} | {slow} | {row['ratio']:.2f}× | {least} | {row['equal']} |")
     return "\n".join(lines)
 
 
@@ -448,7 +460,11 @@ def main() -> None:
     rows: list[Row] = []
     for name in asked.only.split(","):
         rows += parts[name]()
-        print(f"{name}: {time.perf_counter() - started:.0f} s so far, load {os.getloadavg()[0]:.1f}", file=sys.stderr, flush=True)
+        print(
+            f"{name}: {time.perf_counter() - started:.0f} s so far, load {os.getloadavg()[0]:.1f}",
+            file=sys.stderr,
+            flush=True,
+        )
     document = {
         "date": time.strftime("%Y-%m-%d"),
         "machine": {**machine(), "system": "Linux"},

@@ -94,17 +94,50 @@ def test_stopping_at_the_verdict_never_changes_a_label(model: LoadedModel, monke
     assert [official_label(t) for t in stopped] == [official_label(t) for t in whole]
 
 
-def test_rows_decoded_side_by_side_are_what_generate_gives(model: LoadedModel, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Right padding, guesses, shared beginnings, rows that join late: the text is that of the plain batch, to its end."""
+@pytest.fixture(scope="module")
+def loud(tmp_path_factory: pytest.TempPathFactory) -> LoadedModel:
+    """A tiny model whose next token does depend on positions."""
+    from tests.tiny import make_folder
+
+    folder = make_folder(tmp_path_factory.mktemp("loud") / "m", seed=3, initializer_range=0.4)
+    return load_model(ModelSettings(name=str(folder)))
+
+
+def _token_by_token(model: LoadedModel, prompts: list[str], steps: int, padding: int) -> list[str]:
+    """The padded batch, everything computed anew for each token; padding stands at a position, the rest are counted."""
+    tokens = model.tokenizer(prompts, return_tensors="pt", padding=True, return_token_type_ids=False)
+    ids, mask = tokens["input_ids"], tokens["attention_mask"]
+    for _ in range(steps):
+        positions = (mask.cumsum(-1) - 1).masked_fill(mask == 0, padding)
+        logits = model.model(input_ids=ids, attention_mask=mask, position_ids=positions).logits[:, -1]
+        ids = torch.cat([ids, logits.argmax(-1, keepdim=True)], 1)
+        mask = torch.cat([mask, torch.ones(len(ids), 1, dtype=mask.dtype)], 1)
+    width, eos = tokens["input_ids"].shape[1], model.tokenizer.eos_token_id
+    rows = [r[: width + r[width:].index(eos)] if eos in r[width:] else r for r in ids.tolist()]
+    return [model.tokenizer.decode(r, skip_special_tokens=True).split("Answer: ")[1] for r in rows]
+
+
+@pytest.mark.parametrize("side", ["right", "left"])
+def test_rows_decoded_side_by_side_are_the_plain_padded_batch(
+    loud: LoadedModel, monkeypatch: pytest.MonkeyPatch, side: str
+) -> None:
+    """Guesses, shared beginnings, rows that join late: the text is that of the official batch, to its end."""
     prompts = [item.prompt for item in SENTENCES]
-    assert len({len(model.tokenizer(p)["input_ids"]) for p in prompts}) > 1
+    assert len({len(loud.tokenizer(p)["input_ids"]) for p in prompts}) > 1
+    monkeypatch.setattr(loud.tokenizer, "padding_side", side)
     monkeypatch.setattr(official, "verdict_fixed", lambda text: False)
     monkeypatch.setattr(official, "SENTIMENT_BATCH", 5)
     monkeypatch.setattr(official, "GROUP", 2)
     with torch.inference_mode():
-        plain = [official._generated(model.model, model.tokenizer, prompts[i : i + 5], 40) for i in (0, 5)]
-        ours = list(official._decoded(model.model, model.tokenizer, prompts, 40))
+        plain = [_token_by_token(loud, prompts[i : i + 5], 24, 1) for i in (0, 5)]
+        ours = list(official._decoded(loud.model, loud.tokenizer, prompts, 24))
+        generated = [official._generated(loud.model, loud.tokenizer, prompts[i : i + 5], 24) for i in (0, 5)]
+        elsewhere = [_token_by_token(loud, prompts[i : i + 5], 24, 40) for i in (0, 5)]
     assert ours == plain
+    if side == "left":
+        assert ours == generated
+    else:
+        assert plain != elsewhere, "this model would not show where padding stands"
 
 
 def test_models_with_settings_of_their_own_are_left_to_generate(tiny_folder: Path) -> None:

@@ -10,7 +10,7 @@ import warnings
 import typer
 
 from fedtune import __version__
-from fedtune.cli import aggregate, board, conformance, evaluate, info, run, score
+from fedtune.cli import aggregate, board, conformance, evaluate, info, run, score, sweep
 from fedtune.types import CancelledError, FedtuneError
 
 # nothing leaves the machine that nobody asked for, and libraries keep quiet beside our own progress
@@ -37,6 +37,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.command("run")(run.run)
+app.command("sweep")(sweep.sweep)
 app.command("eval")(evaluate.evaluate)
 app.command("compare")(evaluate.compare)
 app.command("score")(score.score)

@@ -35,8 +35,8 @@ class Row:
         index: its number, for whoever asked.
         prompt: token ids.
         new: what was decoded so far.
-        blind: whether the last token of the prompt is padding, which is never seen and stands at position 0, but whose
-            logits decide the first new token all the same (right-padded batches of `generate` do that).
+        blind: whether the last token of the prompt is padding, which is never seen and stands at position 1, but whose
+            logits decide the first new token all the same (right-padded batches of `generate` did that).
         choose: picks the next token of this row from its logits; None is greedy.
         ended: nothing more is decoded.
     """
@@ -99,7 +99,7 @@ class Decoder:
             for row, s in zip(rows, suffixes, strict=True)
         ]
         mask = torch.tensor(seen, device=device)
-        positions = (mask.cumsum(-1) - 1).masked_fill(mask == 0, 0)[:, first:]
+        positions = (mask.cumsum(-1) - 1).masked_fill(mask == 0, 1)[:, first:]
         logits = self._pass(rows, ids, mask, positions, cache, last=True)
         for row, own in zip(rows, logits, strict=True):
             self._add(row, own[-1:], [])

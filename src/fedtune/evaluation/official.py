@@ -149,7 +149,9 @@ def _generated(model: Any, tokenizer: Any, prompts: list[str], new_tokens: int) 
 def _padded_rows(tokenizer: Any, prompts: Sequence[str], start: int) -> tuple[list[Row], int]:
     """Return an official batch's rows without the padding that nothing depends on, and the width it was padded to.
 
-    A token of padding at the right end decides the first new token, so one is kept; the others are never seen.
+    A token of padding at the right end decides the first new token, so one is kept; the others are never seen. It has
+    position 1, and what follows goes on counting the prompt's tokens: so `generate` did in the release the official
+    evaluation pins (transformers 4.53); later ones count from the padding on.
     """
     tokens = tokenizer(prompts, padding=True, return_token_type_ids=False)
     rows = []

@@ -7,15 +7,16 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from flwr.app import Context
 from torch import Tensor
 
 from fedtune import methods
 from fedtune.config import Config
+from fedtune.experiment.devices import Told, reported
 from fedtune.experiment.report import Reporter
 from fedtune.federation.app import Runtime, client_app
 from fedtune.federation.checkpoint import Progress
 from fedtune.federation.faults import FaultyGrid
+from fedtune.federation.fleet import Fleet, FleetGrid, costs_of
 from fedtune.federation.local import LocalGrid
 from fedtune.federation.private import PrivateStore
 from fedtune.federation.rounds import Federation, run_rounds, sample
@@ -93,6 +94,7 @@ class Arm:
         folder: the arm's own.
         reporter: who watches.
         executor: makes the optimiser steps.
+        fleet: trains clients on other devices instead, where there are several.
         on_round: called after each round with its record and the state.
     """
 
@@ -105,6 +107,7 @@ class Arm:
     reporter: Reporter
     executor: Executor
     on_round: Callable[[RoundRecord, ServerState], None] | None = None
+    fleet: Fleet | None = None
 
     @property
     def private(self) -> PrivateStore:
@@ -146,6 +149,19 @@ def _rounds_over(folder: Path) -> int:
     return max((int(n.rsplit("-", 1)[-1]) for n in names), default=0)
 
 
+def _grid(arm: Arm, recipe: Recipe) -> LocalGrid:
+    """Return the clients: in this process, or on the devices of a fleet."""
+    clients = arm.config.federation.clients
+    if arm.fleet is not None:
+        key = f"{arm.run_id}/{arm.config.arm}"
+        arm.fleet.workers.prepare(key, Told(arm.config, arm.folder, arm.start))
+        means = {c: sum(len(e.ids) for e in shard) / max(1, len(shard)) for c, shard in enumerate(arm.shards.shards)}
+        return FleetGrid(arm.fleet, key, clients, costs_of(means), reported(arm.reporter))
+    shards = poisoned(arm.shards, arm.config)
+    runtime = Runtime(arm.config, arm.adapted, recipe, arm.start, shards, arm.private, arm.reporter.step, arm.executor)
+    return LocalGrid(client_app(lambda context: runtime), clients, crew=arm.executor)
+
+
 def train(arm: Arm, only: int | None = None) -> Progress:
     """Run the rounds of an arm, or of one client alone, in this process.
 
@@ -153,13 +169,7 @@ def train(arm: Arm, only: int | None = None) -> Progress:
         RunFailedError, CancelledError: as the round loop does.
     """
     recipe = arm.recipe
-    shards = poisoned(arm.shards, arm.config)
-    runtime = Runtime(arm.config, arm.adapted, recipe, shards, arm.private, arm.reporter.step, arm.executor)
-
-    def resident(context: Context) -> Runtime:
-        return runtime
-
-    grid = LocalGrid(client_app(resident), arm.config.federation.clients, crew=arm.executor)
+    grid = _grid(arm, recipe)
     faults = arm.config.federation.faults
     faulty = FaultyGrid(grid, faults, arm.config.seed) if any(faults.model_dump().values()) else grid
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from fedtune import domains
@@ -19,17 +19,18 @@ from fedtune.experiment import arms, folder
 from fedtune.experiment.arms import Arm
 from fedtune.experiment.folder import RESULT, RunFolder, cancellable, open_run, status
 from fedtune.experiment.report import Reporter
+from fedtune.experiment.resident import Resident
 from fedtune.experiment.session import Session
 from fedtune.federation.checkpoint import Progress
 from fedtune.io import append_lines, folder_lock, write_json
 from fedtune.methods.base import ServerState
 from fedtune.models import adapter as adapters
-from fedtune.models import budget, load, zoo
+from fedtune.models import budget, zoo
 from fedtune.results import schema
 from fedtune.training import workload
 from fedtune.training.executor import Sequential
-from fedtune.training.plan import Plan, executor, plan
-from fedtune.types import RoundRecord, derive_seed
+from fedtune.training.plan import Plan
+from fedtune.types import RoundRecord
 
 ARMS = ("federated", "local-only", "centralised")
 
@@ -44,7 +45,15 @@ def _prepare(session: Session, name: str, where: Path, data: workload.TrainingDa
     data = data or workload.load(config)
     shards = workload.encode_shards(data, session.adapted.base.tokenizer, config)
     arm = Arm(
-        config, session.adapted, shards, session.start, session.run.run_id, where, session.reporter, session.executor
+        config,
+        session.adapted,
+        shards,
+        session.start,
+        session.run.run_id,
+        where,
+        session.reporter,
+        session.executor,
+        fleet=session.fleet,
     )
     every = config.eval.every
 
@@ -152,24 +161,13 @@ def _report_data(
         reporter.note(f"{len(empty)} clients have no examples and are never asked: {empty[:10]}")
 
 
-def _planned(session: Session, shards: workload.EncodedShards) -> Plan:
-    """Plan how to train, or go on as the run began, and take up the plan."""
-    before, config = session.run.manifest.get("plan"), session.config
-    how = Plan.read(before) if before else plan(config, session.adapted, shards.longest, shards.mean * _batch(config))
-    torch.set_num_threads(how.threads)
-    session.executor = executor(how, session.adapted)
-    return how
-
-
-def _batch(config: Config) -> int:
-    return config.train.per_device_train_batch_size * config.train.gradient_accumulation_steps
-
-
-def _work(session: Session, data: workload.TrainingData, extra: Sequence[str]) -> schema.Result:
+def _work(session: Session, data: workload.TrainingData, extra: Sequence[str], shared: Resident) -> schema.Result:
     config = session.config
     shards = workload.encode_shards(data, session.adapted.base.tokenizer, config)
     _report_data(session.run, data, shards, session.reporter)
-    how = _planned(session, shards)
+    before = session.run.manifest.get("plan")
+    how = shared.planned(config, shards, Plan.read(before) if before else None)
+    session.executor, session.fleet = shared.executor or session.executor, shared.fleet
     planned = budget.predict(
         arms.derive(config, config.arm),
         session.adapted,
@@ -201,6 +199,7 @@ def run(
     force: bool = False,
     extra_arms: Sequence[str] = (),
     reporter: Reporter | None = None,
+    resident: Resident | None = None,
 ) -> tuple[Path, schema.Result]:
     """Run an experiment, or continue one.
 
@@ -211,6 +210,7 @@ def run(
         force: continue although something changed; the run is then unranked.
         extra_arms: further arms beside the settings' own.
         reporter: who watches.
+        resident: a model that is shared with other runs; whoever shares it sees to Ctrl-C.
 
     Returns:
         The run folder and the result.
@@ -222,21 +222,24 @@ def run(
     watch = reporter or Reporter()
     config = settings.config
     path = out or folder.fresh_folder(config)
-    with folder_lock(path), cancellable():
+    with folder_lock(path), cancellable() if resident is None else contextlib.nullcontext():
         data = workload.load(arms.derive(config, config.arm))
         tasks = domains.chosen_tasks(config)
         _check_items(tasks, config)
-        base = load.load(config.model)
+        shared = resident or Resident.of(config, [config.seed])
+        base = shared.base
         known = folder.identity(config, data.hash, base.revision, str(base.model.dtype).removeprefix("torch."))
         unranked = (*settings.unranked, *zoo.unranked_reasons(config))
         opened = open_run(path, settings, known, unranked, resume=resume, force=force)
         try:
             with status(opened):
-                adapted = adapters.attach(base, config.lora, derive_seed(config.seed, "adapter"))
-                session = Session(settings, opened, adapted, adapted.state(), tasks, watch, Sequential(adapted))
+                one_by_one, start = Sequential(shared.adapted), shared.starts[config.seed]
+                session = Session(settings, opened, shared.adapted, start, tasks, watch, one_by_one)
                 # a continued run finishes the arms it was started with
                 wanted = list(extra_arms) or list(opened.manifest.get("arms", []))
                 opened.update(arms=wanted)
-                return path, _work(session, data, wanted)
+                return path, _work(session, data, wanted, shared)
         finally:
             watch.close()
+            if resident is None:
+                shared.end()

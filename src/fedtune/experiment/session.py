@@ -17,6 +17,7 @@ from fedtune.experiment.arms import Arm
 from fedtune.experiment.average import mean_score
 from fedtune.experiment.folder import RunFolder
 from fedtune.experiment.report import Reporter
+from fedtune.federation.fleet import Fleet
 from fedtune.io import digest
 from fedtune.lora.state import AdapterState
 from fedtune.methods.base import ServerState
@@ -38,6 +39,7 @@ class Session:
     tasks: tuple[Task, ...]
     reporter: Reporter
     executor: Executor
+    fleet: Fleet | None = None
 
     @property
     def config(self) -> Config:

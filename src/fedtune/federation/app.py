@@ -11,6 +11,7 @@ from flwr.clientapp import ClientApp
 from fedtune.config import Config
 from fedtune.federation import messages
 from fedtune.federation.private import PrivateStore
+from fedtune.lora.state import AdapterState
 from fedtune.methods import Recipe
 from fedtune.models.adapter import AdaptedModel
 from fedtune.training.executor import Executor
@@ -27,6 +28,7 @@ class Runtime:
         config: the run's settings.
         adapted: the base model with its adapter.
         recipe: its client half is used.
+        layout: the adapter as the run's seed made it.
         shards: every client's examples.
         private: what clients keep to themselves.
         on_step: progress, called with (client, tokens, loss).
@@ -36,6 +38,7 @@ class Runtime:
     config: Config
     adapted: AdaptedModel
     recipe: Recipe
+    layout: AdapterState
     shards: EncodedShards
     private: PrivateStore = field(default_factory=lambda: PrivateStore(None))
     on_step: OnStep | None = None
@@ -57,7 +60,7 @@ def _train(runtime: Runtime, message: Message, context: Context) -> Message:
     local = LocalWork(
         runtime.adapted,
         shard,
-        recipe.method.cut(runtime.adapted.layout, client),
+        recipe.method.cut(runtime.layout, client),
         private.load(client, when),
         runtime.config,
         (client, *when),

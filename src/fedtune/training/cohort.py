@@ -37,6 +37,11 @@ class Cohort:
         self.size = size
         self.stacked = 0
 
+    @property
+    def stopping(self) -> BaseException | None:
+        """Why the calls under way are to end, if they are."""
+        return self._meeting.stopped_by
+
     def run(self, work: Work) -> dict[str, Tensor]:
         """Make the steps together with those of all other calls that are under way."""
         trained: dict[str, Tensor] = self._meeting.ask(work)

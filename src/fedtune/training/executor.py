@@ -97,6 +97,11 @@ class Executor(Protocol):
         """How many calls are worth running together."""
         ...
 
+    @property
+    def stopping(self) -> BaseException | None:
+        """Why the calls under way are to end (they cannot be interrupted), if they are."""
+        ...
+
 
 @contextlib.contextmanager
 def training(model: Any, checkpointing: bool) -> Iterator[None]:
@@ -156,6 +161,7 @@ class Sequential:
     """One client after the other in PEFT's own layers: the way every other one is held against."""
 
     size = 1
+    stopping: BaseException | None = None
 
     def __init__(self, adapted: AdaptedModel, limits: Limits | None = None) -> None:
         self._adapted = adapted

@@ -47,6 +47,7 @@ class Meeting:
         self._stopped = threading.Semaphore(0)
         self._callers: list[_Caller] = []
         self._current: _Caller | None = None
+        self.stopped_by: BaseException | None = None
 
     def ask(self, question: Any) -> Any:
         """Ask from inside a call; outside of any, the question is answered on the spot."""
@@ -78,7 +79,7 @@ class Meeting:
     def _live(self, caller: _Caller) -> None:
         caller.go.acquire()
         try:
-            caller.answer = caller.call()
+            caller.answer = caller.outcome() if caller.error else caller.call()
         except BaseException as err:  # handed on to whoever waits for the result
             caller.error = err
         caller.done, caller.ready = True, False
@@ -91,12 +92,28 @@ class Meeting:
 
     def _preside(self) -> None:
         """Let every call go on that can; then answer what was asked; until all are done."""
-        while self._callers:
-            while ready := [c for c in self._callers if c.ready]:
-                for caller in ready:
-                    self._let(caller)
-            self._callers = [c for c in self._callers if not c.done]
-            self._settle()
+        try:
+            while self._callers:
+                while ready := [c for c in self._callers if c.ready]:
+                    for caller in ready:
+                        self._let(caller)
+                self._callers = [c for c in self._callers if not c.done]
+                self._settle()
+        except BaseException as err:  # Ctrl-C: every call is told where it asks next, and cleans up
+            self._abandon(err)
+            raise
+
+    def _abandon(self, err: BaseException) -> None:
+        """End all calls, the inner ones first; the one that is running ends when it next asks or looks."""
+        self.stopped_by = err
+        if self._current is not None:
+            self._stopped.acquire()
+            self._current = None
+        for caller in reversed(self._callers):
+            while not caller.done:
+                caller.error, caller.asked, caller.children = err, None, []
+                self._let(caller)
+        self._callers, self.stopped_by = [], None
 
     def _let(self, caller: _Caller) -> None:
         self._current = caller

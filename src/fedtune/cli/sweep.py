@@ -1,0 +1,111 @@
+"""`fedtune sweep`: several runs by one command."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from fedtune.types import ConfigError, Problem
+
+if TYPE_CHECKING:
+    from fedtune.config import Settings
+
+Setting = Annotated[list[str] | None, typer.Option("--set", "-s", help="A setting of every run: -s train.max_steps=10")]
+Grid = Annotated[list[str] | None, typer.Option("--grid", "-g", help="Values to cross: -g lora.r=4;8;16")]
+
+
+def _values(text: str | None) -> list[str]:
+    return [part.strip() for part in (text or "").split(",") if part.strip()]
+
+
+def _seeds(text: str) -> list[int]:
+    try:
+        return [int(part) for part in _values(text)]
+    except ValueError as err:
+        raise ConfigError("command line", [Problem(f"--seeds {text}", "not whole numbers", "42,43,44")]) from err
+
+
+def _grid(texts: Sequence[str]) -> dict[str, list[Any]]:
+    """Read `key=a;b;c`; each value is read as that of `--set` is."""
+    axes: dict[str, list[Any]] = {}
+    for text in texts:
+        key, _, values = text.partition("=")
+        if not values or not key:
+            raise ConfigError("command line", [Problem(f"--grid {text}", "not key=value;value", "lora.r=4;8")])
+        axes[key] = values.split(";")
+    return axes
+
+
+def sweep(
+    wanted: Annotated[list[str], typer.Argument(metavar="DOMAINS", help="general, finance, medical, code")],
+    out: Annotated[Path, typer.Option(help="The sweep's folder; the same command goes on where it was cut off.")],
+    config: Annotated[Path | None, typer.Option("--config", "-c", help="A TOML file of settings.")] = None,
+    protocol: Annotated[str | None, typer.Option(help="Frozen settings: fedtune ls protocols")] = None,
+    model: Annotated[str | None, typer.Option(help="A zoo name, Hub id or local folder.")] = None,
+    methods: Annotated[str, typer.Option(help="A comma list, or all: fedtune ls methods")] = "fedit",
+    seeds: Annotated[str, typer.Option(help="A comma list.")] = "42",
+    data: Annotated[Path | None, typer.Option(help="A folder with train/ and eval/<domain>/ files.")] = None,
+    settings: Setting = None,
+    grid: Grid = None,
+    json_output: Annotated[bool, typer.Option("--json", help="Print sweep.json at the end.")] = False,
+) -> None:
+    """Run every combination of domains, methods, seeds and --grid values, sharing one base model in memory."""
+    from fedtune.cli.settings import options, resolve
+    from fedtune.methods import METHODS
+
+    names = list(METHODS) if methods == "all" else _values(methods)
+    axes: dict[str, Sequence[Any]] = {"domain": wanted, "method": names, **_grid(grid or []), "seed": _seeds(seeds)}
+
+    def build(where: Mapping[str, Any]) -> Settings:
+        chosen = options(
+            domain=where["domain"], method=where["method"], seed=where["seed"], protocol=protocol, model=model
+        )
+        crossed = [f"{k}={v}" for k, v in where.items() if k not in ("domain", "method", "seed")]
+        return resolve(config, chosen, [*(settings or []), *crossed], data)
+
+    _execute(axes, build, out, as_json=json_output)
+
+
+def _execute(axes: Mapping[str, Sequence[Any]], build: Any, out: Path, *, as_json: bool) -> None:
+    import json
+
+    from rich.console import Console
+
+    from fedtune.cli.progress import TerminalReporter
+    from fedtune.experiment.sweep import points
+    from fedtune.experiment.sweep import sweep as execute
+
+    chosen = points(axes, build, out)
+    console = Console(stderr=as_json)
+    console.print(f"{len(chosen)} runs: " + " x ".join(f"{len(v)} {k}" for k, v in axes.items()), highlight=False)
+    rows = execute(chosen, out, TerminalReporter(console))
+    if as_json:
+        typer.echo(json.dumps(rows, indent=1))
+    console.print(_table(rows, axes))
+    console.print(f"sweep folder: {out.resolve()}", soft_wrap=True, highlight=False)
+
+
+def _table(rows: Sequence[Mapping[str, Any]], axes: Mapping[str, Sequence[Any]]) -> Any:
+    """Return the summary as a table: axes that vary, then mean and 95 % interval of each score."""
+    from rich.table import Table
+
+    from fedtune.cli.progress import size
+
+    shown = [k for k, values in axes.items() if k != "seed" and len(values) > 1] or ["method"]
+    scores = list(dict.fromkeys(key for row in rows for key in row["scores"]))
+    table = Table(*shown, *scores, "seeds", "on the wire", title="mean ± 95 % interval over seeds")
+    for row in rows:
+        cells = [_cell(row["scores"].get(key)) for key in scores]
+        where = [str(row["where"][key]) for key in shown]
+        table.add_row(*where, *cells, str(len(row["seeds"])), size(row["bytes"]))
+    return table
+
+
+def _cell(found: Mapping[str, float | None] | None) -> str:
+    if found is None:
+        return ""
+    half = found["half"]
+    return f"{found['mean']:.3f}" + ("" if half is None else f" ± {half:.3f}")

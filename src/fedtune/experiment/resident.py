@@ -1,0 +1,69 @@
+"""A base model in memory, with an adapter and the executor that trains it, for one run or for several."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+
+import torch
+
+from fedtune.config import Config
+from fedtune.experiment import devices
+from fedtune.federation.fleet import Fleet
+from fedtune.lora.state import AdapterState
+from fedtune.models import adapter, load
+from fedtune.training.executor import Executor, Sequential
+from fedtune.training.plan import Plan, executor, plan
+from fedtune.training.workload import EncodedShards
+from fedtune.types import derive_seed
+
+
+@dataclass
+class Resident:
+    """A model that runs share.
+
+    Attributes:
+        base: the base model.
+        adapted: with an adapter of the runs' settings.
+        starts: the adapter each seed's run starts from.
+        executor: made by the first run's plan, which then holds for all.
+        how: that plan.
+        fleet: of the other devices, where the settings name some; `end` ends it.
+    """
+
+    base: load.LoadedModel
+    adapted: adapter.AdaptedModel
+    starts: Mapping[int, AdapterState]
+    executor: Executor | None = None
+    how: Plan | None = None
+    fleet: Fleet | None = None
+    end: Callable[[], None] = lambda: None
+
+    @staticmethod
+    def of(config: Config, seeds: Iterable[int]) -> Resident:
+        """Load the model of some settings, with the start of each of some seeds."""
+        base = load.load(config.model)
+        starts = {}
+        for seed in dict.fromkeys(seeds):
+            adapted = adapter.attach(base, config.lora, derive_seed(seed, "adapter"))
+            starts[seed] = adapted.state()
+            adapter.detach(adapted)
+        # any seed will do: every use of the model loads its own numbers
+        return Resident(base, adapter.attach(base, config.lora, 0), starts)
+
+    @property
+    def crew(self) -> Fleet | Executor:
+        """What runs several calls together: the fleet, if there is one."""
+        return self.fleet or self.executor or Sequential(self.adapted)
+
+    def planned(self, config: Config, shards: EncodedShards, before: Plan | None = None) -> Plan:
+        """Return the plan by which all runs train: the first one's, or that with which it began."""
+        if self.how is None:
+            train = config.train
+            batch = train.per_device_train_batch_size * train.gradient_accumulation_steps
+            self.how = before or plan(config, self.adapted, shards.longest, shards.mean * batch)
+            torch.set_num_threads(self.how.threads)
+            self.executor = executor(self.how, self.adapted)
+            if config.engine.devices:
+                self.fleet, self.end = devices.fleet(config.engine.devices)
+        return self.how
