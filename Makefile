@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 export FLWR_TELEMETRY_ENABLED = 0
 export FLWR_DISABLE_UPDATE_CHECK = 1
 
-.PHONY: quickstart test lint types layers check wheel clean
+.PHONY: quickstart test lint types layers check bench wheel clean
 
 # torch is asked for first and by its exact version: a resolver that sees it in a range takes the CUDA build.
 $(VENV)/.run: pyproject.toml constraints.txt
@@ -35,6 +35,14 @@ layers: $(VENV)/.dev
 	$(BIN)/lint-imports
 
 check: lint types layers test
+
+# ours against the reference's procedure, with Flower's Ray simulation beside it: about a quarter of an hour on 2 cores
+$(VENV)/.bench: $(VENV)/.dev
+	$(BIN)/pip install -q -c constraints.txt -e ".[simulation]"
+	touch $@
+
+bench: $(VENV)/.bench
+	$(BIN)/python benchmarks/speed.py
 
 wheel: $(VENV)/.dev
 	$(BIN)/pip wheel -q --no-deps -w dist .

@@ -87,7 +87,11 @@ class Reference:
 
     def step(self, model: Any, examples: Sequence[Encoded]) -> float:
         """Backpropagate one step's loss through the logits of every position; return the loss."""
-        batch = padded(examples, 2)
+        return self.backward(model, padded(examples, 2))
+
+    @staticmethod
+    def backward(model: Any, batch: Mapping[str, Tensor]) -> float:
+        """Backpropagate a padded batch's loss; return it."""
         logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits.float()
         flat = logits[:, :-1].reshape(-1, logits.shape[-1])
         loss = F.cross_entropy(flat, batch["labels"][:, 1:].reshape(-1), ignore_index=IGNORED)
