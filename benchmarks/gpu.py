@@ -3,8 +3,8 @@
     python benchmarks/gpu.py [--shapes SmolLM2-135M,Llama-3.2-1B,Mistral-7B] [--device cuda] [--wheels FOLDER]
 
 Needs torch, transformers and peft and no network: weights are random, in the models' true shapes, so it measures speed
-and equality and no quality. What else is missing is installed from `--wheels` (a folder beside this file by default).
-Share of peak is 4 P a token (frozen weights: forward 2 P, the input's gradient 2 P) over `--peak`, in real tokens; padding
+and equality and no quality. What else is missing is installed from `--wheels`, a folder beside this file. The share of
+peak is 4 P a token (frozen weights: forward 2 P, the gradient of the input 2 P) over `--peak`, in real tokens; padding
 and recomputed tokens do not count. JSON goes to `benchmarks/results/gpu.json`; without a GPU nothing is measured.
 """
 

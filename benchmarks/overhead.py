@@ -128,6 +128,27 @@ def ours(clients: int, rounds: int) -> tuple[list[float], list[float]]:
     return engine[1:], saving[1:]
 
 
+def call(count: int = 500) -> list[float]:
+    """Return the seconds of single client calls: message made, handed over, answered, read; no aggregation."""
+    tensors = {f"{i}.lora_A.weight": torch.zeros(shape) for i, shape in enumerate(SHAPES)}
+    app = ClientApp()
+
+    @app.train()
+    def train(message: Message, context: Context) -> Message:
+        known = messages.unpack(message.content.array_records[messages.ADAPTER])
+        order = message.content.config_records[messages.ORDER]
+        return Message(messages.train_answer(order, known, {"examples": 1}, in_process=True), reply_to=message)
+
+    grid, times = LocalGrid(app, 1), []
+    for _ in range(count):
+        began = time.perf_counter()
+        order = messages.train_order("r", (1, 1), 0, messages.pack(tensors, in_process=True))
+        (reply,) = grid.send_and_receive([grid.create_message(order, "train", 2, "1", 60.0)])
+        assert messages.read_reply(reply, {2: 0}).tensors is not None
+        times.append(time.perf_counter() - began)
+    return times
+
+
 def ray(clients: int, rounds: int) -> list[float]:
     """Return seconds a round in Flower's simulation."""
     found: list[float] = []

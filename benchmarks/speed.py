@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import math
 import os
 import resource
 import statistics
@@ -384,7 +385,7 @@ def whole(full: bool) -> list[Row]:
 def engine(clients: int = 10, rounds: int = 5) -> list[Row]:
     """Measure a round of no-op clients in our grid and in Flower's Ray simulation."""
     try:
-        from benchmarks.overhead import ours, ray, same_strategy
+        from benchmarks.overhead import call, ours, ray, same_strategy
     except ImportError as err:
         return [{"what": "round overhead", "skipped": f"{err}; pip install 'fedtune[simulation]'"}]
     theirs, flower = ray(clients, rounds), same_strategy(clients, rounds)
@@ -406,6 +407,13 @@ def engine(clients: int = 10, rounds: int = 5) -> list[Row]:
             "reference_seconds": theirs,
             "ratio": middle / statistics.median(a + b for a, b in zip(mine, saving, strict=True)),
             "equal": "all arrays equal",
+            "at_least": None,
+        },
+        {
+            "what": "  one client call beside the training, in milliseconds for seconds",
+            "seconds": sorted(1000 * t for t in call())[::50],
+            "ratio": math.nan,
+            "equal": "the tensors themselves",
             "at_least": None,
         },
         {
@@ -431,8 +439,9 @@ def shown(rows: Sequence[Row]) -> str:
             f"; {row['tokens_per_second']:.0f} tokens/s, {row['gemm_share']:.0%} of GEMM" if "gemm_share" in row else ""
         )
         least = f"{row['at_least']:g}×" if row["at_least"] else ""
+        times = "" if math.isnan(row["ratio"]) else f"{row['ratio']:.2f}×"
         mine = f"{spread(row['seconds'])}{share}"
-        lines.append(f"| {row['what']} | {mine} | {slow} | {row['ratio']:.2f}× | {least} | {row['equal']} |")
+        lines.append(f"| {row['what']} | {mine} | {slow} | {times} | {least} | {row['equal']} |")
     return "\n".join(lines)
 
 

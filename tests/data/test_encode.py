@@ -1,4 +1,5 @@
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -81,3 +82,27 @@ def test_labels_cover_the_response_whatever_the_texts(prompt: str, response: str
     assert list(encoded.ids) == whole
     labelled = TOKENIZER.decode(encoded.ids[encoded.start :], clean_up_tokenization_spaces=False)
     assert labelled.endswith(response) or "\ufffd" in labelled
+
+
+def test_tokens_are_made_once_and_a_damaged_cache_is_made_again(
+    config: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from fedtune.data import tokens
+
+    monkeypatch.setenv("FEDTUNE_CACHE", str(tmp_path))
+    rows = [TrainRow("How many? " * (i % 30), "", "word " * i, "g") for i in range(1, 60)]
+    short, longer = config(train__max_length=128), config(train__max_length=160)
+    want = encode(rows, TOKENIZER, short)
+    assert want.truncated
+    assert want.masked
+    calls: list[int] = []
+    monkeypatch.setattr(tokens, "encode", lambda *words: calls.append(1) or encode(*words))
+    assert [tokens.encode_once(rows, TOKENIZER, short) for _ in range(2)] == [want, want]
+    assert len(calls) == 1
+    (kept,) = (tmp_path / "tokens").iterdir()
+    kept.write_bytes(kept.read_bytes()[:-40])
+    assert tokens.encode_once(rows, TOKENIZER, short) == want
+    assert len(calls) == 2
+    assert tokens.encode_once(rows, TOKENIZER, longer) == encode(rows, TOKENIZER, longer)
+    assert tokens.encode_once(rows[1:], TOKENIZER, short) == encode(rows[1:], TOKENIZER, short)
+    assert len(calls) == 4

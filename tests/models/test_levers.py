@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
+from hypothesis import given
+from hypothesis import settings as examples
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from fedtune.config import Settings
+from fedtune.config.schema import ModelSettings
 from fedtune.models import attention, head, lean
+from fedtune.models.adapter import attach
 from fedtune.models.dropout import KeyedDropout, Keys, token_keys
+from fedtune.models.load import load
+from fedtune.models.merge import foldable, folded
 from fedtune.models.packing import Plan, Span, batches, join, pack
 from tests.tiny import make_model
 
@@ -50,7 +58,7 @@ def ragged_kernel(q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor, *
     return torch.cat(parts)
 
 
-@settings(max_examples=40, deadline=None)
+@examples(max_examples=40, deadline=None)
 @given(
     lengths=st.lists(st.integers(1, 40), min_size=1, max_size=6),
     prefix=st.sampled_from([0, 9]),
@@ -185,3 +193,42 @@ def test_a_tokens_mask_does_not_depend_on_what_stands_beside_it() -> None:
     assert torch.equal(whole[4:7], token_keys([5], [1], [[3]], CPU))
     assert torch.equal(whole[7:], token_keys([9], [0], [[2]], CPU))
     assert len(set(whole.tolist())) == 9
+
+
+@pytest.mark.parametrize("kind", [{}, {"rslora": True}])
+def test_a_folded_adapter_is_the_adapter_and_the_base_comes_back(
+    tiny_folder: Path, settings: Callable[..., Settings], kind: dict[str, Any]
+) -> None:
+    config = settings(lora__alpha=16.0).config.lora.model_copy(update=kind)
+    adapted = attach(load(ModelSettings(name=str(tiny_folder))), config, 0)
+    for slot in adapted.slots.values():
+        nn.init.normal_(slot, std=0.3)
+    before = {n: p.detach().clone() for n, p in adapted.model.named_parameters()}
+    texts, keep = [list(range(5, 30)), list(range(40, 52))], list(range(37))
+    with torch.inference_mode():
+        plain = attention.packed_logits(adapted.model, texts, keep)
+        with folded(adapted) as done:
+            assert done
+            inside = attention.packed_logits(adapted.model, texts, keep)
+            assert not torch.equal(inside, plain)
+        with adapted.model.disable_adapter():
+            base = attention.packed_logits(adapted.model, texts, keep)
+    assert torch.allclose(inside, plain, atol=1e-4)
+    assert not torch.allclose(base, plain, atol=1e-2)
+    assert all(torch.equal(p, before[n]) for n, p in adapted.model.named_parameters())
+
+
+def test_what_would_lose_more_than_rounding_is_not_folded(tiny_folder: Path, settings: Callable[..., Settings]) -> None:
+    half = load(ModelSettings(name=str(tiny_folder), dtype="bfloat16"))
+    lora = settings().config.lora
+    assert not foldable(attach(half, lora, 0))
+    assert not foldable(attach(load(ModelSettings(name=str(tiny_folder))), lora.model_copy(update={"dora": True}), 0))
+    beside = attach(load(ModelSettings(name=str(tiny_folder))), lora, 0)
+    assert foldable(beside)
+    path = next(iter(beside.layers))
+    sides = {
+        f"base_model.model.{path}.base_A.weight": torch.ones(1, 32),
+        f"base_model.model.{path}.base_B.weight": torch.ones(32, 1),
+    }
+    beside.sides.load(sides, beside.device)
+    assert not foldable(beside)

@@ -171,6 +171,30 @@ def test_mixed_ranks_rates_and_optimisers(build: Any) -> None:
     assert max(map(distance, together, alone)) < 1e-12
 
 
+def test_clients_with_fewer_steps_are_done_earlier(build: Any) -> None:
+    """As in a sweep over domains, whose clients make different numbers of steps."""
+    adapted, config = build(lora__dropout=0.075)
+    starts, data, counts = [started(adapted)] * 3, shards(3), (4, 1, 6)
+
+    def run(executor: Executor) -> tuple[list[dict[str, Tensor]], list[int]]:
+        seen = [0, 0, 0]
+
+        def one(client: int) -> dict[str, Tensor]:
+            own = config.model_copy(update={"train": config.train.model_copy(update={"max_steps": counts[client]})})
+            local = LocalWork(adapted, data[client], adapted.layout, {}, own, (client, 1, 1), executor=executor)
+            done = local.train(starts[client], list(starts[client]))
+            seen[client] = len(local.losses_seen)
+            return done
+
+        return executor.together([partial(one, c) for c in range(3)]), seen
+
+    cohort = Cohort(adapted, 3)
+    (alone, steps), (together, same) = run(Sequential(adapted)), run(cohort)
+    assert cohort.stacked == 3
+    assert steps == same == list(counts)
+    assert max(map(distance, together, alone)) < 1e-12
+
+
 def test_small_passes_and_recomputed_activations_change_nothing(build: Any) -> None:
     adapted, config = build(train={"max_steps": 3}, lora__dropout=0.075)
     starts, data = [started(adapted)] * 3, shards(3)

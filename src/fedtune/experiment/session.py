@@ -22,6 +22,7 @@ from fedtune.io import digest
 from fedtune.lora.state import AdapterState
 from fedtune.methods.base import ServerState
 from fedtune.models.adapter import AdaptedModel
+from fedtune.models.merge import folded
 from fedtune.results import schema
 from fedtune.training.executor import Executor
 
@@ -59,7 +60,8 @@ class Session:
         else:
             self.adapted.load(tensors)
             identity = digest([who, {n: _sha256(t) for n, t in tensors.items()}])
-            scores = evaluate_all(model, tokenizer, self.tasks, self.config, target, identity, shown)
+            with folded(self.adapted):
+                scores = evaluate_all(model, tokenizer, self.tasks, self.config, target, identity, shown)
         self.run.add_seconds("evaluation", time.monotonic() - started)
         return scores
 

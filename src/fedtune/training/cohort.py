@@ -81,7 +81,7 @@ class Cohort:
         yield from groups
 
     def _stacked(self, works: Sequence[Work]) -> Iterable[dict[str, Tensor]]:
-        """Make the same number of steps for each of some clients, in one pass a step."""
+        """Make the steps of some clients, one step of each in a pass; who has fewer is done earlier."""
         adapted, first = self._adapted, works[0]
         adapted.sides.load({n: t for n, t in first.start.items() if is_side(n)}, adapted.device)
         factors = [{n: t for n, t in w.start.items() if not is_side(n)} for w in works]
@@ -90,27 +90,26 @@ class Cohort:
         # each client has an optimiser of its own: only then may rates and even optimisers differ
         made = [optimizer([([line], w.rate)], w.settings) for line, w in zip(stack.lines, works, strict=True)]
         with training(adapted.model, self.limits.checkpointing), stack.active():
-            for number in range(len(first.steps)):
+            for number in range(max(len(w.steps) for w in works)):
                 stack.gradients.zero_()
-                losses = self._passes(stack, works, number)
-                for k, work in enumerate(works):
-                    work.extras.apply(slots[k])
-                    torch.nn.utils.clip_grad_norm_([stack.lines[k]], work.settings.max_grad_norm)
+                for k, loss in self._passes(stack, works, number).items():
+                    works[k].extras.apply(slots[k])
+                    torch.nn.utils.clip_grad_norm_([stack.lines[k]], works[k].settings.max_grad_norm)
                     made[k].step()
-                    work.on_step(work.steps[number], losses[k])
+                    works[k].on_step(works[k].steps[number], loss)
         self.stacked += len(works)
         return [stack.read(k, w.start) for k, w in enumerate(works)]
 
-    def _passes(self, stack: Stack, works: Sequence[Work], number: int) -> list[float]:
-        """Backpropagate one step of every client; return their losses."""
-        losses = [0.0] * len(works)
-        exact = works[0].exact
-        steps, keys = [w.steps[number] for w in works], [w.key(number) for w in works]
+    def _passes(self, stack: Stack, works: Sequence[Work], number: int) -> dict[int, float]:
+        """Backpropagate one step of every client that has one left; return their losses."""
+        going = [k for k, w in enumerate(works) if number < len(w.steps)]
+        losses = dict.fromkeys(going, 0.0)
+        steps, keys = [works[k].steps[number] for k in going], [works[k].key(number) for k in going]
         for parts in passes(steps, keys, self.limits.tokens):
-            self._pass(stack, parts, exact, losses)
+            self._pass(stack, {going[place]: part for place, part in parts.items()}, works[0].exact, losses)
         return losses
 
-    def _pass(self, stack: Stack, parts: dict[int, Part], exact: bool, losses: list[float]) -> None:
+    def _pass(self, stack: Stack, parts: dict[int, Part], exact: bool, losses: dict[int, float]) -> None:
         chosen, adapted = list(parts.values()), self._adapted
         with contextlib.nullcontext() if exact else keyed(adapted.keys, chosen, adapted.device):
             loss, own = joint_loss(
@@ -138,12 +137,10 @@ def _stackable(work: Work) -> bool:
 
 
 def _alike(one: Work, other: Work) -> bool:
-    """Tell whether two works can be stacked: the same tensors trained, as many steps, the same base."""
-
-    def form(work: Work) -> Any:
-        return list(work.names), len(work.steps), work.exact
-
-    if not (_stackable(one) and _stackable(other)) or form(one) != form(other):
+    """Tell whether two works can be stacked: the same tensors trained, over the same base."""
+    if not (_stackable(one) and _stackable(other)):
+        return False
+    if (list(one.names), one.exact) != (list(other.names), other.exact):
         return False
     mine, theirs = _fixed(one), _fixed(other)
     return mine.keys() == theirs.keys() and all(torch.equal(t, theirs[n]) for n, t in mine.items())

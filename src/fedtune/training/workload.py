@@ -11,7 +11,8 @@ from typing import Any
 from fedtune import domains
 from fedtune.config import Config
 from fedtune.data import check, files, hub, partition
-from fedtune.data.encode import Encoded, encode
+from fedtune.data.encode import Encoded
+from fedtune.data.tokens import encode_once
 from fedtune.domains.base import Row, TrainingSet
 from fedtune.io import digest
 from fedtune.types import DataError, derive_seed
@@ -132,7 +133,7 @@ def encode_shards(data: TrainingData, tokenizer: Any, config: Config) -> Encoded
     Raises:
         DataError: no row of any client has a label (wrong template, or all answers lie behind the cut).
     """
-    encoded = encode(data.checked.rows, tokenizer, config)
+    encoded = encode_once(data.checked.rows, tokenizer, config)
     if not encoded.examples:
         raise DataError(
             f"{data.name}: none of {len(data.checked.rows)} rows has a label left; is the response marker in "

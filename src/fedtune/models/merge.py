@@ -1,0 +1,43 @@
+"""An adapter folded into the base weights for the time of an evaluation, which then come back bit for bit."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+import torch
+
+from fedtune.models.adapter import AdaptedModel
+
+
+def foldable(adapted: AdaptedModel) -> bool:
+    """Tell whether folding loses nothing but rounding: float32 weights, plain LoRA, nothing beside it.
+
+    A weight of 16 bits or fewer would swallow much of the adapter, which then would not be what was trained.
+    """
+    plain = not any(adapted.sides.parameters()) and not any(m.magnitude is not None for m in adapted.layout.values())
+    weights = (layer.get_base_layer().weight for layer in adapted.layers.values())
+    return plain and not adapted.sides.per_text and all(w.dtype in (torch.float32, torch.float64) for w in weights)
+
+
+@contextlib.contextmanager
+def folded(adapted: AdaptedModel) -> Iterator[bool]:
+    """Let the model compute with W + s B A where that is possible; yields whether it is.
+
+    The weights come back from copies: subtracting again would leave a trace of every adapter that was evaluated.
+    """
+    if not foldable(adapted):
+        yield False
+        return
+    weights = {path: layer.get_base_layer().weight for path, layer in adapted.layers.items()}
+    copies = {path: weight.detach().clone() for path, weight in weights.items()}
+    try:
+        with torch.no_grad():
+            for path, weight in weights.items():
+                weight += adapted.layers[path].get_delta_weight("default")
+        with adapted.model.disable_adapter():
+            yield True
+    finally:
+        with torch.no_grad():
+            for path, weight in weights.items():
+                weight.copy_(copies[path])
