@@ -1,7 +1,8 @@
-"""A round of clients that only add 1: the cost of the engine alone, in this process and in Flower's Ray simulation.
+"""What the engine costs beside the training, in this process and in Flower's Ray simulation.
 
-Both aggregate the same arrays: 120 of them, 7.4 MB in all, as SmolLM2-135M's adapter of rank 32 has. Flower's FedAvg
-runs in Ray and in this process; fedtune's own loop, which moves tensors and not bytes, screens every reply besides.
+First the messages alone: clients that send back what they got. Then rounds of clients that add 1, aggregated: Flower's
+FedAvg in Ray and in this process, and fedtune's own loop, which also screens every reply. There are 120 arrays of 7.4 MB
+in all, as SmolLM2-135M's adapter of rank 32 has.
 """
 
 from __future__ import annotations
@@ -128,24 +129,55 @@ def ours(clients: int, rounds: int) -> tuple[list[float], list[float]]:
     return engine[1:], saving[1:]
 
 
-def call(count: int = 500) -> list[float]:
-    """Return the seconds of single client calls: message made, handed over, answered, read; no aggregation."""
-    tensors = {f"{i}.lora_A.weight": torch.zeros(shape) for i, shape in enumerate(SHAPES)}
+def echoing() -> ClientApp:
+    """Return a client that sends back what it got."""
     app = ClientApp()
 
     @app.train()
     def train(message: Message, context: Context) -> Message:
-        known = messages.unpack(message.content.array_records[messages.ADAPTER])
-        order = message.content.config_records[messages.ORDER]
-        return Message(messages.train_answer(order, known, {"examples": 1}, in_process=True), reply_to=message)
+        return Message(RecordDict({"arrays": message.content["arrays"]}), reply_to=message)
 
-    grid, times = LocalGrid(app, 1), []
-    for _ in range(count):
+    return app
+
+
+def our_calls(clients: int, rounds: int) -> list[float]:
+    """Return seconds to send a message to every client and have its answer, tensors in and tensors out."""
+    tensors = {f"{i}.lora_A.weight": torch.zeros(shape) for i, shape in enumerate(SHAPES)}
+    grid, times = LocalGrid(echoing(), clients), []
+    for _ in range(rounds + 1):
         began = time.perf_counter()
-        order = messages.train_order("r", (1, 1), 0, messages.pack(tensors, in_process=True))
-        (reply,) = grid.send_and_receive([grid.create_message(order, "train", 2, "1", 60.0)])
-        assert messages.read_reply(reply, {2: 0}).tensors is not None
+        orders = (
+            grid.create_message(RecordDict({"arrays": messages.pack(tensors, in_process=True)}), "train", node, "1")
+            for node in grid.get_node_ids()
+        )
+        found = [messages.unpack(r.content.array_records["arrays"]) for r in grid.send_and_receive(orders)]
         times.append(time.perf_counter() - began)
+        assert len(found) == clients
+        assert found[0]["0.lora_A.weight"] is tensors["0.lora_A.weight"]
+    return times[1:]
+
+
+def ray_calls(clients: int, rounds: int) -> list[float]:
+    """Return seconds to do the same in Flower's simulation, arrays in and arrays out."""
+    times: list[float] = []
+    server = ServerApp()
+
+    @server.main()
+    def main(grid: Grid, context: Context) -> None:
+        while len(nodes := list(grid.get_node_ids())) < clients:
+            time.sleep(0.1)
+        arrays = [np.zeros(shape, np.float32) for shape in SHAPES]
+        for _ in range(rounds + 1):
+            began = time.perf_counter()
+            content = RecordDict({"arrays": ArrayRecord(arrays)})
+            orders = [Message(content, dst_node_id=node, message_type="train") for node in nodes]
+            replies = list(grid.send_and_receive(orders))
+            found = [r.content["arrays"].to_numpy_ndarrays() for r in replies]
+            times.append(time.perf_counter() - began)
+            assert [len(f) for f in found] == [len(SHAPES)] * clients
+        times.pop(0)
+
+    run_simulation(server, echoing(), clients, backend_config={"client_resources": {"num_cpus": 1}})
     return times
 
 

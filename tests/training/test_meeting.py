@@ -76,6 +76,35 @@ def test_an_answer_that_fails_ends_all_calls_and_they_clean_up() -> None:
     assert cleaned == [0, 1, 2]
 
 
+def test_ctrl_c_ends_a_call_whose_inner_calls_swallow_it() -> None:
+    """A client's fault becomes an error reply; an interruption must not, or a round would end with half its clients."""
+    went_on: list[int] = []
+
+    def interrupted(questions: list[Any]) -> list[Any]:
+        raise KeyboardInterrupt
+
+    meeting = Meeting(interrupted)
+
+    def client(n: int) -> str:
+        try:
+            meeting.ask(n)
+        except BaseException:
+            return "an error reply"
+        return "an update"
+
+    def run(n: int) -> None:
+        meeting.together([partial(client, 1), partial(client, 2)])
+        went_on.append(n)
+
+    def settle() -> None:
+        raise CancelledError(2)
+
+    meeting._settle = settle  # type: ignore[method-assign]
+    with pytest.raises(CancelledError):
+        meeting.together([partial(run, n) for n in range(2)])
+    assert went_on == []
+
+
 def test_ctrl_c_reaches_every_call_and_no_new_one_starts() -> None:
     ended: list[str] = []
     started: list[int] = []

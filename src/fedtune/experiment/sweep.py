@@ -15,7 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from fedtune.config import Settings
+from fedtune.config import Config, Settings
 from fedtune.experiment.folder import MANIFEST, RESULT, cancellable
 from fedtune.experiment.report import Reporter
 from fedtune.experiment.resident import Resident
@@ -113,12 +113,18 @@ def _one(point: Point, resident: Resident, watch: Reporter) -> str:
     return ""
 
 
+def _longest(configs: Sequence[Config], resident: Resident) -> workload.EncodedShards:
+    """Return the shards with the longest text of all runs: what fits must fit for each."""
+    different = {digest([c.domain, c.semantic()["data"], c.plain()["prompt"], c.train.max_length]): c for c in configs}
+    found = [workload.encode_shards(workload.load(c), resident.base.tokenizer, c) for c in different.values()]
+    return max(found, key=lambda shards: shards.longest)
+
+
 def _group(chosen: Sequence[Point], watch: Reporter) -> dict[str, str]:
     """Do the runs that share a model: as many at a time as one pass trains."""
     first = chosen[0].settings.config
     resident = Resident.of(first, [p.settings.config.seed for p in chosen])
-    data = workload.load(first)
-    how = resident.planned(first, workload.encode_shards(data, resident.base.tokenizer, first))
+    how = resident.planned(first, _longest([p.settings.config for p in chosen], resident))
     watch.note(f"{len(chosen)} runs on {first.model.name}: {how.line()}")
     faults: dict[str, str] = {}
     try:

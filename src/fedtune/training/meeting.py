@@ -74,6 +74,7 @@ class Meeting:
         elif own:
             parent.children = own
             self._pause(parent)
+            parent.outcome()  # what ends the meeting ends the parent, whatever its calls have made of it
         return [caller.outcome() for caller in own]
 
     def _live(self, caller: _Caller) -> None:
