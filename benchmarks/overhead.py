@@ -1,8 +1,8 @@
 """What the engine costs beside the training, in this process and in Flower's Ray simulation.
 
 First the messages alone: clients that send back what they got. Then rounds of clients that add 1, aggregated: Flower's
-FedAvg in Ray and in this process, and fedtune's own loop, which also screens every reply. There are 120 arrays of 7.4 MB
-in all, as SmolLM2-135M's adapter of rank 32 has.
+FedAvg in Ray and in this process, and fedtune's own loop, which also screens every reply. There are 120 arrays, 7.4 MB
+in all, as in SmolLM2-135M's adapter of rank 32.
 """
 
 from __future__ import annotations
