@@ -38,7 +38,7 @@ from fedtune.data.encode import Encoded
 from fedtune.evaluation import items as item_sets
 from fedtune.evaluation import official
 from fedtune.evaluation.extract import official_label
-from fedtune.io import digest, write_json
+from fedtune.io import digest, write_bytes, write_json
 from fedtune.lora.state import to_tensors
 from fedtune.models import adapter, measure
 from fedtune.models import load as models
@@ -431,9 +431,9 @@ def page(document: Mapping[str, Any], rows: Sequence[Row]) -> str:
         "",
         f"`make bench` ({here['processor']}, {here['cpus']} cores, {document['threads']} threads, CPU, float32,",
         f"torch {document['versions']['torch']}, {document['date']}, {document['seconds'] / 60:.0f} minutes).",
-        "Medians and ranges of runs that alternate; what ran once has no range. Tokens are real ones. GEMM is the rate of",
-        "products in the model's own shapes, measured beside it; what a shared beginning saves counts as done. Both sides",
-        "got work with one hash.",
+        "Medians and ranges of runs that alternate; what ran once has no range. Tokens are real ones. GEMM is the rate",
+        "of products in the model's own shapes, measured beside it; what a shared beginning saves counts as done. Both",
+        "sides got work with one hash.",
         "",
     ]
     return "\n".join([*head, shown(rows), ""])
