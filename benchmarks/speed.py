@@ -339,20 +339,22 @@ def our_side(full: bool, folder: Path) -> Row:
     return {"manifest": known, "labels": [r["predicted"] for r in rows], "adapter": state}
 
 
-def _process(side: str, full: bool, folder: Path) -> tuple[float, Row]:
-    """Return the seconds from process start to scores, and what came of it."""
+def _process(side: str, full: bool, folder: Path) -> tuple[float, float, Row]:
+    """Return the seconds from process start to scores, the process's peak memory in MiB, and what came of it."""
     words = [sys.executable, __file__, "--side", side, "--out", str(folder / side), *(["--full"] if full else [])]
     started = time.perf_counter()
-    subprocess.run(words, check=True, env={**os.environ, "TRANSFORMERS_VERBOSITY": "error"}, stdout=subprocess.DEVNULL)
+    child = subprocess.Popen(words, env={**os.environ, "TRANSFORMERS_VERBOSITY": "error"}, stdout=subprocess.DEVNULL)
+    _, status, used = os.wait4(child.pid, 0)
     seconds = time.perf_counter() - started
-    return seconds, torch.load(folder / f"{side}.pt", weights_only=True)
+    assert os.waitstatus_to_exitcode(status) == 0, f"the {side} side failed"
+    return seconds, used.ru_maxrss / 1024, torch.load(folder / f"{side}.pt", weights_only=True)
 
 
 def whole(full: bool) -> list[Row]:
     """Measure five rounds of the finance quickstart, evaluation included, from process start to scores."""
     with TemporaryDirectory() as place:
         done = {side: _process(side, full, Path(place)) for side in ("reference", "resident", "ours")}
-    (slow, theirs), (strong, _), (fast, mine) = done["reference"], done["resident"], done["ours"]
+    (slow, most, theirs), (strong, more, _), (fast, least, mine) = (done[s] for s in ("reference", "resident", "ours"))
     assert theirs["manifest"] == mine["manifest"], "the two sides were given different work"
     a, b = (torch.cat([s["adapter"][n].flatten() for n in sorted(s["adapter"])]) for s in (theirs, mine))
     differ = sum(x != y for x, y in zip(theirs["labels"], mine["labels"], strict=True))
@@ -364,7 +366,8 @@ def whole(full: bool) -> list[Row]:
             "seconds": [fast],
             "reference_seconds": [slow],
             "ratio": slow / fast,
-            "equal": equal,
+            "equal": f"{equal}; peak {least:.0f} against {most:.0f} MiB",
+            "peak_mib": {"ours": least, "reference": most, "resident": more},
             "at_least": 3,
             "manifest": mine["manifest"],
         },

@@ -13,6 +13,7 @@ from fedtune.config.schema import ModelSettings
 from fedtune.models import measure
 from fedtune.models.adapter import AdaptedModel, attach
 from fedtune.models.load import load
+from fedtune.models.packing import CALL
 from fedtune.training.cohort import Cohort
 from fedtune.training.executor import Sequential
 from fedtune.training.plan import Machine, Plan, executor, plan
@@ -70,13 +71,14 @@ def test_what_is_set_by_hand_stays(settings: Callable[..., Settings], adapted: A
     }
     found = planned(settings, adapted, LAPTOP, engine=by_hand)
     assert (found.cohort, found.tokens, found.checkpointing, found.threads) == (3, 777, True, 1)
+    assert (found.bucket, planned(settings, adapted, LAPTOP, engine={"bucket": 5}).bucket) == (CALL["cpu"], 5)
     assert planned(settings, adapted, GPU, engine={"executor": "sequential"}).cohort == 1
     with pytest.raises(ConfigError, match="no effect with executor = sequential"):
         settings(engine={"executor": "sequential", "cohort": 3})
 
 
 def test_a_plan_survives_the_manifest_and_the_engine_is_not_part_of_a_run(settings: Callable[..., Settings]) -> None:
-    found = Plan("float32", 2, 4096, False, 1, ("a", "b"))
+    found = Plan("float32", 2, 4096, False, 1, 8192, ("a", "b"))
     assert Plan.read({**found.document(), "why": ["a", "b"]}) == found
     assert settings().config.hash == settings(engine={"threads": 1, "cohort": 2}).config.hash
 

@@ -210,13 +210,15 @@ class EngineSettings(Section):
     """How this machine does the work. Nothing here changes a number but by rounding; "auto" is planned at the start.
 
     `executor` trains clients one after the other ("sequential") or `cohort` of them in one pass; a pass takes at most
-    `max_tokens_per_forward` tokens; `threads` 0 is one for each core; `devices` names GPUs, for clients side by side.
+    `max_tokens_per_forward` tokens; texts attend together where padding wastes fewer than `bucket` pairs of query and
+    key; `threads` 0 is one for each core; `devices` names GPUs, for clients side by side.
     """
 
     executor: Literal["auto", "sequential", "cohort"] = "auto"
     cohort: Annotated[int, Field(ge=1, le=1024)] | Literal["auto"] = "auto"
     max_tokens_per_forward: Annotated[int, Field(ge=64)] | Literal["auto"] = "auto"
     gradient_checkpointing: bool | Literal["auto"] = "auto"
+    bucket: Annotated[int, Field(ge=0)] | Literal["auto"] = "auto"
     threads: int = Field(0, ge=0, le=4096)
     devices: tuple[str, ...] = ()
 

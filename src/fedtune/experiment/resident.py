@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
-import torch
-
 from fedtune.config import Config
 from fedtune.experiment import devices
 from fedtune.federation.fleet import Fleet
@@ -62,7 +60,6 @@ class Resident:
             train = config.train
             batch = train.per_device_train_batch_size * train.gradient_accumulation_steps
             self.how = before or plan(config, self.adapted, shards.longest, shards.mean * batch)
-            torch.set_num_threads(self.how.threads)
             self.executor = executor(self.how, self.adapted)
             if config.engine.devices:
                 self.fleet, self.end = devices.fleet(config.engine.devices)

@@ -7,10 +7,13 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import torch
+
 from fedtune.config import Config
 from fedtune.models.adapter import AdaptedModel
 from fedtune.models.budget import activation_bytes
 from fedtune.models.measure import cores, free_memory, gemm_rate
+from fedtune.models.packing import CALL
 from fedtune.training.cohort import Cohort
 from fedtune.training.executor import Executor, Limits, Sequential
 
@@ -51,6 +54,7 @@ class Plan:
     tokens: int
     checkpointing: bool
     cohort: int
+    bucket: int
     why: tuple[str, ...]
 
     @staticmethod
@@ -139,10 +143,14 @@ def plan(config: Config, adapted: AdaptedModel, longest: int, tokens: float, kno
     threads = config.engine.threads or here.cores
     dtype = str(weights[0].dtype).removeprefix("torch.")
     why = (f"{here.rate / 1e9:.0f} GFLOP/s in {dtype}", why_memory, f"cohort: {why_cohort}")
-    return Plan(dtype, threads, limit, checkpointing, cohort, why)
+    # by the kind of device and not measured: it decides the last bits of a result, which must be the same tomorrow
+    bucket = CALL.get(here.device, CALL["cuda"]) if config.engine.bucket == "auto" else config.engine.bucket
+    return Plan(dtype, threads, limit, checkpointing, cohort, bucket, why)
 
 
 def executor(chosen: Plan, adapted: AdaptedModel) -> Executor:
-    """Return what trains by a plan."""
+    """Take a plan up in this process, threads and buckets included, and return what trains by it."""
+    torch.set_num_threads(chosen.threads)
+    CALL[adapted.device.type] = chosen.bucket
     limits = Limits(chosen.tokens, chosen.checkpointing)
     return Cohort(adapted, chosen.cohort, limits) if chosen.cohort > 1 else Sequential(adapted, limits)
