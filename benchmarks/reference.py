@@ -134,15 +134,24 @@ def answers(model: Any, tokenizer: Any, prompts: Sequence[str], new_tokens: int 
 
 
 @torch.inference_mode()
-def sentiments(model: Any, tokenizer: Any, prompts: Sequence[str], length: int = SENTIMENT_LENGTH) -> list[str]:
-    """Answer sentiment prompts in batches of 32, decoded to `length` tokens, as the official evaluation does."""
+def sentiments(
+    model: Any, tokenizer: Any, prompts: Sequence[str], length: int = SENTIMENT_LENGTH, *, endless: bool = False
+) -> list[str]:
+    """Answer sentiment prompts in batches of 32, decoded to `length` tokens, as the official evaluation does.
+
+    A batch ends when all its rows have; one row that does not end takes all of it to `length`. `endless` does so for
+    every batch, and reads each row up to its end.
+    """
     model.eval()
+    end = tokenizer.eos_token_id
     texts = []
     for first in range(0, len(prompts), SENTIMENT_BATCH):
         batch = list(prompts[first : first + SENTIMENT_BATCH])
         tokens = tokenizer(batch, return_tensors="pt", padding=True, return_token_type_ids=False).to(model.device)
-        made = model.generate(**tokens, max_length=length, eos_token_id=tokenizer.eos_token_id)
-        texts += tokenizer.batch_decode(made, skip_special_tokens=True)
+        made = model.generate(**tokens, max_length=length, eos_token_id=-1 if endless else end).tolist()
+        width = tokens["input_ids"].shape[1]
+        whole = [row[: row.index(end, width)] if end in row[width:] else row for row in made]
+        texts += tokenizer.batch_decode(whole, skip_special_tokens=True)
     return [text.split("Answer: ")[1] for text in texts]
 
 

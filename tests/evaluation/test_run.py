@@ -155,7 +155,8 @@ def test_models_with_settings_of_their_own_are_left_to_generate(tiny_folder: Pat
 def test_guesses_save_passes_and_change_nothing(model: LoadedModel) -> None:
     from fedtune.evaluation.decode import Decoder, Row, guess, run
 
-    assert guess([7, 1, 2, 3, 9, 9, 1, 2, 3], 2) == [9, 9]
+    assert guess([7, 1, 2, 3, 9, 8, 1, 2, 3], 2) == [9, 8]
+    assert guess([7, 1, 2, 3, 9, 8, 1, 2, 3], 7) == [9, 8, 1, 2, 3, 9, 8]
     assert guess([1, 2, 3], 4) == []
     texts = [list(range(10, 22 + 3 * i)) for i in range(5)]
 

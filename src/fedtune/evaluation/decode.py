@@ -21,6 +21,8 @@ from fedtune.models.packing import MIN_PREFIX
 
 # tokens guessed at most, and the longest run of last tokens that is looked up
 GUESS, LOOKUP = 12, 3
+# tokens guessed at most in a row whose guesses keep being right
+REACH = 64
 # tokens of a pass that hardly take longer than one: memory is what decoding waits for
 BUSY = 32
 # columns of the cache that no row uses any more, before they are taken out
@@ -39,6 +41,7 @@ class Row:
             logits decide the first new token all the same (right-padded batches of `generate` did that).
         choose: picks the next token of this row from its logits; None is greedy.
         ended: nothing more is decoded.
+        reach: tokens to guess next; it doubles as long as all guesses are right.
     """
 
     index: int
@@ -47,15 +50,20 @@ class Row:
     blind: bool = False
     choose: Callable[[Tensor], int] | None = None
     ended: bool = False
+    reach: int = 0
 
 
 def guess(tokens: Sequence[int], most: int) -> list[int]:
-    """Return what followed the last tokens where they last stood before, at most `most` tokens; nothing if nowhere."""
+    """Return `most` tokens as they followed the last ones where those last stood before; nothing if nowhere.
+
+    Where that was a short while ago, the text is taken to go round.
+    """
     for length in range(min(LOOKUP, len(tokens) - 1), 0, -1):
         last = list(tokens[-length:])
         for start in range(len(tokens) - length - 1, -1, -1):
             if list(tokens[start : start + length]) == last:
-                return list(tokens[start + length : start + length + most])
+                round_ = list(tokens[start + length :])
+                return [round_[i % len(round_)] for i in range(most)]
     return []
 
 
@@ -121,9 +129,9 @@ class Decoder:
 
     def advance(self) -> None:
         """Decode at least one more token of every row."""
-        # a pass over few tokens costs what one over a single token does; over many, guesses are not free
+        # a pass over few tokens costs what one over a single token does; over many, guesses have to be good ones
         most = min(self._most, BUSY // len(self.rows) - 1)
-        guesses = [self._guess(row, most) for row in self.rows]
+        guesses = [self._guess(row, max(most, row.reach)) for row in self.rows]
         width = 1 + max(map(len, guesses))
         spare = [width - 1 - len(g) for g in guesses]
         device = self._mask.device
@@ -134,6 +142,8 @@ class Decoder:
         positions = self._mask.sum(-1, keepdim=True) + torch.arange(width, device=device)
         logits = self._pass(self.rows, ids, torch.cat([self._mask, fresh], 1), positions, self._cache)
         kept = [self._add(row, own, g) for row, own, g in zip(self.rows, logits, guesses, strict=True)]
+        for row, right, guessed in zip(self.rows, kept, guesses, strict=True):
+            row.reach = min(2 * len(guessed), REACH) if guessed and right > len(guessed) else 0
         fresh = torch.tensor([[1] * n + [0] * (width - n) for n in kept], device=device)
         self._mask = torch.cat([self._mask, fresh], 1)
         self._leave()
@@ -156,7 +166,7 @@ class Decoder:
         return logits
 
     def _guess(self, row: Row, most: int) -> list[int]:
-        return guess([*row.prompt, *row.new], most) if most > 0 and row.choose is None else []
+        return guess([*row.prompt, *row.new], most) if most > 0 and self._most and row.choose is None else []
 
     @property
     def joins(self) -> bool:
