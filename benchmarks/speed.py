@@ -451,7 +451,7 @@ def page(document: Mapping[str, Any], rows: Sequence[Row]) -> str:
         "# Ours against the reference's procedure",
         "",
         f"`make bench` ({here['processor']}, {here['cpus']} cores, {document['threads']} threads, CPU, float32,",
-        f"torch {document['versions']['torch']}, {document['date']}, {document['seconds'] / 60:.0f} minutes).",
+        f"torch {document['versions']['torch']}, {document['date']}).",
         "Medians and ranges of runs that alternate; what ran once has no range. Tokens are real ones. GEMM is the rate",
         "of products in the model's own shapes, measured beside it; what a shared beginning saves counts as done. Both",
         "sides got work with one hash.",
