@@ -174,6 +174,27 @@ def test_guesses_save_passes_and_change_nothing(model: LoadedModel) -> None:
     assert fast < slow
 
 
+def test_guesses_stay_inside_a_table_of_positions() -> None:
+    """GPT-2 has one; a row that is nearly full is beside one that has room for long guesses."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    from fedtune.evaluation.decode import Decoder, Row, run
+
+    torch.manual_seed(0)
+    config = GPT2Config(vocab_size=60, n_positions=48, n_embd=16, n_layer=2, n_head=2, bos_token_id=1, eos_token_id=2)
+    model = GPT2LMHeadModel(config).eval()
+
+    def decode(*, guesses: bool) -> list[list[int]]:
+        rows = [Row(i, list(range(5, 5 + n))) for i, n in enumerate((8, 30))]
+        decoder = Decoder(model, lambda row: len(row.prompt) + len(row.new) == 48, guesses=guesses)
+        with torch.inference_mode():
+            for _ in run(decoder, [rows], 4):
+                pass
+        return [row.new for row in rows]
+
+    assert decode(guesses=True) == decode(guesses=False)
+
+
 @pytest.mark.parametrize(
     ("text", "fixed"),
     [

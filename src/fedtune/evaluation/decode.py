@@ -88,6 +88,9 @@ class Decoder:
         self._windowed = windowed(model)
         self._most = GUESS if guesses and not self._windowed else 0
         self._last_only = "logits_to_keep" in inspect.signature(inner(model).forward).parameters
+        known = model.config.get_text_config()
+        # some models have a table of positions: a guess must not look beyond its end
+        self._positions = int(getattr(known, "max_position_embeddings", 0) or 2**31)
         self.rows: list[Row] = []
         self.passes = 0
         self._cache: Any = None
@@ -131,7 +134,8 @@ class Decoder:
         """Decode at least one more token of every row."""
         # a pass over few tokens costs what one over a single token does; over many, guesses have to be good ones
         most = min(self._most, BUSY // len(self.rows) - 1)
-        guesses = [self._guess(row, max(most, row.reach)) for row in self.rows]
+        room = [self._positions - int(used) - 1 for used in self._mask.sum(-1)]
+        guesses = [self._guess(row, min(max(most, row.reach), n)) for row, n in zip(self.rows, room, strict=True)]
         width = 1 + max(map(len, guesses))
         spare = [width - 1 - len(g) for g in guesses]
         device = self._mask.device
@@ -140,6 +144,7 @@ class Decoder:
         )
         fresh = torch.tensor([[1] * (width - n) + [0] * n for n in spare], device=device)
         positions = self._mask.sum(-1, keepdim=True) + torch.arange(width, device=device)
+        positions = positions.clamp(max=self._positions - 1)  # behind a row's own tokens there is only padding
         logits = self._pass(self.rows, ids, torch.cat([self._mask, fresh], 1), positions, self._cache)
         kept = [self._add(row, own, g) for row, own, g in zip(self.rows, logits, guesses, strict=True)]
         for row, right, guessed in zip(self.rows, kept, guesses, strict=True):
