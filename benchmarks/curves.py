@@ -151,7 +151,10 @@ def plot(rows: list[dict[str, Any]]) -> None:
             (("round", "seconds a round", 1.0), ("training_bytes", "training memory, MiB", 2**20))
         ):
             panel = panels[line][column]
-            panel.loglog(xs, [r[key] / scale for r in own], marker="o", color="#2a6f97")
+            ys = [r[key] / scale for r in own]
+            panel.loglog(xs, ys, marker="o", color="#2a6f97")
+            # at least a decade and a half, or noise looks like a slope
+            panel.set_ylim(min(ys) / 2, max(2 * max(ys), 30 * min(ys)))
             panel.set_xticks(xs, [str(r["value"]) for r in own])
             panel.minorticks_off()
             panel.grid(alpha=0.3)
@@ -206,7 +209,7 @@ def main() -> None:
         "![curves](curves.png)",
         "",
     ]
-    write_bytes(RESULTS / "curves.md", ("\n".join(head) + table(rows) + WHY).encode())
+    write_bytes(RESULTS / "curves.md", ("\n".join([*head, ""]) + table(rows) + WHY).encode())
     plot(rows)
 
 
