@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fedtune.models.attention import inner
 from fedtune.models.packing import MIN_PREFIX
 
 # tokens guessed at most, and the longest run of last tokens that is looked up
@@ -230,11 +231,6 @@ class Decoder:
 def _moved(states: Tensor, width: int) -> Tensor:
     """Return cached states [rows, heads, tokens, head_dim] with empty columns before them."""
     return torch.nn.functional.pad(states, (0, 0, width - states.shape[2], 0))
-
-
-def inner(model: Any) -> Any:
-    """Return the model inside PEFT's wrapper."""
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 def windowed(model: Any) -> bool:

@@ -197,6 +197,11 @@ def _packed_pass() -> Iterator[None]:
         _packing.reset(token)
 
 
+def inner(model: Any) -> Any:
+    """Return the model inside PEFT's wrapper."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
 def run_row(model: Any, row: PackedRow, **options: Any) -> Any:
     """Run a packed row through a causal language model loaded with this attention, bare or wrapped by PEFT."""
     device = next(model.parameters()).device
@@ -227,8 +232,7 @@ def row_logits(model: Any, row: PackedRow, keep: Sequence[int]) -> Tensor:
     """Run a packed row and return the logits [len(keep), vocabulary] at places in the texts joined end to end."""
     device = next(model.parameters()).device
     index = torch.tensor([row.place[i] for i in keep], dtype=torch.long, device=device)
-    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
-    direct = "logits_to_keep" in inspect.signature(inner.forward).parameters
+    direct = "logits_to_keep" in inspect.signature(inner(model).forward).parameters
     output = run_row(model, row, **({"logits_to_keep": index} if direct else {}))
     logits: Tensor = output.logits[0]
     return logits if direct else logits[index]

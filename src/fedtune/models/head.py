@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fedtune.models.attention import run_row
+from fedtune.models.attention import inner, run_row
 from fedtune.models.packing import PackedRow, pack
 
 # logits held at a time, in numbers
@@ -67,40 +67,36 @@ def linear_loss(
     return made
 
 
-def _inner(model: Any) -> Any:
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
-
-
 def _hidden(model: Any, row: PackedRow) -> Tensor:
     """Return the last hidden states [tokens, hidden] of a packed row."""
-    states: Tensor = run_row(_inner(model).get_decoder(), row).last_hidden_state[0]
+    states: Tensor = run_row(inner(model).get_decoder(), row).last_hidden_state[0]
     return states
 
 
 def has_plain_head(model: Any) -> bool:
     """Tell whether a model's logits are its head applied to its decoder's output and nothing more; tried out once."""
-    inner = _inner(model)
-    known = getattr(inner, _PLAIN, None)
+    base = inner(model)
+    known = getattr(base, _PLAIN, None)
     if known is None:
-        known = _tried(inner)
-        setattr(inner, _PLAIN, known)
+        known = _tried(base)
+        setattr(base, _PLAIN, known)
     return bool(known)
 
 
 @torch.no_grad()
-def _tried(inner: Any) -> bool:
-    head = inner.get_output_embeddings() if hasattr(inner, "get_decoder") else None
+def _tried(base: Any) -> bool:
+    head = base.get_output_embeddings() if hasattr(base, "get_decoder") else None
     if type(head) is not nn.Linear:
         return False
     row = pack([[0, 1, 2, 3]])
-    was_training = inner.training
-    inner.eval()
+    was_training = base.training
+    base.eval()
     try:
-        hidden = _hidden(inner, row)
-        logits: Tensor = run_row(inner, row).logits[0]
+        hidden = _hidden(base, row)
+        logits: Tensor = run_row(base, row).logits[0]
         return torch.equal(head(hidden), logits) or torch.allclose(head(hidden), logits, rtol=1e-3, atol=1e-4)
     finally:
-        inner.train(was_training)
+        base.train(was_training)
 
 
 def row_losses(
@@ -117,6 +113,6 @@ def row_losses(
     """
     hidden = _hidden(model, row)
     index = torch.tensor([row.place[i] for i in keep], dtype=torch.long, device=hidden.device)
-    head = _inner(model).get_output_embeddings()
+    head = inner(model).get_output_embeddings()
     wanted = torch.tensor(targets, dtype=torch.long, device=hidden.device)
     return linear_loss(hidden.index_select(0, index), head.weight, head.bias, wanted, shares)
