@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import random
 from collections import deque
 from collections.abc import Callable
@@ -11,50 +12,60 @@ from typing import Any
 
 import pytest
 import torch
-from flwr.app import Message
+from flwr.app import Message, MetricRecord, RecordDict
+from flwr.clientapp import ClientApp
 from torch import Tensor
 
 from fedtune.config import Config, Settings
 from fedtune.experiment import devices
 from fedtune.experiment.run import run
 from fedtune.experiment.sweep import points, sweep
-from fedtune.federation.fleet import Answering, Fleet, RayWorkers, Task
+from fedtune.federation.fleet import Fleet, FleetGrid, Task
+from fedtune.federation.messages import METRICS
+from fedtune.federation.simulation import FlowerWorkers
 from fedtune.training import lpt
+from fedtune.training.plan import Plan
 from fedtune.types import ConfigError
 
 
 class FakeDevices:
     """Devices in this process with a clock of their own: a task takes as long as it costs."""
 
-    def __init__(self, count: int) -> None:
-        self.count = count
-        self.hands = [Answering(f"cpu#{i}", devices.resident_clients) for i in range(count)]
+    def __init__(self, count: int, how: Plan) -> None:
+        self.count, self.how = count, how
+        self.told: dict[str, Any] = {}
+        self.clients: dict[tuple[int, str], ClientApp] = {}
         self.clock = [0.0] * count
         self.doing: deque[tuple[float, int, Task]] = deque()
         self.log: list[tuple[int, str, float]] = []
 
-    def prepare(self, run: str, recipe: Any) -> None:
-        for hand in self.hands:
-            hand.prepare(run, recipe)
+    def prepare(self, run: str, told: Any) -> None:
+        self.told[run] = told
 
     def start(self, worker: int, task: Task) -> None:
         self.clock[worker] += task.cost
         self.doing.append((self.clock[worker], worker, task))
         self.log.append((worker, task.run, task.cost))
 
-    def finished(self) -> tuple[int, Message]:
+    def finished(self) -> tuple[int, Message | Exception]:
         first = min(self.doing, key=lambda d: d[:2])
         self.doing.remove(first)
         _, worker, task = first
-        return worker, self.hands[worker].answer(task.run, task.message)
+        try:
+            key = worker, task.run
+            if key not in self.clients:
+                self.clients[key] = devices.resident_clients(self.told[task.run], f"cpu#{worker}", self.how)
+            return worker, self.clients[key](task.message, task.context)
+        except Exception as err:
+            return worker, err
 
 
 @pytest.fixture
 def fakes(monkeypatch: pytest.MonkeyPatch) -> list[FakeDevices]:
     made: list[FakeDevices] = []
 
-    def fleet(names: Any) -> Any:
-        made.append(FakeDevices(len(names)))
+    def fleet(names: Any, how: Plan, *, threads: int) -> Any:
+        made.append(FakeDevices(len(names), how))
         return Fleet(made[-1]), lambda: None
 
     monkeypatch.setattr(devices, "fleet", fleet)
@@ -100,10 +111,10 @@ def test_a_device_that_fails_costs_its_clients_and_no_more(
 ) -> None:
     plain = devices.resident_clients
 
-    def broken(told: Any, device: str) -> Any:
+    def broken(told: Any, device: str, how: Plan) -> Any:
         if device.endswith("#1"):
             raise RuntimeError("out of memory")
-        return plain(told, device)
+        return plain(told, device, how)
 
     monkeypatch.setattr(devices, "resident_clients", broken)
     config = settings(federation={"clients": 4, "rounds": 1}, engine={"devices": ["cpu", "cpu"]})
@@ -129,7 +140,7 @@ def test_without_ray_the_error_says_what_to_install(monkeypatch: pytest.MonkeyPa
 
     monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(ConfigError, match="fedtune\\[simulation\\]"):
-        RayWorkers(["cuda:0"], devices.resident_clients)
+        FlowerWorkers(["cuda:0"], devices.resident_clients)
 
 
 @pytest.mark.slow
@@ -139,5 +150,34 @@ def test_ray_actors_give_what_one_device_gives(
 ) -> None:
     changes: dict[str, Any] = {"federation": {"clients": 4, "rounds": 2}, "model__dtype": "float32"}
     one, _ = run(settings(**changes), tmp_path / "one")
-    two, _ = run(settings(**changes, engine={"devices": ["cpu", "cpu"]}), tmp_path / "two")
+    two, result = run(settings(**changes, engine={"executor": "ray"}), tmp_path / "two")
+    assert result.lost_clients == 0
     assert all(torch.allclose(t, adapter(two)[n], atol=1e-6) for n, t in adapter(one).items())
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="Ray is not installed")
+def test_what_fails_in_an_actor_comes_back_as_an_error_and_a_dead_actor_is_replaced() -> None:
+    def sometimes(told: Any, device: str) -> Any:
+        def answer(message: Message, context: Any) -> Message:
+            if context.node_config["partition-id"] == 1:
+                raise RuntimeError(f"{told}: out of memory on {device}")
+            if context.node_config["partition-id"] == 2:
+                os._exit(1)
+            return Message(RecordDict({METRICS: MetricRecord({"examples": 1})}), reply_to=message)
+
+        return answer
+
+    before = dict(os.environ)
+    workers = FlowerWorkers(["cpu"], sometimes)
+    try:
+        workers.prepare("run", "a run")
+        grid = FleetGrid(Fleet(workers), "run", 4, lambda message: 1.0)
+        orders = [grid.create_message(RecordDict(), "train", node, "1") for node in grid.get_node_ids()]
+        replies = list(grid.send_and_receive(orders))
+    finally:
+        workers.close()
+    assert [reply.has_error() for reply in replies] == [False, True, True, False]
+    assert "a run: out of memory on cpu" in replies[1].error.reason
+    assert "Actor" in replies[2].error.reason
+    assert dict(os.environ) == before

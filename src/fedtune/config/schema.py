@@ -5,6 +5,7 @@ Training settings have the names of Hugging Face's `TrainingArguments`; adapter 
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, field_validator, model_validator
@@ -209,12 +210,13 @@ class TrainSettings(Section):
 class EngineSettings(Section):
     """How this machine does the work. Nothing here changes a number but by rounding; "auto" is planned at the start.
 
-    `executor` trains clients one after the other ("sequential") or `cohort` of them in one pass; a pass takes at most
-    `max_tokens_per_forward` tokens; texts attend together where padding wastes fewer than `bucket` pairs of query and
-    key; `threads` 0 is one for each core; `devices` names GPUs, for clients side by side.
+    `executor` trains clients one after the other ("sequential"), `cohort` of them in one pass, or side by side on
+    `devices` in the Ray actors of Flower's simulation engine ("ray": on all GPUs, or on all cores where there is none,
+    unless devices are named). A pass takes at most `max_tokens_per_forward` tokens; texts attend together where padding
+    wastes fewer than `bucket` pairs of query and key; `threads` 0 is one for each core.
     """
 
-    executor: Literal["auto", "sequential", "cohort"] = "auto"
+    executor: Literal["auto", "sequential", "cohort", "ray"] = "auto"
     cohort: Annotated[int, Field(ge=1, le=1024)] | Literal["auto"] = "auto"
     max_tokens_per_forward: Annotated[int, Field(ge=64)] | Literal["auto"] = "auto"
     gradient_checkpointing: bool | Literal["auto"] = "auto"
@@ -222,10 +224,22 @@ class EngineSettings(Section):
     threads: int = Field(0, ge=0, le=4096)
     devices: tuple[str, ...] = ()
 
+    @property
+    def side_by_side(self) -> bool:
+        """Whether clients are trained in processes of their own."""
+        return self.executor == "ray" or bool(self.devices)
+
     @model_validator(mode="after")
-    def _cohort(self) -> EngineSettings:
-        if self.executor == "sequential" and self.cohort not in ("auto", 1):
-            raise ValueError(f"cohort = {self.cohort} has no effect with executor = sequential")
+    def _effects(self) -> EngineSettings:
+        if self.executor in ("sequential", "ray") and self.cohort not in ("auto", 1):
+            raise ValueError(f"cohort = {self.cohort} has no effect with executor = {self.executor}")
+        if self.devices and self.executor not in ("auto", "ray"):
+            raise ValueError(f"devices have no effect with executor = {self.executor}; say ray, or leave it out")
+        kinds = {"cpu" if d == "cpu" else "cuda" if re.fullmatch(r"cuda:\d+", d) else d for d in self.devices}
+        if len(kinds) > 1 or not kinds <= {"cpu", "cuda"}:
+            raise ValueError(f"devices are all cpu, or all cuda:N; got {', '.join(self.devices)}")
+        if "cuda" in kinds and len(set(self.devices)) < len(self.devices):
+            raise ValueError(f"a GPU is named twice in devices: {', '.join(self.devices)}")
         return self
 
 

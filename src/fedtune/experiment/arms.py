@@ -152,12 +152,12 @@ def _rounds_over(folder: Path) -> int:
 def _grid(arm: Arm, recipe: Recipe) -> LocalGrid:
     """Return the clients: in this process, or on the devices of a fleet."""
     clients = arm.config.federation.clients
+    shards = poisoned(arm.shards, arm.config)
     if arm.fleet is not None:
         key = f"{arm.run_id}/{arm.config.arm}"
-        arm.fleet.workers.prepare(key, Told(arm.config, arm.folder, arm.start))
+        arm.fleet.workers.prepare(key, Told(arm.config, arm.folder, arm.start, shards))
         means = {c: sum(len(e.ids) for e in shard) / max(1, len(shard)) for c, shard in enumerate(arm.shards.shards)}
         return FleetGrid(arm.fleet, key, clients, costs_of(means), reported(arm.reporter))
-    shards = poisoned(arm.shards, arm.config)
     runtime = Runtime(arm.config, arm.adapted, recipe, arm.start, shards, arm.private, arm.reporter.step, arm.executor)
     return LocalGrid(client_app(lambda context: runtime), clients, crew=arm.executor)
 

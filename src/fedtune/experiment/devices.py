@@ -4,23 +4,27 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
+import torch
 from flwr.app import Message
+from flwr.clientapp import ClientApp
 
 from fedtune import methods
 from fedtune.config import Config
 from fedtune.experiment.report import Reporter
 from fedtune.federation.app import Runtime, client_app
-from fedtune.federation.fleet import Fleet, RayWorkers
-from fedtune.federation.local import LocalGrid
+from fedtune.federation.fleet import Fleet
 from fedtune.federation.messages import IDENTITY, METRICS
 from fedtune.federation.private import PrivateStore
+from fedtune.federation.simulation import FlowerWorkers
 from fedtune.io import digest
 from fedtune.lora.state import AdapterState
 from fedtune.models import adapter, load
-from fedtune.training import workload
-from fedtune.training.plan import executor, plan
+from fedtune.models.measure import cores
+from fedtune.training.plan import Plan, executor
+from fedtune.training.workload import EncodedShards
 
 # the models of this process, by settings and device; a fleet's runs share them
 _attached: dict[str, adapter.AdaptedModel] = {}
@@ -28,11 +32,19 @@ _attached: dict[str, adapter.AdaptedModel] = {}
 
 @dataclass(frozen=True)
 class Told:
-    """What a device has to know of a run's arm: settings, the folder of what clients keep, and the start."""
+    """What a device has to know of a run's arm.
+
+    Attributes:
+        config: the arm's settings.
+        folder: of what clients keep.
+        start: the adapter as the run's seed made it.
+        shards: every client's examples, as they are trained on.
+    """
 
     config: Config
     folder: Path
     start: AdapterState
+    shards: EncodedShards
 
 
 def _model(config: Config, device: str) -> adapter.AdaptedModel:
@@ -45,29 +57,43 @@ def _model(config: Config, device: str) -> adapter.AdaptedModel:
     return _attached[key]
 
 
-def resident_clients(told: Told, device: str) -> LocalGrid:
+def resident_clients(told: Told, device: str, how: Plan) -> ClientApp:
     """Return a run's clients on a device, with the model resident there."""
     config = told.config
     adapted = _model(config, device)
-    shards = workload.encode_shards(workload.load(config), adapted.base.tokenizer, config)
-    train = config.train
-    batch = train.per_device_train_batch_size * train.gradient_accumulation_steps
-    how = replace(plan(config, adapted, shards.longest, shards.mean * batch), cohort=1)
+    private = PrivateStore(told.folder / "clients", config.federation.keep_checkpoints)
     runtime = Runtime(
         config,
         adapted,
         methods.create(config),
         told.start,
-        workload.poisoned(shards, config),
-        PrivateStore(told.folder / "clients", config.federation.keep_checkpoints),
+        told.shards,
+        private,
         executor=executor(how, adapted),
     )
-    return LocalGrid(client_app(lambda context: runtime), config.federation.clients)
+    return client_app(lambda context: runtime)
 
 
-def fleet(devices: Sequence[str]) -> tuple[Fleet, Callable[[], None]]:
-    """Return a fleet of Ray actors on some devices, and what ends it."""
-    workers = RayWorkers(devices, resident_clients)
+def named(config: Config) -> Sequence[str]:
+    """Return the devices that train clients side by side: those of the settings, or all GPUs, or all cores."""
+    if config.engine.devices:
+        return config.engine.devices
+    if torch.cuda.is_available():
+        return [f"cuda:{i}" for i in range(torch.cuda.device_count())]
+    return ["cpu"] * min(cores(), config.federation.cohort_size)
+
+
+def fleet(devices: Sequence[str], how: Plan, *, threads: int = 0) -> tuple[Fleet, Callable[[], None]]:
+    """Return a fleet of Flower's Ray actors, and what ends it.
+
+    Args:
+        devices: where they are.
+        how: the run's plan; processors share its threads.
+        threads: of each processor, if asked for.
+    """
+    split = 1 if devices[0] != "cpu" else len(devices)
+    own = replace(how, cohort=1, threads=threads or max(1, how.threads // split))
+    workers = FlowerWorkers(devices, partial(resident_clients, how=own))
     return Fleet(workers), workers.close
 
 

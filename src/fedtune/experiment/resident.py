@@ -61,6 +61,7 @@ class Resident:
             batch = train.per_device_train_batch_size * train.gradient_accumulation_steps
             self.how = before or plan(config, self.adapted, shards.longest, shards.mean * batch)
             self.executor = executor(self.how, self.adapted)
-            if config.engine.devices:
-                self.fleet, self.end = devices.fleet(config.engine.devices)
+            if config.engine.side_by_side:
+                names = devices.named(config)
+                self.fleet, self.end = devices.fleet(names, self.how, threads=config.engine.threads)
         return self.how

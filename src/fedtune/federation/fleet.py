@@ -1,7 +1,8 @@
 """Clients side by side on several devices, each with the base model resident; what is whose turn is decided by cost.
 
 A fleet takes the clients of all runs under way (of one run, or of a sweep over methods, domains and seeds), the
-costliest first, and gives each to the device that is free. Devices are Ray actors; tests use workers in this process.
+costliest first, and gives each to the device that is free. Devices are the Ray actors of Flower's simulation engine
+(`simulation.py`); tests use workers in this process.
 """
 
 from __future__ import annotations
@@ -12,15 +13,14 @@ from dataclasses import dataclass
 from itertools import chain
 from typing import Any, Protocol
 
-from flwr.app import Error, Message
+from flwr.app import Context, Error, Message
 
 from fedtune.federation.local import CLIENT_ERROR, LocalGrid
-from fedtune.federation.messages import METRICS
+from fedtune.federation.messages import METRICS, ORDER
 from fedtune.training import lpt
 from fedtune.training.meeting import Meeting
-from fedtune.types import ConfigError, Problem
 
-Make = Callable[[str], LocalGrid]
+RUN = "run"
 
 
 @dataclass(frozen=True)
@@ -28,14 +28,19 @@ class Task:
     """One client's message.
 
     Attributes:
-        run: which run it is of; a worker knows its settings by this.
         message: to the client.
+        context: the client's; its run config says which run it is of, and a worker knows the settings by this.
         cost: its tokens, or anything proportional to its time.
     """
 
-    run: str
     message: Message
+    context: Context
     cost: float
+
+    @property
+    def run(self) -> str:
+        """Which run it is of."""
+        return str(self.context.run_config[RUN])
 
 
 class Workers(Protocol):
@@ -43,16 +48,16 @@ class Workers(Protocol):
 
     count: int
 
-    def prepare(self, run: str, recipe: Any) -> None:
-        """Tell every worker how to make the runtime of a run."""
+    def prepare(self, run: str, told: Any) -> None:
+        """Let every worker know what it needs to make a run's clients."""
         ...
 
     def start(self, worker: int, task: Task) -> None:
         """Let a free worker begin a task."""
         ...
 
-    def finished(self) -> tuple[int, Message]:
-        """Wait for a worker to finish; return which, and its reply."""
+    def finished(self) -> tuple[int, Message | Exception]:
+        """Wait for a worker to finish; return which, and its reply, or what went wrong."""
         ...
 
 
@@ -100,13 +105,19 @@ class Fleet:
                 self.busy[worker].append(tasks[place].cost)
                 self.workers.start(worker, tasks[place])
             worker, reply = self.workers.finished()
-            found[doing.pop(worker)] = reply
+            place = doing.pop(worker)
+            found[place] = _failed(tasks[place], reply) if isinstance(reply, Exception) else reply
             free.append(worker)
         return [found[i] for i in range(len(tasks))]
 
 
+def _failed(task: Task, err: Exception) -> Message:
+    """Return an error for a client whose device failed: that must not take the run along."""
+    return Message(Error(CLIENT_ERROR, f"{type(err).__name__}: {err}"), reply_to=task.message)
+
+
 class FleetGrid(LocalGrid):
-    """A grid whose clients live on a fleet's devices.
+    """A grid whose clients live on a fleet's devices; what they change in their Flower context is not brought back.
 
     Args:
         fleet: shared by all runs under way.
@@ -124,12 +135,12 @@ class FleetGrid(LocalGrid):
         costs: Callable[[Message], float],
         on_reply: Callable[[Message], None] | None = None,
     ) -> None:
-        super().__init__(_nobody, nodes)  # type: ignore[arg-type]
-        self._fleet, self._key, self._costs, self._on_reply = fleet, run, costs, on_reply
+        super().__init__(_nobody, nodes, {RUN: run})  # type: ignore[arg-type]
+        self._fleet, self._costs, self._on_reply = fleet, costs, on_reply
 
     def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterator[Message]:
         """Answer all messages on the fleet; replies come in the order the messages were sent."""
-        tasks = [Task(self._key, message, self._costs(message)) for message in messages]
+        tasks = [Task(m, self._context(m.metadata.dst_node_id), self._costs(m)) for m in messages]
         for reply in self._fleet.replies(tasks) if tasks else ():
             if self._on_reply and not reply.has_error() and METRICS in reply.content:
                 self._on_reply(reply)
@@ -140,87 +151,8 @@ def _nobody(message: Message, context: Any) -> Message:
     raise NotImplementedError("this grid's clients live on its fleet")
 
 
-class Answering:
-    """What a worker does, wherever it lives: it makes each run's grid once and answers messages with it.
-
-    Args:
-        device: "cuda:0" or "cpu".
-        make: builds a grid of resident clients from what `prepare` was told, on a device.
-    """
-
-    def __init__(self, device: str, make: Callable[[Any, str], LocalGrid]) -> None:
-        self._device, self._make = device, make
-        self._told: dict[str, Any] = {}
-        self._grids: dict[str, LocalGrid] = {}
-
-    def prepare(self, run: str, recipe: Any) -> None:
-        """Remember how to make a run's grid."""
-        self._told[run] = recipe
-
-    def answer(self, run: str, message: Message) -> Message:
-        """Answer one message; what goes wrong is an error reply."""
-        try:
-            if run not in self._grids:
-                self._grids[run] = self._make(self._told[run], self._device)
-            return next(iter(self._grids[run].send_and_receive([message])))
-        except Exception as err:  # a device that cannot load the model must not take the run along
-            return Message(Error(CLIENT_ERROR, f"{self._device}: {type(err).__name__}: {err}"), reply_to=message)
-
-
-class RayWorkers:
-    """One Ray actor a device.
-
-    Args:
-        devices: names; each "cuda:N" takes one GPU, "cpu" takes one CPU.
-        make: see `Answering`.
-
-    Raises:
-        ConfigError: Ray is not installed.
-    """
-
-    def __init__(self, devices: Sequence[str], make: Callable[[Any, str], LocalGrid]) -> None:
-        try:
-            import ray
-        except ImportError as err:
-            problem = Problem("engine.devices", "needs Ray", "pip install 'fedtune[simulation]'")
-            raise ConfigError("settings", [problem]) from err
-        self._ray = ray
-        if not ray.is_initialized():
-            ray.init(include_dashboard=False, log_to_driver=False, configure_logging=False)
-        self._actors = [self._actor(device, make) for device in devices]
-        self._doing: dict[Any, int] = {}
-        self.count = len(self._actors)
-
-    def _actor(self, device: str, make: Callable[[Any, str], LocalGrid]) -> Any:
-        gpu = device.startswith("cuda")
-        # Ray shows an actor only its own GPU, which is number 0 there
-        share = {"num_gpus": 1, "num_cpus": 1} if gpu else {"num_cpus": 1}
-        remote: Any = self._ray.remote
-        return remote(**share)(Answering).remote("cuda" if gpu else device, make)
-
-    def prepare(self, run: str, recipe: Any) -> None:
-        """Tell every actor about a run."""
-        self._ray.get([actor.prepare.remote(run, recipe) for actor in self._actors])
-
-    def start(self, worker: int, task: Task) -> None:
-        """Send a message to an actor."""
-        self._doing[self._actors[worker].answer.remote(task.run, task.message)] = worker
-
-    def finished(self) -> tuple[int, Message]:
-        """Wait for any actor."""
-        ready, _ = self._ray.wait(list(self._doing), num_returns=1)
-        return self._doing.pop(ready[0]), self._ray.get(ready[0])
-
-    def close(self) -> None:
-        """End the actors, and Ray with them."""
-        for actor in self._actors:
-            self._ray.kill(actor)
-        self._ray.shutdown()
-
-
 def costs_of(tokens: Mapping[int, float]) -> Callable[[Message], float]:
     """Return what tells a message's cost from the tokens of its client's step."""
-    from fedtune.federation.messages import ORDER
 
     def cost(message: Message) -> float:
         return tokens[int(str(message.content.config_records[ORDER]["client"]))]

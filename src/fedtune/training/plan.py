@@ -68,7 +68,7 @@ class Plan:
 
     def line(self) -> str:
         """Return the plan for people."""
-        how = f"{self.cohort} clients a pass" if self.cohort > 1 else "one client at a time"
+        how = f"{self.cohort} clients a pass" if self.cohort > 1 else "one client a pass"
         kept = "recomputed" if self.checkpointing else "kept"
         return f"{self.dtype}, {self.threads} threads, {how}, {self.tokens} tokens a pass, activations {kept}"
 
@@ -108,6 +108,8 @@ def _cohort(config: Config, known: Machine, flops: float, layers: int) -> tuple[
     asked, most = config.engine, config.federation.cohort_size
     if asked.executor == "sequential":
         return 1, "asked for"
+    if asked.side_by_side:
+        return 1, "clients are side by side on devices"
     if asked.cohort != "auto":
         return asked.cohort, "asked for"
     launching, computing = layers * LAUNCHES * LAUNCH_SECONDS, flops / known.rate

@@ -1,0 +1,149 @@
+"""Flower's simulation engine as the devices of a fleet: its pool of Ray actors, each with the base model resident.
+
+The engine's own server side (`flwr run`) would add a SuperLink and polling to each message and could not order clients
+by cost; its actors, which do the work, are the same. They are reached by the interface Flower gives simulation
+backends, so a release that moves it is told from one that does not when the fleet is made, not in the middle of a run.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+from flwr.app import Context, Message
+from flwr.clientapp import ClientApp
+
+from fedtune.federation.fleet import RUN, Task
+from fedtune.types import ConfigError, Problem
+
+Make = Callable[[Any, str], ClientApp]
+VISIBLE = "CUDA_VISIBLE_DEVICES"
+
+# in an actor's process: the clients of each run it has met
+_met: dict[str, ClientApp] = {}
+
+
+@dataclass
+class Clients:
+    """Makes the ClientApp that Flower's actors run; it answers for any run it was told of.
+
+    Attributes:
+        make: returns a run's clients from what was told of it, on a device; called once a run and actor.
+        device: "cuda" or "cpu"; Ray shows an actor its own GPU only.
+        told: run -> Ray's reference to what was told.
+    """
+
+    make: Make
+    device: str
+    told: dict[str, Any] = field(default_factory=dict)
+
+    def __call__(self) -> ClientApp:
+        """Return the ClientApp; called by Flower in the actor, for every message."""
+        app = ClientApp()
+        app.train()(self._answer)
+        return app
+
+    def _answer(self, message: Message, context: Context) -> Message:
+        run = str(context.run_config[RUN])
+        if run not in _met:
+            import ray
+
+            _met[run] = self.make(ray.get(self.told[run]), self.device)
+        return _met[run](message, context)
+
+
+@contextmanager
+def _environment(devices: Sequence[str]) -> Iterator[None]:
+    """Show Ray the named GPUs while it starts; Flower's own change of PYTHONPATH for its actors goes as well."""
+    before = dict(os.environ)
+    names = before[VISIBLE].split(",") if before.get(VISIBLE) else None
+    numbers = [int(d.partition(":")[2]) for d in devices if d.startswith("cuda")]
+    if names and numbers and max(numbers) >= len(names):
+        problem = Problem("engine.devices", f"cuda:{max(numbers)} of {len(names)} GPUs", f"{VISIBLE} shows no more")
+        raise ConfigError("settings", [problem])
+    if numbers:
+        os.environ[VISIBLE] = ",".join(names[n] if names else str(n) for n in numbers)
+    try:
+        yield
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
+
+
+def _backend(devices: Sequence[str]) -> Any:
+    """Start Flower's Ray backend with one actor for each device.
+
+    Raises:
+        ConfigError: it is not installed, or Flower has moved it.
+    """
+    try:
+        import ray  # noqa: F401  # Flower's module would fail with it, and say less
+        from flwr.server.superlink.fleet.vce.backend.raybackend import RayBackend
+    except ImportError as err:
+        problem = Problem("engine.executor", f"ray: {err}", "pip install 'fedtune[simulation]'")
+        raise ConfigError("settings", [problem]) from err
+    gpus = sum(device.startswith("cuda") for device in devices)
+    quiet = {"log_to_driver": False, "configure_logging": False}
+    start: dict[str, Any] = {"num_cpus": len(devices), "num_gpus": gpus, **quiet}
+    share: dict[str, Any] = {"num_cpus": 1, "num_gpus": 1 if gpus else 0}
+    logging.getLogger("flwr").setLevel(logging.WARNING)  # it tells of its own insides by default
+    with _environment(devices):
+        return RayBackend({"init_args": start, "client_resources": share})
+
+
+class FlowerWorkers:
+    """One of Flower's Ray actors for each device.
+
+    Args:
+        devices: names, all "cpu" or all "cuda:N".
+        make: see `Clients`.
+
+    Raises:
+        ConfigError: Flower's simulation engine is not installed.
+    """
+
+    def __init__(self, devices: Sequence[str], make: Make) -> None:
+        self._backend = _backend(devices)
+        self._clients = Clients(make, devices[0].partition(":")[0])
+        self._backend.build(self._clients)
+        self._pool = self._backend.pool
+        self.count = int(self._backend.num_workers)
+        self._doing: dict[Any, int] = {}
+
+    def prepare(self, run: str, told: Any) -> None:
+        """Put what is told of a run where every actor can read it."""
+        import ray
+
+        self._clients.told[run] = ray.put(told)
+
+    def start(self, worker: int, task: Task) -> None:
+        """Send a message to an actor that is free."""
+        job = self._clients, task.message, str(task.context.node_config["partition-id"]), task.context
+        self._doing[self._pool.submit(lambda actor, *words: actor.run.remote(*words), job)] = worker
+
+    def finished(self) -> tuple[int, Message | Exception]:
+        """Wait for any actor; one that has died is replaced."""
+        import ray
+
+        try:
+            [done], _ = ray.wait(list(self._doing), num_returns=1)
+        except SystemError as err:  # what Ray makes of a signal's handler that raises
+            raise err.__cause__ or err from None
+        worker = self._doing.pop(done)
+        try:
+            reply, _ = self._pool.fetch_result_and_return_actor_to_pool(done)
+        except ray.exceptions.RayActorError as err:
+            self._pool.add_actors_to_pool(1)
+            return worker, err
+        except Exception as err:  # of the client, or of loading the model
+            self._pool.add_actor_back_to_pool(done)
+            return worker, err
+        return worker, reply
+
+    def close(self) -> None:
+        """End the actors, and Ray with them."""
+        self._backend.terminate()
