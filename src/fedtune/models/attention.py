@@ -24,28 +24,33 @@ _packing: ContextVar[bool] = ContextVar("packing", default=False)
 
 
 class _Arrange(torch.autograd.Function):
-    """Take rows of `x` in another order, rows of zeros where an index is len(x); and back in the backward pass."""
+    """Take rows of `x` in another order; and in the backward pass back again, rows of zeros at `pads`."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, there: Tensor, back: Tensor) -> Tensor:
-        ctx.save_for_backward(there, back)
-        return _taken(x, there)
+    def forward(ctx: Any, x: Tensor, there: Tensor, back: Tensor, pads: Tensor | None) -> Tensor:
+        ctx.save_for_backward(back, pads)
+        return x.index_select(0, there)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        _, back = ctx.saved_tensors
-        return _taken(grad, back), None, None
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
+        back, pads = ctx.saved_tensors
+        moved = grad.index_select(0, back)
+        return moved if pads is None else moved.index_fill_(0, pads, 0.0), None, None, None
 
 
-def _taken(x: Tensor, index: Tensor) -> Tensor:
-    return torch.cat([x, x.new_zeros(1, *x.shape[1:])]).index_select(0, index)
-
-
-def arranged(x: Tensor, there: Tensor | None, back: Tensor | None) -> Tensor:
-    """Return the rows of `x` in another order (see `packing.Plan`), gradients included; as they are without one."""
-    if there is None or back is None:
+def spread(x: Tensor, plan: Plan) -> Tensor:
+    """Return the rows of `x` as a plan arranges them; where padding stands, a row of the same text stands for it."""
+    if plan.there is None or plan.back is None:
         return x
-    moved: Tensor = _Arrange.apply(x, there, back)  # type: ignore[no-untyped-call]
+    moved: Tensor = _Arrange.apply(x, plan.there, plan.back, None)  # type: ignore[no-untyped-call]
+    return moved
+
+
+def gathered(x: Tensor, plan: Plan) -> Tensor:
+    """Return arranged rows in the order of the tokens, without padding, whose gradient is zero."""
+    if plan.there is None or plan.back is None:
+        return x
+    moved: Tensor = _Arrange.apply(x, plan.back, plan.there, plan.pads)  # type: ignore[no-untyped-call]
     return moved
 
 
@@ -83,26 +88,27 @@ def _in_batches(
     query: Tensor, key: Tensor, value: Tensor, plan: Plan, scale: float, dropout: float, extra: dict[str, Any]
 ) -> Tensor:
     """Attend text by text in dense batches: [tokens, heads, head_dim] each, and so the result."""
-    moved = [arranged(states, plan.there, plan.back) for states in (query, key, value)]
     window, softcap = extra.get("sliding_window"), float(extra.get("softcap") or 0.0)
+    # split, not sliced: the gradients of slices would be tables of zeros, one a batch, that are added up
+    queries, keys, values = (torch.split(spread(states, plan), plan.sizes) for states in (query, key, value))
 
-    def own(states: Tensor, batch: Batch) -> Tensor:
-        part = states[batch.first : batch.first + batch.count * batch.length]
-        return part.view(batch.count, batch.length, *states.shape[1:])
+    def own(parts: Sequence[Tensor], place: int) -> Tensor:
+        batch = plan.batches[place]
+        return parts[place].view(batch.count, batch.length, *parts[place].shape[1:])
 
-    def seen(states: Tensor, row: Tensor, batch: Batch) -> Tensor:
-        before = row[batch.prefix[0] : batch.prefix[1]]
-        mine = own(states, batch)
-        return torch.cat([before.expand(batch.count, *before.shape), mine], dim=1) if len(before) else mine
+    def seen(parts: Sequence[Tensor], place: int, batch: Batch) -> Tensor:
+        mine = own(parts, place)
+        if batch.behind is None:
+            return mine
+        return torch.cat([own(parts, batch.behind).expand(batch.count, -1, -1, -1), mine], dim=1)
 
-    parts = []
-    for batch in plan.batches:
-        heads = (own(moved[0], batch), seen(moved[1], key, batch), seen(moved[2], value, batch))
+    made = []
+    for place, batch in enumerate(plan.batches):
+        heads = (own(queries, place), seen(keys, place, batch), seen(values, place, batch))
         q, k, v = (states.transpose(1, 2) for states in heads)
-        made = _dense(q, k, v, scale, dropout, plan.mask(batch, window), softcap)
-        parts.append(made.transpose(1, 2).flatten(0, 1))
-    joined = torch.cat(parts) if len(parts) > 1 else parts[0]
-    return arranged(joined, plan.back, plan.there)
+        attended = _dense(q, k, v, scale, dropout, plan.mask(batch, window), softcap)
+        made.append(attended.transpose(1, 2).flatten(0, 1))
+    return gathered(torch.cat(made) if len(made) > 1 else made[0], plan)
 
 
 def varlen_kernel() -> Callable[..., Any] | None:

@@ -95,12 +95,19 @@ def join(rows: Sequence[PackedRow]) -> PackedRow:
 
 @dataclass(frozen=True)
 class Batch:
-    """Texts that attend together: [count, length] queries at [first, first + count * length) of the arranged tokens."""
+    """Texts that attend together, of `length` each, padding included.
 
-    first: int
+    Attributes:
+        count: texts.
+        length: tokens of the longest.
+        before: tokens of the shared prefix that they see as well.
+        behind: place of the batch that is this prefix, one text alone; None without one.
+    """
+
     count: int
     length: int
-    prefix: tuple[int, int]
+    before: int = 0
+    behind: int | None = None
 
 
 def batches(spans: Sequence[Span], call: int) -> list[list[Span]]:
@@ -126,8 +133,10 @@ class Plan:
 
     Attributes:
         batches: what attends together.
-        there: arranged place -> token of the row; the row's length where padding stands. None: as they are.
+        sizes: arranged places of each batch.
+        there: arranged place -> token of the row; where padding stands, the first of the same text. None: as they are.
         back: token of the row -> arranged place.
+        pads: arranged places where padding stands; None without any.
         spans: the row's.
 
     Args:
@@ -139,22 +148,22 @@ class Plan:
     def __init__(self, spans: Sequence[Span], device: torch.device, *, together: bool = False) -> None:
         self.spans = tuple(spans)
         self.batches: list[Batch] = []
-        total = spans[-1].end
         there: list[int] = []
+        pads: list[int] = []
+        places: dict[int, int] = {}
         call = CALL.get(device.type, CALL["cuda"])
         for group in [list(spans)] if together else batches(spans, call):
-            length = max(span.length for span in group)
-            self.batches.append(Batch(len(there), len(group), length, group[0].prefix))
+            length, before = max(span.length for span in group), group[0].before
+            places[group[0].start] = len(self.batches)
+            # a prefix stands before all that see it, so its batch is known by now
+            behind = places[group[0].prefix[0]] if before else None
+            self.batches.append(Batch(len(group), length, before, behind))
             for span in group:
                 there += range(span.start, span.end)
-                there += [total] * (length - span.length)
-        back = [0] * total
-        for place, token in enumerate(there):
-            if token < total:
-                back[token] = place
-        straight = there == list(range(total))
-        self.there = None if straight else torch.tensor(there, device=device)
-        self.back = None if straight else torch.tensor(back, device=device)
+                pads += range(len(there), len(there) + length - span.length)
+                there += [span.start] * (length - span.length)
+        self.sizes = [batch.count * batch.length for batch in self.batches]
+        self.there, self.back, self.pads = _orders(there, pads, spans[-1].end, device)
         self._device = device
         self._masks: dict[Any, Tensor | None] = {}
         self._ragged: Ragged | None = None
@@ -164,9 +173,9 @@ class Plan:
 
         Padding stands behind every token of its text, so a causal mask hides it from them.
         """
-        key = (batch.length, batch.prefix, window)
+        key = (batch.length, batch.before, window)
         if key not in self._masks:
-            self._masks[key] = visible(batch.length, batch.prefix[1] - batch.prefix[0], window, self._device)
+            self._masks[key] = visible(batch.length, batch.before, window, self._device)
         return self._masks[key]
 
     @property
@@ -175,6 +184,21 @@ class Plan:
         if self._ragged is None:
             self._ragged = Ragged.of(self.spans, self._device)
         return self._ragged
+
+
+def _orders(
+    there: Sequence[int], pads: Sequence[int], total: int, device: torch.device
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Return the order of arranged places, the one back, and where padding stands; None where nothing moves."""
+    if list(there) == list(range(total)):
+        return None, None, None
+    back = [0] * total
+    padding = set(pads)
+    for place, token in enumerate(there):
+        if place not in padding:
+            back[token] = place
+    index = (torch.tensor(list(places), device=device) for places in (there, back))
+    return next(index), next(index), torch.tensor(list(pads), device=device) if pads else None
 
 
 def visible(length: int, before: int, window: int | None, device: torch.device) -> Tensor | None:

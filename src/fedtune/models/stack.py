@@ -17,7 +17,7 @@ from torch import Tensor
 
 from fedtune.lora.state import PREFIX, A, B
 from fedtune.models.adapter import AdaptedModel
-from fedtune.models.attention import arranged
+from fedtune.models.attention import gathered, spread
 from fedtune.models.packing import Plan, Span
 
 Tensors = Mapping[str, Tensor]
@@ -121,10 +121,10 @@ class Stack:
             if plan is None:
                 return output
             own = slice(None) if len(self._own) == self._count else list(self._own)
-            x = arranged(drop(inputs[0].to(a.dtype))[0], plan.there, plan.back)
+            x = spread(drop(inputs[0].to(a.dtype))[0], plan)
             x = x.view(len(self._own), plan.batches[0].length, -1)
             added = torch.bmm(torch.bmm(x, a[own].mT), b[own].mT) * scale[own]
-            return (output + arranged(added.flatten(0, 1), plan.back, plan.there)[None]).to(output.dtype)
+            return (output + gathered(added.flatten(0, 1), plan)[None]).to(output.dtype)
 
         return add
 
