@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import statistics
 import time
 from collections.abc import Sequence
@@ -33,11 +32,10 @@ from fedtune.experiment.run import run
 from fedtune.io import append_lines, read_lines, write_bytes
 from fedtune.methods import METHODS, ClientUpdate, Recipe, ServerState
 from fedtune.results.manifest import machine, versions
+from fedtune.results.stats import student
 
 RESULTS = Path(__file__).parent / "results"
 LINES, TABLE = RESULTS / "methods.jsonl", RESULTS / "methods.md"
-# two-sided 95 % quantiles of Student's t by degrees of freedom
-STUDENT = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
 
 
 class Watched:
@@ -105,11 +103,8 @@ def measure(name: str, seed: int, settings: list[str]) -> dict[str, Any]:
 
 def interval(values: list[float]) -> str:
     """Return mean and the half width of its 95 % interval over seeds."""
-    middle = statistics.mean(values)
-    if len(values) < 2:
-        return f"{middle:.3f}"
-    half = STUDENT[len(values) - 1] * statistics.stdev(values) / math.sqrt(len(values))
-    return f"{middle:.3f} ± {half:.3f}"
+    found = student(values)
+    return f"{found['mean']:.3f}" + (f" ± {found['half']:.3f}" if found["half"] is not None else "")
 
 
 def row(lines: list[dict[str, Any]], fedit: dict[str, Any]) -> str:

@@ -16,8 +16,9 @@ from fedtune.cli import app
 from fedtune.config import Settings
 from fedtune.experiment.report import Reporter
 from fedtune.experiment.run import run
-from fedtune.experiment.sweep import Point, groups, interval, points, sweep
+from fedtune.experiment.sweep import Point, groups, points, sweep
 from fedtune.io import read_json
+from fedtune.results.stats import student
 from fedtune.training.cohort import Cohort
 from fedtune.types import CancelledError, RunFailedError
 
@@ -103,8 +104,8 @@ def test_runs_share_a_model_only_with_the_same_adapter(settings: Callable[..., S
 
 
 def test_an_interval_is_students() -> None:
-    assert interval([0.5]) == {"mean": 0.5, "half": None}
-    found = interval([0.4, 0.5, 0.6])
+    assert student([0.5]) == {"mean": 0.5, "half": None}
+    found = student([0.4, 0.5, 0.6])
     assert found["mean"] == pytest.approx(0.5)
     assert found["half"] == pytest.approx(4.303 * 0.1 / 3**0.5)
 

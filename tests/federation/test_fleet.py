@@ -91,6 +91,17 @@ def test_a_fleet_gives_what_one_device_gives(
     assert all(torch.equal(mine[n], theirs[n]) for n in theirs)
 
 
+def test_clients_alone_on_a_fleet_get_their_own_examples_and_no_others(
+    settings: Callable[..., Settings], tmp_path: Path, fakes: list[FakeDevices]
+) -> None:
+    changes: dict[str, Any] = {"federation": {"clients": 3, "rounds": 1}, "arm": "local-only"}
+    _, one = run(settings(**changes), tmp_path / "one")
+    _, two = run(settings(**changes, engine={"devices": ["cpu", "cpu"]}), tmp_path / "two")
+    assert [(a.name, a.scores) for a in one.arms] == [(a.name, a.scores) for a in two.arms]
+    held = [[c for c, own in enumerate(told.shards.shards) if own] for told in fakes[0].told.values()]
+    assert held == [[0], [1], [2]]
+
+
 def test_a_sweep_puts_the_clients_of_all_its_runs_on_one_fleet(
     settings: Callable[..., Settings], tmp_path: Path, fakes: list[FakeDevices]
 ) -> None:

@@ -76,7 +76,7 @@ class TerminalReporter(Reporter):
         self.note(
             f"plan: {config.federation.rounds} rounds x {config.federation.cohort_size} of "
             f"{config.federation.clients} clients x {config.train.max_steps} steps of "
-            f"{config.train.per_device_train_batch_size * config.train.gradient_accumulation_steps}; "
+            f"{config.train.batch}; "
             f"{budget.trainable:,} trainable numbers; {_wire(budget)}; "
             f"memory about {size(budget.model)} model + {size(budget.training)} training"
         )

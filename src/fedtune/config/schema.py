@@ -200,6 +200,11 @@ class TrainSettings(Section):
     train_eos: bool = True
     rows: Literal["fresh", "repeat"] = "fresh"
 
+    @property
+    def batch(self) -> int:
+        """Examples of an optimiser step."""
+        return self.per_device_train_batch_size * self.gradient_accumulation_steps
+
     @model_validator(mode="after")
     def _rates(self) -> TrainSettings:
         if self.learning_rate_min > self.learning_rate_max:

@@ -149,13 +149,14 @@ def _rounds_over(folder: Path) -> int:
     return max((int(n.rsplit("-", 1)[-1]) for n in names), default=0)
 
 
-def _grid(arm: Arm, recipe: Recipe) -> LocalGrid:
-    """Return the clients: in this process, or on the devices of a fleet."""
+def _grid(arm: Arm, recipe: Recipe, only: int | None) -> LocalGrid:
+    """Return the clients: in this process, or on the devices of a fleet, which get what is asked for and no more."""
     clients = arm.config.federation.clients
     shards = poisoned(arm.shards, arm.config)
     if arm.fleet is not None:
         key = f"{arm.run_id}/{arm.config.arm}"
-        arm.fleet.workers.prepare(key, Told(arm.config, arm.folder, arm.start, shards))
+        asked = shards if only is None else shards.of(only)
+        arm.fleet.workers.prepare(key, Told(arm.config, arm.folder, arm.start, asked))
         means = {c: sum(len(e.ids) for e in shard) / max(1, len(shard)) for c, shard in enumerate(arm.shards.shards)}
         return FleetGrid(arm.fleet, key, clients, costs_of(means), reported(arm.reporter))
     runtime = Runtime(arm.config, arm.adapted, recipe, arm.start, shards, arm.private, arm.reporter.step, arm.executor)
@@ -169,7 +170,7 @@ def train(arm: Arm, only: int | None = None) -> Progress:
         RunFailedError, CancelledError: as the round loop does.
     """
     recipe = arm.recipe
-    grid = _grid(arm, recipe)
+    grid = _grid(arm, recipe, only)
     faults = arm.config.federation.faults
     faulty = FaultyGrid(grid, faults, arm.config.seed) if any(faults.model_dump().values()) else grid
 

@@ -57,9 +57,7 @@ class Resident:
     def planned(self, config: Config, shards: EncodedShards, before: Plan | None = None) -> Plan:
         """Return the plan by which all runs train: the first one's, or that with which it began."""
         if self.how is None:
-            train = config.train
-            batch = train.per_device_train_batch_size * train.gradient_accumulation_steps
-            self.how = before or plan(config, self.adapted, shards.longest, shards.mean * batch)
+            self.how = before or plan(config, self.adapted, shards.longest, shards.mean * config.train.batch)
             self.executor = executor(self.how, self.adapted)
             if config.engine.side_by_side:
                 names = devices.named(config)

@@ -7,7 +7,6 @@ clients together. A run that is complete is not done again, and one that was cut
 from __future__ import annotations
 
 import itertools
-import math
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -22,16 +21,11 @@ from fedtune.experiment.resident import Resident
 from fedtune.experiment.run import run
 from fedtune.io import digest, read_json, write_json
 from fedtune.results import schema
+from fedtune.results.stats import student
 from fedtune.training import workload
 from fedtune.types import FedtuneError, RunFailedError
 
 SUMMARY = "sweep.json"
-# two-sided 95 % quantiles of Student's t by degrees of freedom; above, the normal one is near enough
-STUDENT = (
-    *(12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228),
-    *(2.201, 2.179, 2.160, 2.145, 2.131, 2.120, 2.110, 2.101, 2.093, 2.086),
-    *(2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045, 2.042),
-)
 
 
 @dataclass(frozen=True)
@@ -187,15 +181,7 @@ def _row(own: Sequence[Point]) -> dict[str, Any]:
     return {
         "where": {k: v for k, v in own[0].where.items() if k != "seed"},
         "seeds": [r.seed for r in results],
-        "scores": {key: interval(found) for key, found in values.items()},
+        "scores": {key: student(found) for key, found in values.items()},
         "bytes": statistics.fmean(r.bytes_up + r.bytes_down for r in results),
         "runs": [p.name for p in own],
     }
-
-
-def interval(values: Sequence[float]) -> dict[str, float | None]:
-    """Return mean and half width of Student's 95 % interval; None for one value, of which nothing is known."""
-    if len(values) < 2:
-        return {"mean": statistics.fmean(values), "half": None}
-    quantile = STUDENT[len(values) - 2] if len(values) - 2 < len(STUDENT) else 1.96
-    return {"mean": statistics.fmean(values), "half": quantile * statistics.stdev(values) / math.sqrt(len(values))}

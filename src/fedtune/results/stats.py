@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -10,6 +11,12 @@ import numpy as np
 
 RESAMPLES = 10_000
 LEVEL = 0.95
+# two-sided 95 % quantiles of Student's t by degrees of freedom; above, the normal one is near enough
+STUDENT = (
+    *(12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228),
+    *(2.201, 2.179, 2.160, 2.145, 2.131, 2.120, 2.110, 2.101, 2.093, 2.086),
+    *(2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045, 2.042),
+)
 
 
 @dataclass(frozen=True)
@@ -50,6 +57,14 @@ def mean_interval(values: Sequence[float], seed: int = 0) -> Interval | None:
     generator = np.random.default_rng(seed)
     means = [array[generator.integers(0, len(array), len(array))].mean() for _ in range(2000)]
     return _percentiles(np.asarray(means))
+
+
+def student(values: Sequence[float]) -> dict[str, float | None]:
+    """Return mean and half width of Student's 95 % interval over runs; None for one run, of which nothing is known."""
+    if len(values) < 2:
+        return {"mean": statistics.fmean(values), "half": None}
+    quantile = STUDENT[len(values) - 2] if len(values) - 2 < len(STUDENT) else 1.96
+    return {"mean": statistics.fmean(values), "half": quantile * statistics.stdev(values) / math.sqrt(len(values))}
 
 
 def macro_f1(gold: Sequence[str], predicted: Sequence[str]) -> float:

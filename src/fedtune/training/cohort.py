@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
@@ -13,8 +12,8 @@ from torch import Tensor
 from fedtune.models.adapter import AdaptedModel
 from fedtune.models.sides import is_side
 from fedtune.models.stack import Stack
-from fedtune.training.executor import Limits, Sequential, Work, optimizer, training
-from fedtune.training.loss import Part, joint_loss, keyed, passes
+from fedtune.training.executor import Limits, Sequential, Work, one_pass, optimizer, training
+from fedtune.training.loss import Part, passes
 from fedtune.training.meeting import Meeting
 
 
@@ -110,17 +109,12 @@ class Cohort:
         return losses
 
     def _pass(self, stack: Stack, parts: dict[int, Part], exact: bool, losses: dict[int, float]) -> None:
-        chosen, adapted = list(parts.values()), self._adapted
-        with contextlib.nullcontext() if exact else keyed(adapted.keys, chosen, adapted.device):
-            loss, own = joint_loss(
-                adapted.model,
-                chosen,
-                share_prefix=exact,
-                on_rows=lambda lengths: stack.rows(list(parts), lengths),
-            )
-            with warnings.catch_warnings():  # gradients go into the matrix of lines, which is not autograd's own layout
-                warnings.filterwarnings("ignore", message="grad and param do not obey")
-                loss.backward()  # type: ignore[no-untyped-call]
+        def on_rows(lengths: list[int]) -> None:
+            stack.rows(list(parts), lengths)
+
+        with warnings.catch_warnings():  # gradients go into the matrix of lines, which is not autograd's own layout
+            warnings.filterwarnings("ignore", message="grad and param do not obey")
+            own = one_pass(self._adapted, list(parts.values()), exact=exact, on_rows=on_rows)
         for place, value in zip(parts, own, strict=True):
             losses[place] += value
 

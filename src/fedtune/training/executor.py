@@ -14,7 +14,7 @@ from fedtune.config.schema import TrainSettings
 from fedtune.data.encode import Encoded
 from fedtune.methods.local import Tensors, Term
 from fedtune.models.adapter import AdaptedModel
-from fedtune.training.loss import joint_loss, keyed, passes
+from fedtune.training.loss import Part, joint_loss, keyed, passes
 from fedtune.types import derive_seed
 
 Slots = Mapping[str, torch.nn.Parameter]
@@ -143,18 +143,21 @@ def place(adapted: AdaptedModel, start: Tensors, names: Sequence[str]) -> dict[s
     return {name: slots[name] for name in names}
 
 
+def one_pass(
+    adapted: AdaptedModel, parts: Sequence[Part], *, exact: bool, on_rows: Callable[[list[int]], None] | None = None
+) -> list[float]:
+    """Backpropagate the losses of some parts of steps in one pass (see `joint_loss`); return each part's."""
+    with contextlib.nullcontext() if exact else keyed(adapted.keys, parts, adapted.device):
+        loss, own = joint_loss(adapted.model, parts, share_prefix=exact, on_rows=on_rows)
+        loss.backward()  # type: ignore[no-untyped-call]
+    return own
+
+
 def backpropagate(
     adapted: AdaptedModel, examples: Sequence[Encoded], tokens: int, *, exact: bool, key: int = 0
 ) -> float:
     """Backpropagate the mean loss over all labels of one client's step, whatever the micro-batches; return it."""
-    total = 0.0
-    for parts in passes([examples], [key], tokens):
-        chosen = list(parts.values())
-        with contextlib.nullcontext() if exact else keyed(adapted.keys, chosen, adapted.device):
-            loss, own = joint_loss(adapted.model, chosen, share_prefix=exact)
-            loss.backward()  # type: ignore[no-untyped-call]
-        total += sum(own)
-    return total
+    return sum(sum(one_pass(adapted, list(p.values()), exact=exact)) for p in passes([examples], [key], tokens))
 
 
 class Sequential:

@@ -61,7 +61,7 @@ def batches(train: TrainSettings, size: int, seed: int, client: int, round_: int
     Returns:
         `max_steps` lists of indices into the shard.
     """
-    batch = train.per_device_train_batch_size * train.gradient_accumulation_steps
+    batch = train.batch
     if train.rows == "repeat":
         return _repeated(size, batch, train.max_steps)
     rows = _stream(size, seed, client, (round_ - 1) * train.max_steps * batch)

@@ -110,6 +110,10 @@ class EncodedShards:
     masked: tuple[int, ...]
     truncated: int
 
+    def of(self, client: int) -> EncodedShards:
+        """Return the same without any other client's examples."""
+        return replace(self, shards=tuple(own if c == client else () for c, own in enumerate(self.shards)))
+
     @property
     def longest(self) -> int:
         """Tokens of the longest example."""
