@@ -20,6 +20,7 @@ from fedtune.config import Config, Settings
 from fedtune.experiment import devices
 from fedtune.experiment.run import run
 from fedtune.experiment.sweep import points, sweep
+from fedtune.federation import simulation
 from fedtune.federation.fleet import Fleet, FleetGrid, Task
 from fedtune.federation.messages import METRICS
 from fedtune.federation.simulation import FlowerWorkers
@@ -146,6 +147,45 @@ def test_longest_first_is_near_linear_and_never_worse_than_four_thirds() -> None
     assert lpt.makespan([], 3) == 0.0
 
 
+def test_a_gpu_that_is_not_there_is_told_before_anything_starts(settings: Callable[..., Settings]) -> None:
+    config = settings(engine={"devices": ["cuda:0", "cuda:97"]}).config
+    with pytest.raises(ConfigError, match="cuda:97 here"):
+        devices.named(config)
+    assert devices.named(settings(engine={"devices": ["cpu"]}).config) == ("cpu",)
+
+
+@pytest.mark.parametrize(
+    ("engine", "told"),
+    [
+        ({"devices": ["cpu"], "executor": "cohort"}, "say ray"),
+        ({"devices": ["cpu", "cuda:0"]}, "all cpu, or all cuda:N"),
+        ({"devices": ["gpu0"]}, "all cpu, or all cuda:N"),
+        ({"devices": ["cuda:0", "cuda:0"]}, "named twice"),
+        ({"executor": "ray", "cohort": 4}, "no effect"),
+    ],
+)
+def test_devices_that_cannot_be_meant_are_refused(
+    settings: Callable[..., Settings], engine: dict[str, Any], told: str
+) -> None:
+    with pytest.raises(ConfigError, match=told):
+        settings(engine=engine)
+
+
+def test_ray_is_shown_the_named_gpus_while_it_starts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("PYTHONPATH", raising=False)
+    for shown, names, seen in (
+        ("4,5,6", ["cuda:0", "cuda:2"], "4,6"),
+        ("", ["cuda:1"], "1"),
+        ("7", ["cpu"], "7"),
+    ):
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", shown)
+        with simulation._environment(names):
+            assert os.environ["CUDA_VISIBLE_DEVICES"] == seen
+            os.environ["PYTHONPATH"] = "changed"
+        assert os.environ["CUDA_VISIBLE_DEVICES"] == shown
+        assert "PYTHONPATH" not in os.environ
+
+
 def test_without_ray_the_error_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     import sys
 
@@ -179,7 +219,6 @@ def test_what_fails_in_an_actor_comes_back_as_an_error_and_a_dead_actor_is_repla
 
         return answer
 
-    before = dict(os.environ)
     workers = FlowerWorkers(["cpu"], sometimes)
     try:
         workers.prepare("run", "a run")
@@ -191,4 +230,3 @@ def test_what_fails_in_an_actor_comes_back_as_an_error_and_a_dead_actor_is_repla
     assert [reply.has_error() for reply in replies] == [False, True, True, False]
     assert "a run: out of memory on cpu" in replies[1].error.reason
     assert "Actor" in replies[2].error.reason
-    assert dict(os.environ) == before

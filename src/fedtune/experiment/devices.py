@@ -25,6 +25,7 @@ from fedtune.models import adapter, load
 from fedtune.models.measure import cores
 from fedtune.training.plan import Plan, executor
 from fedtune.training.workload import EncodedShards
+from fedtune.types import ConfigError, Problem
 
 # the models of this process, by settings and device; a fleet's runs share them
 _attached: dict[str, adapter.AdaptedModel] = {}
@@ -75,11 +76,18 @@ def resident_clients(told: Told, device: str, how: Plan) -> ClientApp:
 
 
 def named(config: Config) -> Sequence[str]:
-    """Return the devices that train clients side by side: those of the settings, or all GPUs, or all cores."""
-    if config.engine.devices:
-        return config.engine.devices
-    if torch.cuda.is_available():
-        return [f"cuda:{i}" for i in range(torch.cuda.device_count())]
+    """Return the devices that train clients side by side: those of the settings, or all GPUs, or all cores.
+
+    Raises:
+        ConfigError: a GPU is named that is not there.
+    """
+    gpus = [f"cuda:{i}" for i in range(torch.cuda.device_count())]
+    missing = [d for d in config.engine.devices if d != "cpu" and d not in gpus]
+    if missing:
+        there = ", ".join(gpus) or "no GPU"
+        raise ConfigError("settings", [Problem("engine.devices", f"no {', '.join(missing)} here", f"there is {there}")])
+    if config.engine.devices or gpus:
+        return config.engine.devices or gpus
     return ["cpu"] * min(cores(), config.federation.cohort_size)
 
 

@@ -58,20 +58,18 @@ class Clients:
 
 @contextmanager
 def _environment(devices: Sequence[str]) -> Iterator[None]:
-    """Show Ray the named GPUs while it starts; Flower's own change of PYTHONPATH for its actors goes as well."""
-    before = dict(os.environ)
-    names = before[VISIBLE].split(",") if before.get(VISIBLE) else None
+    """Show Ray the named GPUs while it starts; what Flower does to PYTHONPATH for its actors goes as well."""
+    before = {name: os.environ.get(name) for name in (VISIBLE, "PYTHONPATH")}
     numbers = [int(d.partition(":")[2]) for d in devices if d.startswith("cuda")]
-    if names and numbers and max(numbers) >= len(names):
-        problem = Problem("engine.devices", f"cuda:{max(numbers)} of {len(names)} GPUs", f"{VISIBLE} shows no more")
-        raise ConfigError("settings", [problem])
     if numbers:
-        os.environ[VISIBLE] = ",".join(names[n] if names else str(n) for n in numbers)
+        names = (before[VISIBLE] or "").split(",")
+        os.environ[VISIBLE] = ",".join(names[n] if names != [""] else str(n) for n in numbers)
     try:
         yield
     finally:
-        os.environ.clear()
-        os.environ.update(before)
+        for name, value in before.items():
+            os.environ.pop(name, None)
+            os.environ.update({name: value} if value is not None else {})
 
 
 def _backend(devices: Sequence[str]) -> Any:
