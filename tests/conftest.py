@@ -16,6 +16,17 @@ from fedtune.config import Config, Settings
 for _name, _value in QUIET.items():
     os.environ.setdefault(_name, _value)
 
+
+def _own_cores() -> None:
+    """Give each worker of pytest-xdist its share of the cores: threads of several on one core wait for each other."""
+    worker = os.environ.get("PYTEST_XDIST_WORKER", "").removeprefix("gw")
+    if worker and hasattr(os, "sched_setaffinity"):
+        cores, count = sorted(os.sched_getaffinity(0)), int(os.environ["PYTEST_XDIST_WORKER_COUNT"])
+        os.sched_setaffinity(0, cores[int(worker) % count :: count] or cores)
+
+
+_own_cores()
+
 SENTENCES = {
     "negative": ["Losses widened again .", "The bank cut jobs .", "Sales fell sharply .", "Debt rose to a record ."],
     "neutral": ["The board meets on Monday .", "The plant is in Oulu .", "Shares trade in Helsinki .", "No change ."],
