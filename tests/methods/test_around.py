@@ -144,16 +144,22 @@ class Quadratic:
         return now
 
 
-def _drifting(scaffold: bool, rounds: int = 200) -> float:
-    """Return how far two clients with different curvatures end from the joint optimum."""
+def _drifting(scaffold: bool, rounds: int = 200, lost: frozenset[int] = frozenset()) -> float:
+    """Return how far two clients with different curvatures end from the joint optimum.
+
+    In the rounds `lost`, the answer of client 1 never arrives.
+    """
     made = recipe(drift={"scaffold": scaffold}, train={"optimizer": "sgd"}, federation={"clients": 2})
     state, kept = made.initial(START), {0: dict[str, Tensor](), 1: dict[str, Tensor]()}
     for round_ in range(1, rounds + 1):
         sent = []
         for client in (0, 1):
-            fitted = made.fit(Quadratic(client, kept[client]), made.view(state, client))  # type: ignore[arg-type]
+            local = Quadratic(client, kept[client])
+            local.round = round_
+            fitted = made.fit(local, made.view(state, client))  # type: ignore[arg-type]
             kept[client] = fitted.kept
-            sent.append(ClientUpdate(client, fitted.payload, 1.0))
+            if client == 0 or round_ not in lost:
+                sent.append(ClientUpdate(client, fitted.payload, 1.0))
         state = made.server_step(sent, state, round_)
     best = (3.0 * -1.0 + 1.0 * 4.0) / 4.0
     return max(float((t - best).abs().max()) for t in to_tensors(state.adapter).values())
@@ -162,6 +168,11 @@ def _drifting(scaffold: bool, rounds: int = 200) -> float:
 def test_scaffold_removes_the_drift_that_averaging_keeps() -> None:
     assert _drifting(False) > 0.05
     assert _drifting(True) < 1e-6
+
+
+def test_scaffold_survives_answers_that_never_arrive() -> None:
+    """A control that moved while the server's did not would bias every round that follows."""
+    assert _drifting(True, lost=frozenset({1, 4, 5, 6, 9})) < 1e-6
 
 
 def test_scaffolds_first_round_is_averaging_and_full_participation_means_the_mean_control() -> None:
@@ -175,7 +186,8 @@ def test_scaffolds_first_round_is_averaging_and_full_participation_means_the_mea
     assert same(dense(results[0][0]), dense(results[1][0]))
     controls = [drift.split(f.kept)[1] for f in results[0][1]]
     server = drift.split(results[0][0].extra)[1]
-    assert all(torch.allclose(server[n], (controls[0][n] + controls[1][n]) / 2) for n in server)
+    assert all(torch.allclose(server[n], (controls[0][n] + controls[1][n]) / 2) for n in to_tensors(START))
+    assert server["heard"].tolist() == [1, 1]
 
 
 def test_the_proximal_terms_gradient_is_mu_times_the_distance() -> None:

@@ -6,7 +6,7 @@ server: DoRA's map, robust weights, the method's step, the server optimiser, SCA
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -76,7 +76,7 @@ class Recipe:
         """Do a client's work of one exchange."""
         sent, controls = drift.split(download)
         start = self._started(local, sent) if local.phase == 1 else sent
-        own = drift.split(local.kept)[1]
+        own = drift.believed(drift.split(local.kept)[1], controls)
         corrected = drift.Corrected(
             local, self.config.drift.proximal_mu, (controls, own) if self.config.drift.scaffold else None
         )
@@ -85,7 +85,7 @@ class Recipe:
         kept = dict(fitted.kept)
         if corrected.changes:
             payload |= drift.named(corrected.changes)
-            kept |= drift.named({**own, **{n: own.get(n, 0) + t for n, t in corrected.changes.items()}})
+            kept |= drift.named(drift.keeping(own, corrected.changes, local.round))
         seed = derive_seed(self.config.seed, "attack", local.client, local.round)
         return Fitted(attack.tampered(payload, start, self.config.attack, local.client, seed), kept)
 
@@ -106,7 +106,7 @@ class Recipe:
         """Return what a client downloads."""
         down = self.method.view(state, client)
         if self.config.drift.scaffold:
-            down |= drift.named(self._controls(state))
+            down |= drift.named(drift.down(self._controls(state), client, self.config.federation.clients))
         return down
 
     def _controls(self, state: ServerState) -> dict[str, Tensor]:
@@ -126,13 +126,13 @@ class Recipe:
 
     def server_step(self, updates: Sequence[ClientUpdate], state: ServerState, round_: int) -> ServerState:
         """Return the state after a round; `updates` is not empty and sorted by client."""
-        changes = [drift.split(u.tensors)[1] for u in updates]
+        changes = {u.client: drift.split(u.tensors)[1] for u in updates}
         updates = [replace(u, tensors=drift.split(u.tensors)[0]) for u in updates]
         updates = self._reweighed(updates, state, round_)
         updates, relative = self._divided(updates)
         after = self.method.server_step(updates, replace(state, extra=self._own(state)), round_)
         after = self._optimised(state, after, round_)
-        return self._finished(state, after, relative, changes)
+        return self._finished(state, after, relative, changes, round_)
 
     def _own(self, state: ServerState) -> dict[str, Tensor]:
         """Return the method's own extra state, without what belongs to what is around it."""
@@ -197,17 +197,14 @@ class Recipe:
         return replace(after, adapter=with_tensors(after.adapter, stepped), extra=extra)
 
     def _finished(
-        self, before: ServerState, after: ServerState, relative: Tensors, changes: Sequence[Tensors]
+        self, before: ServerState, after: ServerState, relative: Tensors, changes: Mapping[int, Tensors], round_: int
     ) -> ServerState:
         """Set the relative magnitudes, and SCAFFOLD's controls."""
-        from fedtune.lora.algebra import weighted_mean
         from fedtune.lora.state import to_tensors, with_tensors
 
         if relative:
             after = replace(after, adapter=with_tensors(after.adapter, {**to_tensors(after.adapter), **relative}))
         if not self.config.drift.scaffold:
             return after
-        share = len(changes) / self.config.federation.clients
-        mean = weighted_mean(changes, [1.0] * len(changes))
-        controls = drift.new_controls(self._controls(before), mean, share)
+        controls = drift.new_controls(self._controls(before), changes, round_, self.config.federation.clients)
         return replace(after, extra={**after.extra, **drift.named(controls)})

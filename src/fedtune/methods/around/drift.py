@@ -13,6 +13,9 @@ if TYPE_CHECKING:
     from fedtune.lora.state import AdapterState
 
 CONTROL = "scaffold/"
+# among the controls: the round a client was last heard in (server, by client; download), and what a client keeps beside
+# its newest controls: their round, and those it had when it was last heard
+_HEARD, _AT, _WAS = "heard", "at", "was/"
 
 
 def proximal(now: Tensors, start: Tensors, mu: float) -> Tensor:
@@ -94,12 +97,50 @@ class Corrected:
         return self._local.losses(step, points)
 
 
-def new_controls(controls: Mapping[str, Tensor], changes: Mapping[str, Tensor], share: float) -> dict[str, Tensor]:
+def heard(controls: Tensors, clients: int) -> Tensor:
+    """Return the round in which each client was last heard, int64 [clients]; 0 for never."""
+    import torch
+
+    return controls[_HEARD] if _HEARD in controls else torch.zeros(clients, dtype=torch.int64)
+
+
+def down(controls: Tensors, client: int, clients: int) -> dict[str, Tensor]:
+    """Return the controls that a client downloads: the server's, and the round in which the client was last heard."""
+    return {**controls, _HEARD: heard(controls, clients)[client].clone()}
+
+
+def believed(kept: Tensors, controls: Tensors) -> dict[str, Tensor]:
+    """Return a client's controls as the server's sum has them.
+
+    An answer that never arrived, or was rejected, has moved the client's controls but not the server's; from then on c
+    would not be the mean of all c_i, and every round would be biased. So the client takes its last step back.
+    """
+    if _AT in kept and int(kept[_AT]) > int(controls[_HEARD]):
+        return {n.removeprefix(_WAS): t for n, t in kept.items() if n.startswith(_WAS)}
+    return {n: t for n, t in kept.items() if n != _AT and not n.startswith(_WAS)}
+
+
+def keeping(own: Tensors, changes: Tensors, round_: int) -> dict[str, Tensor]:
+    """Return what a client keeps after a round: its new controls, and those to go back to."""
+    import torch
+
+    new = {n: own[n] + t if n in own else t for n, t in changes.items()}
+    return {**own, **new, **{_WAS + n: t for n, t in own.items()}, _AT: torch.tensor(round_)}
+
+
+def new_controls(controls: Tensors, changes: Mapping[int, Tensors], round_: int, clients: int) -> dict[str, Tensor]:
     """Return the server's controls: c + |S|/N mean(c_i+ - c_i).
 
     Args:
         controls: c.
-        changes: the mean change over the round's clients, unweighted.
-        share: |S|/N.
+        changes: c_i+ - c_i of each client that was heard.
+        round_: now.
+        clients: N.
     """
-    return {n: c + share * changes[n] if n in changes else c for n, c in controls.items()}
+    from fedtune.lora.algebra import weighted_mean
+
+    mean = weighted_mean(list(changes.values()), [1.0] * len(changes))
+    known = heard(controls, clients).clone()
+    known[list(changes)] = round_
+    moved = {n: c + len(changes) / clients * mean[n] if n in mean else c for n, c in controls.items()}
+    return {**moved, _HEARD: known}
