@@ -134,6 +134,17 @@ def test_wrong_words_name_the_right_ones(folders: list[Path], tmp_path: Path) ->
         with pytest.raises(ConfigError, match=f"--set {wrong}: must be a whole number"):
             _run("--method", "flexlora", "--set", wrong, "--out", tmp_path / "out", "--clients", *folders)
 
+    for method in ("fedit", "lora_fair", "flora", "fedmomentum", "fedask"):
+        with pytest.raises(ConfigError, match=f"{method} does not cut its result to a rank; these do: .*flexlora"):
+            _run("--method", method, "--set", "rank=2", "--out", tmp_path / "out", "--clients", *folders)
+
+
+@pytest.mark.parametrize("method", [name for name, kind in METHODS.items() if kind.cuts])
+def test_a_rank_that_is_asked_for_is_the_results(method: str, folders: list[Path], tmp_path: Path) -> None:
+    words = ["--method", method, "--set", "rank=2", "--out", tmp_path / "out", "--clients", *folders]
+    assert _run(*words)["rank"] == 2
+    assert {m.rank for m in read_state(tmp_path / "out").values()} == {2}
+
 
 def _dense(path: Path) -> dict[str, torch.Tensor]:
     return safetensors.torch.load_file(path)

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from fedtune.types import ConfigError, Problem
+
+if TYPE_CHECKING:
+    from fedtune.methods import Method
 
 
 def _examples(text: str | None, clients: int) -> list[int]:
@@ -45,6 +48,16 @@ def _settings(assignments: list[str]) -> tuple[dict[str, Any], int, int]:
     return chosen, round_, rank
 
 
+def _cut(method: Method, rank: int) -> None:
+    """Raise ConfigError for a rank that a method would take no notice of."""
+    from fedtune.methods import METHODS
+
+    if rank and not method.cuts:
+        able = ", ".join(name for name, kind in METHODS.items() if kind.cuts)
+        found = Problem(f"--set rank={rank}", f"{method.name} does not cut its result to a rank", f"these do: {able}")
+        raise ConfigError("command line", [found])
+
+
 def aggregate(
     method: Annotated[str, typer.Option(help="The method: fedtune ls methods")],
     out: Annotated[Path, typer.Option(help="The folder of the global adapter.")],
@@ -67,6 +80,7 @@ def aggregate(
     folders = [*clients, *(more or [])]
     own, round_, rank = _settings(settings or [])
     built = work.build(method, own)
+    _cut(built, rank)
     counts = _examples(examples, len(folders))
     weights = work.base_weights(base) if base else None
     # the global adapter has to fit the clients' in every way that they have to fit each other

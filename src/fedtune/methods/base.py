@@ -85,6 +85,7 @@ class Method:
         exact: the effective update is the weighted mean of the clients' effective updates.
         linear: the server needs only sums, so secure sums apply.
         mixed_ranks: clients may have different ranks.
+        cuts: an aggregation of folders can be cut to a rank that is asked for.
         personalised: there is no single global model.
         global_adapter: the server's adapter is a model of its own (not so where only one factor is shared).
         keeps_base: it moves the base model by low-rank side adapters.
@@ -108,6 +109,7 @@ class Method:
     exact: ClassVar[bool] = False
     linear: ClassVar[bool] = True
     mixed_ranks: ClassVar[bool] = False
+    cuts: ClassVar[bool] = False
     personalised: ClassVar[bool] = False
     global_adapter: ClassVar[bool] = True
     keeps_base: ClassVar[bool] = False
@@ -236,7 +238,7 @@ class Method:
             examples: of each.
             state: the server's before.
             round_: which round.
-            rank: of the result, where the method cuts ranks; ignored elsewhere.
+            rank: of the result, where the method `cuts`; 0 is the largest of the clients.
         """
         from fedtune.lora.algebra import weighted_mean
         from fedtune.lora.state import rescaled, to_tensors

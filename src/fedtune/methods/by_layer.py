@@ -23,6 +23,8 @@ def template(clients: Sequence[AdapterState], rank: int) -> AdapterState:
 class ByLayer(Method):
     """A method that merges layer by layer."""
 
+    cuts = True
+
     def merge(self, module: LoraModule, clients: Sequence[LoraModule], weights: Sequence[float]) -> LoraModule:
         """Return one layer's new factors, of the rank that `module`, the server's, has."""
         raise NotImplementedError

@@ -29,6 +29,7 @@ class LoRAFAIR(ByLayer):
     title = "LoRA-FAIR (ridge form)"
     paper = "arXiv:2411.14961"
     linear = False
+    cuts = False
     dora = "exact"
 
     aggregate = Method.aggregate
