@@ -140,12 +140,14 @@ def test_progress_is_plain_lines_off_a_terminal_and_a_bar_on_one() -> None:
     for terminal in (True, False):
         out = io.StringIO()
         watch = TerminalReporter(Console(file=out, force_terminal=terminal, width=100))
+        watch._expected = 1  # so the step is the round's last, and still not of the next one
         watch.training("federated", 2, 0)
         watch.step(1, 100, 0.5)
         watch.round(RoundRecord(1, "ok", 0.1, (0,), (ClientStats(0, 8, 100, 1, 0.5),), (), 1024, 1024))
         watch.close()
         text = out.getvalue()
         assert "federated round 1/2: ok, 1/1 clients, loss 0.5000, 2.0 KiB" in text
-        assert ("tokens/s" in text) is terminal
+        assert ("federated round 1/2  client 1  loss 0.500" in text) is terminal
+        assert "round 2/2" not in text
         assert ("\x1b[" in text) is terminal
     assert (size(532), size(3 * 1024**2), clock(65), clock(3700)) == ("532 B", "3.0 MiB", "1:05", "1:01:40")

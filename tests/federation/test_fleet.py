@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import random
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from torch import Tensor
 
 from fedtune.config import Config, Settings
 from fedtune.experiment import devices
+from fedtune.experiment.report import Reporter
 from fedtune.experiment.run import run
 from fedtune.experiment.sweep import points, sweep
 from fedtune.federation import simulation
@@ -101,6 +102,25 @@ def test_clients_alone_on_a_fleet_get_their_own_examples_and_no_others(
     assert [(a.name, a.scores) for a in one.arms] == [(a.name, a.scores) for a in two.arms]
     held = [[c for c, own in enumerate(told.shards.shards) if own] for told in fakes[0].told.values()]
     assert held == [[0], [1], [2]]
+
+
+def test_who_watches_a_fleet_hears_of_every_step(
+    settings: Callable[..., Settings], tmp_path: Path, fakes: list[FakeDevices]
+) -> None:
+    class Counting(Reporter):
+        def __init__(self) -> None:
+            self.steps: Counter[int] = Counter()
+            self.tokens: Counter[int] = Counter()
+
+        def step(self, client: int, tokens: int, loss: float) -> None:
+            self.steps[client] += 1
+            self.tokens[client] += tokens
+
+    one, two = Counting(), Counting()
+    changes: dict[str, Any] = {"federation": {"clients": 3, "rounds": 1}, "train": {"max_steps": 3}}
+    run(settings(**changes), tmp_path / "one", reporter=one)
+    run(settings(**changes, engine={"devices": ["cpu", "cpu"]}), tmp_path / "two", reporter=two)
+    assert (two.steps, two.tokens) == (one.steps, one.tokens)
 
 
 def test_a_sweep_puts_the_clients_of_all_its_runs_on_one_fleet(

@@ -97,7 +97,7 @@ class TerminalReporter(Reporter):
         done = self._done + (self._steps / self._expected if self._expected else 0)
         missing = self._expected * (self._rounds - self._done) - self._steps
         left = elapsed / self._all * max(missing, 0)
-        now = min(int(done) + 1, self._rounds)
+        now = min(self._done + 1, self._rounds)
         self._draw(
             f"{self._arm} round {now}/{self._rounds}  client {client}  loss {loss:.3f}  "
             f"{self._tokens / elapsed:.0f} tokens/s  {size(self._bytes)}  {clock(left)} left",

@@ -111,6 +111,9 @@ def reported(reporter: Reporter) -> Callable[[Message], None]:
     def tell(reply: Message) -> None:
         metrics = reply.content.metric_records[METRICS]
         client = int(str(reply.content.config_records[IDENTITY]["client"]))
-        reporter.step(client, int(float(str(metrics["tokens"]))), float(str(metrics["loss"])))
+        tokens, steps = (int(float(str(metrics[name]))) for name in ("tokens", "steps"))
+        for step in range(steps):  # all at once, when the client is done
+            part = tokens * (step + 1) // steps - tokens * step // steps
+            reporter.step(client, part, float(str(metrics["loss"])))
 
     return tell
