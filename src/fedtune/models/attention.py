@@ -84,27 +84,31 @@ def _dense(
     )
 
 
+def _texts(states: Tensor, plan: Plan) -> list[Tensor]:
+    """Return each batch's texts [texts, tokens, heads, head_dim].
+
+    Split, not sliced: the gradients of slices would be tables of zeros, one a batch, that are added up.
+    """
+    parts = torch.split(spread(states, plan), plan.sizes)
+    return [part.view(b.count, b.length, *part.shape[1:]) for part, b in zip(parts, plan.batches, strict=True)]
+
+
+def _seen(texts: Sequence[Tensor], own: Tensor, batch: Batch) -> Tensor:
+    """Return a batch's texts behind the prefix they share, if they share one."""
+    if batch.behind is None:
+        return own
+    return torch.cat([texts[batch.behind].expand(batch.count, -1, -1, -1), own], dim=1)
+
+
 def _in_batches(
     query: Tensor, key: Tensor, value: Tensor, plan: Plan, scale: float, dropout: float, extra: dict[str, Any]
 ) -> Tensor:
     """Attend text by text in dense batches: [tokens, heads, head_dim] each, and so the result."""
     window, softcap = extra.get("sliding_window"), float(extra.get("softcap") or 0.0)
-    # split, not sliced: the gradients of slices would be tables of zeros, one a batch, that are added up
-    queries, keys, values = (torch.split(spread(states, plan), plan.sizes) for states in (query, key, value))
-
-    def own(parts: Sequence[Tensor], place: int) -> Tensor:
-        batch = plan.batches[place]
-        return parts[place].view(batch.count, batch.length, *parts[place].shape[1:])
-
-    def seen(parts: Sequence[Tensor], place: int, batch: Batch) -> Tensor:
-        mine = own(parts, place)
-        if batch.behind is None:
-            return mine
-        return torch.cat([own(parts, batch.behind).expand(batch.count, -1, -1, -1), mine], dim=1)
-
+    queries, keys, values = (_texts(states, plan) for states in (query, key, value))
     made = []
-    for place, batch in enumerate(plan.batches):
-        heads = (own(queries, place), seen(keys, place, batch), seen(values, place, batch))
+    for batch, *own in zip(plan.batches, queries, keys, values, strict=True):
+        heads = (own[0], _seen(keys, own[1], batch), _seen(values, own[2], batch))
         q, k, v = (states.transpose(1, 2) for states in heads)
         attended = _dense(q, k, v, scale, dropout, plan.mask(batch, window), softcap)
         made.append(attended.transpose(1, 2).flatten(0, 1))

@@ -163,7 +163,10 @@ class Plan:
                 pads += range(len(there), len(there) + length - span.length)
                 there += [span.start] * (length - span.length)
         self.sizes = [batch.count * batch.length for batch in self.batches]
-        self.there, self.back, self.pads = _orders(there, pads, spans[-1].end, device)
+        straight = there == list(range(spans[-1].end))
+        self.there = None if straight else torch.tensor(there, device=device)
+        self.back = None if straight else torch.tensor(_inverse(there, spans[-1].end), device=device)
+        self.pads = torch.tensor(pads, device=device) if pads else None
         self._device = device
         self._masks: dict[Any, Tensor | None] = {}
         self._ragged: Ragged | None = None
@@ -186,19 +189,12 @@ class Plan:
         return self._ragged
 
 
-def _orders(
-    there: Sequence[int], pads: Sequence[int], total: int, device: torch.device
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Return the order of arranged places, the one back, and where padding stands; None where nothing moves."""
-    if list(there) == list(range(total)):
-        return None, None, None
+def _inverse(there: Sequence[int], total: int) -> list[int]:
+    """Return the first place of each token; padding that stands for a token comes after it."""
     back = [0] * total
-    padding = set(pads)
-    for place, token in enumerate(there):
-        if place not in padding:
-            back[token] = place
-    index = (torch.tensor(list(places), device=device) for places in (there, back))
-    return next(index), next(index), torch.tensor(list(pads), device=device) if pads else None
+    for place in reversed(range(len(there))):
+        back[there[place]] = place
+    return back
 
 
 def visible(length: int, before: int, window: int | None, device: torch.device) -> Tensor | None:
