@@ -18,7 +18,6 @@ from fedtune.experiment.report import Reporter
 from fedtune.experiment.run import run
 from fedtune.experiment.sweep import Point, groups, points, sweep
 from fedtune.io import read_json
-from fedtune.results.stats import student
 from fedtune.training.cohort import Cohort
 from fedtune.types import CancelledError, RunFailedError
 
@@ -101,13 +100,6 @@ def test_runs_share_a_model_only_with_the_same_adapter(settings: Callable[..., S
     chosen = points({"lora.r": [2, 4], "seed": [1, 2]}, make, tmp_path)
     assert [len(group) for group in groups(chosen)] == [2, 2]
     assert len({p.folder for p in chosen}) == 4
-
-
-def test_an_interval_is_students() -> None:
-    assert student([0.5]) == {"mean": 0.5, "half": None}
-    found = student([0.4, 0.5, 0.6])
-    assert found["mean"] == pytest.approx(0.5)
-    assert found["half"] == pytest.approx(4.303 * 0.1 / 3**0.5)
 
 
 def test_the_command(tiny_folder: Path, data_folder: Path, tmp_path: Path) -> None:

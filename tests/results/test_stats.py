@@ -5,7 +5,7 @@ import pytest
 from scipy import stats as scipy_stats
 from sklearn.metrics import f1_score
 
-from fedtune.results.stats import compare, macro_f1, mcnemar, mean_interval, proportion_interval
+from fedtune.results.stats import compare, macro_f1, mcnemar, mean_interval, proportion_interval, student
 
 
 def test_macro_f1_is_scikit_learns() -> None:
@@ -73,3 +73,12 @@ def test_mcnemar_holds_for_thousands_of_items() -> None:
 
     for a, b in ((700, 900), (3000, 3100), (0, 2000), (5, 1)):
         assert mcnemar(a, b) == pytest.approx(binomtest(min(a, b), a + b, 0.5).pvalue, rel=1e-9, abs=1e-300)
+
+
+def test_an_interval_over_runs_is_students() -> None:
+    assert student([0.5]) == {"mean": 0.5, "half": None}
+    for count in range(2, 32):
+        found = student([0.1 * i for i in range(count)])
+        spread = scipy_stats.tstd([0.1 * i for i in range(count)]) / count**0.5
+        assert found["mean"] == pytest.approx(0.05 * (count - 1))
+        assert found["half"] == pytest.approx(scipy_stats.t.ppf(0.975, count - 1) * spread, rel=1e-3)
