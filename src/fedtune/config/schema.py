@@ -5,7 +5,6 @@ Training settings have the names of Hugging Face's `TrainingArguments`; adapter 
 
 from __future__ import annotations
 
-import re
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, field_validator, model_validator
@@ -215,10 +214,9 @@ class TrainSettings(Section):
 class EngineSettings(Section):
     """How this machine does the work. Nothing here changes a number but by rounding; "auto" is planned at the start.
 
-    `executor` trains clients one after the other ("sequential"), `cohort` of them in one pass, or side by side on
-    `devices` in the Ray actors of Flower's simulation engine ("ray": on all GPUs, or on all cores where there is none,
-    unless devices are named). A pass takes at most `max_tokens_per_forward` tokens; texts attend together where padding
-    wastes fewer than `bucket` pairs of query and key; `threads` 0 is one for each core.
+    `executor` trains clients one after the other, `cohort` of them in one pass, or (ray) side by side in the actors of
+    Flower's simulation, on `devices` or all there are. A pass takes at most `max_tokens_per_forward` tokens; texts
+    attend together where padding wastes fewer than `bucket` query-key pairs; `threads` 0 is one for each core.
     """
 
     executor: Literal["auto", "sequential", "cohort", "ray"] = "auto"
@@ -227,7 +225,7 @@ class EngineSettings(Section):
     gradient_checkpointing: bool | Literal["auto"] = "auto"
     bucket: Annotated[int, Field(ge=0)] | Literal["auto"] = "auto"
     threads: int = Field(0, ge=0, le=4096)
-    devices: tuple[str, ...] = ()
+    devices: tuple[Annotated[str, Field(pattern=r"^(cpu|cuda:\d+)$")], ...] = ()
 
     @property
     def side_by_side(self) -> bool:
@@ -240,11 +238,9 @@ class EngineSettings(Section):
             raise ValueError(f"cohort = {self.cohort} has no effect with executor = {self.executor}")
         if self.devices and self.executor not in ("auto", "ray"):
             raise ValueError(f"devices have no effect with executor = {self.executor}; say ray, or leave it out")
-        kinds = {"cpu" if d == "cpu" else "cuda" if re.fullmatch(r"cuda:\d+", d) else d for d in self.devices}
-        if len(kinds) > 1 or not kinds <= {"cpu", "cuda"}:
-            raise ValueError(f"devices are all cpu, or all cuda:N; got {', '.join(self.devices)}")
-        if "cuda" in kinds and len(set(self.devices)) < len(self.devices):
-            raise ValueError(f"a GPU is named twice in devices: {', '.join(self.devices)}")
+        gpus = [d for d in self.devices if d != "cpu"]
+        if gpus and (len(gpus) < len(self.devices) or len(set(gpus)) < len(gpus)):
+            raise ValueError(f"devices are all cpu, or all GPUs, each once; got {', '.join(self.devices)}")
         return self
 
 

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from fedtune.lora.state import AdapterState, LoraModule
 
 
-def template(clients: Sequence[AdapterState], rank: int) -> AdapterState:
+def template(clients: Sequence[AdapterState], rank: int = 0) -> AdapterState:
     """Return zeros in the shape of the largest client, or of a given rank."""
     from fedtune.lora.state import resized
 

@@ -146,7 +146,7 @@ class FedASK(MovesBase):
         """Do both exchanges with adapters of any ranks and scales."""
         from fedtune.methods.by_layer import template
 
-        start = replace(state, adapter=template(clients, rank), extra={}, base=())
+        start = replace(state, adapter=template(clients), extra={}, base=())
         total = {p: sum(c[p].rank for c in clients) for p in start.adapter}
         widths = {p: min(m.b.shape[0], m.a.shape[1], self._own.width or total[p]) for p, m in start.adapter.items()}
         first = [

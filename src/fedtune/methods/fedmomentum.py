@@ -41,11 +41,11 @@ class FedMomentum(MovesBase):
     def aggregate(
         self, clients: Sequence[AdapterState], examples: Sequence[float], state: ServerState, round_: int, rank: int = 0
     ) -> ServerState:
-        """Aggregate adapters of any ranks and scales; the adapter has the largest rank unless told otherwise."""
+        """Aggregate adapters of any ranks and scales; the adapter has the largest rank."""
         from fedtune.lora.base_delta import append
         from fedtune.methods.by_layer import template
 
-        adapter, rest = self._split(clients, list(examples), template(clients, rank))
+        adapter, rest = self._split(clients, list(examples), template(clients))
         return replace(state, adapter=adapter, round=round_, base=append((), round_, rest))
 
     def _split(
