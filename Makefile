@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 export FLWR_TELEMETRY_ENABLED = 0
 export FLWR_DISABLE_UPDATE_CHECK = 1
 
-.PHONY: quickstart test lint types layers check bench wheel clean
+.PHONY: quickstart test test-all lint types layers check bench wheel clean
 
 # torch is asked for first and by its exact version: a resolver that sees it in a range takes the CUDA build.
 $(VENV)/.run: pyproject.toml constraints.txt
@@ -23,6 +23,10 @@ quickstart: $(VENV)/.run
 
 test: $(VENV)/.dev
 	$(BIN)/python -m pytest -n 2 --dist loadgroup
+
+# the slow ones too (and those that need a GPU, which skip without one)
+test-all: $(VENV)/.dev
+	$(BIN)/python -m pytest -n 2 --dist loadgroup -m ""
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check src tests benchmarks
