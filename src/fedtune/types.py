@@ -82,6 +82,22 @@ class RunFailedError(FedtuneError):
     exit_code = 3
 
 
+class UpdateError(FedtuneError):
+    """One client's update cannot be aggregated, although its names, shapes and types are right.
+
+    Raised by a method's server half, so that a round can go on without this client.
+
+    Args:
+        client: whose update it is.
+        detail: what is wrong with it.
+    """
+
+    def __init__(self, client: int, detail: str) -> None:
+        super().__init__(f"the update of client {client} cannot be aggregated: {detail}")
+        self.client = client
+        self.detail = detail
+
+
 class CancelledError(BaseException):
     """The run was asked to stop (Ctrl-C or SIGTERM); everything up to the last round is on disk.
 
