@@ -12,7 +12,6 @@ from fedtune.config.schema import ModelSettings
 from fedtune.domains import TASKS
 from fedtune.domains.base import Item, multiple_choice, sentiment
 from fedtune.evaluation import likelihood, official
-from fedtune.evaluation import run as runner
 from fedtune.evaluation.items import TaskItems, load
 from fedtune.evaluation.run import evaluate
 from fedtune.io import digest, read_lines
@@ -207,16 +206,6 @@ def test_guesses_stay_inside_a_table_of_positions() -> None:
 )
 def test_when_a_verdict_is_fixed(text: str, fixed: bool) -> None:
     assert official.verdict_fixed(text) is fixed
-
-
-def test_equal_prompts_get_the_last_output_as_in_the_official_table() -> None:
-    items = [QUESTIONS[0], QUESTIONS[1], QUESTIONS[0]]
-    rows = [
-        runner._official_sample(i, o, "choice") | {"i": n} for n, (i, o) in enumerate(zip(items, "AAB", strict=True))
-    ]
-    seen = runner._as_official([dict(r) for r in rows], TASKS["medqa"], items)
-    assert [r["predicted"] for r in seen] == ["b", "a", "b"]
-    assert [r["correct"] for r in seen] == [False, False, False]
 
 
 def test_a_second_call_does_only_what_is_missing(

@@ -12,7 +12,7 @@ from pydantic import ValidationError
 from fedtune.config import load
 from fedtune.config.load import read_toml
 from fedtune.data.files import parse_rows, read_text_file
-from fedtune.evaluation.metrics import sample_value
+from fedtune.evaluation.metrics import as_counted, sample_value
 from fedtune.io import read_json, read_lines, write_json
 from fedtune.models.zoo import zoo
 from fedtune.results.entry import Answers, Costs, Entry, Point
@@ -33,7 +33,7 @@ def _answers(run: Path, arm: Arm) -> Iterator[tuple[str, Answers]]:
     """Yield which items an arm had right; of tasks with one sample an item, and one model."""
     for score in arm.scores:
         known = score.metric != "nats_per_token"
-        values = [sample_value(r) for r in _samples(run, arm, score)] if known else []
+        values = [sample_value(r) for r in as_counted(_samples(run, arm, score))] if known else []
         if values and set(values) <= {0.0, 1.0}:
             packed = Answers.pack([v == 1 for v in values], score.items_sha256)
             yield f"{arm.name}/{score.task}/{score.mode}", packed

@@ -11,7 +11,7 @@ from fedtune.data.files import parse_rows, read_text_file
 from fedtune.domains import TASKS
 from fedtune.evaluation import programs
 from fedtune.evaluation.extract import official_answer, official_correct
-from fedtune.evaluation.metrics import summarise
+from fedtune.evaluation.metrics import as_counted, summarise
 from fedtune.results.schema import Arm, Score
 
 
@@ -81,7 +81,7 @@ def _one(folder: Path, room: str, score: Score, *, whole: bool) -> Iterator[str]
         if _different(programs_again.score, score.score) or programs_again.n != score.n:
             yield f"pass@1 is {score.score} of {score.n}, the samples give {programs_again.score} of {programs_again.n}"
         return
-    again = summarise(score.task, score.mode, kind, rows, items=score.items_sha256)
+    again = summarise(score.task, score.mode, kind, as_counted(rows), items=score.items_sha256)
     if again.n != score.n:
         yield f"n = {score.n}, there are {again.n} samples"
     for name in ("score", "strict", "valid_rate") if whole else ("score",):

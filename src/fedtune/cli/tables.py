@@ -7,7 +7,7 @@ from pathlib import Path
 from rich import box
 from rich.table import Table
 
-from fedtune.evaluation.metrics import sample_value, trivial_score
+from fedtune.evaluation.metrics import as_counted, sample_value, trivial_score
 from fedtune.io import read_lines
 from fedtune.results.schema import Arm, Result, Score
 from fedtune.results.stats import compare
@@ -31,7 +31,7 @@ def interval(score: Score) -> str:
 
 def _samples(path: Path) -> dict[int, float]:
     rows = read_lines(path, torn_tail=True)[1:]
-    return {r["i"]: sample_value(r) for r in rows}
+    return {r["i"]: sample_value(r) for r in as_counted(rows)}
 
 
 def paired(first: Path, second: Path) -> tuple[list[float], list[float]]:

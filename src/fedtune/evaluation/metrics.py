@@ -7,12 +7,42 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from fedtune.domains.base import Kind
+from fedtune.evaluation.extract import strict_answer
 from fedtune.results.schema import Score
 from fedtune.results.stats import Interval, macro_f1, mean_interval, proportion_interval
 
 
 def _pair(interval: Interval | None) -> tuple[float, float] | None:
     return (interval.low, interval.high) if interval else None
+
+
+def _answered_by(row: Mapping[str, Any], last: Mapping[str, Any] | None) -> Mapping[str, Any]:
+    """Return a sample with the output of the last one with the same prompt; errors neither give nor take one."""
+    if last is None or row.get("error") or last.get("output") is None:
+        return row
+    # equal prompts are of one kind and have the same options
+    strict = strict_answer(last["output"], "choice", tuple(row["answers"]))
+    return {
+        **row,
+        "output": last["output"],
+        "predicted": last["predicted"],
+        "correct": last["predicted"] == row["gold"].lower(),
+        "strict": strict == row["gold"],
+        "valid": strict is not None,
+    }
+
+
+def as_counted(rows: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """Return the samples of a log as its score counts them; the log itself keeps what was generated.
+
+    In the official evaluation of questions, items with equal prompts all get the last one's output. Such samples name
+    it: `same_prompt_as` is the `i` of the last. Samples without that key (all other logs, and older ones) stay as they
+    are. All that is made from a log (score, board, comparison, mean over clients) is made from these.
+    """
+    if not any("same_prompt_as" in row for row in rows):
+        return list(rows)
+    by_place = {row["i"]: row for row in rows}
+    return [_answered_by(row, by_place.get(row.get("same_prompt_as"))) for row in rows]
 
 
 def sample_value(row: Mapping[str, Any]) -> float:

@@ -12,7 +12,7 @@ from fedtune.evaluation import likelihood, official
 from fedtune.evaluation.code import evaluate_programs
 from fedtune.evaluation.extract import official_answer, official_correct, strict_answer
 from fedtune.evaluation.items import TaskItems, load
-from fedtune.evaluation.metrics import summarise
+from fedtune.evaluation.metrics import as_counted, summarise
 from fedtune.io import append_lines, digest, read_lines, write_lines
 from fedtune.results.schema import Score
 
@@ -85,24 +85,13 @@ def _samples(
         yield from _samples(model, tokenizer, task, [item], mode, config)
 
 
-def _overwrite_duplicates(rows: list[Sample], items: Sequence[Item]) -> list[Sample]:
-    """Give items with equal prompts the last one's output, as the official evaluation's table does."""
-    last = {item.prompt: row.get("output") for item, row in zip(items, rows, strict=True)}
-    return [
-        row if row.get("error") or last[item.prompt] == row.get("output") else {**row, "overwritten": last[item.prompt]}
-        for item, row in zip(items, rows, strict=True)
-    ]
-
-
-def _as_official(rows: list[Sample], task: Task, items: Sequence[Item]) -> list[Sample]:
-    """Return the rows as the official score sees them (duplicate prompts overwritten); the log keeps the originals."""
-    if task.kind == "sentiment":
-        return rows
-    seen = []
-    for item, row in zip(items, _overwrite_duplicates(rows, items), strict=True):
-        text = row.pop("overwritten", None)
-        seen.append(row if text is None else {**_official_sample(item, text, task.kind), "i": row["i"]})
-    return seen
+def _same_prompts(loaded: TaskItems, mode: str) -> dict[int, Sample]:
+    """Return what the samples say, by the items' places, whose output the official evaluation overwrites."""
+    if mode != "official" or loaded.task.kind not in ("choice", "boolean"):
+        return {}
+    prompts = {place: item.prompt for place, item in zip(loaded.places, loaded.items, strict=True)}
+    last = {prompt: place for place, prompt in prompts.items()}
+    return {place: {"same_prompt_as": last[p]} for place, p in prompts.items() if last[p] != place}
 
 
 def _resumable(log: Path, header: Sample) -> list[Sample]:
@@ -155,18 +144,19 @@ def evaluate(
         return evaluate_programs(model, tokenizer, loaded, mode, config, log, rows, on_items)
     size = official.batch_size(task.kind) if mode == "official" else 1
     rows = rows[: len(rows) // size * size] if len(rows) < len(loaded.items) else rows
+    same = _same_prompts(loaded, mode)
+    rows = [row | same.get(row["i"], {}) for row in rows]
     write_lines(log, [header, *rows])
     for batch in _samples(model, tokenizer, task, loaded.items[len(rows) :], mode, config):
         fresh = [
-            {"i": loaded.places[i], "group": loaded.items[i].group, **sample}
+            {"i": loaded.places[i], "group": loaded.items[i].group, **sample, **same.get(loaded.places[i], {})}
             for i, sample in enumerate(batch, len(rows))
         ]
         append_lines(log, fresh)
         rows += fresh
         if on_items:
             on_items(f"{task.name} ({mode})", len(rows), len(loaded.items))
-    scored = _as_official(rows, task, loaded.items) if mode == "official" else rows
-    return summarise(task.name, mode, task.kind, scored, config.eval.max_error_rate, loaded.sha256)
+    return summarise(task.name, mode, task.kind, as_counted(rows), config.eval.max_error_rate, loaded.sha256)
 
 
 def evaluate_all(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from fedtune.evaluation.metrics import sample_value
+from fedtune.evaluation.metrics import as_counted, sample_value
 from fedtune.io import read_lines
 from fedtune.results.schema import Score
 from fedtune.results.stats import mean_interval
@@ -13,7 +13,7 @@ from fedtune.results.stats import mean_interval
 
 def _item_means(logs: Sequence[Path]) -> list[float]:
     """Return for each item its mean score over several per-sample logs."""
-    columns = [read_lines(log)[1:] for log in logs]
+    columns = [as_counted(read_lines(log)[1:]) for log in logs]
     return [sum(map(sample_value, rows)) / len(rows) for rows in zip(*columns, strict=True)]
 
 
