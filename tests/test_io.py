@@ -5,6 +5,8 @@ import sys
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from fedtune import io
 from fedtune.types import CorruptFileError, LockedError
@@ -59,6 +61,44 @@ def test_a_torn_last_line_is_dropped_only_when_asked(tmp_path: Path) -> None:
         handle.write('{"a": ')
     assert io.read_lines(path, torn_tail=True) == [{"a": 1}, {"a": 2}]
     with pytest.raises(CorruptFileError, match="line 3"):
+        io.read_lines(path)
+
+
+BREAKS = "\u2028\u2029\x85\x0b\x0c\x1c\x1d\x1e\r\n\x00\ufeff"
+HALVES = "\ud800\udfff"
+TEXTS = st.text(st.one_of(st.characters(), st.sampled_from(BREAKS + HALVES)))
+
+
+def _joined(text: str) -> str:
+    """Return the text as JSON has it: two halves of one character that stand side by side are that character."""
+    return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "surrogatepass")
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=60, deadline=None)
+@given(st.lists(st.dictionaries(TEXTS.map(_joined), TEXTS.map(_joined), max_size=2)))
+def test_every_text_comes_back_from_json_and_from_json_lines(tmp_path: Path, rows: list[dict[str, str]]) -> None:
+    path = tmp_path / "x"
+    io.write_lines(path, rows)
+    io.append_lines(path, rows)
+    assert io.read_lines(path) == rows * 2
+    assert path.read_text(encoding="utf-8").splitlines() == path.read_bytes().decode().split("\n")[:-1]
+    io.write_json(path, rows)
+    assert io.read_json(path) == rows
+
+
+@pytest.mark.parametrize("odd", [*BREAKS, *HALVES])
+def test_lines_written_by_others_end_only_at_a_line_feed(tmp_path: Path, odd: str) -> None:
+    rows = [{"a": f"x{odd}y"}, {"a": 1}]
+    text = "\r\n".join(json.dumps(row, ensure_ascii=odd in "\r\n\x00\x0b\x0c\x1c\x1d\x1e" + HALVES) for row in rows)
+    (tmp_path / "x.jsonl").write_bytes(text.encode())
+    assert io.read_lines(tmp_path / "x.jsonl") == rows
+
+
+def test_a_last_line_cut_inside_a_character_is_torn(tmp_path: Path) -> None:
+    path = tmp_path / "x.jsonl"
+    path.write_bytes('{"a": 1}\n{"a": "é'.encode()[:-1])
+    assert io.read_lines(path, torn_tail=True) == [{"a": 1}]
+    with pytest.raises(CorruptFileError, match="line 2: byte 7 is not UTF-8"):
         io.read_lines(path)
 
 

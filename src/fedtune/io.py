@@ -9,6 +9,7 @@ import json
 import math
 import os
 import socket
+import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -39,7 +40,7 @@ def _sync_folder(folder: Path) -> None:
 def write_bytes(path: Path, data: bytes) -> None:
     """Replace `path` by `data` so that a crash at any instant leaves the old file or the new one, whole."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}.tmp")
     try:
         with open(temporary, "wb") as handle:
             handle.write(data)
@@ -78,7 +79,8 @@ def digest(value: Any) -> str:
 def write_json(path: Path, value: Any) -> None:
     """Write strict, indented JSON atomically; NaN and infinity become null."""
     text = json.dumps(finite(value), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
-    write_bytes(path, text.encode("utf-8"))
+    # only half a surrogate pair cannot be encoded, and its backslash form is the one JSON has for it
+    write_bytes(path, text.encode("utf-8", "backslashreplace"))
 
 
 def _refuse_constant(name: str) -> Any:
@@ -99,21 +101,30 @@ def parse_json(text: str, where: str) -> Any:
         raise CorruptFileError(f"{where}: {err}") from err
 
 
+def _read_bytes(path: Path, max_bytes: int) -> bytes:
+    try:
+        size = path.stat().st_size
+        if size > max_bytes:
+            raise CorruptFileError(f"{path}: {size} bytes, more than the {max_bytes} this file may have")
+        return path.read_bytes()
+    except OSError as err:
+        raise CorruptFileError(f"{path}: {err.strerror or err}") from err
+
+
+def _decoded(raw: bytes, where: str) -> str:
+    try:
+        return raw.decode("utf-8")
+    except UnicodeDecodeError as err:
+        raise CorruptFileError(f"{where}: byte {err.start} is not UTF-8") from err
+
+
 def read_text(path: Path, max_bytes: int = MAX_JSON_BYTES) -> str:
     """Read a UTF-8 file of at most `max_bytes`.
 
     Raises:
         CorruptFileError: missing, too large, or not UTF-8 (with the byte).
     """
-    try:
-        size = path.stat().st_size
-        if size > max_bytes:
-            raise CorruptFileError(f"{path}: {size} bytes, more than the {max_bytes} this file may have")
-        return path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as err:
-        raise CorruptFileError(f"{path}: byte {err.start} is not UTF-8") from err
-    except OSError as err:
-        raise CorruptFileError(f"{path}: {err.strerror or err}") from err
+    return _decoded(_read_bytes(path, max_bytes), str(path))
 
 
 def read_json(path: Path) -> Any:
@@ -122,8 +133,8 @@ def read_json(path: Path) -> Any:
 
 
 def _lines(rows: Sequence[Any]) -> bytes:
-    text = "".join(json.dumps(finite(r), ensure_ascii=False, allow_nan=False) + "\n" for r in rows)
-    return text.encode("utf-8", "surrogatepass")
+    # in ASCII: half a surrogate pair comes back, and U+2028 ends a line for no reader
+    return "".join(json.dumps(finite(r), allow_nan=False) + "\n" for r in rows).encode("ascii")
 
 
 def append_lines(path: Path, rows: Sequence[Any]) -> None:
@@ -136,7 +147,7 @@ def append_lines(path: Path, rows: Sequence[Any]) -> None:
 
 
 def read_lines(path: Path, *, torn_tail: bool = False) -> list[Any]:
-    """Read a JSON-lines file; a missing file is an empty one.
+    """Read a JSON-lines file; a missing file is an empty one. Only a line feed ends a line.
 
     Args:
         path: the file.
@@ -147,13 +158,14 @@ def read_lines(path: Path, *, torn_tail: bool = False) -> list[Any]:
     """
     if not path.exists():
         return []
-    lines = read_text(path).splitlines()
+    lines = _read_bytes(path, MAX_JSON_BYTES).split(b"\n")
     rows: list[Any] = []
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
+        where = f"{path}: line {number}"
         try:
-            rows.append(parse_json(line, f"{path}: line {number}"))
+            rows.append(parse_json(_decoded(line, where), where))
         except CorruptFileError:
             if torn_tail and number == len(lines):
                 break
