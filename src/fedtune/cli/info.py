@@ -1,11 +1,8 @@
-"""`fedtune ls`, `fedtune data`, `fedtune doctor`: what there is, and whether it works here."""
+"""`fedtune ls`, `fedtune data`: what there is, and whether it works here."""
 
 from __future__ import annotations
 
-import importlib.util
 import json
-import os
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -256,43 +253,3 @@ def data(
     if plot:
         _plot(counts, plot, f"{loaded.name}, {config.data.partition}")
         typer.echo(f"plot: {plot}")
-
-
-def _cuda() -> str:
-    return "nvidia-smi found" if shutil.which("nvidia-smi") else "none (CPU, float32)"
-
-
-def _cache_room() -> str:
-    from fedtune.io import cache_dir
-
-    path = cache_dir()
-    existing = next(p for p in (path, *path.parents) if p.exists())
-    return f"{path} ({shutil.disk_usage(existing).free / 1024**3:.0f} GiB free)"
-
-
-def doctor() -> None:
-    """Say what this machine has, what would leave it, and what is missing for which job."""
-    from fedtune.data.packages import index_url
-    from fedtune.results.manifest import versions
-
-    for name, version in versions().items():
-        typer.echo(f"{name:16} {version}")
-    from fedtune.evaluation.sandbox import engine
-
-    sandbox = engine()
-    offline = os.environ.get("HF_HUB_OFFLINE", "") not in ("", "0")
-    facts = {
-        "accelerator": _cuda(),
-        "cache": _cache_room(),
-        "package index": index_url(),
-        "Hub": "offline (HF_HUB_OFFLINE)" if offline else "online if reachable; HF_HUB_OFFLINE=1 forbids it",
-        "Flower telemetry": "off" if os.environ.get("FLWR_TELEMETRY_ENABLED") == "0" else "ON",
-        "simulation": "ray found" if importlib.util.find_spec("ray") else "pip install 'fedtune[simulation]'",
-        "4/8-bit": "bitsandbytes found"
-        if importlib.util.find_spec("bitsandbytes")
-        else "pip install 'fedtune[quantization]'",
-        "code sandbox": sandbox or "none: generated code is never run (apt install bubblewrap)",
-    }
-    for name, fact in facts.items():
-        typer.echo(f"{name:16} {fact}")
-    typer.echo("outbound: the package index and the Hub, to fetch what a run asks for; nothing else")

@@ -1,0 +1,57 @@
+"""`fedtune doctor`: what this machine has."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shutil
+
+import typer
+
+from fedtune import PRIVATE
+
+
+def _cuda() -> str:
+    return "nvidia-smi found" if shutil.which("nvidia-smi") else "none (CPU, float32)"
+
+
+def _cache_room() -> str:
+    from fedtune.io import cache_dir
+
+    path = cache_dir()
+    existing = next(p for p in (path, *path.parents) if p.exists())
+    return f"{path} ({shutil.disk_usage(existing).free / 1024**3:.0f} GiB free)"
+
+
+def _telemetry() -> str:
+    """Say which reports of libraries somebody has switched on."""
+    on = [name for name, off in PRIVATE.items() if os.environ.get(name) != off]
+    return "off" if not on else "NOT OFF: " + ", ".join(f"{name}={os.environ.get(name)}" for name in on)
+
+
+def doctor() -> None:
+    """Say what this machine has, what would leave it, and what is missing for which job."""
+    from fedtune.data.packages import index_url
+    from fedtune.results.manifest import versions
+
+    for name, version in versions().items():
+        typer.echo(f"{name:16} {version}")
+    from fedtune.evaluation.sandbox import engine
+
+    sandbox = engine()
+    offline = os.environ.get("HF_HUB_OFFLINE", "") not in ("", "0")
+    facts = {
+        "accelerator": _cuda(),
+        "cache": _cache_room(),
+        "package index": index_url(),
+        "Hub": "offline (HF_HUB_OFFLINE)" if offline else "online if reachable; HF_HUB_OFFLINE=1 forbids it",
+        "telemetry": _telemetry(),
+        "simulation": "ray found" if importlib.util.find_spec("ray") else "pip install 'fedtune[simulation]'",
+        "4/8-bit": "bitsandbytes found"
+        if importlib.util.find_spec("bitsandbytes")
+        else "pip install 'fedtune[quantization]'",
+        "code sandbox": sandbox or "none: generated code is never run (apt install bubblewrap)",
+    }
+    for name, fact in facts.items():
+        typer.echo(f"{name:16} {fact}")
+    typer.echo("outbound: the package index and the Hub, to fetch what a run asks for; nothing else")
