@@ -10,7 +10,8 @@ from fedtune.config.schema import LoraSettings, ModelSettings
 from fedtune.data import packages
 from fedtune.models import attention
 from fedtune.models.adapter import attach
-from fedtune.models.load import check_folder, disarm_cpu_4bit, load
+from fedtune.models.load import disarm_cpu_4bit, load
+from fedtune.models.source import check_folder
 from fedtune.types import ModelError, OfflineError
 from tests.tiny import make_folder
 

@@ -92,10 +92,10 @@ def evaluate(
 def _scores(config: Any, adapter: Path | None, folder: Path, watch: Any) -> list[Score]:
     from fedtune import domains
     from fedtune.evaluation.run import evaluate_all
-    from fedtune.io import digest, file_sha256
+    from fedtune.io import digest
     from fedtune.models import load
     from fedtune.models.adapter import load_folder
-    from fedtune.models.folder import WEIGHTS
+    from fedtune.models.source import WEIGHTS, adapter_revision
 
     if adapter is not None and not (adapter / WEIGHTS).exists():
         from fedtune.models.folder import read_folder
@@ -107,7 +107,7 @@ def _scores(config: Any, adapter: Path | None, folder: Path, watch: Any) -> list
     if adapter is not None:
         model = load_folder(loaded, adapter).model
         model.eval()
-        who.append(file_sha256(adapter / WEIGHTS))
+        who.append(adapter_revision(adapter))
     tasks = domains.chosen_tasks(config)
     return evaluate_all(model, loaded.tokenizer, tasks, config, folder, digest(who), watch.evaluating)
 

@@ -15,7 +15,8 @@ from fedtune.lora import dora, product
 from fedtune.lora.base_delta import as_adapter, effective
 from fedtune.lora.state import AdapterState, LoraModule, rescaled, to_tensors, with_tensors
 from fedtune.methods import METHODS, Method, ServerState, unknown
-from fedtune.models.folder import CONFIG, WEIGHTS, FolderState
+from fedtune.models.folder import FolderState
+from fedtune.models.source import CONFIG, WEIGHTS
 from fedtune.types import ConfigError, FedtuneError, Problem, ProblemsError, nearest
 
 Weights = Callable[[str], Tensor]

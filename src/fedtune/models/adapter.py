@@ -23,9 +23,10 @@ from fedtune.lora.state import (
     with_tensors,
 )
 from fedtune.models.dropout import KeyedDropout, Keys
-from fedtune.models.folder import CONFIG, WEIGHTS, read_folder
+from fedtune.models.folder import read_folder
 from fedtune.models.load import LoadedModel
 from fedtune.models.sides import Sides, is_side
+from fedtune.models.source import CONFIG, WEIGHTS
 from fedtune.types import AdapterError, ModelError, nearest
 
 

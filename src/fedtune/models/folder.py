@@ -11,10 +11,8 @@ from torch import Tensor
 from fedtune.config.schema import LoraSettings
 from fedtune.io import read_json, tensor_header
 from fedtune.lora.state import PREFIX, A, B, LoraModule, M, from_tensors
+from fedtune.models.source import CONFIG, WEIGHTS
 from fedtune.types import AdapterError
-
-WEIGHTS = "adapter_model.safetensors"
-CONFIG = "adapter_config.json"
 
 
 def read_folder(folder: Path) -> tuple[LoraSettings, str, dict[str, Tensor]]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import hashlib
 import logging
 import shutil
 import tempfile
@@ -16,8 +15,9 @@ import torch
 from fedtune.config.schema import ModelSettings
 from fedtune.data.hub import guarded
 from fedtune.data.packages import SMOLLM2, Package, read_wheel
-from fedtune.io import cache_dir, file_sha256, read_json
+from fedtune.io import cache_dir
 from fedtune.models import attention, lean, measure
+from fedtune.models.source import check_folder, model_revision
 from fedtune.models.zoo import is_local, zoo
 from fedtune.types import ModelError
 
@@ -36,7 +36,7 @@ class LoadedModel:
         model: frozen, in evaluation mode.
         tokenizer: with a pad token.
         name: as in the settings.
-        revision: the commit it was loaded at; `sha256:…` of the weights for a folder or packaged model.
+        revision: the commit it was loaded at; `sha256:…` of a folder's files or of the packaged model.
     """
 
     model: Any
@@ -79,32 +79,6 @@ def packaged_folder(name: str) -> Path:
         log.info("converting %s (once, then cached in %s)", member, target.parent)
         _convert_gguf(raw, target)
     return target
-
-
-def _folder_revision(folder: Path) -> str:
-    """Hash a model folder's weights and configuration."""
-    files = sorted(p for p in folder.iterdir() if p.suffix == ".safetensors" or p.name == "config.json")
-    text = "".join(f"{p.name}:{file_sha256(p)};" for p in files)
-    return "sha256:" + hashlib.sha256(text.encode()).hexdigest()
-
-
-def check_folder(folder: Path) -> None:
-    """Refuse a model folder that could only be loaded by running code or unpickling.
-
-    Raises:
-        ModelError: saying how to convert it.
-    """
-    if not (folder / "config.json").is_file():
-        raise ModelError(f"{folder}: no config.json; this is not a transformers model folder")
-    if not any(folder.glob("*.safetensors")):
-        pickles = [p.name for p in folder.iterdir() if p.suffix in (".bin", ".pt", ".pth")]
-        raise ModelError(
-            f"{folder}: no safetensors weights"
-            + (f", only pickles ({', '.join(pickles[:3])}), which can run code and are not read" if pickles else "")
-            + "; convert them where you trust them: model.save_pretrained(folder, safe_serialization=True)"
-        )
-    if "auto_map" in read_json(folder / "config.json"):
-        raise ModelError(f"{folder}: its config.json asks for remote code (auto_map), which is never run")
 
 
 def _dtype(settings: ModelSettings, device: str) -> torch.dtype:
@@ -199,5 +173,5 @@ def _revision(settings: ModelSettings, source: str, model: Any) -> str:
     if settings.name in GGUF_FILES and known:
         return known.revision
     if is_local(source):
-        return _folder_revision(Path(source).expanduser())
+        return model_revision(Path(source).expanduser())
     return str(getattr(model.config, "_commit_hash", None) or settings.revision or "unknown")

@@ -1,0 +1,57 @@
+"""A folder's hash changes with everything that changes what a model says, and with nothing else."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from fedtune.models.source import adapter_revision, model_revision
+
+
+@pytest.fixture
+def copy(tiny_folder: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(tiny_folder, tmp_path / "copy"))
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "config.json",
+        "generation_config.json",
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "chat_template.jinja",
+        "special_tokens_map.json",
+        "vocab.txt",
+        "merges.txt",
+        "tokenizer.model",
+        "tokenizer.model.v3",
+        "additional_chat_templates/tools.jinja",
+        "model.safetensors.index.json",
+        "model.safetensors",
+    ],
+)
+def test_every_file_that_is_read_is_part_of_what_a_model_is(copy: Path, name: str) -> None:
+    before = model_revision(copy)
+    (copy / name).parent.mkdir(exist_ok=True)
+    with open(copy / name, "ab") as file:
+        file.write(b" ")
+    assert model_revision(copy) != before
+
+
+def test_a_readme_a_hidden_file_and_a_folder_beside_it_are_not(copy: Path, tiny_folder: Path) -> None:
+    for name in ("README.md", ".gitattributes", "pytorch_model.bin", "modeling.py", "runs/config.json"):
+        (copy / name).parent.mkdir(exist_ok=True)
+        (copy / name).write_text("about")
+    assert model_revision(copy) == model_revision(tiny_folder)
+
+
+def test_an_adapter_is_its_weights_and_its_settings(tmp_path: Path) -> None:
+    (tmp_path / "adapter_model.safetensors").write_bytes(b"weights")
+    (tmp_path / "adapter_config.json").write_text('{"lora_alpha": 8}')
+    (tmp_path / "README.md").write_text("about")
+    one = adapter_revision(tmp_path)
+    (tmp_path / "README.md").write_text("more about")
+    assert adapter_revision(tmp_path) == one
+    (tmp_path / "adapter_config.json").write_text('{"lora_alpha": 16}')
+    assert adapter_revision(tmp_path) != one
