@@ -116,6 +116,24 @@ def nearest(word: str, known: Iterable[str]) -> str:
     return f'did you mean "{match[0]}"?' if match else ""
 
 
+def plain(text: str, most: int = 4000) -> str:
+    """Return text from outside so that it can be stored, logged and shown on a terminal.
+
+    Control characters (but line ends and tabs), marks that change the direction of writing, and lone surrogates are
+    escaped. A text above `most` characters loses its middle: of a traceback, the beginning and the end say most.
+    """
+    if len(text) > most:
+        head = most // 4
+        text = f"{text[:head]} [... {len(text) - most} characters left out ...] {text[head - most :]}"
+    return "".join(c if c.isprintable() or c in "\n\t" else c.encode("unicode_escape").decode() for c in text)
+
+
+def last_line(text: str, most: int = 300) -> str:
+    """Return the last line of a text from outside that says anything (of a traceback: the error), made `plain`."""
+    lines = [line.strip() for line in plain(text).splitlines() if line.strip()]
+    return plain(lines[-1], most) if lines else "no reason given"
+
+
 def derive_seed(seed: int, *keys: str | int) -> int:
     """Return a 63-bit seed that depends on every key.
 

@@ -11,7 +11,7 @@ import typer
 
 from fedtune import __version__
 from fedtune.cli import aggregate, board, conformance, doctor, evaluate, info, run, score, sweep
-from fedtune.types import CancelledError, FedtuneError
+from fedtune.types import CancelledError, FedtuneError, plain
 
 # libraries keep quiet beside our own progress
 QUIET = {
@@ -72,7 +72,7 @@ def main() -> None:
     try:
         app()
     except (FedtuneError, CancelledError) as err:
-        typer.echo(f"{type(err).__name__}: {err}", err=True)
+        typer.echo(f"{type(err).__name__}: {plain(str(err), 100_000)}", err=True)
         sys.exit(err.exit_code)
     except KeyboardInterrupt:
         sys.exit(130)

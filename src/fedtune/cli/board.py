@@ -65,12 +65,10 @@ def verify(
     data: Annotated[str, typer.Option(help="The folder of training files, where the run read one.")] = "",
 ) -> None:
     """Run the first rounds again and hold them against the submission; exit code 4 if they differ."""
-    from rich.console import Console
-
-    from fedtune.cli.progress import TerminalReporter
+    from fedtune.cli.progress import TerminalReporter, terminal
     from fedtune.experiment.verify import verify as replay
 
-    found = replay(path, rounds, data, TerminalReporter(Console(stderr=True)))
+    found = replay(path, rounds, data, TerminalReporter(terminal(errors=True)))
     for line in found:
         typer.echo(line)
     typer.echo(f"{rounds} rounds: {'differ' if found else 'the same'}")

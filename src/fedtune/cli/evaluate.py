@@ -60,9 +60,7 @@ def evaluate(
     json_output: Annotated[bool, typer.Option("--json", help="Print the scores as JSON.")] = False,
 ) -> None:
     """Evaluate an adapter or a base model; run again, it does only what is missing."""
-    from rich.console import Console
-
-    from fedtune.cli.progress import TerminalReporter
+    from fedtune.cli.progress import TerminalReporter, terminal
     from fedtune.cli.settings import resolve
     from fedtune.cli.tables import scores as table
     from fedtune.io import digest
@@ -71,7 +69,7 @@ def evaluate(
     name, adapter = _base_of(target, base)
     resolved = resolve(None, {"domain": domain, **_layers(name, task, mode, limit, prompt)}, settings or [], data)
     folder = out or Path("evals") / digest([str(Path(target).name), resolved.config.semantic()])[:12]
-    console = Console(stderr=json_output)
+    console = terminal(errors=json_output)
     watch = TerminalReporter(console)
     try:
         found = _scores(resolved.config, adapter, folder, watch)
@@ -83,7 +81,7 @@ def evaluate(
         typer.echo(json.dumps([s.model_dump(mode="json") for s in found], indent=1))
     for each in table([Arm(name=Path(target).name, scores=found)]):
         console.print(each)
-    console.print(f"per-sample logs: {folder.resolve()}", soft_wrap=True, highlight=False)
+    console.print(f"per-sample logs: {folder.resolve()}", soft_wrap=True)
     withheld = [s for s in found if s.withheld]
     if withheld:
         raise DataError(f"{withheld[0].task}: score withheld: {withheld[0].withheld}")
@@ -122,9 +120,9 @@ def compare(
     import json
     from dataclasses import asdict
 
-    from rich.console import Console
     from rich.table import Table
 
+    from fedtune.cli.progress import terminal
     from fedtune.cli.tables import paired
     from fedtune.results.stats import compare as test
 
@@ -142,7 +140,7 @@ def compare(
     for name, r in results.items():
         span = f"{r.interval.low:+.4f} to {r.interval.high:+.4f}"
         table.add_row(name, str(r.n), f"{r.difference:+.4f}", span, str(r.only_first), str(r.only_second), f"{r.p:.3g}")
-    Console().print(table)
+    terminal().print(table)
 
 
 def _same_items(first: Path, second: Path) -> bool:

@@ -158,10 +158,11 @@ ROOMY = {
 def _show(rows: Rows) -> None:
     """Print rows as a table; on a narrow terminal without the columns that need room."""
     from rich import box
-    from rich.console import Console
     from rich.table import Table
 
-    console = Console()
+    from fedtune.cli.progress import terminal
+
+    console = terminal()
     hidden = [name for name in rows[0] if name in ROOMY] if console.width < WIDE and len(rows[0]) > 2 else []
     shown = [name for name in rows[0] if name not in hidden]
     table = Table(header_style="bold", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
@@ -214,8 +215,9 @@ def _plot(counts: list[dict[str, int]], path: Path, title: str) -> None:
 
 def _shares(counts: list[dict[str, int]]) -> None:
     """Print rows a client as a table with bars; many natural keys are summed up."""
-    from rich.console import Console
     from rich.table import Table
+
+    from fedtune.cli.progress import terminal
 
     keys = sorted({k for c in counts for k in c})
     shown = keys if len(keys) <= 6 else []
@@ -225,7 +227,7 @@ def _shares(counts: list[dict[str, int]]) -> None:
         total = sum(count.values())
         bar = "█" * round(24 * total / most) or "·"
         table.add_row(str(client), str(total), *(str(count.get(k, 0)) for k in shown), bar)
-    Console().print(table)
+    terminal().print(table)
 
 
 def data(

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import time
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
+from rich.text import Text
 
 from fedtune.experiment.report import Reporter
+from fedtune.types import last_line, plain
 
 if TYPE_CHECKING:
     from fedtune.config import Config
@@ -16,6 +18,20 @@ if TYPE_CHECKING:
     from fedtune.types import RoundRecord
 
 QUIET_SECONDS = 15.0
+
+
+class PlainConsole(Console):
+    """A console that takes every text, of tables too, as it stands: names, paths and errors come from outside."""
+
+    def render_str(self, text: str, **options: Any) -> Text:
+        """Return a text without markup, emoji or control characters in it."""
+        options.update(markup=False, emoji=False, highlight=False)
+        return super().render_str(plain(text), **options)
+
+
+def terminal(*, errors: bool = False) -> Console:
+    """Return the console that commands print on: standard output, or standard error."""
+    return PlainConsole(stderr=errors)
 
 
 def size(count: float) -> str:
@@ -58,17 +74,19 @@ class TerminalReporter(Reporter):
         if not self.live:
             if time.monotonic() - self._spoke > QUIET_SECONDS:
                 self._spoke = time.monotonic()
-                self.console.print(text, highlight=False)
+                self.note(text)
             return
         if self._bar is None:
-            self._bar = Progress(BarColumn(24), TextColumn("{task.description}"), console=self.console, transient=True)
+            self._bar = Progress(
+                BarColumn(24), TextColumn("{task.description}", markup=False), console=self.console, transient=True
+            )
             self._bar.start()
             self._task = self._bar.add_task("", total=1)
-        self._bar.update(self._task, completed=done, total=max(total, 1), description=text)
+        self._bar.update(self._task, completed=done, total=max(total, 1), description=plain(text))
 
     def note(self, text: str) -> None:
-        """Print a remark above the progress."""
-        self.console.print(text, highlight=False)
+        """Print a remark above the progress; whatever is in it is shown as it stands."""
+        self.console.print(Text(plain(text)))
 
     def plan(self, config: Config, budget: Budget) -> None:
         """Say what the run will need."""
@@ -112,15 +130,13 @@ class TerminalReporter(Reporter):
         self._expected = self._expected or 1
         elapsed = time.monotonic() - self._began
         loss = "-" if record.loss is None else f"{record.loss:.4f}"
-        self.console.print(
+        self.note(
             f"{self._arm} round {record.round}/{self._rounds}: {record.status}, "
             f"{len(record.clients)}/{len(record.cohort)} clients, loss {loss}, "
-            f"{size(record.bytes_down + record.bytes_up)}, {clock(elapsed)} so far",
-            highlight=False,
+            f"{size(record.bytes_down + record.bytes_up)}, {clock(elapsed)} so far"
         )
         for rejection in record.rejected:
-            last = rejection.detail.strip().splitlines()[-1]
-            self.console.print(f"  client {rejection.client} not used: {rejection.reason}: {last}", highlight=False)
+            self.note(f"  client {rejection.client} not used: {rejection.reason}: {last_line(rejection.detail)}")
         self._spoke = time.monotonic()
 
     def evaluating(self, what: str, done: int, total: int) -> None:

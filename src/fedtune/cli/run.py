@@ -96,13 +96,11 @@ def _print(resolved: Settings) -> None:
 
 
 def _execute(resolved: Settings, out: Path | None, resume: bool, force: bool, extra: list[str], as_json: bool) -> None:
-    from rich.console import Console
-
-    from fedtune.cli.progress import TerminalReporter
+    from fedtune.cli.progress import TerminalReporter, terminal
     from fedtune.cli.tables import doubts, scores
     from fedtune.experiment.run import run as execute
 
-    console = Console(stderr=as_json)
+    console = terminal(errors=as_json)
     watch = TerminalReporter(console)
     folder, result = execute(resolved, out, resume=resume, force=force, extra_arms=extra, reporter=watch)
     if as_json:
@@ -111,5 +109,5 @@ def _execute(resolved: Settings, out: Path | None, resume: bool, force: bool, ex
         console.print(table)
     console.print("* the paired 95 % interval of the gain excludes 0", style="dim")
     for line in doubts(result):
-        console.print(line, highlight=False)
-    console.print(f"run folder: {folder.resolve()}", soft_wrap=True, highlight=False)
+        console.print(line)
+    console.print(f"run folder: {folder.resolve()}", soft_wrap=True)

@@ -72,20 +72,18 @@ def sweep(
 def _execute(axes: Mapping[str, Sequence[Any]], build: Any, out: Path, *, as_json: bool) -> None:
     import json
 
-    from rich.console import Console
-
-    from fedtune.cli.progress import TerminalReporter
+    from fedtune.cli.progress import TerminalReporter, terminal
     from fedtune.experiment.sweep import points
     from fedtune.experiment.sweep import sweep as execute
 
     chosen = points(axes, build, out)
-    console = Console(stderr=as_json)
-    console.print(f"{len(chosen)} runs: " + " x ".join(f"{len(v)} {k}" for k, v in axes.items()), highlight=False)
+    console = terminal(errors=as_json)
+    console.print(f"{len(chosen)} runs: " + " x ".join(f"{len(v)} {k}" for k, v in axes.items()))
     rows = execute(chosen, out, TerminalReporter(console))
     if as_json:
         typer.echo(json.dumps(rows, indent=1))
     console.print(_table(rows, axes))
-    console.print(f"sweep folder: {out.resolve()}", soft_wrap=True, highlight=False)
+    console.print(f"sweep folder: {out.resolve()}", soft_wrap=True)
 
 
 def _table(rows: Sequence[Mapping[str, Any]], axes: Mapping[str, Sequence[Any]]) -> Any:

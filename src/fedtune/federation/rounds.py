@@ -23,7 +23,7 @@ from fedtune.methods import ClientUpdate, Recipe, ServerState
 from fedtune.models.budget import message_bytes
 from fedtune.privacy.screen import Expected, Screened, Screening
 from fedtune.training.schedule import learning_rate
-from fedtune.types import RoundRecord, RunFailedError, derive_seed
+from fedtune.types import RoundRecord, RunFailedError, derive_seed, last_line
 
 POLL = 0.2
 When = tuple[int, int]
@@ -291,5 +291,5 @@ def run_rounds(fed: Federation, start: ServerState) -> Progress:
 
 def _why_failed(progress: Progress, limit: int) -> str:
     last = progress.records[-1]
-    reasons = "; ".join(f"client {r.client}: {r.reason} ({r.detail.strip().splitlines()[-1]})" for r in last.rejected)
+    reasons = "; ".join(f"client {r.client}: {r.reason} ({last_line(r.detail)})" for r in last.rejected)
     return f"{limit} rounds in a row had too few good updates; the last: {reasons}"
