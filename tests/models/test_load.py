@@ -1,4 +1,5 @@
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -45,9 +46,55 @@ def test_pickles_and_remote_code_are_refused_with_the_way_out(tiny_folder: Path,
         load(ModelSettings(name=str(folder)))
 
 
-def test_a_truncated_weight_file_is_an_error_of_ours(tiny_folder: Path, tmp_path: Path) -> None:
-    import shutil
+@pytest.mark.parametrize("name", ["tokenizer_config.json", "generation_config.json", "processor_config.json"])
+def test_code_named_by_any_settings_is_never_run(
+    tiny_folder: Path, tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Transformers would ask on the terminal, and run the file after a yes."""
+    monkeypatch.setattr("builtins.input", lambda _: "y")
+    folder = Path(shutil.copytree(tiny_folder, tmp_path / "model"))
+    old = json.loads((folder / name).read_text()) if (folder / name).exists() else {}
+    code = {"tokenizer_class": "Own", "auto_map": {"AutoTokenizer": [None, "own.Own"]}}
+    (folder / name).write_text(json.dumps({**old, **code}))
+    (folder / "own.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\nfrom transformers import *\n")
+    with pytest.raises(ModelError, match=f"{name} asks for remote code"):
+        load(ModelSettings(name=str(folder)))
+    assert not (tmp_path / "ran").exists()
 
+
+def test_a_hub_model_is_told_to_run_no_code_with_and_without_a_revision(monkeypatch: pytest.MonkeyPatch) -> None:
+    import transformers
+
+    asked = []
+
+    def refuse(name: str, **options: Any) -> None:
+        asked.append(options["trust_remote_code"])
+        raise ValueError("stop here")
+
+    monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", refuse)
+    for revision in ("", "0" * 40):
+        with pytest.raises(ModelError, match="stop here"):
+            load(ModelSettings(name="some/model", revision=revision))
+    assert asked == [False, False]
+
+
+def test_every_call_that_could_fetch_code_forbids_it() -> None:
+    """A call without `trust_remote_code` asks on the terminal; data sets with code are not loaded at all any more."""
+    import ast
+
+    import fedtune
+
+    loose = []
+    for path in Path(fedtune.__file__).parent.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Call) and getattr(node.func, "attr", "") == "from_pretrained":
+                given = {k.arg for k in node.keywords} | {getattr(k.value, "id", "") for k in node.keywords}
+                if not given & {"trust_remote_code", "common"}:
+                    loose.append(f"{path.name}:{node.lineno}")
+    assert not loose
+
+
+def test_a_truncated_weight_file_is_an_error_of_ours(tiny_folder: Path, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(tiny_folder, tmp_path / "cut"))
     whole = (folder / "model.safetensors").read_bytes()
     (folder / "model.safetensors").write_bytes(whole[: len(whole) // 2])

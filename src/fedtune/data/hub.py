@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -31,7 +32,7 @@ class HubSet:
 
 
 def explain(error: BaseException, what: str, failure: type[FedtuneError]) -> FedtuneError:
-    """Turn an error of the Hub's libraries into one that names the remedy."""
+    """Turn an error of the Hub's libraries into one that names the cause and the remedy."""
     chain: list[BaseException] = []
     current: BaseException | None = error
     while current is not None and current not in chain:
@@ -44,20 +45,43 @@ def explain(error: BaseException, what: str, failure: type[FedtuneError]) -> Fed
         return failure(f"{what}: that revision is gone; the repository was moved or rewritten. Pin another one")
     if names & {"RepositoryNotFoundError", "DatasetNotFoundError"} and not _is_offline(names):
         return failure(f"{what} does not exist, was moved, or is private; check the id (and `hf auth login`)")
-    if _is_offline(names) or isinstance(error, (OSError, ConnectionError)):
+    said = " ".join(str(error).split())
+    if _is_offline(names):
         return OfflineError(
             f"{what} is not in the local cache and the Hub cannot be reached"
             + (" (HF_HUB_OFFLINE is set)" if os.environ.get("HF_HUB_OFFLINE") else "")
-            + f": {error}. Fetch it once on a connected machine and copy HF_HOME, or use "
-            + ("a local one: --model FOLDER." if failure is ModelError else "--data FOLDER, or packaged data.")
+            + f": {said}. Fetch it once on a connected machine and copy HF_HOME, or use "
+            + ("a local folder in its place." if failure is ModelError else "--data FOLDER, or packaged data.")
         )
-    return failure(f"{what}: {type(error).__name__}: {error}")
+    if local := next((e for e in chain if isinstance(e, OSError) and e.errno is not None), None):
+        return failure(f"{what}: {_of_the_system(local)}")
+    return failure(f"{what}: {said}" if isinstance(error, OSError) else f"{what}: {type(error).__name__}: {said}")
+
+
+def _of_the_system(error: OSError) -> str:
+    """Say what the file system refused, and what to do."""
+    remedy = {
+        errno.ENOSPC: "free some space, or set HF_HOME and FEDTUNE_CACHE to another disk",
+        errno.EDQUOT: "free some space, or set HF_HOME and FEDTUNE_CACHE to another disk",
+        errno.EACCES: "it must be readable, and the cache (HF_HOME, FEDTUNE_CACHE) writable",
+        errno.EPERM: "it must be readable, and the cache (HF_HOME, FEDTUNE_CACHE) writable",
+        errno.EROFS: "set HF_HOME and FEDTUNE_CACHE to a folder that can be written",
+    }
+    where = f": {error.filename}" if error.filename else ""
+    return f"{error.strerror}{where}" + (f"; {remedy[error.errno]}" if error.errno in remedy else "")
 
 
 def _is_offline(names: set[str]) -> bool:
     offline = {
         "OfflineModeIsEnabled",
         "ConnectionError",
+        "ConnectionRefusedError",
+        "ConnectionResetError",
+        "ConnectionAbortedError",
+        "TimeoutError",
+        "ReadTimeout",
+        "gaierror",
+        "ProxyError",
         "ConnectError",
         "ConnectTimeout",
         "LocalEntryNotFoundError",

@@ -17,6 +17,7 @@ from fedtune.data.hub import guarded
 from fedtune.data.packages import SMOLLM2, Package, read_wheel
 from fedtune.io import cache_dir
 from fedtune.models import attention, lean, measure
+from fedtune.models.checks import check_complete, check_finite, check_vocabulary, quantised_bits
 from fedtune.models.source import check_folder, model_revision
 from fedtune.models.zoo import is_local, zoo
 from fedtune.types import ModelError
@@ -57,8 +58,12 @@ def _convert_gguf(raw: bytes, target: Path) -> None:
     with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
         source, made = Path(scratch) / "model.gguf", Path(scratch) / "made"
         source.write_bytes(raw)
-        tokenizer = AutoTokenizer.from_pretrained(scratch, gguf_file=source.name)
-        loaded = AutoModelForCausalLM.from_pretrained(scratch, gguf_file=source.name, dtype=torch.float32)
+        common: dict[str, Any] = {"gguf_file": source.name, "trust_remote_code": False}
+        tokenizer = AutoTokenizer.from_pretrained(scratch, **common)
+        loaded, info = AutoModelForCausalLM.from_pretrained(
+            scratch, dtype=torch.float32, output_loading_info=True, **common
+        )
+        check_complete("the GGUF file", loaded, info)
         config = copy.deepcopy(loaded.config)
         del config.quantization_config
         model = AutoModelForCausalLM.from_config(config)
@@ -128,40 +133,51 @@ def _where(settings: ModelSettings) -> tuple[str, str | None]:
     return settings.name, settings.revision or (known.revision if known else "") or None
 
 
+def _read(what: str, source: str, settings: ModelSettings, device: str, common: dict[str, Any]) -> Any:
+    """Return a model whose every weight is from its checkpoint."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    stored = quantised_bits(what, AutoConfig.from_pretrained(source, **common), settings.quantization)
+    asked = {} if stored or not settings.quantization else {"quantization_config": _quantization(settings.quantization)}
+    model, info = AutoModelForCausalLM.from_pretrained(
+        source,
+        dtype=_dtype(settings, device),
+        use_safetensors=True,
+        attn_implementation=attention.register(),
+        ignore_mismatched_sizes=True,  # to be named below
+        output_loading_info=True,
+        **({} if not settings.quantization else {"device_map": {"": device}}),
+        **asked,
+        **common,
+    )
+    if getattr(model, "_hf_peft_config_loaded", False):
+        raise ModelError(f"{what} is an adapter and no base model; download it and use: fedtune eval FOLDER")
+    check_complete(what, model, info)
+    return model
+
+
 def load(settings: ModelSettings, device: str | None = None) -> LoadedModel:
     """Load a base model, in bfloat16 where this machine is clearly faster in it; safetensors only, no remote code.
 
     Raises:
-        ModelError: it cannot be loaded as asked.
+        ModelError: it cannot be loaded as asked, is not whole, or its tokenizer is another model's.
         OfflineError: it is on the Hub, not cached, and the Hub cannot be reached.
     """
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoTokenizer
 
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     source, revision = _where(settings)
-    dtype = _dtype(settings, device)
-    extra = {"quantization_config": _quantization(settings.quantization)} if settings.quantization else {}
     what = f"base model {settings.name}"
-    common: dict[str, Any] = {"revision": revision, "trust_remote_code": False} if revision else {}
+    common: dict[str, Any] = {"revision": revision, "trust_remote_code": False}
     tokenizer = guarded(lambda: AutoTokenizer.from_pretrained(source, **common), what, ModelError)
-    model = guarded(
-        lambda: AutoModelForCausalLM.from_pretrained(
-            source,
-            dtype=dtype,
-            use_safetensors=True,
-            attn_implementation=attention.register(),
-            **({} if not settings.quantization else {"device_map": {"": device}}),
-            **extra,
-            **common,
-        ),
-        what,
-        ModelError,
-    )
+    model = guarded(lambda: _read(what, source, settings, device, common), what, ModelError)
     if not settings.quantization:
         model.to(device)
     disarm_cpu_4bit(model)
     model.requires_grad_(False)
     model.eval()
+    check_finite(what, model)
+    check_vocabulary(what, model, tokenizer)
     lean.slim(model)
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token

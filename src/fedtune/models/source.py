@@ -5,12 +5,14 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 from fedtune.io import file_sha256, read_json
 from fedtune.types import ModelError
 
 WEIGHTS = "adapter_model.safetensors"
 CONFIG = "adapter_config.json"
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 
 # what no loader reads: texts about a model, code, pickles, and weights in the formats of other libraries
 _UNREAD = {".md", ".py", ".pyc", ".bin", ".pt", ".pth", ".pkl", ".ckpt", ".h5", ".msgpack", ".onnx", ".gguf"}
@@ -38,14 +40,28 @@ def adapter_revision(folder: Path) -> str:
     return _hash(folder, [folder / WEIGHTS, folder / CONFIG])
 
 
-def check_folder(folder: Path) -> None:
-    """Refuse a model folder that could only be loaded by running code or unpickling.
+def _names(value: Any, key: str) -> bool:
+    """Tell whether a JSON value has a key anywhere inside."""
+    if isinstance(value, dict):
+        return key in value or any(_names(v, key) for v in value.values())
+    return isinstance(value, list) and any(_names(v, key) for v in value)
 
-    Raises:
-        ModelError: saying how to convert it.
-    """
-    if not (folder / "config.json").is_file():
-        raise ModelError(f"{folder}: no config.json; this is not a transformers model folder")
+
+def _check_settings(folder: Path) -> None:
+    """Refuse settings that ask for code, or that cannot be read: loaders pass over some of them without a word."""
+    for path in sorted(folder.glob("*config.json")):
+        if _names(settings := read_json(path), "auto_map"):
+            raise ModelError(
+                f"{folder}: its {path.name} asks for remote code (auto_map), which is never run; "
+                "if transformers has the class itself, remove auto_map from the file"
+            )
+        if not isinstance(settings, dict):
+            raise ModelError(f"{path}: not a JSON object")
+    if (folder / "custom_generate").exists():
+        raise ModelError(f"{folder}: its custom_generate folder replaces generation by remote code, which is never run")
+
+
+def _check_weights(folder: Path) -> None:
     if not any(folder.glob("*.safetensors")):
         pickles = [p.name for p in folder.iterdir() if p.suffix in (".bin", ".pt", ".pth")]
         raise ModelError(
@@ -53,5 +69,34 @@ def check_folder(folder: Path) -> None:
             + (f", only pickles ({', '.join(pickles[:3])}), which can run code and are not read" if pickles else "")
             + "; convert them where you trust them: model.save_pretrained(folder, safe_serialization=True)"
         )
-    if "auto_map" in read_json(folder / "config.json"):
-        raise ModelError(f"{folder}: its config.json asks for remote code (auto_map), which is never run")
+    index = folder / INDEX
+    if (folder / SINGLE).exists() or not index.exists():
+        return
+    shards = read_json(index).get("weight_map", {}).values()
+    absent = sorted({name for name in shards if not (folder / name).exists()})
+    if absent:
+        raise ModelError(
+            f"{folder}: {', '.join(absent[:3])} is named in {INDEX} and is not there; copy the folder again, whole"
+        )
+
+
+def _check_tokenizer(folder: Path) -> None:
+    kinds = ("tokenizer*", "vocab*", "*.model", "*.tiktoken", "tekken.json", "spiece*")
+    if not any(True for kind in kinds for _ in folder.glob(kind)):
+        raise ModelError(f"{folder}: no tokenizer; add the model's own: tokenizer.save_pretrained({str(folder)!r})")
+
+
+def check_folder(folder: Path) -> None:
+    """Refuse a model folder that is not whole, or could only be loaded by running code or unpickling.
+
+    Raises:
+        ModelError: saying what is missing, or how to convert it.
+        CorruptFileError: a settings file is not JSON.
+    """
+    if (folder / CONFIG).exists():
+        raise ModelError(f"{folder}: has an {CONFIG}, so it is an adapter and no base model: fedtune eval {folder}")
+    if not (folder / "config.json").is_file():
+        raise ModelError(f"{folder}: no config.json; this is not a transformers model folder")
+    _check_weights(folder)
+    _check_settings(folder)
+    _check_tokenizer(folder)

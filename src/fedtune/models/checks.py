@@ -1,0 +1,143 @@
+"""What must hold of a model that has just been loaded, before anything is computed with it."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+
+from fedtune.types import ModelError
+
+log = logging.getLogger("fedtune")
+
+# where a checkpoint of something else usually comes from, by what its names begin with
+_WRAPPERS = {
+    "base_model.model.": "a PEFT model was saved whole; save model.merge_and_unload() instead",
+    "module.": "a DataParallel wrapper was saved; save its .module instead",
+    "_orig_mod.": "a compiled model was saved; save its ._orig_mod instead",
+}
+_INSIDE = {
+    ".base_layer.": "a PEFT model was saved whole; save model.merge_and_unload() instead",
+    ".lora_": "an adapter was saved with the model; save model.merge_and_unload() instead",
+    "_fsdp_wrapped_module.": "an FSDP wrapper was saved; save its full state dict instead",
+}
+
+
+def _some(names: Iterable[str]) -> str:
+    found = sorted(names)
+    return ", ".join(found[:3]) + (f" and {len(found) - 3} more" if len(found) > 3 else "")
+
+
+def _cause(missing: Iterable[str], unexpected: Iterable[str]) -> str:
+    """Say where a checkpoint's names come from, if they tell."""
+    wanted, found = set(missing), sorted(unexpected)
+    for mark, why in _INSIDE.items():
+        if any(mark in name for name in found):
+            return f"; its names have {mark!r}: {why}"
+    for name in found:
+        prefix = next((name.removesuffix(w) for w in wanted if name.endswith("." + w)), "")
+        if prefix:
+            return f"; its names begin with {prefix!r}" + (f": {_WRAPPERS[prefix]}" if prefix in _WRAPPERS else "")
+    return ""
+
+
+def _dropped(model: Any, unexpected: Iterable[str]) -> list[str]:
+    """Return the tensors that belong inside a module of the model, and so were dropped from what it computes.
+
+    A whole part that a language model does not have (a vision tower, a value head) is none of its modules' business.
+    """
+    modules = dict(model.named_modules())
+    top = {"", str(model.base_model_prefix)}
+
+    def home(name: str) -> str:
+        parts = name.split(".")
+        return next(p for p in (".".join(parts[:i]) for i in range(len(parts) - 1, -1, -1)) if p in modules)
+
+    return [name for name in unexpected if home(name) not in top]
+
+
+def check_complete(what: str, model: Any, info: Mapping[str, Any]) -> None:
+    """Refuse a model of which a part is not from its checkpoint, and would be random.
+
+    Args:
+        what: is loaded.
+        model: as it was made.
+        info: transformers' loading information: tied weights and recomputed buffers are not missing there.
+
+    Raises:
+        ModelError: naming tensors, shapes and the likely cause.
+    """
+    missing, unexpected = info["missing_keys"], info["unexpected_keys"]
+    if info["mismatched_keys"]:
+        name, got, wanted = sorted(info["mismatched_keys"])[0]
+        raise ModelError(
+            f"{what}: {len(info['mismatched_keys'])} tensors have other shapes than its config.json says; "
+            f"{name} is {tuple(got)}, expected {tuple(wanted)}"
+        )
+    if missing:
+        raise ModelError(
+            f"{what}: its weights lack {len(missing)} tensors, which would be random: {_some(missing)}"
+            + (f"; they have {len(unexpected)} unknown ones: {_some(unexpected)}" if unexpected else "")
+            + _cause(missing, unexpected)
+        )
+    if lost := _dropped(model, unexpected):
+        raise ModelError(
+            f"{what}: its weights have {len(lost)} tensors that its config.json makes no use of: {_some(lost)}"
+            + _cause(missing, lost)
+        )
+    if unexpected:
+        log.warning("%s: not part of the language model, left out: %s", what, _some(unexpected))
+
+
+def check_finite(what: str, model: Any) -> None:
+    """Refuse weights with NaN or infinity: whatever is computed with them looks like an answer and is none.
+
+    Raises:
+        ModelError: naming the tensor.
+    """
+    for name, weight in model.named_parameters():
+        if weight.dtype not in (torch.float64, torch.float32, torch.float16, torch.bfloat16) or not weight.numel():
+            continue
+        # one pass without a copy; a NaN anywhere makes both ends NaN
+        if not all(bool(torch.isfinite(end)) for end in torch.aminmax(weight.detach())):
+            raise ModelError(f"{what}: {name} has NaN or infinity; the file is damaged, or was saved from a failed run")
+
+
+def check_vocabulary(what: str, model: Any, tokenizer: Any) -> None:
+    """Refuse a tokenizer that gives tokens the model has no row for. A token that only pads is never looked up.
+
+    Raises:
+        ModelError: naming the first such token.
+    """
+    rows = model.get_input_embeddings().weight.shape[0]
+    outside = {t: i for t, i in tokenizer.get_vocab().items() if i >= rows and t != tokenizer.pad_token}
+    if outside:
+        token = min(outside, key=outside.__getitem__)
+        raise ModelError(
+            f"{what}: its tokenizer has {len(outside)} tokens beyond the model's {rows} (first: {token!r} is number "
+            f"{outside[token]}); use the model's own tokenizer, or save the model after resize_token_embeddings"
+        )
+
+
+def quantised_bits(what: str, config: Any, asked: int) -> int:
+    """Return the bits a model's weights are stored in, 0 if they are not quantised; they must be what was asked.
+
+    Raises:
+        ModelError: another number of bits, or a way of quantising that no setting stands for.
+    """
+    stored = getattr(config, "quantization_config", None)
+    if not stored:
+        return 0
+    facts = stored if isinstance(stored, dict) else stored.to_dict()
+    kind = str(facts.get("quant_method") or "an unknown method")
+    if kind.rsplit(".", 1)[-1].lower() not in ("bitsandbytes", "bitsandbytes_4bit", "bitsandbytes_8bit"):
+        raise ModelError(f"{what} is quantised by {kind}, which is not supported; use its unquantised weights")
+    bits = 4 if facts.get("load_in_4bit") else 8
+    if bits != asked:
+        raise ModelError(
+            f"{what} is stored in {bits} bits and model.quantization is {asked}; set model.quantization={bits}, "
+            "or use its unquantised weights"
+        )
+    return bits
