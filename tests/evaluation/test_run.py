@@ -280,7 +280,7 @@ def test_one_bad_item_is_an_error_and_counts_as_wrong(
     strict = settings(eval__max_error_rate=0.0).config
     withheld = evaluate(model.model, model.tokenizer, loaded, "likelihood", strict, tmp_path / "b.jsonl", "me")
     assert withheld.score is None
-    assert withheld.withheld == "1 of 24 items raised an error, more than 0.0%"
+    assert withheld.withheld == "1 of 24 items raised an error, more than 0.0%: ValueError: cannot encode this"
 
 
 def test_a_limit_takes_the_same_sample_in_file_order(tiny_config: Config) -> None:

@@ -143,6 +143,20 @@ def test_resuming_with_other_code_data_or_model_is_refused(
         run(short, out, resume=True)
 
 
+def test_resuming_with_another_tokenizer_is_refused_with_the_file_that_changed(
+    settings: Callable[..., Settings], tiny_folder: Path, tmp_path: Path
+) -> None:
+    model = Path(shutil.copytree(tiny_folder, tmp_path / "model"))
+    short = settings(
+        model={"name": str(model)}, federation={"clients": 2, "rounds": 1}, train={"max_steps": 1}, eval={"limit": 2}
+    )
+    run(short, tmp_path / "run")
+    with open(model / "tokenizer_config.json", "a") as file:
+        file.write(" ")
+    with pytest.raises(ResumeError, match=r"model_files\.tokenizer_config\.json: '\w+' -> '\w+'"):
+        run(short, tmp_path / "run", resume=True)
+
+
 def test_a_run_is_never_overwritten_unasked(short: Settings, uninterrupted: Path) -> None:
     before = (uninterrupted / "manifest.json").read_bytes()
     with pytest.raises(ResumeError, match="already holds a run; continue it with --resume"):

@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
 from fedtune.types import AdapterError, ConfigError, DataError, Problem
-
-if TYPE_CHECKING:
-    from fedtune.results.schema import Score
 
 
 def _modes(mode: str) -> list[str]:
@@ -63,6 +60,7 @@ def evaluate(
     from fedtune.cli.progress import TerminalReporter, terminal
     from fedtune.cli.settings import resolve
     from fedtune.cli.tables import scores as table
+    from fedtune.experiment.evaluate import evaluate as execute
     from fedtune.io import digest
     from fedtune.results.schema import Arm
 
@@ -70,11 +68,7 @@ def evaluate(
     resolved = resolve(None, {"domain": domain, **_layers(name, task, mode, limit, prompt)}, settings or [], data)
     folder = out or Path("evals") / digest([str(Path(target).name), resolved.config.semantic()])[:12]
     console = terminal(errors=json_output)
-    watch = TerminalReporter(console)
-    try:
-        found = _scores(resolved.config, adapter, folder, watch)
-    finally:
-        watch.close()
+    found = execute(resolved.config, adapter, folder, TerminalReporter(console))
     if json_output:
         import json
 
@@ -85,29 +79,6 @@ def evaluate(
     withheld = [s for s in found if s.withheld]
     if withheld:
         raise DataError(f"{withheld[0].task}: score withheld: {withheld[0].withheld}")
-
-
-def _scores(config: Any, adapter: Path | None, folder: Path, watch: Any) -> list[Score]:
-    from fedtune import domains
-    from fedtune.evaluation.run import evaluate_all
-    from fedtune.io import digest
-    from fedtune.models import load
-    from fedtune.models.adapter import load_folder
-    from fedtune.models.source import WEIGHTS, adapter_revision
-
-    if adapter is not None and not (adapter / WEIGHTS).exists():
-        from fedtune.models.folder import read_folder
-
-        read_folder(adapter)  # says why it is refused before the base model is loaded
-    loaded = load.load(config.model)
-    who = [f"{loaded.name}@{loaded.revision}"]
-    model = loaded.model
-    if adapter is not None:
-        model = load_folder(loaded, adapter).model
-        model.eval()
-        who.append(adapter_revision(adapter))
-    tasks = domains.chosen_tasks(config)
-    return evaluate_all(model, loaded.tokenizer, tasks, config, folder, digest(who), watch.evaluating)
 
 
 def compare(

@@ -31,7 +31,8 @@ def interval(score: Score) -> str:
 
 def _samples(path: Path) -> dict[int, float]:
     rows = read_lines(path, torn_tail=True)[1:]
-    return {r["i"]: sample_value(r) for r in as_counted(rows)}
+    # a solution that raised has no likelihood, not even a bad one
+    return {r["i"]: sample_value(r) for r in as_counted(rows) if not ("value" in r and r["value"] is None)}
 
 
 def paired(first: Path, second: Path) -> tuple[list[float], list[float]]:
@@ -43,7 +44,7 @@ def paired(first: Path, second: Path) -> tuple[list[float], list[float]]:
 
 def _delta(run: Path | None, arm: Arm, score: Score) -> str:
     """Return the gain over the base model with its paired interval."""
-    if run is None or arm.name in ("base", "local-only"):
+    if run is None or arm.name in ("base", "local-only") or score.withheld:
         return ""
     name = f"{score.task}.{score.mode}.jsonl"
     first, second = run / "evals/base" / name, run / "evals" / arm.name / name

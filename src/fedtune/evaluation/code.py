@@ -11,8 +11,9 @@ import torch
 
 from fedtune.config import Config
 from fedtune.evaluation import programs, sandbox
-from fedtune.evaluation.generate import Decoding, complete
+from fedtune.evaluation.generate import BATCH, Decoding, complete
 from fedtune.evaluation.items import TaskItems
+from fedtune.evaluation.retry import Failed, batches
 from fedtune.io import append_lines
 from fedtune.results.schema import Score
 
@@ -81,6 +82,16 @@ def _run_batch(loaded: TaskItems, start: int, completions: Sequence[Sequence[str
     return rows
 
 
+def _rows(loaded: TaskItems, start: int, made: Sequence[Any], samples: int) -> list[Sample]:
+    """Return a batch's rows; where generating raised, the program is the prompt alone, and the row says why."""
+    texts = [[""] * samples if isinstance(each, Failed) else each for each in made]
+    rows = _run_batch(loaded, start, texts)
+    for row, each in zip(rows, made, strict=True):
+        if isinstance(each, Failed):
+            row["error"] = each.text
+    return rows
+
+
 def evaluate_programs(
     model: Any,
     tokenizer: Any,
@@ -109,22 +120,17 @@ def evaluate_programs(
     task, samples = loaded.task, config.eval.samples if mode == "official" else 1
     if reason := unavailable(loaded):
         return Score(task=task.name, mode=mode, metric="pass@1", n=len(loaded.items), score=None, withheld=reason)
-    missing = loaded.items[len(rows) :]
-    stops = [task.stop] * len(missing)
-    made = complete(
-        model,
-        tokenizer,
-        [item.prompt for item in missing],
-        stops,
-        decoding(loaded, mode, config),
-        samples,
-        loaded.places[len(rows) :],
-    )
+
+    def ask(first: int, last: int) -> Iterator[list[list[str]]]:
+        prompts = [item.prompt for item in loaded.items[first:last]]
+        how, stops = decoding(loaded, mode, config), [task.stop] * len(prompts)
+        return complete(model, tokenizer, prompts, stops, how, samples, loaded.places[first:last])
+
     with _precision(model, mode):
-        for batch in made:
-            fresh = _run_batch(loaded, len(rows), batch)
+        for batch in batches(ask, len(rows), len(loaded.items), BATCH):
+            fresh = _rows(loaded, len(rows), batch, samples)
             append_lines(log, fresh)
             rows += fresh
             if on_items:
                 on_items(f"{task.name} ({mode})", len(rows), len(loaded.items))
-    return programs.summarise(task.name, mode, rows, samples, loaded.sha256)
+    return programs.summarise(task.name, mode, rows, samples, loaded.sha256, config.eval.max_error_rate)

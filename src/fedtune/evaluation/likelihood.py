@@ -6,7 +6,7 @@ the letter's own log-probability.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -53,16 +53,16 @@ def _texts(candidates: Sequence[Encoded]) -> list[tuple[int, ...]]:
     return [candidates[0].ids[: candidates[0].start]] if _shared(candidates) else [c.ids for c in candidates]
 
 
-def _batches(items: Sequence[list[Encoded]], limit: int) -> Iterator[list[int]]:
+def _batches(items: Iterable[list[Encoded]], limit: int) -> Iterator[list[list[Encoded]]]:
     """Group neighbouring items into packed rows of at most `limit` tokens."""
-    batch: list[int] = []
+    batch: list[list[Encoded]] = []
     size = 0
-    for index, candidates in enumerate(items):
+    for candidates in items:
         tokens = sum(map(len, _texts(candidates)))
         if batch and size + tokens > limit:
             yield batch
             batch, size = [], 0
-        batch.append(index)
+        batch.append(candidates)
         size += tokens
     if batch:
         yield batch
@@ -105,9 +105,8 @@ def _read(logits: Tensor, batch: Sequence[list[Encoded]]) -> list[list[float]]:
 @torch.inference_mode()
 def score(model: Any, tokenizer: Any, items: Sequence[Item], kind: str, config: Config) -> Iterator[list[list[float]]]:
     """Yield, batch by batch and in order, each item's score of each answer (mean log-probability, nats a token)."""
-    encoded = [_candidates(item, kind, tokenizer, config) for item in items]
-    for batch in _batches(encoded, MAX_TOKENS):
-        chosen = [encoded[i] for i in batch]
+    encoded = (_candidates(item, kind, tokenizer, config) for item in items)
+    for chosen in _batches(encoded, MAX_TOKENS):
         texts, keep = _plan(chosen)
         logits = packed_logits(model, texts, keep, share_prefix=True).float().log_softmax(-1)
         yield _read(logits, chosen)

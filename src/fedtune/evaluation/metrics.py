@@ -11,6 +11,9 @@ from fedtune.evaluation.extract import strict_answer
 from fedtune.results.schema import Score
 from fedtune.results.stats import Interval, macro_f1, mean_interval, proportion_interval
 
+# letters of an error that are shown beside a score that is withheld
+MAX_ERROR = 300
+
 
 def _pair(interval: Interval | None) -> tuple[float, float] | None:
     return (interval.low, interval.high) if interval else None
@@ -67,10 +70,16 @@ def trivial_score(score: Score) -> tuple[float, tuple[float, float] | None] | No
     return share, _pair(proportion_interval(round(share * score.n), score.n))
 
 
-def _withheld(errors: int, n: int, limit: float) -> str:
-    if n and errors / n > limit:
-        return f"{errors} of {n} items raised an error, more than {limit:.1%}"
-    return "" if n else "no items"
+def withheld(rows: Sequence[Mapping[str, Any]], limit: float) -> str:
+    """Say why a task has no score: no items, or a larger share of errors than `limit` (with the commonest error)."""
+    found = Counter(" ".join(str(row["error"]).split()) for row in rows if row.get("error"))
+    errors, n = sum(found.values()), len(rows)
+    if not n or errors / n <= limit:
+        return "" if n else "no items"
+    [(text, count)] = found.most_common(1)
+    shown = text if len(text) <= MAX_ERROR else text[: MAX_ERROR - 1] + "…"
+    often = "" if count == errors else f"{count} of them "
+    return f"{errors} of {n} items raised an error, more than {limit:.1%}: {often}{shown}"
 
 
 def summarise(
@@ -86,15 +95,16 @@ def summarise(
     Args:
         task, mode, kind: what was evaluated.
         rows: one a sample: gold, predicted, correct, valid, strict, error; `value` for solutions.
-        max_error_rate: above this share of errors the score is withheld.
+        max_error_rate: above this share of errors the score is withheld; of solutions, at the first error.
         items: hash of the items.
     """
     n = len(rows)
     errors = sum(bool(r.get("error")) for r in rows)
-    withheld = _withheld(errors, n, max_error_rate)
+    # an item that raised can count as wrong, but not as any likelihood
+    why = withheld(rows, 0.0 if kind == "solution" else max_error_rate)
     if kind == "solution":
         values = [float(r["value"]) for r in rows if r.get("value") is not None]
-        mean = sum(values) / len(values) if values and not withheld else None
+        mean = sum(values) / len(values) if values and not why else None
         return Score(
             task=task,
             mode=mode,
@@ -103,7 +113,7 @@ def summarise(
             score=mean,
             interval=_pair(mean_interval(values)) if mean is not None else None,
             errors=errors,
-            withheld=withheld,
+            withheld=why,
             items_sha256=items,
         )
     gold = [str(r["gold"]) for r in rows]
@@ -113,13 +123,13 @@ def summarise(
         task=task,
         mode=mode,
         n=n,
-        score=None if withheld else right / n,
-        interval=None if withheld else _pair(proportion_interval(right, n)),
+        score=None if why else right / n,
+        interval=None if why else _pair(proportion_interval(right, n)),
         strict=sum(bool(r["strict"]) for r in rows) / n if known and n else None,
         valid_rate=sum(map(bool, known)) / len(known) if known else None,
         macro_f1=macro_f1(gold, [str(r["predicted"]) for r in rows]) if kind == "sentiment" and n else None,
         errors=errors,
-        withheld=withheld,
+        withheld=why,
         trivial=trivial(gold, sorted({a for r in rows for a in r.get("answers", ())} | set(gold))),
         items_sha256=items,
     )

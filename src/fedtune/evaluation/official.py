@@ -193,7 +193,9 @@ def _decoded(model: Any, tokenizer: Any, prompts: Sequence[str], new_tokens: int
 
 
 @torch.inference_mode()
-def sentiment(model: Any, tokenizer: Any, items: Sequence[Item], new_tokens: int = 0) -> Iterator[list[str]]:
+def sentiment(
+    model: Any, tokenizer: Any, items: Sequence[Item], new_tokens: int = 0, first: int = 0
+) -> Iterator[list[str]]:
     """Yield the outputs of one official batch of sentiment prompts after the other.
 
     Batches are padded on the tokenizer's own default side and the model's own generation settings apply, as
@@ -202,6 +204,8 @@ def sentiment(model: Any, tokenizer: Any, items: Sequence[Item], new_tokens: int
     Args:
         model, tokenizer, items: what to ask whom.
         new_tokens: cap for a packaged set; 0 decodes to the official total of 512 tokens.
+        first: the place of the first item in its task, which a sampled batch's random stream is keyed by: the rest of
+            an evaluation that was cut off samples what it would have.
     """
     prompts = [item.prompt for item in items]
     mixer = sides.of(model)
@@ -209,5 +213,5 @@ def sentiment(model: Any, tokenizer: Any, items: Sequence[Item], new_tokens: int
         yield from _decoded(model, tokenizer, prompts, new_tokens)
         return
     for start in range(0, len(items), SENTIMENT_BATCH):
-        torch.manual_seed(SEED + start)
+        torch.manual_seed(SEED + first + start)
         yield _generated(model, tokenizer, prompts[start : start + SENTIMENT_BATCH], new_tokens)

@@ -11,6 +11,7 @@ from typing import Any
 from fedtune.data.files import read_text_file
 from fedtune.domains.base import Task
 from fedtune.evaluation import sandbox
+from fedtune.evaluation.metrics import withheld
 from fedtune.evaluation.sandbox import CPP, JAVASCRIPT, PYTHON, Language, Outcome
 from fedtune.io import parse_json
 from fedtune.results.schema import Score
@@ -61,15 +62,24 @@ def run(
     return list(sandbox.execute_all(pairs, LANGUAGES[language], on_done))
 
 
-def summarise(task: str, mode: str, rows: Sequence[Mapping[str, Any]], k: int = 1, items: str = "") -> Score:
+def summarise(
+    task: str,
+    mode: str,
+    rows: Sequence[Mapping[str, Any]],
+    k: int = 1,
+    items: str = "",
+    max_error_rate: float = 0.01,
+) -> Score:
     """Score a task from its problems' rows, each with the `outcomes` of its samples (kind and compiled).
 
-    Problems whose programs could not be run here at all withhold the score.
+    Problems whose programs could not be run here at all withhold the score; so does too large a share of problems
+    for which generating raised (`error`).
     """
     n = len(rows)
     kinds = Counter(o["kind"] for r in rows for o in r["outcomes"])
     total = sum(kinds.values())
-    withheld = f"{kinds['no-sandbox']} programs could not be run" if kinds["no-sandbox"] else "" if n else "no items"
+    unrun = f"{kinds['no-sandbox']} programs could not be run" if kinds["no-sandbox"] else ""
+    why = unrun or withheld(rows, max_error_rate)
     per_problem = [_passed(r) / len(r["outcomes"]) for r in rows]
     single = all(len(r["outcomes"]) == 1 for r in rows)
     spread = proportion_interval(round(sum(per_problem)), n) if single else mean_interval(per_problem)
@@ -83,9 +93,10 @@ def summarise(task: str, mode: str, rows: Sequence[Mapping[str, Any]], k: int = 
         mode=mode,
         metric="pass@1",
         n=n,
-        score=None if withheld else math.fsum(per_problem) / n,
-        interval=(spread.low, spread.high) if spread and not withheld else None,
-        withheld=withheld,
+        score=None if why else math.fsum(per_problem) / n,
+        interval=(spread.low, spread.high) if spread and not why else None,
+        errors=sum(bool(r.get("error")) for r in rows),
+        withheld=why,
         details={**extra, **shares, "compile_rate": compiled / total, "timeout_rate": kinds["timeout"] / total}
         if total
         else {},

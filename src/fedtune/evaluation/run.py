@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +15,14 @@ from fedtune.evaluation.code import evaluate_programs
 from fedtune.evaluation.extract import official_answer, official_correct, strict_answer
 from fedtune.evaluation.items import TaskItems, load
 from fedtune.evaluation.metrics import as_counted, summarise
+from fedtune.evaluation.retry import Ask, Failed, batches
 from fedtune.io import append_lines, digest, read_lines, write_lines
+from fedtune.results.manifest import code_sha256, versions
 from fedtune.results.schema import Score
+from fedtune.types import CorruptFileError
 
+# items that are asked again together when one of them raises
+LIKELIHOOD_BATCH = 32
 OnItems = Callable[[str, int, int], None]
 Sample = dict[str, Any]
 
@@ -49,40 +56,32 @@ def _official_sample(item: Item, output: str, kind: Any) -> Sample:
     }
 
 
-def _error_sample(item: Item, error: Exception) -> Sample:
+def _error_sample(item: Item, text: str, kind: Any) -> Sample:
     """Return the row of an item that raised: wrong, and never dropped from the denominator."""
+    if kind == "solution":
+        return {"value": None, "gold": "", "predicted": "", "correct": False, "error": text}
     gold = item.gold_answer if len(item.answers) > 1 else ""
-    text = f"{type(error).__name__}: {error}"
     return {"gold": gold, "predicted": "", "correct": False, "strict": False, "valid": False, "error": text}
 
 
-def _outputs(model: Any, tokenizer: Any, task: Task, items: Sequence[Item], mode: str, config: Config) -> Iterator[Any]:
-    """Yield batches of raw results: answer scores, or texts."""
-    if mode == "likelihood":
-        return likelihood.score(model, tokenizer, items, task.kind, config)
-    if task.kind == "sentiment":
-        return official.sentiment(model, tokenizer, items, task.max_new_tokens)
-    return official.choose(model, tokenizer, items, task.kind)
+def _outputs(model: Any, tokenizer: Any, task: Task, items: Sequence[Item], mode: str, config: Config) -> Ask[Any]:
+    """Return what yields batches of raw results of some of the items: answer scores, or texts."""
+
+    def ask(first: int, last: int) -> Iterator[Any]:
+        some = items[first:last]
+        if mode == "likelihood":
+            return likelihood.score(model, tokenizer, some, task.kind, config)
+        if task.kind == "sentiment":
+            return official.sentiment(model, tokenizer, some, task.max_new_tokens, first)
+        return official.choose(model, tokenizer, some, task.kind)
+
+    return ask
 
 
-def _samples(
-    model: Any, tokenizer: Any, task: Task, items: Sequence[Item], mode: str, config: Config
-) -> Iterator[list[Sample]]:
-    """Yield batches of samples; a batch that raises is tried again item by item, so that one item fails alone."""
-    make = _likelihood_sample if mode == "likelihood" else _official_sample
-    done = 0
-    try:
-        for batch in _outputs(model, tokenizer, task, items, mode, config):
-            part = items[done : done + len(batch)]
-            yield [make(item, raw, task.kind) for item, raw in zip(part, batch, strict=True)]
-            done += len(batch)
-        return
-    except (RuntimeError, ValueError, IndexError) as err:
-        if len(items) == 1:
-            yield [_error_sample(items[0], err)]
-            return
-    for item in items[done:]:
-        yield from _samples(model, tokenizer, task, [item], mode, config)
+def _sample(item: Item, raw: Any, kind: Any, mode: str) -> Sample:
+    if isinstance(raw, Failed):
+        return _error_sample(item, raw.text, kind)
+    return _likelihood_sample(item, raw, kind) if mode == "likelihood" else _official_sample(item, raw, kind)
 
 
 def _same_prompts(loaded: TaskItems, mode: str) -> dict[int, Sample]:
@@ -94,14 +93,61 @@ def _same_prompts(loaded: TaskItems, mode: str) -> dict[int, Sample]:
     return {place: {"same_prompt_as": last[p]} for place, p in prompts.items() if last[p] != place}
 
 
-def _resumable(log: Path, header: Sample) -> list[Sample]:
-    """Return the samples already in the log; a log of other items, model or settings is started anew."""
+def _header(loaded: TaskItems, mode: str, config: Config, identity: str) -> Sample:
+    """Return a log's first line: everything that its samples depend on."""
+    settings = digest([config.eval.prompt, config.prompt.model_dump(mode="json")])
+    if loaded.task.kind == "program":
+        settings = digest([config.eval.samples, config.eval.max_new_tokens])
+    return {
+        "task": loaded.task.name,
+        "mode": mode,
+        "items": loaded.sha256,
+        "model": identity,
+        "settings": settings,
+        "code": digest([code_sha256(), versions()]),
+    }
+
+
+def _resumable(log: Path, header: Sample, places: Sequence[int]) -> list[Sample]:
+    """Return the samples already in the log; a log of other items, model, settings or code is started anew.
+
+    Raises:
+        CorruptFileError: its samples are not those of the items in order: two evaluations wrote it at once.
+    """
     lines = read_lines(log, torn_tail=True)
     if not lines or lines[0] != header:
         write_lines(log, [header])
         return []
+    for number, (row, place) in enumerate(zip_longest(lines[1:], places[: len(lines) - 1]), 2):
+        if not isinstance(row, dict) or row.get("i") != place:
+            raise CorruptFileError(
+                f"{log}: line {number} is not the sample of item {place}: was it written by two evaluations at once, "
+                "or by hand? Move the file away, and the task is evaluated anew"
+            )
     write_lines(log, lines)
     return lines[1:]
+
+
+@dataclass
+class _Log:
+    """One task's per-sample log, open for what is missing."""
+
+    path: Path
+    loaded: TaskItems
+    mode: str
+    rows: list[Sample]
+    on_items: OnItems | None
+
+    def add(self, samples: Sequence[Sample]) -> None:
+        """Write the samples of the next items down."""
+        same, fresh = _same_prompts(self.loaded, self.mode), []
+        for i, sample in enumerate(samples, len(self.rows)):
+            place = self.loaded.places[i]
+            fresh.append({"i": place, "group": self.loaded.items[i].group, **sample, **same.get(place, {})})
+        append_lines(self.path, fresh)
+        self.rows += fresh
+        if self.on_items:
+            self.on_items(f"{self.loaded.task.name} ({self.mode})", len(self.rows), len(self.loaded.items))
 
 
 def evaluate(
@@ -122,41 +168,29 @@ def evaluate(
         mode: `likelihood` or `official`; for programs `greedy` or `official`.
         config: prompts and limits.
         log: the per-sample JSON-lines file; a first line identifies what it is a log of.
-        identity: hash of the model and adapter evaluated.
+        identity: hash of the model, its tokenizer and the adapter evaluated.
         on_items: progress, called with (task, done, all).
 
     Returns:
         The score; items that raised count as wrong, and above `eval.max_error_rate` it is withheld.
+
+    Raises:
+        CorruptFileError: the log cannot be continued.
     """
-    task = loaded.task
-    settings = digest([config.eval.prompt, config.prompt.model_dump(mode="json")])
-    if task.kind == "program":
-        settings = digest([config.eval.samples, config.eval.max_new_tokens])
-    header = {
-        "task": task.name,
-        "mode": mode,
-        "items": loaded.sha256,
-        "model": identity,
-        "settings": settings,
-    }
-    rows = _resumable(log, header)
+    task, items, header = loaded.task, loaded.items, _header(loaded, mode, config, identity)
+    rows = _resumable(log, header, loaded.places)
     if task.kind == "program":
         return evaluate_programs(model, tokenizer, loaded, mode, config, log, rows, on_items)
-    size = official.batch_size(task.kind) if mode == "official" else 1
-    rows = rows[: len(rows) // size * size] if len(rows) < len(loaded.items) else rows
+    size = official.batch_size(task.kind) if mode == "official" else LIKELIHOOD_BATCH
+    if mode == "official" and len(rows) < len(items):
+        rows = rows[: len(rows) // size * size]
     same = _same_prompts(loaded, mode)
-    rows = [row | same.get(row["i"], {}) for row in rows]
-    write_lines(log, [header, *rows])
-    for batch in _samples(model, tokenizer, task, loaded.items[len(rows) :], mode, config):
-        fresh = [
-            {"i": loaded.places[i], "group": loaded.items[i].group, **sample, **same.get(loaded.places[i], {})}
-            for i, sample in enumerate(batch, len(rows))
-        ]
-        append_lines(log, fresh)
-        rows += fresh
-        if on_items:
-            on_items(f"{task.name} ({mode})", len(rows), len(loaded.items))
-    return summarise(task.name, mode, task.kind, as_counted(rows), config.eval.max_error_rate, loaded.sha256)
+    done = _Log(log, loaded, mode, [row | same.get(row["i"], {}) for row in rows], on_items)
+    write_lines(log, [header, *done.rows])
+    for batch in batches(_outputs(model, tokenizer, task, items, mode, config), len(rows), len(items), size):
+        some = items[len(done.rows) :]
+        done.add([_sample(item, raw, task.kind, mode) for item, raw in zip(some, batch, strict=False)])
+    return summarise(task.name, mode, task.kind, as_counted(done.rows), config.eval.max_error_rate, loaded.sha256)
 
 
 def evaluate_all(

@@ -16,6 +16,8 @@ import tomli_w
 
 from fedtune.config import Config, Settings
 from fedtune.io import digest, read_json, write_bytes, write_json
+from fedtune.models.source import settings_files
+from fedtune.models.zoo import is_local
 from fedtune.results.manifest import (
     code,
     difference,
@@ -59,14 +61,17 @@ def unfinished(root: Path = RUNS) -> Path | None:
 def identity(config: Config, data_hash: str, revision: str, dtype: str) -> dict[str, Any]:
     """Return what must be the same for a run to be continued."""
     known = versions()
+    local = is_local(config.model.name)
     return {
         "config": config.semantic(),
         "code": code()["sha256"],
         "data": data_hash,
         "model_revision": revision,
+        "model_files": settings_files(Path(config.model.name).expanduser()) if local else {},
         "dtype": dtype,
         "torch": known["torch"],
         "transformers": known["transformers"],
+        "tokenizers": known["tokenizers"],
         "peft": known["peft"],
     }
 

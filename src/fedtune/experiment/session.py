@@ -15,6 +15,7 @@ from fedtune.domains.base import Task
 from fedtune.evaluation.run import evaluate_all
 from fedtune.experiment.arms import Arm
 from fedtune.experiment.average import mean_score
+from fedtune.experiment.evaluate import identity
 from fedtune.experiment.folder import RunFolder
 from fedtune.experiment.report import Reporter
 from fedtune.federation.fleet import Fleet
@@ -52,16 +53,18 @@ class Session:
         started = time.monotonic()
         model, tokenizer = self.adapted.model, self.adapted.base.tokenizer
         target = self.run.path / "evals" / where
-        who, shown = f"{self.adapted.base.name}@{self.adapted.base.revision}", self.reporter.evaluating
+        who, shown = identity(self.adapted.base, self.config), self.reporter.evaluating
         model.eval()
         if tensors is None:
             with model.disable_adapter(), self.adapted.sides.off():
                 scores = evaluate_all(model, tokenizer, self.tasks, self.config, target, digest(who), shown)
         else:
             self.adapted.load(tensors)
-            identity = digest([who, {n: _sha256(t) for n, t in tensors.items()}])
+            # what the same tensors compute depends on the adapter's scale and on what the method puts beside it
+            how = {key: self.config.plain()[key] for key in ("lora", "method")}
+            adapted = digest([who, how, {n: _sha256(t) for n, t in tensors.items()}])
             with folded(self.adapted):
-                scores = evaluate_all(model, tokenizer, self.tasks, self.config, target, identity, shown)
+                scores = evaluate_all(model, tokenizer, self.tasks, self.config, target, adapted, shown)
         self.run.add_seconds("evaluation", time.monotonic() - started)
         return scores
 

@@ -24,15 +24,25 @@ def _hash(root: Path, files: Iterable[Path]) -> str:
     return "sha256:" + hashlib.sha256(text.encode()).hexdigest()
 
 
+def _read(folder: Path) -> list[Path]:
+    templates = (folder / "additional_chat_templates").glob("*.jinja")
+    files = [p for p in folder.iterdir() if p.is_file() and p.suffix.lower() not in _UNREAD and p.name[0] != "."]
+    return [*files, *templates]
+
+
+def settings_files(folder: Path) -> dict[str, str]:
+    """Return the sha256 of each of a model's files but its weights: which of them has changed can then be named."""
+    files = (path for path in sorted(_read(folder)) if path.suffix != ".safetensors")
+    return {path.relative_to(folder).as_posix(): file_sha256(path) for path in files}
+
+
 def model_revision(folder: Path) -> str:
     """Hash everything in a model's folder that decides what it computes or says.
 
     That is not only the weights and config.json: with another tokenizer, chat template or generation_config.json it is
     another model. Whatever is not known to be never read counts, so that no tokenizer's own file is forgotten.
     """
-    templates = (folder / "additional_chat_templates").glob("*.jinja")
-    files = [p for p in folder.iterdir() if p.is_file() and p.suffix.lower() not in _UNREAD and p.name[0] != "."]
-    return _hash(folder, [*files, *templates])
+    return _hash(folder, _read(folder))
 
 
 def adapter_revision(folder: Path) -> str:

@@ -1,0 +1,53 @@
+"""Evaluate a base model or somebody's adapter by itself, without a run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from fedtune import domains
+from fedtune.config import Config
+from fedtune.evaluation.run import evaluate_all
+from fedtune.experiment.report import Reporter
+from fedtune.io import digest, folder_lock
+from fedtune.models import load
+from fedtune.models.adapter import load_folder
+from fedtune.models.folder import read_folder
+from fedtune.models.load import LoadedModel
+from fedtune.models.source import WEIGHTS, adapter_revision
+from fedtune.results.schema import Score
+
+
+def identity(base: LoadedModel, config: Config) -> list[Any]:
+    """Return what identifies a base model as it is evaluated: its files, and the numbers it computes with."""
+    return [f"{base.name}@{base.revision}", str(base.model.dtype), config.model.quantization]
+
+
+def evaluate(config: Config, adapter: Path | None, folder: Path, reporter: Reporter | None = None) -> list[Score]:
+    """Evaluate the model of some settings, with an adapter if one is given.
+
+    Args:
+        config: model, data source, tasks and limits are used.
+        adapter: a PEFT folder that fits the model.
+        folder: of the per-sample logs; what they hold of this very evaluation is not done again.
+        reporter: who watches.
+
+    Raises:
+        LockedError: another process evaluates into this folder.
+        FedtuneError: anything a user can repair.
+    """
+    watch = reporter or Reporter()
+    tasks = domains.chosen_tasks(config)
+    with folder_lock(folder):
+        if adapter is not None and not (adapter / WEIGHTS).exists():
+            read_folder(adapter)  # says why it is refused before the base model is loaded
+        base = load.load(config.model)
+        who, model = identity(base, config), base.model
+        if adapter is not None:
+            model = load_folder(base, adapter).model
+            model.eval()
+            who.append(adapter_revision(adapter))
+        try:
+            return evaluate_all(model, base.tokenizer, tasks, config, folder, digest(who), watch.evaluating)
+        finally:
+            watch.close()
