@@ -3,6 +3,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fedtune.data.check import check, require
+from fedtune.data.files import BadRow, Unreadable
 from fedtune.types import DataError
 
 
@@ -61,3 +62,38 @@ def test_every_row_is_either_kept_or_listed_and_what_is_kept_can_be_encoded(rows
         for text in (row.instruction, row.input, row.output):
             text.encode("utf-8")
             assert len(text) <= 100
+
+
+def test_what_a_file_does_not_have_whole_is_listed_with_its_number() -> None:
+    good = {"instruction": "a", "input": "b", "output": "c", "site": None}
+    rows = [good, BadRow("x.csv: line 3 has 4 cells, the header 3"), {**good, "input": Unreadable("is not UTF-8")}]
+    checked = check([*rows, {**good, "site": Unreadable("is odd")}], {}, group="site")
+    assert [(p.row, p.kind, p.detail) for p in checked.problems] == [
+        (1, "bad_row", "x.csv: line 3 has 4 cells, the header 3"),
+        (2, "not_text", "'input' is not UTF-8"),
+        (3, "not_text", "'site' is odd"),
+    ]
+    assert [r.group for r in checked.rows] == [""]
+
+
+def test_the_natural_key_is_mended_as_the_other_columns_are() -> None:
+    rows = [{"instruction": "a", "output": "pos\ud83d", "site": "x\udc00" + "y" * 200}]
+    checked = check(rows, {}, group="site", max_chars=100)
+    assert checked.rows[0].group == "x?" + "y" * 98
+    assert {(p.kind, p.detail.split(" in ")[-1], p.action) for p in checked.problems} == {
+        ("odd_unicode", "output", "replaced"),
+        ("odd_unicode", "group", "replaced"),
+        ("over_long", "group has 202 characters", "truncated"),
+    }
+    same = check(rows, {}, group="output")
+    assert (same.rows[0].group, len(same.problems)) == ("pos?", 1)
+
+
+def test_a_set_with_other_columns_says_once_what_it_has() -> None:
+    with pytest.raises(
+        DataError, match="'instruction', no 'output'; its columns are prompt, chosen, rejected"
+    ) as caught:
+        require(check([{"prompt": "a", "chosen": "b", "rejected": "c"}] * 30, {}), "toy")
+    assert "\n" not in str(caught.value)
+    with pytest.raises(DataError, match="toy: no rows"):
+        require(check([], {}), "toy")

@@ -1,5 +1,6 @@
 import gzip
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -43,7 +44,7 @@ def test_the_content_decides_not_the_name(tmp_path: Path) -> None:
 def test_errors_name_file_and_line(tmp_path: Path) -> None:
     with pytest.raises(CorruptFileError, match=r"x\.jsonl: line 2"):
         files.read_rows(_write(tmp_path / "x.jsonl", '{"a": 1}\n{"a": \n', False))
-    with pytest.raises(CorruptFileError, match="row 1 is int"):
+    with pytest.raises(CorruptFileError, match="row 1 is a number, not an object"):
         files.read_rows(_write(tmp_path / "x.json", "[1]", False))
     cut = tmp_path / "cut.jsonl.gz"
     cut.write_bytes(gzip.compress(b'{"a": 1}\n' * 1000)[:-20])
@@ -57,3 +58,103 @@ def test_find_takes_every_known_ending(tmp_path: Path) -> None:
     for name in ("finance_b.csv", "finance_a.jsonl.gz", "finance_c.pkl", "code_a.json"):
         (tmp_path / name).touch()
     assert [p.name for p in files.find(tmp_path, "finance_*")] == ["finance_a.jsonl.gz", "finance_b.csv"]
+
+
+def test_csv_rows_with_cells_too_many_or_too_few_stand_as_bad_rows(tmp_path: Path) -> None:
+    rows = files.read_rows(_write(tmp_path / "x.csv", 'a,b\n1,2\nrose, fell,3\n\n4\n"5\n5",6\n', False))
+    assert [r.reason.removeprefix(str(tmp_path)) for r in rows if isinstance(r, files.BadRow)] == [
+        "/x.csv: line 3 has 3 cells, the header 2",
+        "/x.csv: line 5 has 1 cells, the header 2",
+    ]
+    assert [r for r in rows if r] == [{"a": "1", "b": "2"}, {"a": "5\n5", "b": "6"}]
+
+
+def test_a_long_csv_text_is_read_whole(tmp_path: Path) -> None:
+    assert files.read_rows(_write(tmp_path / "x.csv", f"a,b\n1,{'x' * 200_000}\n", False))[0]["b"] == "x" * 200_000
+
+
+@pytest.mark.parametrize(
+    ("name", "raw", "said"),
+    [
+        ("x.csv", b"a;b\n1;2\n", r"separated by ';', a comma is wanted"),
+        ("x.csv", b"a\tb\n1\t2\n", r"separated by '\\t', a comma is wanted"),
+        ("x.csv", b"a,b,a\n1,2,3\n", r"line 1: several columns are called 'a'"),
+        ("x.csv", b'a,b\n1,2\n3,"4\n', r"x\.csv: line 3: unexpected end of data"),
+        ("x.jsonl", b'{"a": 1}\r{"a": 2}\r', "its lines end with CR alone"),
+        (
+            "x.json",
+            b'{\n "data": [\n  {"a": 1}\n ]\n}',
+            "an object over several lines: an array of rows, or one object",
+        ),
+        ("x.json", b"[[1]]", "row 1 is a list, not an object"),
+        ("x.jsonl", '{"a": 1}'.encode("utf-16"), "looks like UTF-16; save it as UTF-8"),
+        ("x.csv", "a,b\n1,2\n".encode("utf-16-le"), "looks like UTF-16; save it as UTF-8"),
+        ("x.jsonl", b'{"a": "\xff"}', "byte 7 is not UTF-8"),
+        ("x.jsonl", b'{"a": "\x00"}', "line 1"),
+    ],
+)
+def test_what_a_file_is_instead_is_said(tmp_path: Path, name: str, raw: bytes, said: str) -> None:
+    (tmp_path / name).write_bytes(raw)
+    with pytest.raises(CorruptFileError, match=said):
+        files.read_rows(tmp_path / name)
+
+
+def test_a_byte_order_mark_is_no_part_of_the_first_column(tmp_path: Path) -> None:
+    assert files.read_rows(_write(tmp_path / "x.csv", "\ufeffa,b\n1,2\n", False)) == [{"a": "1", "b": "2"}]
+    assert files.read_rows(_write(tmp_path / "x.jsonl", '\ufeff{"a": 1}', True)) == [{"a": 1}]
+
+
+def test_an_empty_file_has_no_rows(tmp_path: Path) -> None:
+    for name in ("x.csv", "x.jsonl", "x.json"):
+        assert files.read_rows(_write(tmp_path / name, "", False)) == []
+
+
+def _odd_table() -> Any:
+    """A table of which `text` alone can be read whole: the others hold what Python cannot."""
+    import pyarrow as pa
+
+    bad = pa.array([b"fine", b"\xff\xfe", None]).cast(pa.binary())
+    columns = {
+        "text": pa.array(["a", "b", None]),
+        "span": pa.array([1, 2**62, None], pa.duration("s")),
+        "when": pa.array([0, 1, None], pa.timestamp("s", tz="Mars/Olympus")),
+        "raw": pa.Array.from_buffers(pa.string(), 3, bad.buffers()),
+    }
+    return pa.table([*columns.values(), columns["text"]], names=[*columns, "twin"]).rename_columns(
+        ["text", "span", "when", "raw", "raw2"]
+    )
+
+
+def test_parquet_columns_that_python_cannot_hold_spoil_only_their_own_values(tmp_path: Path) -> None:
+    import pyarrow.parquet
+
+    pyarrow.parquet.write_table(_odd_table(), tmp_path / "x.parquet")
+    rows = files.read_rows(tmp_path / "x.parquet")
+    assert [r["text"] for r in rows] == ["a", "b", None]
+    assert [r["raw"] for r in rows] == ["fine", files.Unreadable("of x.parquet is not UTF-8 at its byte 0"), None]
+    assert isinstance(rows[1]["span"], files.Unreadable)
+    assert isinstance(rows[0]["when"], files.Unreadable)
+
+
+def test_two_parquet_columns_of_one_name_are_not_chosen_from(tmp_path: Path) -> None:
+    import pyarrow.parquet
+
+    table = _odd_table().select(["text", "raw2"]).rename_columns(["text", "text"]).append_column("b", [["1", "2", "3"]])
+    pyarrow.parquet.write_table(table, tmp_path / "x.parquet")
+    rows = files.read_rows(tmp_path / "x.parquet")
+    assert {r["text"] for r in rows} == {files.Unreadable("is the name of 2 columns of x.parquet")}
+    assert [r["b"] for r in rows] == ["1", "2", "3"]
+
+
+def test_two_files_of_one_set_are_refused_and_what_a_folder_has_is_listed(tmp_path: Path) -> None:
+    for name in ("FINANCE_A.JSONL", "train.jsonl", "x.tsv"):
+        (tmp_path / name).touch()
+    assert files.find(tmp_path, "finance_*") == []
+    assert files.listed(tmp_path) == f"{tmp_path} has FINANCE_A.JSONL, train.jsonl, x.tsv"
+    assert "No such file" in files.listed(tmp_path / "no")
+    for name in ("finance_a.v1.csv", "finance_a.v2.csv"):
+        (tmp_path / name).touch()
+    assert len(files.find(tmp_path, "finance_*")) == 2
+    (tmp_path / "finance_a.v2.jsonl.gz").touch()
+    with pytest.raises(DataError, match=r"a\.v2\.csv and .*a\.v2\.jsonl\.gz are two files of one set"):
+        files.find(tmp_path, "finance_*")

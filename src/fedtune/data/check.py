@@ -6,13 +6,14 @@ import re
 import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
+from fedtune.data.files import MOST_NAMED, BadRow, Unreadable, kind_of
 from fedtune.types import DataError
 
 COLUMNS = ("instruction", "input", "output")
-DROPPED = frozenset({"missing_column", "not_text", "empty_answer"})
+DROPPED = frozenset({"bad_row", "missing_column", "not_text", "empty_answer"})
 _TEMPLATE = re.compile(r"### (Instruction|Response):|\{\{.*?\}\}|<\|[a-z_]+\|>|\[/?INST\]", re.S)
 
 
@@ -65,8 +66,8 @@ def _odd(text: str) -> str:
     return ""
 
 
-def _unpaired(text: str) -> str:
-    """Replace lone surrogates, which no tokenizer can encode, by U+FFFD."""
+def unpaired(text: str) -> str:
+    """Replace each half of a surrogate pair that stands alone, which no tokenizer can encode, by a question mark."""
     return text.encode("utf-8", "replace").decode("utf-8") if _has_surrogate(text) else text
 
 
@@ -74,26 +75,53 @@ def _has_surrogate(text: str) -> bool:
     return any("\ud800" <= c <= "\udfff" for c in text)
 
 
-def _refusals(number: int, row: Mapping[str, Any], columns: Mapping[str, str]) -> list[RowProblem]:
+def not_text(value: Any) -> str:
+    """Say why a value is not a text, or return an empty string."""
+    if isinstance(value, str):
+        return ""
+    if isinstance(value, Unreadable):
+        return value.reason
+    return f"is {kind_of(value)}, not a text"
+
+
+def has_columns(row: Mapping[str, Any]) -> str:
+    """Name the columns that a row has, for an error about one it has not."""
+    names = [str(name)[:60] for name in row]
+    rest = f" and {len(names) - MOST_NAMED} more" if len(names) > MOST_NAMED else ""
+    return f"its columns are {', '.join(names[:MOST_NAMED])}{rest}" if names else "it is empty"
+
+
+def _refusals(number: int, row: Mapping[str, Any], columns: Mapping[str, str], group: str) -> list[RowProblem]:
     """Return what makes a row unusable."""
+    if isinstance(row, BadRow):
+        return [RowProblem(number, "bad_row", row.reason, "dropped")]
+    sources = {column: columns.get(column, column) for column in COLUMNS}
+    missing = [f"no {source!r}" for column, source in sources.items() if source not in row and column != "input"]
+    if missing:
+        return [RowProblem(number, "missing_column", f"{', '.join(missing)}; {has_columns(row)}", "dropped")]
     found = []
-    for column in COLUMNS:
-        source = columns.get(column, column)
-        if source not in row:
-            if column != "input":
-                found.append(RowProblem(number, "missing_column", f"no {source!r}", "dropped"))
-        elif row[source] is not None and not isinstance(row[source], str):
-            found.append(RowProblem(number, "not_text", f"{source!r} is {type(row[source]).__name__}", "dropped"))
-        elif column == "output" and not (row[source] or "").strip():
-            found.append(RowProblem(number, "empty_answer", repr(source), "dropped"))
+    for source in sources.values():
+        if row.get(source) is not None and (reason := not_text(row[source])):
+            found.append(RowProblem(number, "not_text", f"{source!r} {reason}", "dropped"))
+    if isinstance(key := row.get(group), Unreadable) and group not in sources.values():
+        found.append(RowProblem(number, "not_text", f"{group!r} {key.reason}", "dropped"))
+    if not found and not (row[sources["output"]] or "").strip():
+        found.append(RowProblem(number, "empty_answer", repr(sources["output"]), "dropped"))
     return found
+
+
+def _key(value: Any) -> str:
+    """Return a natural key as a text; rows without one share the empty key."""
+    return "" if value is None else str(value)
 
 
 def _remarks(number: int, row: TrainRow, max_chars: int) -> list[RowProblem]:
     """Return what is odd about a row that still trains."""
     found = []
-    for column in COLUMNS:
-        text = getattr(row, column)
+    texts = dict(vars(row))
+    if row.group in (row.instruction, row.input, row.output):
+        del texts["group"]  # one column in two roles
+    for column, text in texts.items():
         if len(text) > max_chars:
             found.append(RowProblem(number, "over_long", f"{column} has {len(text)} characters", "truncated"))
         if odd := _odd(text):
@@ -117,20 +145,21 @@ def check(
         max_chars: longer texts are cut there and reported.
 
     Returns:
-        Rows with a missing column, a value that is not text, or an empty answer are dropped; over-long,
-        oddly encoded and template-bearing ones are cut, mended or kept as plain text. All are listed.
+        Rows that their file does not have whole, with a missing column, a value that is not text, or an empty
+        answer are dropped; over-long, oddly encoded and template-bearing ones are cut, mended or kept as plain
+        text, the natural key as well. All are listed.
     """
     good: list[TrainRow] = []
     problems: list[RowProblem] = []
     for number, raw in enumerate(rows):
-        refused = _refusals(number, raw, columns)
+        refused = _refusals(number, raw, columns, group)
         problems += refused
         if refused:
             continue
         texts = {c: raw.get(columns.get(c, c)) or "" for c in COLUMNS}
-        row = TrainRow(**texts, group=str(raw.get(group, "")) if group else "")
+        row = TrainRow(**texts, group=_key(raw.get(group)) if group else "")
         problems += _remarks(number, row, max_chars)
-        good.append(replace(row, **{c: _unpaired(t[:max_chars]) for c, t in texts.items()}))
+        good.append(TrainRow(**{c: unpaired(t[:max_chars]) for c, t in vars(row).items()}))
     return CheckedRows(tuple(good), tuple(problems))
 
 
@@ -140,6 +169,12 @@ def require(checked: CheckedRows, name: str) -> Sequence[TrainRow]:
     Raises:
         DataError: none is left; the message lists what was wrong.
     """
-    if not checked.rows:
-        raise DataError("\n  ".join([f"{name}: no row can be trained on", *checked.lines()]))
-    return checked.rows
+    if checked.rows:
+        return checked.rows
+    if not checked.problems:
+        raise DataError(f"{name}: no rows")
+    reasons = {(p.kind, p.detail) for p in checked.problems}
+    if len(reasons) == 1 and len(checked.problems) > 1:
+        kind, detail = reasons.pop()
+        raise DataError(f"{name}: no row can be trained on: {kind} in each ({detail})")
+    raise DataError("\n  ".join([f"{name}: no row can be trained on", *checked.lines()]))

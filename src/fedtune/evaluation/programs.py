@@ -10,6 +10,7 @@ from typing import Any
 
 from fedtune.data.files import read_text_file
 from fedtune.domains.base import Task
+from fedtune.domains.program_tests import WANTED, program_tests
 from fedtune.evaluation import sandbox
 from fedtune.evaluation.metrics import withheld
 from fedtune.evaluation.sandbox import CPP, JAVASCRIPT, PYTHON, Language, Outcome
@@ -20,6 +21,10 @@ from fedtune.types import CorruptFileError, DataError
 
 LANGUAGES: dict[str, Language] = {"python": PYTHON, "javascript": JAVASCRIPT, "c++": CPP}
 Sample = dict[str, Any]
+GENERATIONS = (
+    "wanted is a JSON array with a list for each problem, in the set's order, of whole programs (prompt and completion)"
+)
+REFERENCES = f"wanted is a JSON array with each problem's tests: {WANTED}"
 
 
 def assemble(program: str, tests: str, language: str) -> tuple[str, str]:
@@ -29,7 +34,12 @@ def assemble(program: str, tests: str, language: str) -> tuple[str, str]:
         The text up to where the run's secret is printed, and the rest. The secret is printed after the last
         assertion: by the runner for Python, at the end of the file for JavaScript, and as the last statement
         of `main` (the last brace of the tests) for C++. An empty rest stands for the language's own.
+
+    Raises:
+        DataError: there are no tests.
     """
+    if not tests.strip():
+        raise DataError("no tests: a program that nothing is asked of has not passed")
     text = f"{program}\n{tests}"
     if language != "c++":
         return text, ""
@@ -119,19 +129,32 @@ def outcome_rows(programs: Sequence[Sequence[str]], outcomes: Sequence[Outcome])
     return rows
 
 
-def _read(path: Path, what: str) -> list[Any]:
-    document = parse_json(read_text_file(path), str(path))
+def _read(path: Path, wanted: str) -> list[Any]:
+    try:
+        document = parse_json(read_text_file(path), str(path))
+    except CorruptFileError as err:
+        raise CorruptFileError(f"{err}; {wanted}") from err
     if not isinstance(document, list) or not document:
-        raise CorruptFileError(f"{path}: {what} are a JSON array, one entry a problem")
+        raise CorruptFileError(f"{path}: is not a JSON array of problems; {wanted}")
     return document
 
 
 def _programs(path: Path) -> list[list[str]]:
-    found = _read(path, "generations")
+    found = _read(path, GENERATIONS)
     for number, samples in enumerate(found):
         if not isinstance(samples, list) or not samples or not all(isinstance(s, str) for s in samples):
-            raise CorruptFileError(f"{path}: problem {number} is not a list of programs")
+            raise CorruptFileError(f"{path}: problem {number} is not a list of programs; {GENERATIONS}")
     return found
+
+
+def _tests(entries: Sequence[Any], path: Path, language: str) -> list[str]:
+    tests = []
+    for number, entry in enumerate(entries):
+        try:
+            tests.append(program_tests(entry, language))
+        except ValueError as err:
+            raise CorruptFileError(f"{path}: problem {number}: {err}") from err
+    return tests
 
 
 def _beside(path: Path) -> Path | None:
@@ -148,7 +171,7 @@ def score_published(
     Args:
         task: a program task.
         path: the generations.
-        references: the tests, one text a problem; the file published beside the generations by default.
+        references: each problem's tests (see `program_tests`); the file published beside the generations by default.
         on_done: called with the number of programs run.
 
     Returns:
@@ -157,13 +180,15 @@ def score_published(
     Raises:
         DataError: no references. CorruptFileError: the files do not fit. SandboxError: nothing can be run.
     """
+    programs = _programs(path)
     found = references or _beside(path)
     if found is None:
         raise DataError(f"{path}: no references file beside it; name the tests with --references FILE")
-    programs, tests = _programs(path), _read(found, "references")
-    if len(programs) != len(tests):
-        raise CorruptFileError(f"{path} has {len(programs)} problems, {found} has {len(tests)}")
+    entries = _read(found, REFERENCES)
+    if len(programs) != len(entries):
+        raise CorruptFileError(f"{path} has {len(programs)} problems, {found} has {len(entries)}")
+    tests = _tests(entries, found, task.language)
     flat = [p for samples in programs for p in samples]
-    repeated = [str(t) for t, samples in zip(tests, programs, strict=True) for _ in samples]
+    repeated = [t for t, samples in zip(tests, programs, strict=True) for _ in samples]
     rows = outcome_rows(programs, run(flat, repeated, task.language, on_done))
     return summarise(task.name, "official", rows), rows

@@ -6,10 +6,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from fedtune.data.files import parse_rows, read_text_file
+from fedtune.data.files import kind_of, parse_rows, read_text_file
 from fedtune.domains import TASKS
-from fedtune.domains.base import Kind
-from fedtune.evaluation.extract import official_answer, official_correct, official_label, strict_answer
+from fedtune.domains.base import SENTIMENTS, Kind
+from fedtune.evaluation.extract import official_answer, official_correct, strict_answer
 from fedtune.evaluation.metrics import summarise
 from fedtune.evaluation.programs import score_published
 from fedtune.results.schema import Score
@@ -19,27 +19,44 @@ ScoreMode = Literal["official", "strict"]
 SCORED = tuple(name for name, task in TASKS.items() if task.file)
 
 
-def _finance(row: Mapping[str, Any]) -> tuple[str, str, bool]:
+# official extraction reads no letter after E
+ANSWERS: dict[Kind, tuple[str, ...]] = {
+    "choice": tuple("ABCDE"),
+    "boolean": ("yes", "no", "maybe"),
+    "sentiment": SENTIMENTS,
+}
+
+
+def _finance(row: Mapping[str, Any]) -> tuple[Any, Any, bool]:
     """Return (gold, output, whether the output is the model's text and not its mapped label)."""
     text = row.get("out_text", row.get("output"))
     gold = row.get("new_target", row.get("target", row.get("gold")))
     output = text if text is not None else row.get("new_out")
     if gold is None or output is None:
         raise KeyError("new_target and new_out (or target and out_text, or gold and output)")
-    return str(gold), str(output), text is not None
+    return gold, output, text is not None
 
 
-def _choice(row: Mapping[str, Any]) -> tuple[str, str, bool]:
+def _choice(row: Mapping[str, Any]) -> tuple[Any, Any, bool]:
     missing = [k for k in ("gold", "output") if row.get(k) is None]
     if missing:
         raise KeyError(" and ".join(missing))
-    return str(row["gold"]), str(row["output"]), True
+    return row["gold"], row["output"], True
 
 
 def sample(row: Mapping[str, Any], kind: Kind) -> dict[str, Any]:
-    """Return one published row as a per-sample row. Raises KeyError naming what it lacks."""
+    """Return one published row as a per-sample row.
+
+    Raises:
+        KeyError: naming what it lacks.
+        ValueError: its right answer is none of the task's, so that no output could be right.
+    """
     gold, output, is_text = _finance(row) if kind == "sentiment" else _choice(row)
-    gold = official_label(gold) if kind == "sentiment" else gold
+    if not isinstance(output, str):
+        raise ValueError(f"output is {kind_of(output)}, not a text")
+    if not isinstance(gold, str) or gold.lower() not in [answer.lower() for answer in ANSWERS[kind]]:
+        raise ValueError(f"gold is {gold!r:.60}, not one of {', '.join(ANSWERS[kind])}")
+    gold = gold.lower() if kind == "sentiment" else gold
     strict = strict_answer(output, kind) if is_text else None
     return {
         "gold": gold,
@@ -62,6 +79,8 @@ def read(path: Path, kind: Kind) -> list[dict[str, Any]]:
             samples.append(sample(row, kind))
         except KeyError as err:
             raise CorruptFileError(f"{path}: row {number} lacks {err.args[0]}; it has {', '.join(row)}") from err
+        except ValueError as err:
+            raise CorruptFileError(f"{path}: row {number}: {err}") from err
     if not samples:
         raise CorruptFileError(f"{path}: no rows")
     return samples

@@ -49,7 +49,8 @@ def _folder_rows(config: Config) -> tuple[str, list[Row]]:
     folder = Path(config.data.path).expanduser() / "train"
     paths = files.find(folder, f"{config.domain}_*") or files.find(folder, config.domain)
     if not paths:
-        raise DataError(f"{folder}: no {config.domain}_*.jsonl(.gz), .json, .csv or .parquet file to train on")
+        wanted = f"no {config.domain}_*.jsonl(.gz), .json, .csv or .parquet file to train on"
+        raise DataError(f"{folder}: {wanted}; {files.listed(folder)}")
     return "+".join(p.name.split(".")[0] for p in paths), [row for p in paths for row in files.read_rows(p)]
 
 
