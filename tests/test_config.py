@@ -62,7 +62,7 @@ def test_wrong_values_do_not_hide_wrong_names() -> None:
             {"domain": "finance", "method": {"name": "lora_fair", "rige": 1}},
             'method.rige: unknown key; did you mean "ridge"',
         ),
-        ({"domain": "finance", "method": {"name": "fedprox"}}, "goes around any method: --set drift.proximal_mu=0.01"),
+        ({"domain": "finance", "method": {"name": "fedprox"}}, "it goes around a method: --set drift.proximal_mu=0.01"),
         ({"domain": "finance", "protocol": "corected"}, 'did you mean "corrected"?'),
         ({"domain": "finance", "eval": {"tasks": ["fbp"]}}, 'did you mean "fpb"?'),
         ({"domain": "finance", "data": {"partition": "dirichle:1"}}, 'did you mean "dirichlet"?'),
@@ -84,7 +84,7 @@ def test_settings_without_effect_are_refused() -> None:
     text = _problems({"domain": "finance", "method": {"name": "fedrot_lora", "blend": 0.0}})
     assert "has no effect: with blend = 0 this is FedIT" in text
     text = _problems({"domain": "finance", "server": {"tau": 0.1}, "attack": {"kind": "boost"}})
-    assert "server: has no effect without server.optimizer" in text
+    assert 'server.tau = 0.1: has no effect: server.optimizer = "none" does not use it' in text
     assert "attack: needs both a kind and clients" in text
 
 

@@ -124,6 +124,11 @@ A, B = "lora_A.weight", "lora_B.weight"
 CASES: dict[str, tuple[Answer, str, str]] = {
     "nan": (_with(lambda t: _nan(t, math.nan)), "non_finite", "lora_A"),
     "infinity": (_with(lambda t: _nan(t, math.inf)), "non_finite", "NaN or infinity"),
+    "absurd": (
+        _with(lambda t: _nan(t, 3e38)),
+        "magnitude",
+        r"lora_A.weight has a number of size 3e\+38; at most 1e\+06",
+    ),
     "zero examples": (_metric(examples=0.0), "examples", "above 0"),
     "negative examples": (_metric(examples=-5.0), "examples", "-5"),
     "nan examples": (_metric(examples=math.nan), "examples", "nan"),
@@ -231,6 +236,18 @@ def test_too_few_good_updates_change_nothing_and_k_in_a_row_end_the_run(
     assert caught.value.exit_code != 0
     lines = read_lines(tmp_path / "rounds.jsonl")
     assert [line["status"] for line in lines] == ["skipped", "skipped"]
+
+
+def test_a_round_with_too_few_updates_for_its_rule_is_skipped_and_says_so(
+    settings: Callable[..., Settings], tmp_path: Path
+) -> None:
+    tree = {"method": {"name": "flexlora"}, "robust": {"rule": "krum"}}
+    config = settings(**tree, federation={"clients": 5, "rounds": 1, "max_skipped_rounds": 2}).config
+    with pytest.raises(RunFailedError, match="no round had enough good updates"):
+        run_rounds(federation(config, tmp_path, toy_app(_raise)), ServerState(start()))
+    line = read_lines(tmp_path / "rounds.jsonl")[0]
+    assert line["status"] == "skipped"
+    assert line["notes"] == ['robust.rule = "krum" with malicious = 1 needs 5 updates a round; 4 came']
 
 
 def test_a_skipped_round_leaves_the_state_untouched(settings: Callable[..., Settings], tmp_path: Path) -> None:

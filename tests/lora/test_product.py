@@ -54,12 +54,6 @@ def test_truncations_are_nested() -> None:
     assert torch.allclose(four.left[:, :2].abs(), two.left.abs(), atol=1e-10)
 
 
-def test_the_inner_product_is_the_dense_one() -> None:
-    for one in MIXED:
-        for two in MIXED:
-            assert product.inner(one, two) == pytest.approx(float((one.delta() * two.delta()).sum()))
-
-
 def test_a_rotation_is_found_again() -> None:
     turn = product.nearest_orthogonal(torch.randn(3, 3, dtype=torch.float64))
     a = torch.randn(3, 6, dtype=torch.float64)
@@ -148,3 +142,60 @@ def test_the_gram_of_updates_is_the_dense_one() -> None:
     sets = [{"x": product.of(m), "y": product.of(m)} for m in MIXED]
     dense = torch.stack([2**0.5 * m.delta().flatten() for m in MIXED])
     assert torch.allclose(product.gram(sets), dense @ dense.T, atol=1e-10)
+
+
+LARGE = {f"l{i}.q": (16, 96, 80) for i in range(2)}
+
+
+def _walked(relative: float, count: int = 5) -> tuple[dict[str, LoraModule], list[dict[str, LoraModule]]]:
+    """Return float32 factors, and some that moved a little away from them; the last moved ten times as far."""
+    generator = torch.Generator().manual_seed(0)
+    start = {
+        p: LoraModule(
+            torch.randn(r, k, generator=generator) * 0.1, torch.randn(o, r, generator=generator) * 0.1, 2.5 * r
+        )
+        for p, (r, o, k) in LARGE.items()
+    }
+
+    def step(module: LoraModule, size: float) -> LoraModule:
+        moved = [t + size * 0.1 * torch.randn(t.shape, generator=generator) for t in (module.a, module.b)]
+        return LoraModule(moved[0], moved[1], module.alpha)
+
+    sizes = [relative * (10 if i == count - 1 else 1) for i in range(count)]
+    return start, [{p: step(m, size) for p, m in start.items()} for size in sizes]
+
+
+@pytest.mark.parametrize("relative", [1e-1, 1e-3, 1e-4, 1e-5, 1e-6])
+def test_norms_and_inner_products_of_small_changes_keep_their_digits(relative: float) -> None:
+    """Dense matrices in float64 are the oracle; in float32, four terms each would cancel."""
+    start, moved = _walked(relative)
+    gaps = [
+        {p: product.total(product.precise(m), product.minus(product.precise(start[p]))) for p, m in u.items()}
+        for u in moved
+    ]
+
+    def dense(adapter: dict[str, LoraModule]) -> torch.Tensor:
+        return torch.cat([(m.scale * m.b.double() @ m.a.double()).flatten() for m in adapter.values()])
+
+    rows = torch.stack([dense(u) - dense(start) for u in moved])
+    want = rows @ rows.T
+    size = want.diag().sqrt()
+    got = product.gram(gaps)
+    assert float(((got - want).abs() / (size[:, None] * size[None])).max()) < 1e-8
+    assert float(got.diag().min()) > 0
+    for gap, row in zip(gaps, rows, strict=True):
+        norms = [product.norm(g) for g in gap.values()]
+        assert sum(n**2 for n in norms) ** 0.5 == pytest.approx(float(row.norm()), rel=1e-7)
+
+
+def test_the_balanced_factors_have_equal_norms_and_do_not_depend_on_how_the_delta_was_split() -> None:
+    one = MIXED[1]
+    turned = product.regauge(one, torch.tensor([[1e3, 2.0, 0.0], [0.0, 1e-3, 1.0], [1.0, 0.0, 5.0]]).double())
+    for module in (one, turned, LoraModule(one.a * 0, one.b, one.alpha), MIXED[0]):
+        got = product.balanced(module)
+        assert torch.allclose(got.delta(), module.delta(), atol=1e-9)
+        assert torch.allclose(got.b.norm(dim=0), got.a.norm(dim=1), atol=1e-9)
+        assert got.a.shape == module.a.shape
+    assert torch.allclose(product.balanced(one).b.abs(), product.balanced(turned).b.abs(), atol=1e-6)
+    tall = LoraModule(torch.randn(4, 2).double(), torch.randn(3, 4).double(), 8.0)
+    assert torch.allclose(product.balanced(tall).delta(), tall.delta(), atol=1e-12)

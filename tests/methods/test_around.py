@@ -276,7 +276,7 @@ def _attacked(kind: str, **changes: Any) -> float:
 
 
 @pytest.mark.parametrize("kind", ["sign-flip", "boost", "random"])
-@pytest.mark.parametrize("method", ["fedit", "flora", "flexlora"])
+@pytest.mark.parametrize("method", ["flora", "flexlora", "fedmomentum"])
 def test_a_robust_rule_resists_what_the_mean_does_not(kind: str, method: str) -> None:
     chosen = {"method": {"name": method}}
     assert _attacked(kind, **chosen) > 3
@@ -287,7 +287,6 @@ def test_a_robust_rule_resists_what_the_mean_does_not(kind: str, method: str) ->
 
 def test_a_gauge_attack_hits_the_mean_of_factors_and_nothing_in_product_space() -> None:
     assert _attacked("gauge") > 3
-    assert _attacked("gauge", robust={"rule": "multi-krum", "malicious": 1}) > 0.1  # its product looks honest
     for method in ("flora", "flexlora", "fedex_lora", "fedmomentum"):
         assert _attacked("gauge", method={"name": method}) < 0.2, method
 

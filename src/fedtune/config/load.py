@@ -133,14 +133,19 @@ def _assemble(layers: Sequence[Mapping[str, Any]]) -> tuple[Protocol, dict[str, 
     return protocol, merge(merge(protocol.settings, domain), wanted)
 
 
+def standard(domain: str, protocol: Protocol) -> Config:
+    """Return the settings of a protocol for a domain, where nobody sets anything else."""
+    frozen = merge(protocol.settings, protocol.domains.get(domain, {}))
+    return Config.model_validate(merge({"domain": domain, "protocol": protocol.name}, frozen))
+
+
 def unranked_reasons(config: Config, protocol: Protocol) -> tuple[str, ...]:
     """List why a run with these settings cannot be ranked: a protocol that is not, or a locked key changed."""
     if not protocol.ranked:
         return (f"the protocol {protocol.name} is not ranked",)
     if config.attack.kind != "none":
         return ("scripted attackers take part",)
-    frozen = merge(protocol.settings, protocol.domains.get(config.domain, {}))
-    want = flatten(Config.model_validate(merge({"domain": config.domain}, frozen)).plain())
+    want = flatten(standard(config.domain, protocol).plain())
     have = flatten(config.plain())
     changed = [k for k in want if protocol.locks(k) and canonical(want[k]) != canonical(have.get(k))]
     return tuple(f"{k} is {have.get(k)!r}, locked at {want[k]!r} by {protocol.name}" for k in changed)

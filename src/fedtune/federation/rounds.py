@@ -202,8 +202,11 @@ def _exchange(fed: Federation, cohort: Sequence[int], when: When, state: ServerS
             updates.add(update)
     kill_point(when[0], "screen")
     good = tuple(screening.good)
-    enough = bool(good) and len(good) >= min(settings.min_clients, max(1, len(cohort)))
-    return _Exchange(screening.close(updates.close()), good, (orders.bytes, up), enough)
+    least = max(fed.recipe.fewest, min(settings.min_clients, max(1, len(cohort))))
+    screened = screening.close(updates.close())
+    if cohort and (short := fed.recipe.shortage(len(good))):
+        screened = replace(screened, notes=(*screened.notes, short))
+    return _Exchange(screened, good, (orders.bytes, up), bool(good) and len(good) >= least)
 
 
 def _all_exchanges(

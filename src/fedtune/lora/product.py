@@ -110,15 +110,24 @@ def energy_rank(values: Tensor, energy: float) -> int:
     return min(len(values), int(short.sum()) + 1)
 
 
-def inner(one: LoraModule, two: LoraModule) -> float:
-    """Return the Frobenius inner product of two modules' deltas through r x r products."""
-    middle = _wide(two.b).T @ _wide(one.b)
-    return float(one.scale * two.scale * (middle * (_wide(two.a) @ _wide(one.a).T)).sum())
-
-
 def of(module: LoraModule) -> Product:
     """Return a module's delta as a product, in the orientation of B A."""
     return Product(_wide(module.b) * module.scale, _wide(module.a))
+
+
+def precise(module: LoraModule) -> Product:
+    """Return a module's delta as a product in float64, so that small differences of two of them keep their digits."""
+    return Product(module.b.double() * module.scale, module.a.double())
+
+
+def balanced(module: LoraModule) -> LoraModule:
+    """Return the same delta in float64, with factors of equal norms that depend on nothing but the delta."""
+    u, s, vh = _svd_by_qr(precise(module))
+    rank = min(module.rank, s.shape[0])  # a delta of a smaller layer has no more values than that
+    root = (s[:rank] / module.scale).sqrt()
+    new = replace(module, a=vh.new_zeros(module.a.shape), b=u.new_zeros(module.b.shape))
+    new.b[:, :rank], new.a[:rank] = u[:, :rank] * root, vh[:rank] * root[:, None]
+    return new
 
 
 def total(*products: Product) -> Product:
@@ -131,9 +140,20 @@ def minus(product: Product) -> Product:
     return Product(-product.left, product.right)
 
 
+def orthonormal(product: Product) -> Product:
+    """Return the same matrix in float64 with orthonormal rows on the right: the left factor's norms are the matrix's.
+
+    What two terms of a difference have in common cancels here, once, among factors of float64; sums of squares and
+    inner products made of the result have no large terms any more that would have to cancel.
+    """
+    left_basis, left_core = torch.linalg.qr(product.left.double())
+    right_basis, right_core = torch.linalg.qr(product.right.double().T)
+    return Product(left_basis @ (left_core @ right_core.T), right_basis.T)
+
+
 def norm(product: Product) -> float:
-    """Return the Frobenius norm, from the cores of two QR decompositions (no cancellation, nothing dense)."""
-    return float((torch.linalg.qr(product.left)[1] @ torch.linalg.qr(product.right.T)[1].T).norm())
+    """Return the Frobenius norm, in float64 and without cancellation or a dense matrix."""
+    return float(orthonormal(product).left.norm())
 
 
 def compressed(product: Product, cap: int = 0) -> Product:
@@ -170,14 +190,16 @@ def residual(modules: Sequence[LoraModule], weights: Sequence[float]) -> Product
 
 
 def gram(products: Sequence[Mapping[str, Product]]) -> Tensor:
-    """Return the inner products [n, n] of n sets of products, summed over their names, through their factors."""
+    """Return the inner products [n, n] of n sets of products, summed over their names, in float64.
+
+    Each product is first given orthonormal rows, so that a difference may be far smaller than its two terms.
+    """
     table = torch.zeros(len(products), len(products), dtype=torch.float64)
     for name in products[0]:
-        for i, one in enumerate(products):
-            for j in range(i + 1):
-                two = products[j]
-                value = ((two[name].left.T @ one[name].left) * (two[name].right @ one[name].right.T)).sum()
-                table[i, j] += value.double()
+        clean = [orthonormal(p[name]) for p in products]
+        for i, one in enumerate(clean):
+            for j, two in enumerate(clean[: i + 1]):
+                table[i, j] += ((two.left.T @ one.left) * (two.right @ one.right.T)).sum()
     return table + table.tril(-1).T
 
 
@@ -208,12 +230,16 @@ def ridge_factors(modules: Sequence[LoraModule], weights: Sequence[float], ridge
     The correction D minimises ||M/s - (mean B + D) mean A||^2 + ridge ||D||^2 (arXiv 2411.14961, with the squared
     distance instead of the cosine); s is the first module's scale.
     """
-    mean = weighted_mean(({"a": _wide(m.a), "b": _wide(m.b)} for m in modules), weights)
+    wide = [(m.a.double(), m.b.double() * (m.scale / modules[0].scale)) for m in modules]
+    mean = weighted_mean(({"a": a, "b": b} for a, b in wide), weights)
     a, b = mean["a"], mean["b"]
-    ideal = stack(modules, weights)
-    projected = (ideal.left @ (ideal.right @ a.T)) / modules[0].scale - b @ (a @ a.T)
-    gram = a @ a.T + ridge * torch.eye(a.shape[0], dtype=a.dtype)
-    return a, b + torch.linalg.solve(gram, projected.T).T
+    # M/s - mean B mean A is the weighted covariance of the factors: no two large terms that cancel
+    spread = [(w / float(sum(weights)), own_a - a, own_b - b) for w, (own_a, own_b) in zip(weights, wide, strict=True)]
+    parts = [w * gap_b @ (gap_a @ a.T) for w, gap_a, gap_b in spread]
+    projected = sum(parts[1:], parts[0])
+    # by eigenvalues: none is below 0 whatever came in, so with the ridge on them nothing is singular
+    values, vectors = torch.linalg.eigh(a @ a.T)
+    return a, b + (projected @ vectors / (values.clamp(min=0) + ridge)) @ vectors.T
 
 
 def regauge(module: LoraModule, gauge: Tensor) -> LoraModule:

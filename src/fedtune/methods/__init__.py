@@ -8,7 +8,9 @@ from collections.abc import Iterable
 from pydantic import ValidationError
 
 from fedtune.config import Config
+from fedtune.methods.around import robust
 from fedtune.methods.base import ClientUpdate, Method, Scene, ServerState
+from fedtune.methods.effects import without_effect
 from fedtune.methods.fed_sb import FedSB
 from fedtune.methods.fedalt import FedALT
 from fedtune.methods.fedask import FedASK
@@ -66,7 +68,7 @@ AROUND = {
     "scaffold": "drift.scaffold=true with train.optimizer=sgd",
     "fedavg": "server.optimizer=none (the default)",
     **{name: f"server.optimizer={name}" for name in ("fedavgm", "fedadagrad", "fedyogi", "fedadam")},
-    **{name: f"robust.rule={name}" for name in ("krum", "multi-krum", "trimmed", "foolsgold", "dnc")},
+    **{name: f"robust.rule={name}" for name in robust.RULES},
 }
 
 __all__ = ["METHODS", "ClientUpdate", "Method", "Recipe", "Scene", "ServerState", "build", "create", "problems"]
@@ -79,7 +81,7 @@ def _names(attribute: str) -> str:
 def unknown(name: str) -> str:
     """Say what a name that is no method may have meant."""
     if name in AROUND:
-        return f"it goes around any method: --set {AROUND[name]}"
+        return f"it goes around a method: --set {AROUND[name]}"
     return nearest(name, [*METHODS, *AROUND]) or "list them: fedtune ls methods"
 
 
@@ -91,6 +93,7 @@ def problems(config: Config) -> Iterable[Problem]:
         return
     yield from _combination(config, METHODS[name])
     yield from _own_settings(config, METHODS[name])
+    yield from without_effect(config, METHODS[name])
 
 
 def _own_settings(config: Config, kind: type[Method]) -> Iterable[Problem]:
@@ -111,7 +114,7 @@ def _own_settings(config: Config, kind: type[Method]) -> Iterable[Problem]:
 
 def _combination(config: Config, kind: type[Method]) -> Iterable[Problem]:
     """Yield what a method does not go together with."""
-    name, drift, robust = kind.name, config.drift, config.robust
+    name, drift, chosen = kind.name, config.drift, config.robust
     if config.lora.dora and not kind.dora:
         yield Problem("lora.dora", f"{name} is not defined for DoRA's magnitudes", f"these are: {_names('dora')}")
     if config.lora.ranks and not kind.mixed_ranks:
@@ -126,14 +129,28 @@ def _combination(config: Config, kind: type[Method]) -> Iterable[Problem]:
         yield Problem(
             "server.optimizer", f"{name}'s factors change coordinates", f"these keep them: {_names('factors')}"
         )
-    if config.server.optimizer == "none" and config.server.model_dump(exclude_defaults=True):
-        yield Problem("server", "has no effect without server.optimizer")
-    if (robust.rule, robust.clip_norm) != ("none", "none") and not kind.comparable:
-        fix = f"these send models: {_names('comparable')}"
-        yield Problem("robust", f"an update of {name} cannot be compared with others", fix)
     if drift.scaffold:
         yield from _scaffold(config, kind)
+    if (chosen.rule, chosen.clip_norm) != ("none", "none"):
+        yield from _robust(config, kind)
     yield from _attack(config)
+
+
+def _robust(config: Config, kind: type[Method]) -> Iterable[Problem]:
+    """Yield why a robust rule or a clip would not hold what it promises."""
+    where, fix = "robust", f"these are made of the clients' products alone: {_names('by_product')}"
+    if not kind.comparable:
+        yield Problem(where, f"an update of {kind.name} cannot be compared with others", fix)
+    elif not kind.by_product:
+        yield Problem(where, f"the model of {kind.name} is not bounded by what a rule lets through", fix)
+    if config.lora.dora:
+        yield Problem(where, "rules see products, not DoRA's magnitudes, which a client could set as it likes")
+    if config.drift.scaffold:
+        yield Problem(where, "rules do not see SCAFFOLD's control variates, which every client's update changes")
+    asked = config.federation.cohort_size
+    if asked < robust.fewest(config.robust):
+        fix = "ask more clients: federation.clients, federation.fraction"
+        yield Problem(where, f"{robust.needs(config.robust)}, and {asked} are asked", fix)
 
 
 def _scaffold(config: Config, kind: type[Method]) -> Iterable[Problem]:

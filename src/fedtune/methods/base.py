@@ -95,7 +95,11 @@ class Method:
             map of `lora.dora`).
         factors: what is trained is the global adapter's own tensors, in coordinates that stay, so server optimisers
             and control variates mean something.
-        comparable: an update stands for a model, so a robust rule can compare it with others.
+        comparable: an update stands for a model, so it can be compared with others and with the ideal update.
+        by_product: of an update, no more than its product reaches the model, and with the weight it has; so what a
+            robust rule promises of the products holds of the model.
+        pairs: a client sends both factors of a layer, so it is free to choose their gauge.
+        optimises: clients make optimiser steps.
         ragged: the shapes a client sends are its own choice, within what `flaw` allows.
         running: the server step sees no more of the updates than their weighted mean, so whole adapters can be
             added up one after the other, in memory that does not grow with their number.
@@ -118,6 +122,9 @@ class Method:
     dora: ClassVar[str] = ""
     factors: ClassVar[bool] = True
     comparable: ClassVar[bool] = True
+    by_product: ClassVar[bool] = False
+    pairs: ClassVar[bool] = True
+    optimises: ClassVar[bool] = True
     ragged: ClassVar[bool] = False
     running: ClassVar[bool] = False
     by_client: ClassVar[bool] = False

@@ -37,6 +37,7 @@ class FedSB(Method):
     private = True
     factors = False
     comparable = False
+    pairs = False
 
     @classmethod
     def traffic(cls, sizes: Sizes) -> tuple[float, float]:
@@ -118,7 +119,7 @@ class FedSB(Method):
             probe = torch.cat([p[path].b for p in probes], dim=1)
             # by QR, for LAPACK's own least squares does not give the same bits twice
             basis, triangle = torch.linalg.qr(probe.T @ core)
-            inner = torch.linalg.solve_triangular(triangle, basis.T @ left, upper=True)
+            inner = _solved(triangle, basis.T @ left)
             u, _, vh = product.svd(product.Product(core, inner))
             extra[_BASIS + path] = u[:, : module.rank].contiguous()
             extra[PREFIX + path + _R] = module.a.new_zeros(module.rank, module.rank)
@@ -163,3 +164,15 @@ class FedSB(Method):
         from fedtune.methods.ffa_lora import FFALoRA
 
         return FFALoRA(FFALoRA.Parameters()).aggregate(clients, examples, state, round_)
+
+
+def _solved(triangle: Tensor, right: Tensor) -> Tensor:
+    """Return X with triangle X = right; the one of least norm where sketches hold too few directions for one X."""
+    import torch
+
+    diagonal = triangle.diagonal().abs()
+    regular = bool(diagonal.min() > torch.finfo(triangle.dtype).eps * diagonal.max())
+    found: Tensor = (
+        torch.linalg.solve_triangular(triangle, right, upper=True) if regular else torch.linalg.pinv(triangle) @ right
+    )
+    return found

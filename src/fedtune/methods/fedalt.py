@@ -25,7 +25,8 @@ _FACTORS = (".lora_A.weight", ".lora_B.weight")
 
 def rest_of_world(mean: Tensor, own: Tensor, share: float) -> Tensor:
     """Return the mean of the others: (mean - w own) / (1 - w); zeros where there are none."""
-    return (mean - share * own) / (1 - share) if share < 1 else mean * 0
+    rest = (mean.double() - share * own.double()) / (1 - share) if share < 1 else mean * 0
+    return rest.to(mean.dtype)
 
 
 class FedALT(Method):

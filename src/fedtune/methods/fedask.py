@@ -37,6 +37,7 @@ class FedASK(MovesBase):
     linear = True
     mixed_ranks = True
     comparable = False
+    pairs = False
     phases = 2
 
     class Parameters(MovesBase.Parameters):

@@ -22,6 +22,7 @@ _A, _B = ".lora_A.weight", ".lora_B.weight"
 
 def agreement(a: Tensor, b: Tensor, a_start: Tensor, b_start: Tensor) -> float:
     """Return the cosine of B A and B_start A_start through r x r products; 1 where either is zero."""
+    a, b, a_start, b_start = (t.double() for t in (a, b, a_start, b_start))
     cross = ((b_start.T @ b) * (a_start @ a.T)).sum()
     sizes = ((b.T @ b) * (a @ a.T)).sum() * ((b_start.T @ b_start) * (a_start @ a_start.T)).sum()
     return float(cross / sizes.sqrt()) if float(sizes) > 0 else 1.0

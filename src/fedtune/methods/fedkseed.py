@@ -37,6 +37,8 @@ class FedKSeed(Method):
     stateful = True
     factors = False
     comparable = False
+    pairs = False
+    optimises = False
 
     class Parameters(Section):
         """`seeds`: K; `epsilon`: half the way between the two losses; `steps`: 0 for as many as a round has."""

@@ -25,6 +25,7 @@ class FedMomentum(MovesBase):
     paper = "arXiv:2603.08014"
     exact = True
     mixed_ranks = True
+    by_product = True
 
     @classmethod
     def traffic(cls, sizes: Sizes) -> tuple[float, float]:

@@ -27,6 +27,7 @@ class FedSALoRA(Method):
     personalised = True
     global_adapter = False
     private = True
+    pairs = False
     comparable = False
     running = True
 

@@ -25,6 +25,8 @@ class FedSVD(Method):
     exact = True
     factors = False
     dora = "exact"
+    pairs = False
+    by_product = True
     running = True
 
     @classmethod

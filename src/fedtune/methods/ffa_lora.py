@@ -21,6 +21,8 @@ class FFALoRA(Method):
     paper = "arXiv:2403.12313"
     exact = True
     dora = "exact"
+    pairs = False
+    by_product = True
     running = True
 
     @classmethod

@@ -29,6 +29,7 @@ class FlexLoRA(ByLayer):
     mixed_ranks = True
     factors = False
     dora = "exact"
+    by_product = True
 
     def merge(self, module: LoraModule, clients: Sequence[LoraModule], weights: Sequence[float]) -> LoraModule:
         """Return one module's new factors, of the rank that `module` has."""

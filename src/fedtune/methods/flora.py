@@ -29,6 +29,7 @@ class FLoRA(MovesBase):
     paper = "arXiv:2409.05976"
     exact = True
     mixed_ranks = True
+    by_product = True
 
     @classmethod
     def traffic(cls, sizes: Sizes) -> tuple[float, float]:

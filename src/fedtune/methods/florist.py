@@ -30,6 +30,11 @@ class FLoRIST(FlexLoRA):
 
         tau: float = Field(0.99, gt=0, le=1)
 
+    @classmethod
+    def inert(cls, parameters: Section) -> str:
+        """With all of the energy it is FlexLoRA."""
+        return "with tau = 1 this is FlexLoRA" if cast("FLoRIST.Parameters", parameters).tau == 1 else ""
+
     def merge(self, module: LoraModule, clients: Sequence[LoraModule], weights: Sequence[float]) -> LoraModule:
         """Return one module's new factors; what lies beyond the energy's rank is zero in B."""
         from fedtune.lora import product

@@ -28,7 +28,8 @@ _A, _B, _RANKS = ".lora_A.weight", ".lora_B.weight", "hetlora/ranks"
 
 def norm(module: LoraModule) -> float:
     """Return ||s B A||_F as s sqrt(tr(B^T B A A^T)), without the dense product."""
-    return module.scale * math.sqrt(max(0.0, float(((module.b.T @ module.b) * (module.a @ module.a.T)).double().sum())))
+    a, b = module.a.double(), module.b.double()
+    return module.scale * math.sqrt(max(0.0, float(((b.T @ b) * (a @ a.T)).sum())))
 
 
 class HetLoRA(RBLA):
@@ -46,6 +47,13 @@ class HetLoRA(RBLA):
 
         regulariser: float = Field(0.005, ge=0)
         gamma: float = Field(0.99, gt=0, le=1)
+
+    @classmethod
+    def inert(cls, parameters: Section) -> str:
+        """Without pruning there is no tail to penalise."""
+        own = cast("HetLoRA.Parameters", parameters)
+        changed = own.gamma == 1 and own.regulariser != cls.Parameters().regulariser
+        return "with gamma = 1 nothing is pruned, and regulariser does nothing" if changed else ""
 
     def _tail(self, tensors: Tensors) -> dict[str, tuple[Tensor, Tensor]]:
         """Return for each layer the part beyond gamma r of (A, B); layers without one are left out."""

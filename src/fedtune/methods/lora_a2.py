@@ -40,6 +40,7 @@ class LoRAA2(Method):
     exact = True
     mixed_ranks = True
     ragged = True
+    pairs = False
     factors = False
 
     class Parameters(Section):

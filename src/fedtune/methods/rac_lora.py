@@ -28,6 +28,8 @@ class RACLoRA(MovesBase):
     paper = "arXiv:2410.08305"
     exact = True
     linear = True
+    pairs = False
+    by_product = True
 
     @classmethod
     def traffic(cls, sizes: Sizes) -> tuple[float, float]:

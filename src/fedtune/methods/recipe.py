@@ -11,10 +11,11 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from fedtune.config import Config
+from fedtune.methods import sound
 from fedtune.methods.around import attack, drift, optimizer, robust
 from fedtune.methods.base import ClientUpdate, Method, ServerState
 from fedtune.methods.local import Fitted, Local, Tensors
-from fedtune.types import derive_seed
+from fedtune.types import RunFailedError, derive_seed
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from fedtune.lora.state import AdapterState
 
 _SERVER = "server/"
+NOBODY = -1  # stands for no client: the model as it was
 
 
 @dataclass(frozen=True)
@@ -50,6 +52,15 @@ class Recipe:
         plain = robust.rule == "none" and robust.clip_norm == "none"
         alone = self.method.running and not self.method.by_client
         return alone and plain and not self.exact_dora and not self.config.drift.scaffold
+
+    @property
+    def fewest(self) -> int:
+        """How many updates a round needs for its robust rule to mean anything; with fewer it is skipped."""
+        return robust.fewest(self.config.robust)
+
+    def shortage(self, updates: int) -> str:
+        """Say that a number of updates is too small for the robust rule, or return an empty string."""
+        return f"{robust.needs(self.config.robust)}; {updates} came" if updates < self.fewest else ""
 
     @property
     def phases(self) -> int:
@@ -122,10 +133,19 @@ class Recipe:
 
     def middle(self, updates: Sequence[ClientUpdate], state: ServerState, round_: int) -> ServerState:
         """Return the state for the next exchange of the same round."""
+        if not self.streams:
+            sound.check(updates, relative=self.exact_dora)
         return self.method.middle(updates, state, round_)
 
     def server_step(self, updates: Sequence[ClientUpdate], state: ServerState, round_: int) -> ServerState:
-        """Return the state after a round; `updates` is not empty and sorted by client."""
+        """Return the state after a round; `updates` is not empty and sorted by client.
+
+        Raises:
+            UpdateError: a client's numbers cannot be aggregated; without it the others' can.
+            RunFailedError: fewer updates than a robust rule needs.
+        """
+        if not self.streams:  # a sum was looked at term by term as it came
+            sound.check(updates, relative=self.exact_dora)
         changes = {u.client: drift.split(u.tensors)[1] for u in updates}
         updates = [replace(u, tensors=drift.split(u.tensors)[0]) for u in updates]
         updates = self._reweighed(updates, state, round_)
@@ -150,14 +170,33 @@ class Recipe:
         """Return each update's change of the model as products: what it claims minus what it was sent."""
         from fedtune.lora import product
 
-        before = {path: product.minus(product.of(m)) for path, m in state.adapter.items()}
+        before = {path: product.minus(product.precise(m)) for path, m in state.adapter.items()}
         return [
-            {p: product.total(product.of(m), before[p]) for p, m in self.method.completed(u, state).items()}
+            {p: product.total(product.precise(m), before[p]) for p, m in self.method.completed(u, state).items()}
             for u in updates
         ]
 
+    def _balanced(self, update: ClientUpdate, state: ServerState) -> ClientUpdate:
+        """Return an update with both factors of a layer made from their product, in float64; one alone stays.
+
+        How a client splits its product, and what cancels in it, then reaches neither the rule nor the model.
+        """
+        from fedtune.lora.product import balanced
+        from fedtune.lora.state import to_tensors
+
+        whole = self.method.completed(update, state)
+        factors = {path: to_tensors({path: module}) for path, module in whole.items()}
+        split = {
+            path: balanced(whole[path]) for path, names in factors.items() if names.keys() <= update.tensors.keys()
+        }
+        return replace(update, tensors={**update.tensors, **to_tensors(split)})
+
     def _reweighed(self, updates: Sequence[ClientUpdate], state: ServerState, round_: int) -> list[ClientUpdate]:
-        """Return the updates with the weights a robust rule gives them; those without any are left out."""
+        """Return the updates with the weights a robust rule gives them; those without any are left out.
+
+        Raises:
+            RunFailedError: fewer updates than the rule needs.
+        """
         import torch
 
         from fedtune.lora.product import gram
@@ -165,8 +204,13 @@ class Recipe:
         settings = self.config.robust
         if settings.rule == "none" and settings.clip_norm == "none":
             return list(updates)
+        if short := self.shortage(len(updates)):
+            raise RunFailedError(short)
         # a method may draw what is frozen from the round's number, and rounds may have been skipped since the last step
-        table = gram(self._changes(updates, replace(state, round=round_ - 1)))
+        before = replace(state, round=round_ - 1)
+        kinds = [{n: t.dtype for n, t in u.tensors.items()} for u in updates]
+        updates = [self._balanced(u, before) for u in updates]
+        table = gram(self._changes(updates, before))
         weights = torch.tensor([float(u.examples) for u in updates], dtype=table.dtype)
         if settings.rule != "none":
             weights = robust.RULES[settings.rule](table, weights, settings)
@@ -174,9 +218,13 @@ class Recipe:
         if settings.clip_norm != "none":
             limit = 0.0 if settings.clip_norm == "median" else float(settings.clip_norm)
             weights, rest = robust.clip_shares(table, weights, limit)
-        kept = [replace(u, examples=float(w)) for u, w in zip(updates, weights, strict=True) if float(w) > 0]
-        if rest > 0:  # what was clipped off counts for the unchanged model
-            kept.append(ClientUpdate(-1, self.method.expected(state, updates[0].client, round_), rest))
+        kept = [
+            replace(u, tensors={n: t.to(kind[n]) for n, t in u.tensors.items()}, examples=float(w))
+            for u, kind, w in zip(updates, kinds, weights, strict=True)
+            if float(w) > 0
+        ]
+        if rest > 0:  # what was clipped off counts for the unchanged model, of the global rank
+            kept.append(ClientUpdate(NOBODY, self.method.expected(state, NOBODY, round_), rest))
         return kept
 
     def _optimised(self, before: ServerState, after: ServerState, round_: int) -> ServerState:

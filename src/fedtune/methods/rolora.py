@@ -15,6 +15,7 @@ class RoLoRA(Method):
     paper = "arXiv:2502.01755"
     exact = True
     running = True
+    pairs = False
 
     @classmethod
     def traffic(cls, sizes: Sizes) -> tuple[float, float]:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from fedtune.methods.base import ClientUpdate
+from fedtune.methods.sound import unsound
 from fedtune.types import ClientStats, Rejection
 
 
@@ -120,12 +121,13 @@ def _free_shapes(got: Mapping[str, Tensor], expected: Expected, client: int) -> 
     return ("shape", flaw) if flaw else None
 
 
-def _finite(got: Mapping[str, Tensor]) -> tuple[str, str] | None:
+def _numbers(got: Mapping[str, Tensor]) -> tuple[str, str] | None:
     for name, tensor in got.items():
         # a finite sum has finite terms, and is several times cheaper to see; only another one has to be looked into
         if not math.isfinite(float(tensor.sum())) and not torch.isfinite(tensor).all():
             return "non_finite", f"{name} has NaN or infinity"
-    return None
+    flaw = unsound(got)
+    return ("magnitude", flaw) if flaw else None
 
 
 def _examples(reply: Reply) -> tuple[str, str] | None:
@@ -145,7 +147,7 @@ def _reason(reply: Reply, expected: Expected, seen: set[int]) -> tuple[str, str]
     if odd := _keys(got, want) or _kinds(got, want):
         return odd
     shaped = _free_shapes(got, expected, reply.client) if expected.flaw else _shapes(got, want)
-    return shaped or _finite(got) or _examples(reply)
+    return shaped or _numbers(got) or _examples(reply)
 
 
 def _number(metrics: Mapping[str, float], name: str) -> int:

@@ -1,8 +1,10 @@
 """Robust rules in product space, as weights: they see only the Gram matrix of the updates.
 
 With G_ij = <dW_i - dW, dW_j - dW> all pairwise distances are known, without a dense matrix and whatever gauge a
-client chose. A rule turns the clients' weights into others, so it goes with any combiner. Rules on single coordinates
-(median, trimmed mean) would not, and are not here; `trimmed` drops whole clients.
+client chose. A rule turns the clients' weights into others. What it promises of the products holds of the model only
+where the model is made of the products: a method that averages factors can be moved anywhere by factors whose product
+looks honest, and is refused. Rules on single coordinates (median, trimmed mean) cannot be had from the Gram matrix;
+`trimmed` drops whole clients. `foolsgold` is after clients that are alike, and does not bound what one of them does.
 """
 
 from __future__ import annotations
@@ -18,6 +20,24 @@ if TYPE_CHECKING:
 Rule = Callable[["Tensor", "Tensor", "RobustSettings"], "Tensor"]
 
 
+def fewest(settings: RobustSettings) -> int:
+    """Return how many updates a round needs for the rule, and a clip at the median, to mean anything.
+
+    Krum is defined for n >= 2f + 3 (arXiv 1703.02757); the others need more honest updates than `malicious` ones. A
+    clip at a number, and FoolsGold, look at updates without such a count.
+    """
+    f = settings.malicious
+    if settings.rule in ("krum", "multi-krum"):
+        return 2 * f + 3
+    return 2 * f + 1 if settings.rule in COUNTING or settings.clip_norm == "median" else 1
+
+
+def needs(settings: RobustSettings) -> str:
+    """Say as a sentence what `fewest` returns."""
+    what = f'rule = "{settings.rule}"' if settings.rule in COUNTING else 'clip_norm = "median"'
+    return f"robust.{what} with malicious = {settings.malicious} needs {fewest(settings)} updates a round"
+
+
 def distances(gram: Tensor) -> Tensor:
     """Return squared distances [n, n] from inner products [n, n]."""
     squares = gram.diag()
@@ -26,7 +46,7 @@ def distances(gram: Tensor) -> Tensor:
 
 def krum_scores(gram: Tensor, malicious: int) -> Tensor:
     """Return each update's sum of squared distances to its n - f - 2 nearest others (arXiv 1703.02757)."""
-    near = max(1, gram.shape[0] - malicious - 2)
+    near = max(1, gram.shape[0] - malicious - 2)  # at least malicious + 1 where `fewest` is kept
     return distances(gram).sort(dim=1).values[:, 1 : near + 1].sum(dim=1)
 
 
@@ -98,6 +118,7 @@ def dnc(gram: Tensor, weights: Tensor, settings: RobustSettings) -> Tensor:
     return _selected(weights, score.argsort(stable=True), max(1, len(weights) - settings.malicious))
 
 
+COUNTING = ("krum", "multi-krum", "geometric-median", "trimmed", "dnc")  # rules that `malicious` is a count for
 RULES: dict[str, Rule] = {
     "krum": krum,
     "multi-krum": multi_krum,

@@ -1,0 +1,89 @@
+"""Settings that would have no effect with a method, or beside each other: each with the reason. No torch here."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+from fedtune.config import Config, protocol_names, read_protocol
+from fedtune.config.load import flatten, standard
+from fedtune.methods.around.robust import COUNTING
+from fedtune.methods.base import Method
+from fedtune.types import Problem
+
+Found = Iterator[tuple[str, str]]
+ADAM = ("train.adam_beta1", "train.adam_beta2", "train.adam_epsilon")
+STEPS = (
+    *("train.optimizer", "train.learning_rate_max", "train.learning_rate_min", "train.max_grad_norm"),
+    *("train.weight_decay", *ADAM, "drift.proximal_mu", "lora.dropout"),
+)
+UNUSED_BY_SERVER = {"fedavgm": ("beta2", "tau"), "fedadagrad": ("beta2",)}
+
+
+def without_effect(config: Config, kind: type[Method]) -> Iterable[Problem]:
+    """Yield a problem for each setting that was changed from what the protocol says, and changes nothing."""
+    changed = _changed(config)
+    for key, why in _reasons(config, kind):
+        if key in changed:
+            yield Problem(f"{key} = {changed[key]!r}", f"has no effect: {why}", "leave it out")
+
+
+def _changed(config: Config) -> dict[str, Any]:
+    """Return the settings that differ from the protocol's, by dotted key; a method's own count where set."""
+    known = config.protocol in protocol_names()
+    usual = standard(config.domain, read_protocol(config.protocol)) if known else Config(domain=config.domain)
+    want, have = flatten(usual.plain()), flatten(config.plain())
+    return {key: value for key, value in have.items() if key not in want or want[key] != value}
+
+
+def _reasons(config: Config, kind: type[Method]) -> Found:
+    yield from _of_training(config, kind)
+    yield from _of_the_server(config)
+    yield from _of_rules(config)
+    yield from _of_attackers(config, kind)
+    yield from _of_the_method(config, kind)
+
+
+def _of_training(config: Config, kind: type[Method]) -> Found:
+    if not kind.optimises:
+        yield from ((key, f"{kind.name} makes no optimiser steps, only losses are computed") for key in STEPS)
+    if config.train.optimizer != "adamw":
+        yield from ((key, f'train.optimizer = "{config.train.optimizer}" has no such number') for key in ADAM)
+    if config.train.max_steps == 1:
+        yield "drift.proximal_mu", "a round has one step, and it starts where the proximal term has no gradient"
+    if config.federation.rounds == 1:
+        yield "train.learning_rate_max", "the rate falls to learning_rate_min in the last round, and there is one round"
+
+
+def _of_the_server(config: Config) -> Found:
+    chosen = config.server.optimizer
+    unused = UNUSED_BY_SERVER.get(chosen, ())
+    if chosen == "none":
+        unused = tuple(name for name in type(config.server).model_fields if name != "optimizer")
+    yield from ((f"server.{name}", f'server.optimizer = "{chosen}" does not use it') for name in unused)
+
+
+def _of_rules(config: Config) -> Found:
+    robust = config.robust
+    if robust.rule not in ("geometric-median", "trimmed"):
+        yield "robust.iterations", f'only geometric-median and trimmed iterate, and robust.rule = "{robust.rule}"'
+    if robust.rule not in COUNTING and robust.clip_norm != "median":
+        yield "robust.malicious", f'no count of clients is needed with robust.rule = "{robust.rule}"'
+
+
+def _of_attackers(config: Config, kind: type[Method]) -> Found:
+    if config.attack.kind in ("none", "label-flip"):
+        yield "attack.scale", f'attack.kind = "{config.attack.kind}" has no size'
+    if config.attack.kind == "gauge" and not kind.pairs:
+        yield "attack.kind", f"a client of {kind.name} does not send both factors of a layer, so it has no gauge"
+
+
+def _of_the_method(config: Config, kind: type[Method]) -> Found:
+    ranks = config.lora.ranks or (config.lora.r,)
+    if kind.name == "lora_a2" and config.lora.ranks:
+        yield "method.share", "lora.ranks gives every client a budget of its own"
+    if kind.name == "hetlora" and max(ranks) == 1:
+        yield from ((f"method.{key}", "a client of rank 1 has nothing to prune") for key in ("regulariser", "gamma"))
+    limit, most = config.method.parameters.get("residual_rank"), (config.federation.cohort_size - 1) * config.lora.r
+    if kind.name == "fedex_lora" and isinstance(limit, int) and limit >= max(most, 1):
+        yield "method.residual_rank", f"the residual of a round has a rank of at most {most}"
