@@ -79,8 +79,8 @@ def test_adding_up_as_they_come_gives_what_all_at_once_gives(
 
 def test_what_compares_updates_gets_them_all(settings: Callable[..., Settings]) -> None:
     for changes in (
-        {"robust": {"rule": "krum"}},
-        {"robust": {"clip_norm": 1.0}},
+        {"robust": {"rule": "trimmed"}, "method": {"name": "ffa_lora"}},
+        {"robust": {"clip_norm": 1.0}, "method": {"name": "ffa_lora"}},
         {"method": {"name": "flexlora"}},
         {"method": {"name": "fedalt"}},
     ):
