@@ -10,10 +10,11 @@ from fedtune.config import Settings
 from fedtune.config.schema import LoraSettings, ModelSettings
 from fedtune.lora.state import to_tensors
 from fedtune.models import budget
-from fedtune.models.adapter import AdaptedModel, attach, load_folder, save
+from fedtune.models.adapter import AdaptedModel, attach, save
 from fedtune.models.folder import read_folder
 from fedtune.models.load import load
 from fedtune.models.source import CONFIG, WEIGHTS
+from fedtune.models.trained import load_folder
 from fedtune.types import AdapterError, CorruptFileError, ModelError
 from tests.tiny import make_folder
 

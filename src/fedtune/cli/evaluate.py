@@ -31,15 +31,19 @@ def _layers(base: str, tasks: list[str] | None, mode: str, limit: int, prompt: s
 
 def _base_of(target: str, base: str | None) -> tuple[str, Path | None]:
     """Return the base model's name, and the adapter folder if `target` is one."""
-    from fedtune.io import read_json
+    from fedtune.models.source import CONFIG
 
     folder = Path(target)
-    config = folder / "adapter_config.json"
-    if not config.is_file():
+    if not (folder / CONFIG).is_file():
+        if base:
+            raise AdapterError(f"--base {base}: {target} is no adapter folder, it has no {CONFIG}")
         return target, None
-    name = base or str(read_json(config).get("base_model_name_or_path") or "")
+    from fedtune.models.folder import checked
+
+    config, _ = checked(folder)  # says what is wrong with it before the base model is loaded
+    name = base or config.base
     if not name:
-        raise AdapterError(f"{folder}: its adapter_config.json names no base model; give one with --base")
+        raise AdapterError(f"{folder}: its {CONFIG} names no base model; give one with --base")
     return name, folder
 
 
@@ -51,7 +55,9 @@ def evaluate(
     limit: Annotated[int, typer.Option(help="Items a task (a seeded sample); 0 is all.")] = 0,
     data: Annotated[Path | None, typer.Option(help="A folder with eval/<domain>/ files.")] = None,
     prompt: Annotated[str | None, typer.Option(help="For likelihood: training, official or chat.")] = None,
-    base: Annotated[str | None, typer.Option(help="The adapter's base model, if its folder does not say.")] = None,
+    base: Annotated[
+        str | None, typer.Option(help="The adapter's base model, in place of the one its folder names.")
+    ] = None,
     out: Annotated[Path | None, typer.Option(help="Folder of the per-sample logs.")] = None,
     settings: Annotated[list[str] | None, typer.Option("--set", "-s", help="Any setting.")] = None,
     json_output: Annotated[bool, typer.Option("--json", help="Print the scores as JSON.")] = False,
@@ -68,7 +74,8 @@ def evaluate(
     resolved = resolve(None, {"domain": domain, **_layers(name, task, mode, limit, prompt)}, settings or [], data)
     folder = out or Path("evals") / digest([str(Path(target).name), resolved.config.semantic()])[:12]
     console = terminal(errors=json_output)
-    found = execute(resolved.config, adapter, folder, TerminalReporter(console))
+    insist = base is not None
+    found = execute(resolved.config, adapter, folder, TerminalReporter(console), insist=insist)
     if json_output:
         import json
 

@@ -76,9 +76,9 @@ def _odd(state: FolderState, first: FolderState, method: Method, base: Weights |
         return [Problem(where, f"adapts other layers than the first folder: {', '.join(differing)} …")]
     if state.dora != first.dora:
         return [Problem(where, "DoRA and LoRA adapters cannot be mixed")]
-    if state.settings.r != first.settings.r and not method.mixed_ranks:
+    if state.config.r != first.config.r and not method.mixed_ranks:
         able = ", ".join(m for m in METHODS if METHODS[m].mixed_ranks)
-        return [Problem(where, f"rank {state.settings.r}, the first has {first.settings.r}", f"mixed ranks: {able}")]
+        return [Problem(where, f"rank {state.config.r}, the first has {first.config.r}", f"mixed ranks: {able}")]
     if state.dora and not method.dora:
         return [Problem(where, f"a DoRA adapter; {method.name} is not defined for magnitudes")]
     if state.dora and method.dora == "exact" and base is None:

@@ -11,10 +11,10 @@ from fedtune.evaluation.run import evaluate_all
 from fedtune.experiment.report import Reporter
 from fedtune.io import digest, folder_lock
 from fedtune.models import load
-from fedtune.models.adapter import load_folder
-from fedtune.models.folder import read_folder
+from fedtune.models.folder import checked
 from fedtune.models.load import LoadedModel
-from fedtune.models.source import WEIGHTS, adapter_revision
+from fedtune.models.source import adapter_revision
+from fedtune.models.trained import load_folder
 from fedtune.results.schema import Score
 
 
@@ -23,7 +23,9 @@ def identity(base: LoadedModel, config: Config) -> list[Any]:
     return [f"{base.name}@{base.revision}", str(base.model.dtype), config.model.quantization]
 
 
-def evaluate(config: Config, adapter: Path | None, folder: Path, reporter: Reporter | None = None) -> list[Score]:
+def evaluate(
+    config: Config, adapter: Path | None, folder: Path, reporter: Reporter | None = None, *, insist: bool = False
+) -> list[Score]:
     """Evaluate the model of some settings, with an adapter if one is given.
 
     Args:
@@ -31,6 +33,7 @@ def evaluate(config: Config, adapter: Path | None, folder: Path, reporter: Repor
         adapter: a PEFT folder that fits the model.
         folder: of the per-sample logs; what they hold of this very evaluation is not done again.
         reporter: who watches.
+        insist: evaluate the adapter on another base model than it names.
 
     Raises:
         LockedError: another process evaluates into this folder.
@@ -39,12 +42,12 @@ def evaluate(config: Config, adapter: Path | None, folder: Path, reporter: Repor
     watch = reporter or Reporter()
     tasks = domains.chosen_tasks(config)
     with folder_lock(folder):
-        if adapter is not None and not (adapter / WEIGHTS).exists():
-            read_folder(adapter)  # says why it is refused before the base model is loaded
+        if adapter is not None:
+            checked(adapter)  # says why it is refused before the base model is loaded
         base = load.load(config.model)
         who, model = identity(base, config), base.model
         if adapter is not None:
-            model = load_folder(base, adapter).model
+            model = load_folder(base, adapter, insist=insist).model
             model.eval()
             who.append(adapter_revision(adapter))
         try:

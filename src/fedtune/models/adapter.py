@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -23,7 +24,6 @@ from fedtune.lora.state import (
     with_tensors,
 )
 from fedtune.models.dropout import KeyedDropout, Keys
-from fedtune.models.folder import read_folder
 from fedtune.models.load import LoadedModel
 from fedtune.models.sides import Sides, is_side
 from fedtune.models.source import CONFIG, WEIGHTS
@@ -156,16 +156,16 @@ def _file_name(parameter: str) -> str:
     return name.removesuffix(".default")
 
 
-def _layout(layers: Mapping[str, Any], slots: Mapping[str, torch.nn.Parameter], settings: LoraSettings) -> AdapterState:
+def _layout(layers: Mapping[str, Any], slots: Mapping[str, torch.nn.Parameter], config: Any) -> AdapterState:
     modules: dict[str, LoraModule] = {}
     for path, layer in layers.items():
         get = f"base_model.model.{path}"
         modules[path] = LoraModule(
             a=slots[f"{get}.lora_A.weight"].detach().to("cpu", copy=True),
             b=slots[f"{get}.lora_B.weight"].detach().to("cpu", copy=True),
-            alpha=settings.alpha,
-            rslora=settings.rslora,
-            magnitude=slots[f"{get}.lora_magnitude_vector"].detach().to("cpu", copy=True) if settings.dora else None,
+            alpha=float(layer.lora_alpha["default"]),
+            rslora=config.use_rslora,
+            magnitude=slots[f"{get}.lora_magnitude_vector"].detach().to("cpu", copy=True) if config.use_dora else None,
             conv1d=bool(getattr(layer, "fan_in_fan_out", False)),
         )
     return modules
@@ -190,7 +190,7 @@ def attach(base: LoadedModel, settings: LoraSettings, seed: int) -> AdaptedModel
     Raises:
         ModelError: a target the model does not have.
     """
-    from peft import LoraConfig, get_peft_model
+    from peft import LoraConfig
 
     config = LoraConfig(
         r=settings.r,
@@ -201,7 +201,20 @@ def attach(base: LoadedModel, settings: LoraSettings, seed: int) -> AdaptedModel
         use_dora=settings.dora,
         task_type="CAUSAL_LM",
     )
-    with torch.random.fork_rng():
+    return attach_as(base, config, seed)
+
+
+def attach_as(base: LoadedModel, config: Any, seed: int) -> AdaptedModel:
+    """Put a fresh adapter with the settings of a PEFT LoraConfig on a base model.
+
+    Raises:
+        ModelError: a target the model does not have, or that is no linear layer.
+    """
+    from peft import get_peft_model
+
+    with torch.random.fork_rng(), warnings.catch_warnings():
+        # of merging a head that is tied to the embedding, which is never done here
+        warnings.filterwarnings("ignore", message=".*tie_word_embeddings")
         torch.manual_seed(seed)
         try:
             model = get_peft_model(base.model, config)
@@ -211,12 +224,21 @@ def attach(base: LoadedModel, settings: LoraSettings, seed: int) -> AdaptedModel
     model.peft_config["default"].base_model_name_or_path = base.name
     model.peft_config["default"].revision = base.revision
     layers = {path: m for path, m in model.get_base_model().named_modules() if hasattr(m, "lora_A")}
+    if odd := [path for path, layer in layers.items() if not _is_linear(layer)]:
+        kind = type(layers[odd[0]].get_base_layer()).__name__
+        model.unload()
+        raise ModelError(f"{base.name}: the target {odd[0]} is of the kind {kind}; only linear layers are adapted")
     sides, keys = Sides(layers), Keys()
     model.fedtune_sides = sides
-    if settings.dropout:
+    if config.lora_dropout:
         for number, layer in enumerate(layers.values()):
-            layer.lora_dropout["default"] = KeyedDropout(settings.dropout, number, keys)
-    return AdaptedModel(base, model, slots, _layout(layers, slots, settings), layers, sides, keys)
+            layer.lora_dropout["default"] = KeyedDropout(config.lora_dropout, number, keys)
+    return AdaptedModel(base, model, slots, _layout(layers, slots, config), layers, sides, keys)
+
+
+def _is_linear(layer: Any) -> bool:
+    """Tell whether an adapted layer is A and B of two dimensions: embeddings and convolutions have others."""
+    return "default" in layer.lora_A and layer.lora_A["default"].weight.dim() == 2
 
 
 def detach(adapted: AdaptedModel) -> LoadedModel:
@@ -236,21 +258,3 @@ def save(adapted: AdaptedModel, adapter: Mapping[str, LoraModule], folder: Path)
     write_json(folder / CONFIG, plain)
     tensors = {name: t.contiguous() for name, t in to_tensors(adapter).items()}
     write_bytes(folder / WEIGHTS, safetensors.torch.save(tensors, metadata={"format": "pt"}))
-
-
-def load_folder(base: LoadedModel, folder: Path, *, check_base: bool = True) -> AdaptedModel:
-    """Attach an adapter folder to its base model, strictly.
-
-    Raises:
-        AdapterError: unsafe, or made for another base model, vocabulary or targets; with both values.
-    """
-    settings, made_for, tensors = read_folder(folder)
-    if check_base and made_for and made_for != base.name and Path(made_for).name != Path(base.name).name:
-        raise AdapterError(f"{folder} was trained on {made_for!r}, the model given is {base.name!r}")
-    adapted = attach(base, settings, seed=0)
-    try:
-        load_tensors(adapted.slots, tensors)
-    except AdapterError as err:
-        detach(adapted)
-        raise AdapterError(f"{folder}: {err}") from err
-    return adapted

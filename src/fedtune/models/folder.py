@@ -8,32 +8,42 @@ from typing import Any
 
 from torch import Tensor
 
-from fedtune.config.schema import LoraSettings
-from fedtune.io import read_json, tensor_header
+from fedtune.io import tensor_header
 from fedtune.lora.state import PREFIX, A, B, LoraModule, M, from_tensors
+from fedtune.models.adapter_config import AdapterConfig, read_config
 from fedtune.models.source import CONFIG, WEIGHTS
 from fedtune.types import AdapterError
 
+_FLOATS = {"F64", "F32", "F16", "BF16"}
 
-def read_folder(folder: Path) -> tuple[LoraSettings, str, dict[str, Tensor]]:
+
+def read_folder(folder: Path) -> tuple[AdapterConfig, dict[str, Tensor]]:
     """Read a PEFT adapter folder that anybody made.
 
     Returns:
-        Its settings, the name of its base model, and its tensors.
+        Its settings and its tensors.
 
     Raises:
-        AdapterError: pickled weights, a link that leads outside, or not a LoRA adapter.
+        AdapterError: pickled weights, a link that leads outside, not a LoRA adapter, or not numbers.
         CorruptFileError: a damaged file.
     """
     import safetensors.torch
+    import torch
 
-    settings, config = _checked(folder)
+    config, _ = checked(folder)
     tensors = safetensors.torch.load_file(folder / WEIGHTS)
-    return settings, str(config.get("base_model_name_or_path", "")), tensors
+    for name, tensor in tensors.items():
+        if not bool(torch.isfinite(tensor).all()):
+            raise AdapterError(f"{folder}: {name} has NaN or infinity")
+    return config, tensors
 
 
-def _checked(folder: Path) -> tuple[LoraSettings, dict[str, Any]]:
-    """Return an adapter folder's settings, having made sure that its files are safe and whole."""
+def checked(folder: Path) -> tuple[AdapterConfig, dict[str, Any]]:
+    """Return an adapter folder's settings and its tensors' header, having made sure that its files are safe and whole.
+
+    Raises:
+        AdapterError, CorruptFileError: as `read_folder`.
+    """
     if not (folder / CONFIG).is_file():
         raise AdapterError(f"{folder}: no {CONFIG}; this is not a PEFT adapter folder")
     for path in (folder / CONFIG, folder / WEIGHTS):
@@ -46,20 +56,11 @@ def _checked(folder: Path) -> tuple[LoraSettings, dict[str, Any]]:
             + (f"; {pickled[0]} is a pickle, which can run code and is not read" if pickled else "")
             + ". Convert it where you trust it: safetensors.torch.save_file(torch.load(path, weights_only=True), out)"
         )
-    config = read_json(folder / CONFIG)
-    if str(config.get("peft_type", "")).upper() != "LORA":
-        raise AdapterError(f"{folder}: a {config.get('peft_type')} adapter; only LoRA adapters are read")
-    tensor_header(folder / WEIGHTS)
-    targets = config.get("target_modules") or ()
-    settings = LoraSettings(
-        r=config["r"],
-        alpha=config["lora_alpha"],
-        dropout=config.get("lora_dropout", 0.0),
-        target_modules=(targets,) if isinstance(targets, str) else tuple(sorted(targets)),
-        rslora=bool(config.get("use_rslora")),
-        dora=bool(config.get("use_dora")),
-    )
-    return settings, config
+    config, header = read_config(folder), tensor_header(folder / WEIGHTS)
+    odd = next((n for n, entry in header.items() if entry["dtype"] not in _FLOATS), None)
+    if odd:
+        raise AdapterError(f"{folder}: {odd} is {header[odd]['dtype']}; an adapter has {', '.join(sorted(_FLOATS))}")
+    return config, header
 
 
 class FolderState(Mapping[str, LoraModule]):
@@ -75,10 +76,10 @@ class FolderState(Mapping[str, LoraModule]):
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.settings, self.config = _checked(folder)
-        if self.config.get("rank_pattern") or self.config.get("alpha_pattern"):
-            raise AdapterError(f"{folder}: rank_pattern and alpha_pattern are not read")
-        self._check_names(tensor_header(folder / WEIGHTS))
+        self.config, header = checked(folder)
+        if self.config.rank_pattern or self.config.alpha_pattern:
+            raise AdapterError(f"{folder}: {CONFIG}: rank_pattern and alpha_pattern cannot be aggregated")
+        self._check_names(header)
 
     def _check_names(self, header: Mapping[str, Any]) -> None:
         import torch
@@ -86,13 +87,13 @@ class FolderState(Mapping[str, LoraModule]):
         shapes = {name: tuple(entry["shape"]) for name, entry in header.items()}
         # shapes alone, so that a wrong file is refused before a number of it is read
         empty = {n: torch.empty(shape, device="meta") for n, shape in shapes.items()}
-        state = from_tensors(empty, self.settings.alpha)
+        state = from_tensors(empty, self.config.lora_alpha)
         self._paths = sorted(state)
         self.dora = all(m.magnitude is not None for m in state.values())
-        wrong = [path for path, module in state.items() if module.rank != self.settings.r]
+        wrong = [path for path, module in state.items() if module.rank != self.config.r]
         if wrong:
             rank = state[wrong[0]].rank
-            raise AdapterError(f"{self.folder}: {wrong[0]} has rank {rank}, its {CONFIG} says {self.settings.r}")
+            raise AdapterError(f"{self.folder}: {wrong[0]} has rank {rank}, its {CONFIG} says {self.config.r}")
 
     def __getitem__(self, path: str) -> LoraModule:
         """Read one layer."""
@@ -103,8 +104,7 @@ class FolderState(Mapping[str, LoraModule]):
         with safe_open(self.folder / WEIGHTS, framework="pt") as file:
             a, b = (file.get_tensor(PREFIX + path + end) for end in (A, B))
             m = file.get_tensor(PREFIX + path + M) if self.dora else None
-        flipped = bool(self.config.get("fan_in_fan_out"))
-        return LoraModule(a, b, self.settings.alpha, self.settings.rslora, m, flipped)
+        return LoraModule(a, b, self.config.lora_alpha, self.config.use_rslora, m, self.config.fan_in_fan_out)
 
     def __iter__(self) -> Iterator[str]:
         """Name the layers, sorted."""

@@ -1,0 +1,117 @@
+"""An adapter's settings: each field of PEFT is applied, known to change nothing, or refused by name. No torch here."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+from fedtune.io import read_json
+from fedtune.models.source import CONFIG
+from fedtune.types import AdapterError
+
+Rank = Annotated[int, Field(ge=1, le=4096)]
+Alpha = Annotated[float, Field(gt=0)]
+
+# about a file, or read by PEFT only where another field is set
+DESCRIBES = {"auto_mapping", "peft_version", "inference_mode", "runtime_config"}
+DESCRIBES |= {"megatron_core", "qalora_group_size", "loftq_config", "eva_config", "corda_config", "lora_ga_config"}
+# what a LoRA pass does not do; these have to be off
+REFUSED = {
+    "modules_to_save",
+    "trainable_token_indices",
+    "layer_replication",
+    "target_parameters",
+    "ensure_weight_tying",
+}
+REFUSED |= {"lora_bias", "use_qalora", "use_bdlora", "megatron_config", "arrow_config", "kasa_config"}
+REFUSED |= {"velora_config", "monteclora_config", "alora_invocation_tokens"}
+# starting values that leave the base model's weights as they are; PiSSA, OLoRA, CorDA, LoftQ and LoRA-GA move them
+INITS = (True, False, None, "gaussian", "orthogonal", "eva")
+
+MERGE = "merge it where it was trained (PEFT's merge_and_unload, then save_pretrained) and evaluate what comes out"
+
+
+class AdapterConfig(BaseModel):
+    """The fields of `adapter_config.json` that decide what an adapter computes, by PEFT's names.
+
+    A pattern in `rank_pattern` or `alpha_pattern` gives the layers it matches a rank or an alpha of their own.
+    """
+
+    model_config = ConfigDict(strict=True, frozen=True, allow_inf_nan=False, protected_namespaces=())
+
+    r: Rank
+    lora_alpha: Alpha
+    lora_dropout: Annotated[float, Field(ge=0, le=1)] = 0.0
+    target_modules: list[str] | str | None = None
+    exclude_modules: list[str] | str | None = None
+    layers_to_transform: list[int] | int | None = None
+    layers_pattern: list[str] | str | None = None
+    rank_pattern: dict[str, Rank] | None = None
+    alpha_pattern: dict[str, Alpha] | None = None
+    use_rslora: bool = False
+    use_dora: bool = False
+    fan_in_fan_out: bool = False
+    base_model_name_or_path: str | None = None
+    revision: str | None = None
+
+    @field_validator("target_modules", "exclude_modules", "layers_pattern", "rank_pattern", "alpha_pattern")
+    @classmethod
+    def _patterns(cls, value: Any) -> Any:
+        for text in [value] if isinstance(value, str) else value or ():
+            try:
+                re.compile(text)
+            except re.error as err:
+                raise ValueError(f"{text!r} is not a pattern: {err}") from err
+        return value
+
+    @property
+    def base(self) -> str:
+        """The base model's name, or an empty text."""
+        return self.base_model_name_or_path or ""
+
+    def for_peft(self) -> dict[str, Any]:
+        """Return the arguments of PEFT's LoraConfig."""
+        found = self.model_dump(exclude={"base_model_name_or_path", "revision"})
+        return {**found, "rank_pattern": self.rank_pattern or {}, "alpha_pattern": self.alpha_pattern or {}}
+
+
+CHECKED = {"peft_type", "task_type", "bias", "init_lora_weights"}
+KNOWN = {*AdapterConfig.model_fields, *CHECKED, *DESCRIBES, *REFUSED}
+
+
+def _not_applied(config: Mapping[str, Any]) -> list[str]:
+    """Return what the settings ask for and would not get, each with its name."""
+    found = [f"{name} = {config[name]!r} is not applied" for name in sorted(REFUSED & set(config)) if config[name]]
+    if config.get("bias", "none") != "none":
+        found.append(f"bias = {config['bias']!r} is not applied")
+    if (init := config.get("init_lora_weights")) not in INITS:
+        found.append(f"init_lora_weights = {init!r}: the adapter belongs to base weights that its start has moved")
+    if config.get("task_type") not in (None, "CAUSAL_LM"):
+        found.append(f"task_type = {config['task_type']!r} is no language model's")
+    unknown = [name for name in sorted(set(config) - KNOWN) if config[name]]
+    return found + [f"{name} = {config[name]!r} is a field that is not known here" for name in unknown]
+
+
+def read_config(folder: Path) -> AdapterConfig:
+    """Read a folder's adapter_config.json, whoever wrote it.
+
+    Raises:
+        AdapterError: no LoRA adapter, malformed, or a field that is not applied, by name.
+        CorruptFileError: not JSON.
+    """
+    config = read_json(folder / CONFIG)
+    if not isinstance(config, dict):
+        raise AdapterError(f"{folder}: {CONFIG} is not a JSON object")
+    if str(config.get("peft_type", "")).upper() != "LORA":
+        raise AdapterError(f"{folder}: a {config.get('peft_type')} adapter; only LoRA adapters are read")
+    if odd := _not_applied(config):
+        raise AdapterError(f"{folder}: {CONFIG}: {'; '.join(odd)}; {MERGE}")
+    try:
+        return AdapterConfig.model_validate({k: v for k, v in config.items() if k in AdapterConfig.model_fields})
+    except ValidationError as err:
+        said = [f"{'.'.join(map(str, e['loc'][:1]))}: {e['msg']}" for e in err.errors()]
+        raise AdapterError(f"{folder}: {CONFIG}: {'; '.join(dict.fromkeys(said))}") from err

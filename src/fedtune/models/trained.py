@@ -1,0 +1,83 @@
+"""A trained adapter, from a PEFT folder that anybody made, on its base model."""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from fedtune.lora.state import PREFIX
+from fedtune.models.adapter import AdaptedModel, attach_as, detach, load_tensors
+from fedtune.models.adapter_config import MERGE, AdapterConfig
+from fedtune.models.folder import read_folder
+from fedtune.models.load import LoadedModel
+from fedtune.types import AdapterError, ModelError
+
+log = logging.getLogger("fedtune")
+
+_PINNED = re.compile(r"[0-9a-f]{40}|sha256:[0-9a-f]{64}")
+
+
+def _check_base(folder: Path, config: AdapterConfig, base: LoadedModel, insist: bool) -> None:
+    """Refuse another base model than the adapter names, or say so where it is insisted on.
+
+    Folders are compared by their last part: a path of another machine is no other model.
+    """
+    if config.base and config.base != base.name and Path(config.base).name != Path(base.name).name:
+        odd = f"{folder} was trained on {config.base!r}, the model given is {base.name!r}"
+        if not insist:
+            raise AdapterError(f"{odd}; give --base to insist")
+        log.warning("%s", odd)
+    elif config.revision and _PINNED.fullmatch(config.revision) and config.revision != base.revision:
+        log.warning("%s was trained on %s, this base model is %s", folder, config.revision[:19], base.revision[:19])
+
+
+def load_folder(base: LoadedModel, folder: Path, *, insist: bool = False) -> AdaptedModel:
+    """Attach an adapter folder to its base model, strictly and as PEFT would.
+
+    Args:
+        base: the model to put it on.
+        folder: made by PEFT or anything that writes the same.
+        insist: take another base model than the adapter names.
+
+    Raises:
+        AdapterError: unsafe, or made for another base model, vocabulary or targets; with both values.
+    """
+    from peft import LoraConfig
+
+    config, tensors = read_folder(folder)
+    _check_base(folder, config, base, insist)
+    own = _without_base(folder, base, tensors)
+    try:
+        adapted = attach_as(base, LoraConfig(**config.for_peft(), task_type="CAUSAL_LM"), seed=0)
+    except (ModelError, ValueError, TypeError) as err:
+        raise AdapterError(f"{folder}: {err}") from err
+    try:
+        load_tensors(adapted.slots, own)
+    except AdapterError as err:
+        detach(adapted)
+        raise AdapterError(f"{folder}: {err}") from err
+    return adapted
+
+
+def _without_base(folder: Path, base: LoadedModel, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the adapter's own tensors. PEFT also writes embeddings where it thinks they may have changed.
+
+    Raises:
+        AdapterError: a weight of the base model that is not as it is here.
+    """
+    weights, own = dict(base.model.named_parameters(remove_duplicate=False)), {}
+    for name, tensor in tensors.items():
+        weight = weights.get(name.removeprefix(PREFIX).replace(".base_layer.", "."))
+        if weight is None:
+            own[name] = tensor
+        elif weight.shape != tensor.shape or not torch.equal(tensor.to(weight), weight):
+            raise AdapterError(
+                f"{folder}: brings a {name} of its own {tuple(tensor.shape)}, which is not the base model's "
+                f"{tuple(weight.shape)}; {MERGE}"
+            )
+    return own
