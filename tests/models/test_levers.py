@@ -22,7 +22,7 @@ from fedtune.models.dropout import KeyedDropout, Keys, token_keys
 from fedtune.models.load import load
 from fedtune.models.merge import foldable, folded
 from fedtune.models.packing import Plan, Span, batches, join, pack
-from tests.tiny import make_model
+from tests.tiny import make_folder, make_model
 
 CPU = torch.device("cpu")
 
@@ -232,3 +232,32 @@ def test_what_would_lose_more_than_rounding_is_not_folded(tiny_folder: Path, set
     }
     beside.sides.load(sides, beside.device)
     assert not foldable(beside)
+
+
+@pytest.mark.parametrize("targets", [("lm_head",), ("lm_head", "q_proj"), ("all-linear",)])
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_weight_that_two_layers_share_is_never_changed_through_one(
+    tmp_path: Path, settings: Callable[..., Settings], targets: tuple[str, ...], tied: bool
+) -> None:
+    """A head tied to the embedding: folded into it, the adapter would change the embedding too."""
+    model = load(ModelSettings(name=str(make_folder(tmp_path / "model", tie_word_embeddings=tied))))
+    adapted = attach(model, settings().config.lora.model_copy(update={"target_modules": targets}), 0)
+    for slot in adapted.slots.values():
+        nn.init.normal_(slot, std=0.3)
+    texts, keep = [list(range(5, 30))], list(range(25))
+    with torch.inference_mode():
+        plain = attention.packed_logits(adapted.model, texts, keep)
+        with folded(adapted) as done:
+            inside = attention.packed_logits(adapted.model, texts, keep)
+    assert done == (not tied or "lm_head" not in adapted.layers)
+    assert torch.allclose(inside, plain, atol=1e-3)
+
+
+def test_a_layer_that_stands_in_two_places_is_not_folded(tiny_folder: Path, settings: Callable[..., Settings]) -> None:
+    model = load(ModelSettings(name=str(tiny_folder)))
+    layers = model.model.model.layers
+    lora = settings().config.lora.model_copy(update={"target_modules": ("layers.0.mlp.up_proj",)})
+    layers[1].mlp.up_proj.weight = layers[0].mlp.up_proj.weight
+    assert not foldable(attach(model, lora, 0))
+    layers[1].mlp.up_proj.weight = nn.Parameter(torch.ones(64, 32))
+    assert foldable(attach(load(ModelSettings(name=str(tiny_folder))), lora, 0))

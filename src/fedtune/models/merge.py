@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections import Counter
 from collections.abc import Iterator
 
 import torch
@@ -10,14 +11,26 @@ import torch
 from fedtune.models.adapter import AdaptedModel
 
 
-def foldable(adapted: AdaptedModel) -> bool:
-    """Tell whether folding loses nothing but rounding: float32 weights, plain LoRA, nothing beside it.
+def _shared(adapted: AdaptedModel) -> bool:
+    """Tell whether another place of the model uses an adapted weight, as a head tied to the embedding does."""
+    places = Counter(
+        parameter.data_ptr()
+        for _, module in adapted.model.named_modules(remove_duplicate=False)
+        for parameter in module.parameters(recurse=False)
+    )
+    return any(places[layer.get_base_layer().weight.data_ptr()] > 1 for layer in adapted.layers.values())
 
-    A weight of 16 bits or fewer would swallow much of the adapter, which then would not be what was trained.
+
+def foldable(adapted: AdaptedModel) -> bool:
+    """Tell whether folding loses nothing but rounding: float32 weights, each of one layer; plain LoRA, alone.
+
+    A weight of 16 bits or fewer would swallow much of the adapter, which then would not be what was trained; and a
+    weight that two layers share must not be changed through one of them.
     """
     plain = not any(adapted.sides.parameters()) and not any(m.magnitude is not None for m in adapted.layout.values())
-    weights = (layer.get_base_layer().weight for layer in adapted.layers.values())
-    return plain and not adapted.sides.per_text and all(w.dtype in (torch.float32, torch.float64) for w in weights)
+    weights = [layer.get_base_layer().weight for layer in adapted.layers.values()]
+    exact = all(w.dtype in (torch.float32, torch.float64) for w in weights)
+    return plain and exact and not adapted.sides.per_text and not _shared(adapted)
 
 
 @contextlib.contextmanager
