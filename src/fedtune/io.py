@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from fedtune.types import CorruptFileError, LockedError
+from fedtune.types import CorruptFileError, FedtuneError, LockedError
 
 MAX_JSON_BYTES = 512 * 1024**2
 MAX_TENSOR_BYTES = 16 * 1024**3
@@ -24,12 +24,28 @@ _SIZES = {1: "BOOL U8 I8 F8_E4M3 F8_E5M2 F8_E8M0", 2: "U16 I16 F16 BF16", 4: "U3
 DTYPE_BYTES = {name: size for size, names in _SIZES.items() for name in names.split()}
 
 
+def expanded(path: str | Path) -> Path:
+    """Return a path with `~` written out; where nobody knows that home, `~` is a name like any other."""
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:
+        return Path(path)
+
+
 def cache_dir() -> Path:
-    """Return the folder for downloads and converted models (`FEDTUNE_CACHE`, else the XDG cache)."""
-    root = os.environ.get("FEDTUNE_CACHE")
-    if root:
+    """Return the folder for downloads and converted models (`FEDTUNE_CACHE`, else the XDG cache).
+
+    Raises:
+        FedtuneError: there is no home to have a cache in.
+    """
+    if root := os.environ.get("FEDTUNE_CACHE"):
         return Path(root)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fedtune"
+    if root := os.environ.get("XDG_CACHE_HOME"):
+        return Path(root) / "fedtune"
+    home = expanded("~")
+    if not home.is_absolute():
+        raise FedtuneError("this user has no home folder; set FEDTUNE_CACHE to a folder for downloads and models")
+    return home / ".cache" / "fedtune"
 
 
 def _sync_folder(folder: Path) -> None:

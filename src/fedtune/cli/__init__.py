@@ -10,8 +10,8 @@ import warnings
 import typer
 
 from fedtune import __version__
-from fedtune.cli import aggregate, board, conformance, doctor, evaluate, info, run, score, sweep
-from fedtune.types import CancelledError, FedtuneError, plain
+from fedtune.cli import aggregate, board, conformance, doctor, errors, evaluate, info, run, score, sweep
+from fedtune.types import CancelledError
 
 # libraries keep quiet beside our own progress
 QUIET = {
@@ -26,6 +26,7 @@ QUIET = {
 
 app = typer.Typer(
     name="fedtune",
+    cls=errors.Group,
     help="Benchmark, toolkit and leaderboard for federated fine-tuning of large language models.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
@@ -63,16 +64,16 @@ def _options(
 
 
 def main() -> None:
-    """Run the command line; an error a user can repair is printed without a traceback."""
+    """Run the command line; however it ends, it ends with a message and not with a traceback."""
     for name, value in QUIET.items():
         os.environ.setdefault(name, value)
     warnings.filterwarnings("ignore", category=FutureWarning)
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     logging.getLogger("fedtune").setLevel(logging.INFO)
+    errors.encodable()
     try:
         app()
-    except (FedtuneError, CancelledError) as err:
-        typer.echo(f"{type(err).__name__}: {plain(str(err), 100_000)}", err=True)
-        sys.exit(err.exit_code)
     except KeyboardInterrupt:
         sys.exit(130)
+    except (Exception, CancelledError) as err:
+        errors.end(err)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -88,7 +89,7 @@ def _continued(out: Path | None, config: Path | None) -> tuple[Path, Path]:
 def _print(resolved: Settings) -> None:
     import tomli_w
 
-    typer.echo(tomli_w.dumps(resolved.config.plain()), nl=False)
+    typer.echo(tomli_w.dumps(resolved.config.plain()).encode(), nl=False)  # TOML is UTF-8 on every terminal
     typer.echo(f"# config sha256 {resolved.config.hash}")
     typer.echo(f"# protocol {resolved.protocol.name} sha256 {resolved.protocol.hash}")
     for reason in resolved.unranked:
@@ -104,7 +105,7 @@ def _execute(resolved: Settings, out: Path | None, resume: bool, force: bool, ex
     watch = TerminalReporter(console)
     folder, result = execute(resolved, out, resume=resume, force=force, extra_arms=extra, reporter=watch)
     if as_json:
-        typer.echo(result.model_dump_json(indent=1))
+        typer.echo(json.dumps(result.model_dump(mode="json"), indent=1))
     for table in scores(result.arms, folder):
         console.print(table)
     console.print("* the paired 95 % interval of the gain excludes 0", style="dim")

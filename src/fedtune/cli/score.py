@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Annotated
 
@@ -24,7 +25,7 @@ def score(
         raise ConfigError("command line", [Problem(f"--mode {mode}", "unknown mode", "official or strict")])
     result = published.score(task, file, "official" if mode == "official" else "strict", references)
     if json_output:
-        typer.echo(result.model_dump_json(exclude={"withheld", "items_sha256"}))
+        typer.echo(json.dumps(result.model_dump(mode="json", exclude={"withheld", "items_sha256"})))
         return
     low, high = result.interval or (float("nan"), float("nan"))
     if result.details:

@@ -18,7 +18,7 @@ import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from fedtune.io import cache_dir, file_sha256
+from fedtune.io import cache_dir, expanded, file_sha256
 from fedtune.types import CorruptFileError, OfflineError
 
 log = logging.getLogger("fedtune")
@@ -89,12 +89,22 @@ VADER = Package(
 
 
 def index_url() -> str:
-    """Return the package index pip would use: environment, pip's configuration, else PyPI."""
+    """Return the package index pip would use: environment, pip's configuration, else PyPI.
+
+    Raises:
+        OfflineError: pip's configuration cannot be read.
+    """
     if url := os.environ.get("FEDTUNE_INDEX_URL") or os.environ.get("PIP_INDEX_URL"):
         return url.rstrip("/")
     config = configparser.ConfigParser(interpolation=None)
-    home = Path.home()
-    config.read(["/etc/pip.conf", home / ".pip/pip.conf", home / ".config/pip/pip.conf"], encoding="utf-8")
+    home = expanded("~")
+    try:
+        config.read(["/etc/pip.conf", home / ".pip/pip.conf", home / ".config/pip/pip.conf"], encoding="utf-8")
+    except (configparser.Error, UnicodeDecodeError) as err:
+        said = " ".join(str(err).split())
+        raise OfflineError(
+            f"pip's configuration cannot be read ({said}); name an index with FEDTUNE_INDEX_URL"
+        ) from err
     return config.get("global", "index-url", fallback="https://pypi.org/simple").rstrip("/")
 
 

@@ -12,7 +12,7 @@ from fedtune.config import Config
 from fedtune.data import files, hub
 from fedtune.data.check import unpaired
 from fedtune.domains.base import Item, Row, Task
-from fedtune.io import digest
+from fedtune.io import digest, expanded
 from fedtune.types import CorruptFileError, DataError, derive_seed
 
 log = logging.getLogger("fedtune")
@@ -43,7 +43,7 @@ def _rows(task: Task, config: Config) -> Sequence[Row]:
     if task.packaged:
         return task.packaged()
     if config.data.source == "folder":
-        return _folder_rows(task, Path(config.data.path).expanduser(), config.domain)
+        return _folder_rows(task, expanded(config.data.path), config.domain)
     rows: list[Row] = [row for source in task.hub for row in hub.load(source)]
     return task.select(rows) if task.select else rows
 

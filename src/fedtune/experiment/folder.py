@@ -15,7 +15,7 @@ from typing import Any
 import tomli_w
 
 from fedtune.config import Config, Settings
-from fedtune.io import digest, read_json, write_bytes, write_json
+from fedtune.io import digest, expanded, read_json, write_bytes, write_json
 from fedtune.models.source import settings_files
 from fedtune.models.zoo import is_local
 from fedtune.results.manifest import (
@@ -67,7 +67,7 @@ def identity(config: Config, data_hash: str, revision: str, dtype: str) -> dict[
         "code": code()["sha256"],
         "data": data_hash,
         "model_revision": revision,
-        "model_files": settings_files(Path(config.model.name).expanduser()) if local else {},
+        "model_files": settings_files(expanded(config.model.name)) if local else {},
         "dtype": dtype,
         "torch": known["torch"],
         "transformers": known["transformers"],

@@ -15,7 +15,7 @@ import torch
 from fedtune.config.schema import ModelSettings
 from fedtune.data.hub import guarded
 from fedtune.data.packages import SMOLLM2, Package, read_wheel
-from fedtune.io import cache_dir
+from fedtune.io import cache_dir, expanded
 from fedtune.models import attention, lean, measure
 from fedtune.models.checks import check_complete, check_finite, check_vocabulary, quantised_bits
 from fedtune.models.source import check_folder, model_revision
@@ -126,7 +126,7 @@ def _where(settings: ModelSettings) -> tuple[str, str | None]:
     if settings.name in GGUF_FILES:
         return str(packaged_folder(settings.name)), None
     if is_local(settings.name):
-        folder = Path(settings.name).expanduser()
+        folder = expanded(settings.name)
         check_folder(folder)
         return str(folder), None
     known = zoo().get(settings.name)
@@ -189,5 +189,5 @@ def _revision(settings: ModelSettings, source: str, model: Any) -> str:
     if settings.name in GGUF_FILES and known:
         return known.revision
     if is_local(source):
-        return model_revision(Path(source).expanduser())
+        return model_revision(expanded(source))
     return str(getattr(model.config, "_commit_hash", None) or settings.revision or "unknown")

@@ -7,9 +7,9 @@ import tomllib
 from collections.abc import Iterable
 from dataclasses import dataclass
 from importlib import resources
-from pathlib import Path
 
 from fedtune.config import Config
+from fedtune.io import expanded
 from fedtune.types import Problem, nearest
 
 
@@ -84,7 +84,7 @@ def zoo() -> dict[str, BaseModel]:
 
 def is_local(name: str) -> bool:
     """Tell whether a model's name is a folder here."""
-    return Path(name).expanduser().is_dir()
+    return expanded(name).is_dir()
 
 
 def problems(config: Config) -> Iterable[Problem]:

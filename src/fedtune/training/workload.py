@@ -5,7 +5,6 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 from typing import Any
 
 from fedtune import domains
@@ -14,7 +13,7 @@ from fedtune.data import check, files, hub, partition
 from fedtune.data.encode import Encoded
 from fedtune.data.tokens import encode_once
 from fedtune.domains.base import Row, TrainingSet
-from fedtune.io import digest
+from fedtune.io import digest, expanded
 from fedtune.types import DataError, derive_seed
 
 
@@ -46,7 +45,7 @@ class TrainingData:
 
 
 def _folder_rows(config: Config) -> tuple[str, list[Row]]:
-    folder = Path(config.data.path).expanduser() / "train"
+    folder = expanded(config.data.path) / "train"
     paths = files.find(folder, f"{config.domain}_*") or files.find(folder, config.domain)
     if not paths:
         wanted = f"no {config.domain}_*.jsonl(.gz), .json, .csv or .parquet file to train on"
