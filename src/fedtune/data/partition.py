@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
+
+import numpy as np
 
 from fedtune.data.check import TrainRow
 from fedtune.types import DataError, Problem, derive_seed, nearest
@@ -14,11 +17,16 @@ KINDS = {
     "iid": "equal contiguous shards of the shuffled rows, exactly as FlowerTune's template makes them",
     "dirichlet:ALPHA": "label shares a client drawn from Dirichlet(ALPHA) over the natural key; small is skewed",
     "natural": "one client for each value of the natural key, largest first, as many as there are clients",
-    "shards:K": "rows sorted by the natural key, cut into shards, K shards a client",
+    "shards:K": "rows sorted by the natural key, cut into equal shards (rows over are left out), K shards a client",
     "linear": "sizes proportional to 1, 2, 3 …",
     "square": "sizes proportional to 1, 4, 9 …",
     "exponential": "sizes proportional to e^1, e^2 …",
 }
+
+_WHOLE = re.compile(r"[0-9]{1,9}")
+_DECIMAL = re.compile(r"[0-9]+(\.[0-9]*)?([eE][+-]?[0-9]+)?|\.[0-9]+([eE][+-]?[0-9]+)?")
+# beyond these a draw from the Dirichlet distribution is 0/0 in floating point
+SMALLEST, LARGEST = 1e-6, 1e9
 
 
 def parse(spec: str) -> tuple[str, str]:
@@ -35,12 +43,14 @@ def problems(spec: str) -> list[Problem]:
     if kind not in known:
         return [Problem(where, "unknown partition", nearest(kind, known) or f"one of {', '.join(KINDS)}")]
     wants = ":" in known[kind]
-    try:
-        if wants and not float(argument) > 0:
-            return [Problem(where, "needs a number above 0", f"write {known[kind]}")]
-    except ValueError:
-        return [Problem(where, "needs a number", f"write {known[kind]}")]
-    return [Problem(where, "takes no argument")] if argument and not wants else []
+    if not wants:
+        return [Problem(where, "takes no argument", f"write {kind}")] if ":" in spec else []
+    if kind == "shards" and not (_WHOLE.fullmatch(argument) and int(argument) > 0):
+        return [Problem(where, f"{argument!r} is not a whole number above 0", f"write {known[kind]}, as in shards:2")]
+    if not (_DECIMAL.fullmatch(argument) and SMALLEST <= float(argument) <= LARGEST):
+        fix = f"write {known[kind]}, as in {kind}:0.3"
+        return [Problem(where, f"{argument!r} is not a number from {SMALLEST:g} to {LARGEST:g}", fix)]
+    return []
 
 
 def _shuffled(rows: Sequence[TrainRow], seed: int) -> Any:
@@ -76,7 +86,7 @@ def _partitioner(table: Any, spec: str, clients: int, seed: int) -> Any:
         return ShardPartitioner(
             num_partitions=clients,
             partition_by="group",
-            num_shards_per_partition=int(float(argument)),
+            num_shards_per_partition=int(argument),
             seed=derive_seed(seed, "shards") % 2**32,
         )
     return _sizes(table, kind, clients)
@@ -94,6 +104,20 @@ def _natural(rows: Sequence[TrainRow], table: Any, clients: int) -> list[list[in
     return [members[g] for g in chosen]
 
 
+def _check_keys(rows: Sequence[TrainRow], spec: str) -> None:
+    """Refuse a natural key that there is nothing to split by: one value, or values that hardly occur twice."""
+    sizes = Counter(r.group for r in rows)
+    if len(sizes) < 2:
+        raise DataError(f"partition {spec!r} needs rows with at least two natural keys; this set has {len(sizes)}")
+    # where one site has many rows and most have one, `natural` still has its sites
+    repeats = max(sizes.values()) > 1 if spec == "natural" else len(sizes) * 2 <= len(rows)
+    if not repeats:
+        raise DataError(
+            f"partition {spec!r} needs natural keys that repeat; this set has {len(sizes)} values in {len(rows)} rows. "
+            "Is the key free text? Use iid, linear, square or exponential, or another key"
+        )
+
+
 def partition(rows: Sequence[TrainRow], spec: str, clients: int, seed: int) -> list[list[int]]:
     """Assign rows to clients.
 
@@ -109,21 +133,28 @@ def partition(rows: Sequence[TrainRow], spec: str, clients: int, seed: int) -> l
     Raises:
         DataError: the key is missing, or the split is impossible.
     """
-    kind, _ = parse(spec)
-    if kind in ("natural", "dirichlet", "shards") and len({r.group for r in rows}) < 2:
-        raise DataError(f"partition {spec!r} needs rows with at least two natural keys; this set has none")
+    if found := problems(spec):
+        raise DataError(str(found[0]))
+    kind, argument = parse(spec)
+    if kind in ("natural", "dirichlet", "shards"):
+        _check_keys(rows, spec)
+    if kind == "shards" and int(argument) * clients > len(rows):
+        wanted = f"{argument} shards for each of {clients} clients"
+        raise DataError(f"partition {spec!r}: {wanted} are {int(argument) * clients}, more than the {len(rows)} rows")
     table = _shuffled(rows, seed)
     if kind == "natural":
         return _natural(rows, table, clients)
     splitter = _partitioner(table, spec, clients, seed)
     splitter.dataset = table
+    # `Dataset.shard` cannot make an empty shard; with fewer rows than clients the last ones have none
+    filled = min(clients, len(rows)) if kind == "iid" else clients
     try:
-        # `Dataset.shard` cannot make an empty shard; with fewer rows than clients the last ones have none
-        filled = min(clients, len(rows)) if kind == "iid" else clients
-        loaded = [list(splitter.load_partition(i)["row"]) for i in range(filled)]
-        return loaded + [[] for _ in range(clients - filled)]
-    except (ValueError, IndexError, KeyError) as err:
-        raise DataError(f"partition {spec!r} over {clients} clients of {len(rows)} rows: {err}") from err
+        with np.errstate(over="ignore", invalid="ignore"):  # sizes beyond all numbers are refused just the same
+            loaded = [list(splitter.load_partition(i)["row"]) for i in range(filled)]
+    except (ValueError, IndexError, KeyError, ArithmeticError) as err:
+        reason = " ".join(str(err).split())[:200]
+        raise DataError(f"partition {spec!r} over {clients} clients of {len(rows)} rows: {reason}") from err
+    return loaded + [[] for _ in range(clients - filled)]
 
 
 def table(rows: Sequence[TrainRow], shards: Sequence[Sequence[int]]) -> list[dict[str, int]]:
