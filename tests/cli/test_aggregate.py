@@ -1,6 +1,7 @@
 """`fedtune aggregate` on folders that stock PEFT wrote, against dense matrices."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -292,3 +293,75 @@ def test_every_method_aggregates_folders_with_a_common_a(folders: list[Path], tm
     # weights by norm, or a layer repaired towards the start, are not the weights of the examples
     if METHODS[method].global_adapter and method not in ("hetlora", "fedilora"):
         assert facts["relative_error"] == pytest.approx(0, abs=1e-5)
+
+
+def _named(folder: Path, out: Path, **fields: Any) -> Path:
+    shutil.copytree(folder, out)
+    config = json.loads((out / "adapter_config.json").read_text())
+    (out / "adapter_config.json").write_text(json.dumps({**config, **fields}))
+    return out
+
+
+@pytest.mark.parametrize(
+    ("one", "two", "said"),
+    [
+        ({"base_model_name_or_path": "tiny"}, {"base_model_name_or_path": "mistralai/Another-7B"}, "'tiny'"),
+        ({"revision": "a" * 40}, {"revision": "b" * 40}, "at bbbbbbb"),
+    ],
+)
+def test_adapters_of_two_base_models_are_refused_unless_it_is_insisted_on(
+    folders: list[Path], tmp_path: Path, one: dict[str, str], two: dict[str, str], said: str
+) -> None:
+    clients = [_named(folders[0], tmp_path / "a", **one), _named(folders[1], tmp_path / "b", **two)]
+    words = ["--method", "fedit", "--clients", clients[0], clients[1], "--out", tmp_path / "out"]
+    with pytest.raises(ProblemsError, match=rf"b: was trained on (.|\n)*{said}(.|\n)*give --base MODEL"):
+        _run(*words)
+    assert not (tmp_path / "out").exists()
+    _run(*words, "--base", "the/same")
+    made = json.loads((tmp_path / "out/adapter_config.json").read_text())
+    assert made["base_model_name_or_path"] == "the/same"
+
+
+def test_the_global_adapter_has_to_stand_on_the_clients_base_too(folders: list[Path], tmp_path: Path) -> None:
+    start = _named(folders[0], tmp_path / "start", base_model_name_or_path="mistralai/Another-7B")
+    with pytest.raises(ProblemsError, match="Another-7B"):
+        _run("--method", "fedit", "--clients", *folders[:2], "--global", start, "--out", tmp_path / "out")
+
+
+def test_a_path_of_another_machine_is_the_same_base(folders: list[Path], tmp_path: Path) -> None:
+    names = ("/home/a/tiny", "tiny", None)
+    clients = [_named(folders[i], tmp_path / f"c{i}", base_model_name_or_path=n) for i, n in enumerate(names)]
+    assert _run("--method", "fedit", "--clients", *clients, "--out", tmp_path / "out")["clients"] == 3
+
+
+@pytest.mark.parametrize("way", ["same", "dots", "link", "global", "other"])
+def test_nothing_that_is_there_is_overwritten(folders: list[Path], tmp_path: Path, way: str) -> None:
+    clients = [Path(shutil.copytree(f, tmp_path / f"c{i}")) for i, f in enumerate(folders)]
+    before = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
+    (tmp_path / "link").symlink_to(clients[1])
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other/notes.txt").write_text("mine")
+    out = {
+        "same": clients[0],
+        "dots": tmp_path / "x/../c0",
+        "link": tmp_path / "link",
+        "global": clients[2],
+        "other": tmp_path / "other",
+    }
+    words = ["--method", "fedit", "--clients", *clients[:2], "--global", clients[2], "--out", out[way]]
+    with pytest.raises(ConfigError, match="exists, and nothing" if way == "other" else "is the input"):
+        _run(*words)
+    assert all(p.read_bytes() == data for p, data in before.items())
+    assert [p.name for p in (tmp_path / "other").iterdir()] == ["notes.txt"]
+
+
+def test_the_dense_update_is_not_written_into_a_client(folders: list[Path], tmp_path: Path) -> None:
+    client = Path(shutil.copytree(folders[0], tmp_path / "c"))
+    file = client / "adapter_model.safetensors"
+    words = ["--method", "fedit", "--clients", client, folders[1], "--out", tmp_path / "out", "--effective", file]
+    with pytest.raises(ConfigError, match="inside an input"):
+        _run(*words)
+
+
+def test_an_empty_folder_may_be_the_result(folders: list[Path], tmp_path: Path) -> None:
+    assert _run("--method", "fedit", "--clients", *folders, "--out", tmp_path)["clients"] == 3

@@ -16,7 +16,8 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM
 
 from fedtune.config.schema import ModelSettings
-from fedtune.experiment.aggregate import build, read_clients
+from fedtune.experiment.aggregate import build
+from fedtune.experiment.clients import read_clients
 from fedtune.models.adapter_config import KNOWN, read_config
 from fedtune.models.load import LoadedModel, load
 from fedtune.models.source import CONFIG, WEIGHTS

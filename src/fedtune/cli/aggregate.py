@@ -68,7 +68,7 @@ def aggregate(
     settings: Annotated[
         list[str] | None, typer.Option("--set", "-s", help="A setting of the method, round or rank.")
     ] = None,
-    base: Annotated[str | None, typer.Option(help="The base model, for DoRA adapters.")] = None,
+    base: Annotated[str | None, typer.Option(help="The base model: for DoRA, or if the folders' names differ.")] = None,
     effective: Annotated[Path | None, typer.Option(help="Also write the dense update of each weight here.")] = None,
     json_output: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
@@ -76,19 +76,22 @@ def aggregate(
     import json
 
     from fedtune.experiment import aggregate as work
+    from fedtune.experiment.clients import check_out, read_clients
 
     folders = [*clients, *(more or [])]
+    inputs = [*folders, *([global_] if global_ else [])]
     own, round_, rank = _settings(settings or [])
     built = work.build(method, own)
     _cut(built, rank)
     counts = _examples(examples, len(folders))
+    check_out(out, inputs, effective)
     weights = work.base_weights(base) if base else None
     # the global adapter has to fit the clients' in every way that they have to fit each other
-    given = work.read_clients([*folders, *([global_] if global_ else [])], built, round_, weights)
+    given = read_clients(inputs, built, round_, weights, insist=base is not None)
     states, start = given[: len(folders)], given[-1] if global_ else None
     result = work.aggregate(built, states, counts, start, round_, rank, weights)
     dense = work.dense_update(result) if effective else {}
-    written = work.write(result, folders[0], out)
+    written = work.write(result, folders[0], out, base)
     if effective:
         work.write_dense(dense, effective)
     facts = {

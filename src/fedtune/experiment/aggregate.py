@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import functools
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -10,16 +11,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fedtune.experiment.clients import Weights
 from fedtune.io import read_json, write_bytes, write_json
 from fedtune.lora import dora, product
 from fedtune.lora.base_delta import as_adapter, effective
 from fedtune.lora.state import AdapterState, LoraModule, rescaled, to_tensors, with_tensors
 from fedtune.methods import METHODS, Method, ServerState, unknown
-from fedtune.models.folder import FolderState
 from fedtune.models.source import CONFIG, WEIGHTS
-from fedtune.types import ConfigError, FedtuneError, Problem, ProblemsError, nearest
-
-Weights = Callable[[str], Tensor]
+from fedtune.types import ConfigError, Problem, nearest
 
 
 @dataclass(frozen=True)
@@ -66,74 +65,6 @@ def build(name: str, settings: Mapping[str, Any]) -> Method:
         return kind(kind.Parameters.model_validate(dict(settings)))
     except ValueError as err:
         raise ConfigError("fedtune aggregate", [Problem("--set", str(err))]) from err
-
-
-def _odd(state: FolderState, first: FolderState, method: Method, base: Weights | None) -> list[Problem]:
-    """Return what keeps one client's adapter from being aggregated with the first one's."""
-    where = str(state.folder)
-    if set(state) != set(first):
-        differing = sorted(set(state) ^ set(first))[:2]
-        return [Problem(where, f"adapts other layers than the first folder: {', '.join(differing)} …")]
-    if state.dora != first.dora:
-        return [Problem(where, "DoRA and LoRA adapters cannot be mixed")]
-    if state.config.r != first.config.r and not method.mixed_ranks:
-        able = ", ".join(m for m in METHODS if METHODS[m].mixed_ranks)
-        return [Problem(where, f"rank {state.config.r}, the first has {first.config.r}", f"mixed ranks: {able}")]
-    if state.dora and not method.dora:
-        return [Problem(where, f"a DoRA adapter; {method.name} is not defined for magnitudes")]
-    if state.dora and method.dora == "exact" and base is None:
-        return [Problem(where, f"a DoRA adapter; {method.name} needs its base model's weights", "give --base MODEL")]
-    return _odd_layers(state, first)
-
-
-def _odd_layers(state: FolderState, first: FolderState) -> list[Problem]:
-    found = []
-    for path, module in state.items():
-        like = first[path]
-        if (module.a.shape[1], module.b.shape[0]) != (like.a.shape[1], like.b.shape[0]):
-            shape = f"{module.b.shape[0]} x {module.a.shape[1]}"
-            found.append(Problem(str(state.folder), f"{path} is {shape}, another base model?"))
-        if not all(bool(torch.isfinite(t).all()) for t in to_tensors({path: module}).values()):
-            found.append(Problem(str(state.folder), f"{path} has NaN or infinity"))
-    return found[:3]
-
-
-def _uncommon(states: Sequence[FolderState], method: Method, round_: int) -> list[Problem]:
-    """Return which clients do not share what must be common in this round."""
-    found = []
-    for state in states[1:]:
-        for path, module in state.items():
-            own, first = to_tensors({path: module}), to_tensors({path: states[0][path]})
-            odd = [n for n in own if method.common(round_, n) and not torch.equal(own[n], first[n])]
-            if odd:
-                what = f"{odd[0]} differs from the first folder's; {method.name} keeps it frozen and common"
-                found.append(Problem(str(state.folder), what))
-                break
-    return found
-
-
-def read_clients(
-    folders: Sequence[Path], method: Method, round_: int, base: Weights | None = None
-) -> list[FolderState]:
-    """Open all folders, or report everything that is wrong with any of them. Layers are read when they are used.
-
-    Raises:
-        ProblemsError: the list.
-    """
-    problems: list[Problem] = []
-    states: list[FolderState] = []
-    for folder in folders:
-        try:
-            states.append(FolderState(folder))
-        except FedtuneError as err:
-            problems.append(Problem(str(folder), str(err)))
-    if states and not problems:
-        problems += [p for state in states for p in _odd(state, states[0], method, base)]
-    if states and not problems:
-        problems += _uncommon(states, method, round_)
-    if problems or not states:
-        raise ProblemsError("adapters cannot be aggregated", problems or [Problem("--clients", "names no folder")])
-    return states
 
 
 def relative_error(state: ServerState, clients: Sequence[AdapterState], weights: Sequence[float]) -> float:
@@ -205,8 +136,10 @@ def _with_magnitudes(adapter: AdapterState, relative: Mapping[str, Tensor], base
     return with_tensors(adapter, dora.to_magnitudes(tensors, norms))
 
 
-def write(result: Aggregated, like: Path, out: Path) -> list[Path]:
+def write(result: Aggregated, like: Path, out: Path, base: str | None = None) -> list[Path]:
     """Write a PEFT folder with the settings of a client's, and the result's own rank and scale.
+
+    A base model's name given here takes the place of the client's.
 
     Where there is no global adapter, `out` has what is shared (FedSA-LoRA's mean A with B = 0, FedALT's mean), and a
     folder below it each client's own.
@@ -214,21 +147,22 @@ def write(result: Aggregated, like: Path, out: Path) -> list[Path]:
     Returns:
         The folders to load: the global adapter's, or each client's.
     """
-    _write_one(result.adapter, like, out)
+    _write_one(result.adapter, like, out, base)
     if result.personal is None:
         return [out]
     folders = [out / f"client-{i}" for i in range(len(result.personal))]
     for adapter, folder in zip(result.personal, folders, strict=True):
-        _write_one(adapter, like, folder)
+        _write_one(adapter, like, folder, base)
     return folders
 
 
-def _write_one(adapter: AdapterState, like: Path, out: Path) -> None:
+def _write_one(adapter: AdapterState, like: Path, out: Path, base: str | None) -> None:
     import safetensors.torch
 
     first = next(iter(adapter.values()))
     scale = {"r": first.rank, "lora_alpha": first.alpha, "use_rslora": first.rslora}
-    write_json(out / CONFIG, {**read_json(like / CONFIG), **scale})
+    named = {"base_model_name_or_path": base, "revision": None} if base else {}
+    write_json(out / CONFIG, {**read_json(like / CONFIG), **named, **scale})
     # all on one scale: a file has a single alpha
     tensors = to_tensors({path: rescaled(m, first) for path, m in adapter.items()})
     plain = {n: t.contiguous() for n, t in tensors.items()}
@@ -271,18 +205,21 @@ def write_dense(dense: Mapping[str, Tensor], path: Path) -> None:
 
 
 def base_weights(name: str) -> Weights:
-    """Return what reads a base model's weights by layer [out, in].
+    """Return what reads a base model's weights by layer [out, in]; the model is loaded when the first is asked for.
 
     Raises:
-        ModelError, OfflineError: it cannot be had.
+        ModelError, OfflineError: it cannot be had, then.
     """
-    from fedtune.config.schema import ModelSettings
-    from fedtune.models.load import load
 
-    model = load(ModelSettings(name=name)).model
+    @functools.cache
+    def model() -> Any:
+        from fedtune.config.schema import ModelSettings
+        from fedtune.models.load import load
+
+        return load(ModelSettings(name=name)).model
 
     def weight(path: str) -> Tensor:
-        layer = model.get_submodule(path)
+        layer = model().get_submodule(path)
         value: Tensor = layer.weight.detach()
         turned: Tensor = value.T if type(layer).__name__ == "Conv1D" else value
         return turned

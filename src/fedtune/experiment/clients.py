@@ -1,0 +1,124 @@
+"""Clients' adapter folders, opened together: what keeps them from being aggregated is known before any work."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from fedtune.lora.state import to_tensors
+from fedtune.methods import METHODS, Method
+from fedtune.models.folder import FolderState
+from fedtune.types import ConfigError, FedtuneError, Problem, ProblemsError
+
+Weights = Callable[[str], Tensor]
+
+
+def check_out(out: Path, inputs: Sequence[Path], effective: Path | None = None) -> None:
+    """Refuse to write where something is: an input may be spelled with links or dots.
+
+    Raises:
+        ConfigError: naming what would be overwritten.
+    """
+    taken = {folder.resolve(): folder for folder in inputs}
+    found = []
+    if out.resolve() in taken:
+        found.append(Problem(f"--out {out}", f"is the input {taken[out.resolve()]}", "choose a new folder"))
+    elif out.exists() and not (out.is_dir() and not any(out.iterdir())):
+        found.append(Problem(f"--out {out}", "exists, and nothing is overwritten", "choose a new folder, or remove it"))
+    if effective and (effective.is_dir() or taken.keys() & set(effective.resolve().parents)):
+        found.append(Problem(f"--effective {effective}", "is a folder, or inside an input", "name a new file"))
+    if found:
+        raise ConfigError("fedtune aggregate", found)
+
+
+def _other_base(state: FolderState, first: FolderState) -> list[Problem]:
+    """Return how the base model of one client's adapter is not that of the first, by name or by commit."""
+    names = [s.config.base for s in (state, first)]
+    if all(names) and len({Path(name).name for name in names}) > 1:
+        what = f"was trained on {names[0]!r}, the first on {names[1]!r}"
+        return [Problem(str(state.folder), what, "if they are the same, give --base MODEL")]
+    commits = [s.config.revision for s in (state, first)]
+    if all(commits) and commits[0] != commits[1]:
+        what = f"was trained on {names[0]!r} at {str(commits[0])[:19]}, the first at {str(commits[1])[:19]}"
+        return [Problem(str(state.folder), what, "if they are the same, give --base MODEL")]
+    return []
+
+
+def _odd(state: FolderState, first: FolderState, method: Method, base: Weights | None) -> list[Problem]:
+    """Return what keeps one client's adapter from being aggregated with the first one's."""
+    where = str(state.folder)
+    if set(state) != set(first):
+        differing = sorted(set(state) ^ set(first))[:2]
+        return [Problem(where, f"adapts other layers than the first folder: {', '.join(differing)} …")]
+    if state.dora != first.dora:
+        return [Problem(where, "DoRA and LoRA adapters cannot be mixed")]
+    if state.config.r != first.config.r and not method.mixed_ranks:
+        able = ", ".join(m for m in METHODS if METHODS[m].mixed_ranks)
+        return [Problem(where, f"rank {state.config.r}, the first has {first.config.r}", f"mixed ranks: {able}")]
+    if state.dora and not method.dora:
+        return [Problem(where, f"a DoRA adapter; {method.name} is not defined for magnitudes")]
+    if state.dora and method.dora == "exact" and base is None:
+        return [Problem(where, f"a DoRA adapter; {method.name} needs its base model's weights", "give --base MODEL")]
+    return _odd_layers(state, first)
+
+
+def _odd_layers(state: FolderState, first: FolderState) -> list[Problem]:
+    found = []
+    for path, module in state.items():
+        like = first[path]
+        if (module.a.shape[1], module.b.shape[0]) != (like.a.shape[1], like.b.shape[0]):
+            shape = f"{module.b.shape[0]} x {module.a.shape[1]}"
+            found.append(Problem(str(state.folder), f"{path} is {shape}, another base model?"))
+        for name, tensor in to_tensors({path: module}).items():
+            if not bool(torch.isfinite(tensor).all()):
+                found.append(Problem(str(state.folder), f"{name} has NaN or infinity"))
+    return found[:3]
+
+
+def _uncommon(states: Sequence[FolderState], method: Method, round_: int) -> list[Problem]:
+    """Return which clients do not share what must be common in this round."""
+    found = []
+    for state in states[1:]:
+        for path, module in state.items():
+            own, first = to_tensors({path: module}), to_tensors({path: states[0][path]})
+            odd = [n for n in own if method.common(round_, n) and not torch.equal(own[n], first[n])]
+            if odd:
+                what = f"{odd[0]} differs from the first folder's; {method.name} keeps it frozen and common"
+                found.append(Problem(str(state.folder), what))
+                break
+    return found
+
+
+def read_clients(
+    folders: Sequence[Path], method: Method, round_: int, base: Weights | None = None, *, insist: bool = False
+) -> list[FolderState]:
+    """Open all folders, or report everything that is wrong with any of them. Layers are read when they are used.
+
+    Args:
+        folders: of the clients.
+        method, round_: what is to be done with them.
+        base: reads the base model's weights, where one is given.
+        insist: take folders that name different base models.
+
+    Raises:
+        ProblemsError: the list.
+    """
+    problems: list[Problem] = []
+    states: list[FolderState] = []
+    for folder in folders:
+        try:
+            states.append(FolderState(folder))
+        except FedtuneError as err:
+            problems.append(Problem(str(folder), str(err)))
+    if states and not insist:
+        problems += [p for state in states[1:] for p in _other_base(state, states[0])]
+    if states and not problems:
+        problems += [p for state in states for p in _odd(state, states[0], method, base)]
+    if states and not problems:
+        problems += _uncommon(states, method, round_)
+    if problems or not states:
+        raise ProblemsError("adapters cannot be aggregated", problems or [Problem("--clients", "names no folder")])
+    return states
