@@ -224,6 +224,12 @@ def cut_adapter(packed: Path) -> None:
     relist(packed)
 
 
+def spoilt_adapter(packed: Path) -> None:
+    path = packed / "adapter/adapter_model.safetensors"
+    path.write_bytes(path.read_bytes()[:-4] + b"\x00\x00\xc0\x7f")  # a NaN of 32 bits
+    relist(packed)
+
+
 def extra_file(packed: Path) -> None:
     (packed / "notes.md").write_text("hello")
 
@@ -278,6 +284,7 @@ ATTACKS = [
     (bomb, "unpacks to more than"),
     (other_base, "was made for 'mistralai/Mistral-7B'"),
     (cut_adapter, "cut off"),
+    (spoilt_adapter, "has NaN or infinity"),
     (extra_file, "notes.md: is there and not listed"),
     (other_items, "its samples are of other items"),
     (claimed_privacy, "the settings have no differential privacy"),

@@ -4,8 +4,10 @@ import shutil
 from pathlib import Path
 
 import pytest
+import safetensors.torch
+import torch
 
-from fedtune.models.source import adapter_revision, model_revision
+from fedtune.models.source import adapter_revision, model_revision, not_a_number
 
 
 @pytest.fixture
@@ -55,3 +57,17 @@ def test_an_adapter_is_its_weights_and_its_settings(tmp_path: Path) -> None:
     assert adapter_revision(tmp_path) == one
     (tmp_path / "adapter_config.json").write_text('{"lora_alpha": 16}')
     assert adapter_revision(tmp_path) != one
+
+
+@pytest.mark.parametrize("kind", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
+def test_numbers_that_are_none_are_found_in_a_file_whatever_their_width(tmp_path: Path, kind: torch.dtype) -> None:
+    path = tmp_path / "file.safetensors"
+    limits = torch.finfo(kind)
+    fine = {"a": torch.tensor([limits.max, limits.min, limits.tiny, -0.0], dtype=kind), "b": torch.zeros(0, dtype=kind)}
+    safetensors.torch.save_file({**fine, "c": torch.tensor([255], dtype=torch.uint8)}, path)
+    assert not_a_number(path) == ""
+    for value in ("nan", "inf", "-inf"):
+        spoilt = torch.zeros(3, 5, dtype=kind)
+        spoilt[2, 4] = float(value)
+        safetensors.torch.save_file({**fine, "odd": torch.zeros(1, dtype=torch.uint8), "z": spoilt}, path)
+        assert not_a_number(path) == "z"

@@ -15,8 +15,9 @@ from fedtune.board.samples import recomputed
 from fedtune.board.wire import byte_problems
 from fedtune.config import load, read_protocol
 from fedtune.config.load import read_toml
-from fedtune.io import file_sha256, read_json, tensor_header
+from fedtune.io import file_sha256, read_json
 from fedtune.models import zoo
+from fedtune.models.source import WEIGHTS, not_a_number
 from fedtune.results.entry import Entry
 from fedtune.results.schema import Score
 from fedtune.types import FedtuneError, Problem
@@ -132,7 +133,8 @@ def _adapter(folder: Path, entry: Entry) -> Iterator[Problem]:
     path = folder / "adapter"
     if not path.exists():
         return
-    tensor_header(path / "adapter_model.safetensors")
+    if spoilt := not_a_number(path / WEIGHTS):
+        yield Problem(f"adapter/{WEIGHTS}", f"{spoilt} has NaN or infinity; no model can have been evaluated with it")
     config = read_json(path / "adapter_config.json")
     made_for = str(config.get("base_model_name_or_path", ""))
     if made_for != entry.base and Path(made_for).name != Path(entry.base).name:

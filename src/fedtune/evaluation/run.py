@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
@@ -81,6 +82,9 @@ def _outputs(model: Any, tokenizer: Any, task: Task, items: Sequence[Item], mode
 def _sample(item: Item, raw: Any, kind: Any, mode: str) -> Sample:
     if isinstance(raw, Failed):
         return _error_sample(item, raw.text, kind)
+    if mode == "likelihood" and any(math.isnan(score) for score in raw):
+        # the largest of several NaNs would be the first answer
+        return _error_sample(item, "the model's likelihood of an answer is not a number", kind)
     return _likelihood_sample(item, raw, kind) if mode == "likelihood" else _official_sample(item, raw, kind)
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from fedtune.io import tensor_header
 from fedtune.lora.state import PREFIX, A, B, LoraModule, M, from_tensors
 from fedtune.models.adapter_config import AdapterConfig, read_config
-from fedtune.models.source import CONFIG, WEIGHTS
+from fedtune.models.source import CONFIG, WEIGHTS, not_a_number
 from fedtune.types import AdapterError
 
 _FLOATS = {"F64", "F32", "F16", "BF16"}
@@ -28,14 +28,9 @@ def read_folder(folder: Path) -> tuple[AdapterConfig, dict[str, Tensor]]:
         CorruptFileError: a damaged file.
     """
     import safetensors.torch
-    import torch
 
     config, _ = checked(folder)
-    tensors = safetensors.torch.load_file(folder / WEIGHTS)
-    for name, tensor in tensors.items():
-        if not bool(torch.isfinite(tensor).all()):
-            raise AdapterError(f"{folder}: {name} has NaN or infinity")
-    return config, tensors
+    return config, safetensors.torch.load_file(folder / WEIGHTS)
 
 
 def checked(folder: Path) -> tuple[AdapterConfig, dict[str, Any]]:
@@ -60,6 +55,8 @@ def checked(folder: Path) -> tuple[AdapterConfig, dict[str, Any]]:
     odd = next((n for n, entry in header.items() if entry["dtype"] not in _FLOATS), None)
     if odd:
         raise AdapterError(f"{folder}: {odd} is {header[odd]['dtype']}; an adapter has {', '.join(sorted(_FLOATS))}")
+    if spoilt := not_a_number(folder / WEIGHTS):
+        raise AdapterError(f"{folder}: {spoilt} has NaN or infinity")
     return config, header
 
 

@@ -7,7 +7,9 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from fedtune.io import file_sha256, read_json
+import numpy as np
+
+from fedtune.io import file_sha256, read_json, tensor_header
 from fedtune.types import ModelError
 
 WEIGHTS = "adapter_model.safetensors"
@@ -48,6 +50,28 @@ def model_revision(folder: Path) -> str:
 def adapter_revision(folder: Path) -> str:
     """Hash an adapter's weights and settings: a scale, a pattern or a target changes what the same factors do."""
     return _hash(folder, [folder / WEIGHTS, folder / CONFIG])
+
+
+def not_a_number(path: Path) -> str:
+    """Return the name of the first tensor of a safetensors file that has NaN or infinity, or an empty text.
+
+    Such a number is one whose exponent has all its bits set, whatever the width.
+
+    Raises:
+        CorruptFileError: the file is damaged.
+    """
+    exponents = {"F64": ("<u8", 0x7FF0 << 48), "F32": ("<u4", 0x7F80 << 16), "F16": ("<u2", 0x7C00)}
+    exponents["BF16"] = ("<u2", 0x7F80)
+    header = tensor_header(path)
+    end = max((entry["data_offsets"][1] for entry in header.values()), default=0)
+    start = path.stat().st_size - end
+    whole = np.memmap(path, np.uint8, "r") if end else np.empty(0, np.uint8)
+    for name, entry in header.items():
+        kind, mask = exponents.get(entry["dtype"], ("", 0))
+        first, last = (start + place for place in entry["data_offsets"])
+        if kind and bool(np.any((whole[first:last].view(kind) & mask) == mask)):
+            return name
+    return ""
 
 
 def _names(value: Any, key: str) -> bool:
