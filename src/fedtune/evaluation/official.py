@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from fedtune.domains.base import Item, Kind
-from fedtune.evaluation.decode import Decoder, Row, run
+from fedtune.evaluation import pinned
+from fedtune.evaluation.decode import Decoder, Row, run, windowed
 from fedtune.evaluation.extract import ANSWER_MARK
 from fedtune.models import sides
 from fedtune.models.attention import packed_logits
@@ -142,7 +143,8 @@ def _generated(model: Any, tokenizer: Any, prompts: list[str], new_tokens: int) 
     sampled = bool(model.generation_config.do_sample)
     # a sampled batch must run to its end: stopping early would shift the random stream of the next one
     stop = {} if sampled else {"stopping_criteria": [_stopper(tokenizer)]}
-    made = model.generate(**tokens, **limit, **stop, eos_token_id=tokenizer.eos_token_id)
+    with pinned.positions(model):
+        made = model.generate(**tokens, **limit, **stop, eos_token_id=tokenizer.eos_token_id)
     return [text.split(ANSWER_MARK)[1] for text in tokenizer.batch_decode(made, skip_special_tokens=True)]
 
 
@@ -150,8 +152,8 @@ def _padded_rows(tokenizer: Any, prompts: Sequence[str], start: int) -> tuple[li
     """Return an official batch's rows without the padding that nothing depends on, and the width it was padded to.
 
     A token of padding at the right end decides the first new token, so one is kept; the others are never seen. It has
-    position 1, and what follows goes on counting the prompt's tokens: so `generate` did in the release the official
-    evaluation pins (transformers 4.53); later ones count from the padding on.
+    position 1, and what follows goes on counting the prompt's tokens: so `generate` did in transformers 4.53, which
+    FlowerTune's template pins; later releases count from the padding on.
     """
     tokens = tokenizer(prompts, padding=True, return_token_type_ids=False)
     rows = []
@@ -192,14 +194,35 @@ def _decoded(model: Any, tokenizer: Any, prompts: Sequence[str], new_tokens: int
             given += 1
 
 
+def _decodable(model: Any, tokenizer: Any) -> bool:
+    """Tell whether our own decoding gives what `generate` would.
+
+    It leaves padding out, which a layer that sees the last columns of a batch counts when it is on the right.
+    """
+    mixer = sides.of(model)
+    window = getattr(model.config.get_text_config(), "sliding_window", None) or 0
+    counted = windowed(model) and window < 2 * SENTIMENT_LENGTH and tokenizer.padding_side == "right"
+    return _plain_greedy(model) and not counted and not (mixer is not None and mixer.per_text)
+
+
+def _sentiment(model: Any, tokenizer: Any, prompts: list[str], new_tokens: int, first: int) -> Iterator[list[str]]:
+    if _decodable(model, tokenizer):
+        yield from _decoded(model, tokenizer, prompts, new_tokens)
+        return
+    for start in range(0, len(prompts), SENTIMENT_BATCH):
+        torch.manual_seed(SEED + first + start)
+        yield _generated(model, tokenizer, prompts[start : start + SENTIMENT_BATCH], new_tokens)
+
+
 @torch.inference_mode()
 def sentiment(
     model: Any, tokenizer: Any, items: Sequence[Item], new_tokens: int = 0, first: int = 0
 ) -> Iterator[list[str]]:
     """Yield the outputs of one official batch of sentiment prompts after the other.
 
-    Batches are padded on the tokenizer's own default side and the model's own generation settings apply, as
-    in the official evaluation; a row's decoding ends when its label is fixed, which cannot change a score.
+    Batches are padded on the tokenizer's own default side, with `[PAD]` where it has no padding token but EOS, and the
+    model's own generation settings apply, as in the official evaluation; a row's decoding ends when its label is fixed,
+    which cannot change a score.
 
     Args:
         model, tokenizer, items: what to ask whom.
@@ -207,11 +230,6 @@ def sentiment(
         first: the place of the first item in its task, which a sampled batch's random stream is keyed by: the rest of
             an evaluation that was cut off samples what it would have.
     """
-    prompts = [item.prompt for item in items]
-    mixer = sides.of(model)
-    if _plain_greedy(model) and not (mixer is not None and mixer.per_text):
-        yield from _decoded(model, tokenizer, prompts, new_tokens)
-        return
-    for start in range(0, len(items), SENTIMENT_BATCH):
-        torch.manual_seed(SEED + first + start)
-        yield _generated(model, tokenizer, prompts[start : start + SENTIMENT_BATCH], new_tokens)
+    padder = pinned.padding_tokenizer(tokenizer)
+    batches = _sentiment(model, padder, [item.prompt for item in items], new_tokens, first)
+    yield from pinned.under(pinned.vocabulary(model, tokenizer, padder), batches)

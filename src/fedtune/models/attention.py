@@ -62,7 +62,10 @@ def _capped(query: Tensor, key: Tensor, value: Tensor, scale: float, cap: float,
     queries, keys = query.shape[-2], key.shape[-2]
     causal = torch.ones(queries, keys, dtype=torch.bool, device=query.device).tril(keys - queries)
     allowed = causal if mask is None else mask
-    weights = scores.masked_fill(~allowed, float("-inf")).softmax(-1, dtype=torch.float32).to(query.dtype)
+    # not -inf: a row of padding sees nothing, and its NaN would reach what other rows see of it
+    weights = (
+        scores.masked_fill(~allowed, torch.finfo(scores.dtype).min).softmax(-1, dtype=torch.float32).to(query.dtype)
+    )
     return weights @ value
 
 
