@@ -38,7 +38,7 @@ def padding_tokenizer(tokenizer: Any) -> Any:
 def _mean_row(embedding: Any, rows: int) -> Tensor:
     """Return the mean output [hidden] of an embedding over all its rows; of whatever kind it is, none is copied."""
     ids = torch.arange(rows, device=embedding.weight.device)
-    sums = [embedding(part).sum(0, dtype=torch.float32) for part in ids.split(CHUNK)]
+    sums = [embedding(part).sum(0, dtype=torch.float32) for part in torch.split(ids, CHUNK)]
     return torch.stack(sums).sum(0) / rows
 
 

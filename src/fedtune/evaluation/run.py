@@ -139,15 +139,16 @@ class _Log:
     path: Path
     loaded: TaskItems
     mode: str
+    same: dict[int, Sample]
     rows: list[Sample]
     on_items: OnItems | None
 
     def add(self, samples: Sequence[Sample]) -> None:
         """Write the samples of the next items down."""
-        same, fresh = _same_prompts(self.loaded, self.mode), []
+        fresh = []
         for i, sample in enumerate(samples, len(self.rows)):
             place = self.loaded.places[i]
-            fresh.append({"i": place, "group": self.loaded.items[i].group, **sample, **same.get(place, {})})
+            fresh.append({"i": place, "group": self.loaded.items[i].group, **sample, **self.same.get(place, {})})
         append_lines(self.path, fresh)
         self.rows += fresh
         if self.on_items:
@@ -189,7 +190,7 @@ def evaluate(
     if mode == "official" and len(rows) < len(items):
         rows = rows[: len(rows) // size * size]
     same = _same_prompts(loaded, mode)
-    done = _Log(log, loaded, mode, [row | same.get(row["i"], {}) for row in rows], on_items)
+    done = _Log(log, loaded, mode, same, [row | same.get(row["i"], {}) for row in rows], on_items)
     write_lines(log, [header, *done.rows])
     for batch in batches(_outputs(model, tokenizer, task, items, mode, config), len(rows), len(items), size):
         some = items[len(done.rows) :]
