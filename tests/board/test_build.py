@@ -11,8 +11,8 @@ from pydantic import ValidationError
 
 from fedtune.board.build import board, ranked, row, separable
 from fedtune.board.build import recipes as group
-from fedtune.board.entries import read_entry, write_entry
 from fedtune.board.site import build, embedded, page
+from fedtune.board.store import read_entry, write_entry
 from fedtune.results.entry import Answers, Entry, Privacy
 from fedtune.results.schema import Arm
 from fedtune.types import CorruptFileError, DataError
@@ -104,8 +104,9 @@ def test_what_is_unranked_or_without_score_has_no_rank() -> None:
 
 
 def test_a_board_says_what_it_is_made_of(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="no entries"):
-        board(tmp_path)
+    assert board(tmp_path)["rows"] == []
+    with pytest.raises(DataError, match="no such folder"):
+        board(tmp_path / "nothing")
     for made in many(12):
         write_entry(tmp_path, made)
     data = build(tmp_path, tmp_path / "site")

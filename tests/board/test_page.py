@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from fedtune.board.entries import write_entry
 from fedtune.board.site import build
+from fedtune.board.store import write_entry
 from fedtune.results.entry import Answers, Entry
 from tests.board.entries import entry, many, score
 
@@ -129,8 +129,9 @@ def test_two_rows_are_compared_with_a_paired_test(page: Any) -> None:
     assert page.locator("#compare").is_hidden()
     boxes.nth(2).check()
     text = page.locator("#compare").text_content()
-    assert "20 items only the first has right, 0 only the second" in text
-    assert "McNemar p = 0.0000019" in text
+    # the first has three seeds (150, 148 and 152 of 200), the second one (130): item 151 is right in one seed of three
+    assert "22 items the first has right more often, 0 the second" in text
+    assert "difference (95 %) -1" in text
     assert page.locator("#compare svg rect").count() == 2
     page.reload()
     assert page.locator("#compare").is_visible()
@@ -250,15 +251,54 @@ def test_texts_from_a_submission_stay_texts(browser: Any, tmp_path: Path) -> Non
     assert Answers.pack([True], "x").n == score(1, 1).n == 1
 
 
-@pytest.mark.parametrize(("first", "second"), [(20, 0), (3, 9), (700, 900), (2204, 75)])
-def test_the_pages_mcnemar_is_pythons(browser: Any, first: int, second: int) -> None:
+@pytest.mark.parametrize(
+    ("one", "two", "apart"),
+    [
+        ([150], [130], True),
+        ([103], [100], False),
+        ([100, 150, 150], [100, 100, 100], None),
+        ([150, 90, 90], [110, 110, 110], False),
+        ([120, 121, 122], [80, 81, 79], True),
+    ],
+)
+def test_the_pages_paired_interval_is_over_items_and_seeds(
+    browser: Any, one: list[int], two: list[int], apart: bool | None
+) -> None:
+    """The interval of the page and the p of the ranks agree wherever neither is at its limit."""
+    from fedtune.board.build import recipes, row, separable
     from fedtune.board.site import _part
-    from fedtune.results.stats import mcnemar
 
+    def line(number: int, right: list[int]) -> dict[str, Any]:
+        flags = [Answers.pack([i < r for i in range(200)], "i" * 64) for r in right]
+        made = [
+            entry(number, r, seed=s, answers={"federated/fpb/likelihood": f})
+            for s, (r, f) in enumerate(zip(right, flags, strict=True), 1)
+        ]
+        return row(recipes(made)[0])
+
+    first, second = line(0, one), line(1, two)
     source = _part("page.js")
-    begin = source.index("function mcnemar")
-    function = source[begin : source.index("\nconst chance", begin)]
+    functions = source[source.index("function flags") : source.index("function drawCompare")]
+    tasks = json.dumps([first["tasks"][0], second["tasks"][0]])
     tab = browser.new_page()
-    got = tab.evaluate(f"(() => {{ {function}; return mcnemar({first}, {second}); }})()")
+    got = tab.evaluate(f"(() => {{ {functions}; return paired(...{tasks}); }})()")
     tab.close()
-    assert got == pytest.approx(mcnemar(first, second), rel=1e-9, abs=1e-290)
+    means = [sum(r) / len(r) / 200 for r in (one, two)]
+    assert got["low"] <= means[1] - means[0] <= got["high"]
+    if apart is not None:
+        assert (got["low"] > 0 or got["high"] < 0) == apart == separable(first, second, "likelihood")
+
+
+def test_an_empty_board_says_how_to_submit(browser: Any, tmp_path: Path) -> None:
+    (tmp_path / "store").mkdir()
+    build(tmp_path / "store", tmp_path / "out")
+    tab = browser.new_page(viewport={"width": 390, "height": 900})
+    complaints: list[str] = []
+    tab.on("pageerror", lambda e: complaints.append(str(e)))
+    tab.goto((tmp_path / "out/index.html").as_uri())
+    assert tab.locator("#empty").is_visible()
+    assert "fedtune submit" in tab.locator("#empty").inner_text()
+    assert not tab.locator("#board").is_visible()
+    assert tab.evaluate("document.documentElement.scrollWidth") <= 390
+    assert complaints == []
+    tab.close()

@@ -269,7 +269,7 @@ ATTACKS = [
     (edited_score, "the samples give"),
     (impossible_score, "is not k/24 for any whole k"),
     (samples_judged_kindly, "samples are judged wrongly"),
-    (texts_judged_kindly, "its text is read as"),
+    (texts_judged_kindly, "predicted is 'positive', it gives"),
     (locked_key, "entry.config: is"),
     (wrong_hash, "README.md: is not the file that was listed"),
     (missing_seed, "entry.seed: is None"),

@@ -60,8 +60,11 @@ def test_the_shape_adds_up_to_the_parameters(name: str) -> None:
 def test_an_unpinned_model_cannot_be_ranked_and_says_so() -> None:
     free = Config.model_validate({"domain": "finance", "model": {"name": "HPAI-BSC/Llama3.1-Aloe-Beta-8B"}})
     assert "no pinned revision" in unranked_reasons(free)[0]
-    pinned = Config.model_validate({"domain": "finance", "model": {"name": "any/thing", "revision": "abc"}})
+    pinned = Config.model_validate({"domain": "finance", "model": {"name": "any/thing", "revision": "a1" * 20}})
     assert unranked_reasons(pinned) == ()
+    for moving in ("main", "v1.0", "abc1234", "refs/pr/1"):
+        branch = Config.model_validate({"domain": "finance", "model": {"name": "any/thing", "revision": moving}})
+        assert "is not a commit" in unranked_reasons(branch)[0]
     assert unranked_reasons(Config(domain="finance")) == ()
 
 

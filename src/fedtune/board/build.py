@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -11,16 +12,15 @@ from typing import Any
 import numpy as np
 
 from fedtune import __version__
-from fedtune.board.entries import read_store
+from fedtune.board import pairs as pairs_of
+from fedtune.board.store import read_store
 from fedtune.io import digest
 from fedtune.methods import METHODS
 from fedtune.results.entry import Entry
 from fedtune.results.schema import Arm, Score
-from fedtune.results.stats import mcnemar
 from fedtune.types import DataError
 
 BOARD_VERSION = 1
-LEVEL = 0.05
 SIZES = ((1_000, "under 1 B"), (4_000, "1 to 4 B"), (10_000, "4 to 10 B"), (math.inf, "over 10 B"))
 BUDGET = 200_000 * 1024**2  # FlowerTune's limit: 200,000 MiB over all rounds, both directions
 
@@ -99,11 +99,11 @@ def _score(arm: Arm | None, like: Score) -> Score | None:
     return found[0] if found else None
 
 
-def _bits(recipe: Recipe, score: Score) -> str | None:
-    """Return which items the first seed had right, for paired tests in the page."""
-    entry = recipe.first
-    known = entry.answers.get(f"{entry.main.name}/{score.task}/{score.mode}")
-    return known.bits if known and known.n == score.n else None
+def _bits(recipe: Recipe, score: Score) -> list[str] | None:
+    """Return which items each seed had right, for paired tests here and in the page; None where a seed does not say."""
+    known = [e.answers.get(f"{e.main.name}/{score.task}/{score.mode}") for e in recipe.entries]
+    same = [a.bits for a in known if a and a.n == score.n and a.items_sha256 == score.items_sha256]
+    return same if len(same) == len(known) else None
 
 
 def _config(entry: Entry, *path: str) -> Any:
@@ -119,6 +119,16 @@ def _size(millions: float | None) -> str:
 
 def _average(tasks: Sequence[dict[str, Any]], mode: str, key: str = "score") -> float | None:
     return _mean([t[key] for t in tasks if t["mode"] == mode and t["metric"] != "nats_per_token"])
+
+
+def remarks(recipe: Recipe) -> list[str]:
+    """Return what a reader should know of a row's seeds: who chose them, and what one of them cannot tell."""
+    seeds = [e.seed for e in recipe.entries if e.seed is not None]
+    if not seeds:
+        return []
+    chosen = [] if seeds == list(range(1, len(seeds) + 1)) else ["its maker chose the seeds; asked for are 1, 2, 3"]
+    few = [f"{len(seeds)} of 3 seeds: how much another would differ is not known"] if len(seeds) < 3 else []
+    return few + chosen
 
 
 def row(recipe: Recipe) -> dict[str, Any]:
@@ -137,6 +147,7 @@ def row(recipe: Recipe) -> dict[str, Any]:
         "state": _worst_state(recipe),
         "reasons": sorted({r for e in recipe.entries for r in e.reasons}),
         "unranked": sorted({r for e in recipe.entries for r in e.unranked}),
+        "remarks": remarks(recipe),
         "base": entry.base,
         "revision": entry.revision,
         "millions": entry.base_millions,
@@ -175,25 +186,23 @@ def _worst_state(recipe: Recipe) -> str:
     return min((e.state for e in recipe.entries), key=order.index)
 
 
-def _flags(bits: str, n: int) -> np.ndarray:
-    import base64
-
-    return np.unpackbits(np.frombuffer(base64.b64decode(bits), dtype=np.uint8))[:n].astype(bool)
+def _flags(task: dict[str, Any]) -> np.ndarray:
+    """Return which items each seed had right, (seeds x items)."""
+    raw = [np.frombuffer(base64.b64decode(bits), dtype=np.uint8) for bits in task["bits"]]
+    return np.stack([np.unpackbits(one)[: task["n"]].astype(bool) for one in raw])
 
 
 def separable(one: dict[str, Any], two: dict[str, Any], mode: str) -> bool:
-    """Tell whether two rows' averages differ at 95 %.
+    """Tell whether two rows' averages differ at 95 %, over all their seeds.
 
-    Item by item (exact McNemar over the tasks both have on the same items) where both have their samples; by their
-    intervals' overlap in quadrature elsewhere.
+    Item by item (paired bootstrap over items and seeds) where both have their samples of the same items in all tasks;
+    by their intervals' overlap in quadrature elsewhere.
     """
     tasks = {t["task"]: t for t in two["tasks"] if t["mode"] == mode}
     pairs = [(t, tasks[t["task"]]) for t in one["tasks"] if t["mode"] == mode and t["task"] in tasks]
     same = [(a, b) for a, b in pairs if a["bits"] and b["bits"] and a["items"] == b["items"] and a["n"] == b["n"]]
     if same and len(same) == len(pairs):
-        gained = [_flags(a["bits"], a["n"]).astype(int) - _flags(b["bits"], b["n"]) for a, b in same]
-        only_one, only_two = (int(sum((g == sign).sum() for g in gained)) for sign in (1, -1))
-        return mcnemar(only_one, only_two) < LEVEL
+        return pairs_of.p_value([(_flags(a), _flags(b)) for a, b in same]) < pairs_of.LEVEL
     return _apart(one, two, mode)
 
 
@@ -238,11 +247,11 @@ def board(store: Path) -> dict[str, Any]:
 
     Raises:
         CorruptFileError: an entry cannot be read.
-        DataError: there is none, or one is there twice.
+        DataError: no such folder, or an entry is there twice.
     """
+    if not store.is_dir():
+        raise DataError(f"{store}: no such folder; make one and add a submission (fedtune board add --help)")
     entries = [entry for _, entry in read_store(store)]
-    if not entries:
-        raise DataError(f"{store}: no entries; import published ones or add a submission (fedtune board --help)")
     rows = [row(recipe) for recipe in recipes(entries)]
     domains = sorted({r["domain"] for r in rows})
     modes = sorted({mode for r in rows for mode in r["scores"]})

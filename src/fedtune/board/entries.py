@@ -1,39 +1,35 @@
-"""From run folders to entries, and the store of entries: a folder of JSON files in git."""
+"""Entries: from run folders and packed ones, and (from `store`) to the folder they are kept in."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
 
+from fedtune.board import sets
+from fedtune.board.sets import samples
+from fedtune.board.store import read_entry, read_store, twin, write_entry
 from fedtune.config import load
 from fedtune.config.load import read_toml
-from fedtune.data.files import parse_rows, read_text_file
 from fedtune.evaluation.metrics import as_counted, sample_value
-from fedtune.io import read_json, read_lines, write_json
+from fedtune.io import read_json, read_lines
 from fedtune.models.zoo import zoo
 from fedtune.results.entry import Answers, Costs, Entry, Point
-from fedtune.results.schema import Arm, Result, Score
+from fedtune.results.schema import Arm, Result
 from fedtune.types import CorruptFileError, DataError
 
+__all__ = ["from_run", "read_entry", "read_store", "recipe_hash", "twin", "write_entry"]
+
 WEIGHTS = "adapter/adapter_model.safetensors"
-
-
-def _samples(run: Path, arm: Arm, score: Score) -> list[dict[str, Any]]:
-    """Return the samples of a score, from a run folder or a packed one; none where there is no log."""
-    log = run / "evals" / arm.name / f"{score.task}.{score.mode}.jsonl"
-    path = next((p for p in (log, log.with_suffix(".jsonl.gz")) if p.exists()), None)
-    return parse_rows(read_text_file(path), str(path))[1:] if path else []
 
 
 def _answers(run: Path, arm: Arm) -> Iterator[tuple[str, Answers]]:
     """Yield which items an arm had right; of tasks with one sample an item, and one model."""
     for score in arm.scores:
         known = score.metric != "nats_per_token"
-        values = [sample_value(r) for r in as_counted(_samples(run, arm, score))] if known else []
+        values = [sample_value(r) for r in as_counted(samples(run, arm.name, score.task, score.mode))] if known else []
         if values and set(values) <= {0.0, 1.0}:
             packed = Answers.pack([v == 1 for v in values], score.items_sha256)
             yield f"{arm.name}/{score.task}/{score.mode}", packed
@@ -67,18 +63,31 @@ def from_run(run: Path, team: str = "", title: str = "", link: str = "") -> Entr
     Raises:
         DataError: the run is not complete.
         CorruptFileError: a file of it is damaged.
+        ValidationError: team, title or link is not plain text.
     """
+    try:
+        return _read(run, {"team": team, "title": title, "link": link})
+    except ValidationError as err:
+        first = err.errors()[0]
+        if first["loc"][:1] in (("team",), ("title",), ("link",)):
+            raise
+        where = ".".join(map(str, first["loc"])) or "the document"
+        raise CorruptFileError(f"{run}: is not what a run leaves: {where}: {first['msg']}") from err
+    except (KeyError, TypeError, AttributeError, ValueError, OverflowError) as err:
+        raise CorruptFileError(f"{run}: is not what a run leaves ({type(err).__name__}: {err})") from err
+
+
+def _read(run: Path, texts: dict[str, str]) -> Entry:
     manifest = read_json(run / "manifest.json")
     if manifest.get("status") != "complete":
         raise DataError(f"{run}: the run is {manifest.get('status')}; continue it with fedtune run --resume")
     result = Result.model_validate(read_json(run / "result.json"))
     known = zoo().get(result.model)
     answers = dict(pair for arm in result.arms for pair in _answers(run, arm))
+    main = next((a for a in result.arms if a.name == "federated"), result.arms[-1])
     losses = [_loss(line) for line in read_lines(run / "rounds.jsonl")]
     return Entry(
-        team=team,
-        title=title,
-        link=link,
+        **texts,
         domain=result.domain,
         base=result.model,
         revision=result.revision,
@@ -89,7 +98,7 @@ def from_run(run: Path, team: str = "", title: str = "", link: str = "") -> Entr
         config_sha256=_without_seed(run),
         protocol=result.protocol,
         protocol_sha256=result.protocol_sha256,
-        unranked=result.unranked,
+        unranked=list(dict.fromkeys([*result.unranked, *sets.reasons(run, result.domain, main)])),
         arms=result.arms,
         answers=answers,
         curve=_curve(run),
@@ -123,50 +132,3 @@ def recipe_hash(config_file: Path) -> str:
 
 def _without_seed(run: Path) -> str:
     return recipe_hash(run / "config.toml")
-
-
-def read_entry(path: Path) -> Entry:
-    """Read an entry.
-
-    Raises:
-        CorruptFileError: not JSON, or not an entry; with the first reason.
-    """
-    try:
-        return Entry.model_validate(read_json(path))
-    except ValidationError as err:
-        first = err.errors()[0]
-        where = ".".join(map(str, first["loc"]))
-        raise CorruptFileError(f"{path}: {where}: {first['msg']}") from err
-
-
-def write_entry(store: Path, entry: Entry) -> Path:
-    """Put an entry at its place in the store.
-
-    Raises:
-        DataError: another entry is there already.
-    """
-    target = store / entry.place()
-    plain = entry.model_dump(mode="json")
-    if target.exists() and read_json(target) != json.loads(json.dumps(plain)):
-        raise DataError(f"{target}: there is an entry of this recipe and seed already, and it is another one")
-    write_json(target, plain)
-    return target
-
-
-def twin(store: Path, entry: Entry) -> Path | None:
-    """Return another place in the store whose entry has the very same samples, if there is one."""
-    logs = {name: sha for name, sha in entry.files.items() if name.startswith("evals/federated")}
-    for path, other in read_store(store):
-        if logs and path != store / entry.place() and logs.items() <= other.files.items():
-            return path
-    return None
-
-
-def read_store(store: Path) -> Iterable[tuple[Path, Entry]]:
-    """Yield every entry of a store, in the order of their paths.
-
-    Raises:
-        CorruptFileError: one that cannot be read.
-    """
-    for path in sorted(store.rglob("*.json")):
-        yield path, read_entry(path)

@@ -8,8 +8,9 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
+from fedtune.board import sets
 from fedtune.domains import TASKS
-from fedtune.evaluation import published
+from fedtune.evaluation import known, published
 from fedtune.evaluation.programs import score_published
 from fedtune.io import read_json
 from fedtune.models.zoo import zoo
@@ -27,15 +28,21 @@ def _impossible(claim: float, n: int) -> str:
     return "" if math.isclose(hits, round(hits), abs_tol=1e-4) else f"{claim:.4g} is not k/{n} for any whole k"
 
 
-def _again(root: Path, item: dict[str, Any]) -> tuple[Score, list[bool]]:
-    """Score one file of generations again, and tell which items are right; programs run in the sandbox."""
+def _again(root: Path, item: dict[str, Any]) -> tuple[Score, list[bool], str]:
+    """Score one file of generations again, and tell which items are right and why they are not the whole set.
+
+    Programs run in the sandbox, with the tests that are published beside them.
+    """
     task, path = TASKS[item["task"]], root / item["generations_file"]
     if task.kind == "program":
         references = root / item["references_file"] if item.get("references_file") else None
         score, rows = score_published(task, path, references)
-        return score, [all(o["kind"] == "passed" for o in r["outcomes"]) for r in rows]
-    score = published.score(task.name, path, "official")
-    return score, [bool(s["correct"]) for s in published.read(path, task.kind)]
+        lacks = f"{len(rows)} items, the whole set has {task.n}" if len(rows) != task.n else ""
+        return score, [all(o["kind"] == "passed" for o in r["outcomes"]) for r in rows], lacks
+    samples = published.read(path, task.kind)
+    placed = [{"i": i, "gold": s["gold"]} for i, s in enumerate(samples)]
+    lacks = known.shortfall(task.name, "published", task.kind, task.n, placed)
+    return published.score(task.name, path, "official"), [bool(s["correct"]) for s in samples], lacks
 
 
 def _judged(item: dict[str, Any], score: Score) -> str:
@@ -63,13 +70,14 @@ def _costs(facts: dict[str, Any], model: str) -> Costs:
 
 def _entry(root: Path, items: list[dict[str, Any]], facts: dict[str, Any], on_task: OnTask) -> Entry:
     first = items[0]
-    scores, answers, reasons, worst = [], {}, [], "re-scored"
+    scores, answers, reasons, unranked, worst = [], {}, [], [], "re-scored"
     for item in items:
         reasons += _remarks(item)
         if not item["generations_file"]:
             continue
         on_task(f"{first['participant']} {item['task']}")
-        score, right = _again(root, item)
+        score, right, lacks = _again(root, item)
+        unranked += [f"{item['task']}: {lacks}"] if lacks else []
         scores.append(score)
         answers[f"federated/{score.task}/{score.mode}"] = Answers.pack(right, score.items_sha256)
         if odd := _judged(item, score):
@@ -77,21 +85,21 @@ def _entry(root: Path, items: list[dict[str, Any]], facts: dict[str, Any], on_ta
             worst = "flagged"
     if not scores:
         raise CorruptFileError(f"{root}: {first['participant']} has no generations for {first['domain']}")
-    known = zoo().get(first["model"])
+    base, domain = zoo().get(first["model"]), DOMAINS.get(first["domain"], first["domain"])
     named = "not stated" not in first["model"]
     return Entry(
         kind="published",
         team=first["participant"],
-        title="published submission",
+        title=f"published submission {first.get('run') or ''}".strip(),
         link=f"https://{facts['repo']}" if facts.get("repo") else "",
         state="flagged" if worst == "flagged" else "re-scored",
         reasons=reasons + ([] if named else ["the files do not say which base model they are of"]),
-        domain=DOMAINS.get(first["domain"], first["domain"]),
+        domain=domain,
         base=first["model"] if named else "not stated",
-        base_millions=known.parameters if known else None,
+        base_millions=base.parameters if base else None,
         method="not stated",
         protocol="flowertune-leaderboard",
-        unranked=["some of the domain's tasks have no generations"] if len(scores) < len(items) else [],
+        unranked=[*unranked, *sets.missing_tasks(domain, scores)],
         arms=[Arm(name="federated", scores=scores)],
         answers=answers,
         costs=_costs(facts, first["model"]),
@@ -100,11 +108,21 @@ def _entry(root: Path, items: list[dict[str, Any]], facts: dict[str, Any], on_ta
     )
 
 
+def _check_once(root: Path, items: Sequence[dict[str, Any]]) -> None:
+    """Make sure a run has each task once: two runs in one row would be an average of nothing."""
+    names = [item["task"] for item in items]
+    if twice := sorted({n for n in names if names.count(n) > 1}):
+        who = f"{items[0]['participant']}, {items[0]['domain']}, {items[0]['model']}"
+        raise CorruptFileError(
+            f"{root / 'index.json'}: {who} has {', '.join(twice)} twice; tell its runs apart by `run`"
+        )
+
+
 def read(root: Path, on_task: OnTask = lambda what: None, skipped: Sequence[str] = ()) -> Iterator[Entry]:
-    """Yield an entry for each participant and domain of a folder with an `index.json` of published files.
+    """Yield an entry for each participant, domain, base model and run of a folder of published files.
 
     Args:
-        root: the folder; `index.json` lists task, model, generations, references, published score and n.
+        root: the folder; `index.json` lists task, model, run, generations, references, published score and n.
         on_task: called before each task, for programs take a while.
         skipped: domains to leave out, by the names in the index.
 
@@ -117,12 +135,13 @@ def read(root: Path, on_task: OnTask = lambda what: None, skipped: Sequence[str]
         raise CorruptFileError(f"{root / 'index.json'}: is not a list of published files")
     facts = read_json(root / "facts.json") if (root / "facts.json").exists() else {}
 
-    def group(item: dict[str, Any]) -> tuple[str, str, str]:
-        return item["participant"], item["domain"], item["model"]
+    def group(item: dict[str, Any]) -> tuple[str, ...]:
+        return item["participant"], item["domain"], item["model"], str(item.get("run") or "")
 
     try:
-        for (participant, _, _), items in groupby(sorted(index, key=group), key=group):
+        for (participant, *_), items in groupby(sorted(index, key=group), key=group):
             listed = list(items)
+            _check_once(root, listed)
             if listed[0]["domain"] not in skipped:
                 yield _entry(root, listed, facts.get(participant, {}), on_task)
     except KeyError as err:

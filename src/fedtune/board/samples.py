@@ -3,87 +3,188 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from fedtune.board.sets import client_rooms
 from fedtune.data.files import parse_rows, read_text_file
 from fedtune.domains import TASKS
-from fedtune.evaluation import programs
-from fedtune.evaluation.extract import official_answer, official_correct
+from fedtune.domains.base import LETTERS, SENTIMENTS, Task
+from fedtune.domains.medical import VERDICTS
+from fedtune.evaluation import again, programs
+from fedtune.evaluation.extract import official_answer, official_correct, strict_answer
 from fedtune.evaluation.metrics import as_counted, summarise
 from fedtune.results.schema import Arm, Score
+from fedtune.types import FedtuneError
+
+Row = Mapping[str, Any]
+# intervals are drawn by the random numbers of one numpy; another may draw others
+TOLERANCE = {"interval": 0.02}
+FIXED = {"sentiment": [*SENTIMENTS], "boolean": [*VERDICTS]}
 
 
-def _log(folder: Path, room: str, score: Score) -> Path:
-    return folder / "evals" / room / f"{score.task}.{score.mode}.jsonl.gz"
+def log_path(folder: Path, room: str, task: str, mode: str) -> Path:
+    """Return where a packed run keeps the samples of a task; `room` is an arm, or one client's part of it."""
+    return folder / "evals" / room / f"{task}.{mode}.jsonl.gz"
 
 
-def _reread(row: dict[str, Any], kind: Any, mode: str) -> str:
+def _options(row: Row, kind: str) -> str:
+    """Say what is wrong with what could be answered, or return an empty string."""
+    answers, gold = row.get("answers"), row.get("gold")
+    letters = isinstance(answers, list) and answers == list(LETTERS[: len(answers)])
+    if not (answers == FIXED[kind] if kind in FIXED else letters):
+        return "its possible answers are not those of the task"
+    return "" if isinstance(answers, list) and gold in answers else f"its right answer {gold!r} is none of its answers"
+
+
+def _judged(row: Row, predicted: str, right: bool, strict: str | None) -> str:
+    """Hold what a sample says against what its text or likelihoods give."""
+    want = {"predicted": predicted, "correct": right, "strict": strict == row["gold"], "valid": strict is not None}
+    wrong = [name for name, value in want.items() if row.get(name) != value]
+    return f"{wrong[0]} is {row.get(wrong[0])!r}, it gives {want[wrong[0]]!r}" if wrong else ""
+
+
+def _likelihood(row: Row, kind: str) -> str:
+    scores, answers = row.get("scores"), row.get("answers", ())
+    numbers = isinstance(scores, list) and all(type(s) in (int, float) for s in scores)
+    if not numbers or not scores or len(scores) != len(answers):
+        return "it has not one likelihood for each answer"
+    best = answers[max(range(len(scores)), key=scores.__getitem__)]
+    return _judged(row, best, best == row["gold"], "" if best != row["gold"] else best)
+
+
+def _official(row: Row, kind: Any) -> str:
+    output = row.get("output")
+    if not isinstance(output, str):
+        return "it has no output"
+    right = official_correct(output, row["gold"], kind)
+    return _judged(row, official_answer(output, kind), right, strict_answer(output, kind, tuple(row["answers"])))
+
+
+def _program(row: Row) -> str:
+    texts, outcomes = row.get("programs"), row.get("outcomes")
+    if not isinstance(texts, list) or not isinstance(outcomes, list) or len(texts) != len(outcomes) or not texts:
+        return "it has not one outcome for each program"
+    if not all(isinstance(t, str) for t in texts):
+        return "its programs are not texts"
+    passed = [o["kind"] == "passed" for o in outcomes]
+    same = row.get("correct") == passed[0] and row.get("value") == sum(passed) / len(passed)
+    return "" if same else "its value is not the share of its programs that passed"
+
+
+def _reread(row: Row, kind: str, mode: str) -> str:
     """Say what is wrong with how a sample was judged, or return an empty string."""
+    if not isinstance(row.get("i"), int):
+        return "it has no place in the set"
     if row.get("error"):
-        return "an item that raised counts as right" if row["correct"] else ""
-    if mode == "likelihood" and "scores" in row:
-        best = row["answers"][max(range(len(row["scores"])), key=row["scores"].__getitem__)]
-        if row["predicted"] != best or bool(row["correct"]) != (best == row["gold"]):
-            return f"item {row['i']}: the likeliest answer is {best!r}, gold {row['gold']!r}"
-    if mode == "official" and "output" in row and kind in ("sentiment", "choice", "boolean"):
-        right = official_correct(row["output"], row["gold"], kind)
-        if bool(row["correct"]) != right or row["predicted"] != official_answer(row["output"], kind):
-            return f"item {row['i']}: its text is read as {official_answer(row['output'], kind)!r}"
+        return "an item that raised counts as right" if any(row.get(k) for k in ("correct", "strict", "value")) else ""
+    if kind == "program":
+        return _program(row)
+    if kind == "solution":
+        return "" if type(row.get("value")) in (int, float) else "it has no value"
+    return _options(row, kind) or (_likelihood if mode == "likelihood" else _official)(row, kind)
+
+
+def impossible(score: Score) -> str:
+    """Say why a score cannot have come from n items, or return an empty string."""
+    if score.metric != "accuracy" or score.score is None:
+        return ""
+    if not 0 <= score.score <= 1:
+        return f"{score.score} is not between 0 and 1"
+    hits = score.score * score.n
+    if not math.isclose(hits, round(hits), abs_tol=1e-6 * max(1, score.n)):
+        return f"{score.score:.6g} is not k/{score.n} for any whole k"
     return ""
 
 
-def _kind(task: str, score: Score) -> Any:
-    if task in TASKS:
-        return TASKS[task].kind
-    return "solution" if score.metric == "nats_per_token" else "program" if score.metric == "pass@1" else "choice"
+def _places(rows: Sequence[Row]) -> str:
+    """Say which item is there twice, or return an empty string."""
+    places = [row["i"] for row in rows]
+    return "" if places == sorted(set(places)) else "an item is there twice, or they are not in order"
 
 
-def _different(got: float | None, want: float | None) -> bool:
-    if got is None or want is None:
-        return got is not want
-    return not math.isclose(got, want, rel_tol=0, abs_tol=1e-9)
+def _different(name: str, got: Any, want: Any) -> bool:
+    """Tell whether two values of a score differ, numbers by more than rounding."""
+    if isinstance(got, dict) and isinstance(want, dict):
+        return got.keys() != want.keys() or any(_different(name, got[k], want[k]) for k in got)
+    if isinstance(got, (tuple, list)) and isinstance(want, (tuple, list)):
+        return len(got) != len(want) or any(_different(name, a, b) for a, b in zip(got, want, strict=True))
+    if type(got) in (int, float) and type(want) in (int, float):
+        return not math.isclose(got, want, rel_tol=0, abs_tol=TOLERANCE.get(name, 1e-9))
+    return bool(got != want)
 
 
-def recomputed(folder: Path, arm: Arm, score: Score) -> Iterator[str]:
-    """Yield what is wrong with a score, from the samples it stands on."""
-    if arm.per_client:
-        rooms = sorted(p.name for p in (folder / "evals" / arm.name).glob("client-*"))
-        values = arm.per_client.get(f"{score.task}/{score.mode}", [])
-        if len(rooms) != len(values):
-            yield f"{len(values)} clients have a score, {len(rooms)} have samples"
-            return
-        for room, value in zip(rooms, values, strict=True):
-            client = score.model_copy(update={"score": value})
-            yield from (f"{room}: {why}" for why in _one(folder, f"{arm.name}/{room}", client, whole=False))
-        known = [v for v in values if v is not None]
-        if score.score is not None and (not known or _different(sum(known) / len(known), score.score)):
-            yield "is not the mean of its clients' scores"
+def _made_again(score: Score, task: Task, rows: Sequence[Row], max_error_rate: float) -> Score:
+    if task.kind == "program":
+        samples = max((len(r["programs"]) for r in rows), default=1)
+        return programs.summarise(score.task, score.mode, rows, samples, score.items_sha256)
+    return summarise(score.task, score.mode, task.kind, as_counted(rows), max_error_rate, score.items_sha256)
+
+
+def recomputed(folder: Path, arm: Arm, score: Score, max_error_rate: float = 0.01) -> Iterator[str]:
+    """Yield what is wrong with a score, from the samples it stands on.
+
+    Programs that are said to pass are run again where that is possible here (`again.unable` tells).
+    """
+    if score.task not in TASKS:
+        yield "is of no task that is known here"
         return
-    yield from _one(folder, arm.name, score, whole=True)
+    if not arm.per_client:
+        yield from _one(folder, arm.name, score, max_error_rate)
+        return
+    rooms = client_rooms(folder, arm.name)
+    values = arm.per_client.get(f"{score.task}/{score.mode}", [])
+    if len(rooms) != len(values):
+        yield f"{len(values)} clients have a score, {len(rooms)} have samples"
+        return
+    for room, value in zip(rooms, values, strict=True):
+        client = score.model_copy(update={"score": value})
+        yield from (f"{room}: {why}" for why in _one(folder, room, client, max_error_rate, only=("score",)))
+    known = [v for v in values if v is not None]
+    if score.score is not None and (not known or _different("score", sum(known) / len(known), score.score)):
+        yield "is not the mean of its clients' scores"
 
 
-def _one(folder: Path, room: str, score: Score, *, whole: bool) -> Iterator[str]:
-    path = _log(folder, room, score)
+def _one(
+    folder: Path, room: str, score: Score, max_error_rate: float, only: Sequence[str] = tuple(Score.model_fields)
+) -> Iterator[str]:
+    path, task = log_path(folder, room, score.task, score.mode), TASKS[score.task]
     if not path.exists():
-        yield f"has no samples ({path.relative_to(folder)})"
+        if score.score is not None or not score.withheld:
+            yield f"has no samples ({path.relative_to(folder)})"
         return
-    header, *rows = parse_rows(read_text_file(path), str(path))
-    kind = _kind(score.task, score)
-    if header.get("items") != score.items_sha256:
-        yield "its samples are of other items"
-    wrong = [why for row in rows if (why := _reread(row, kind, score.mode))]
+    header, *rows = parse_rows(read_text_file(path), str(path.relative_to(folder))) or [{}]
+    if (header.get("items"), header.get("task"), header.get("mode")) != (score.items_sha256, score.task, score.mode):
+        yield "its samples are of other items, or of another task or mode"
+    wrong = [f"item {row.get('i')}: {why}" for row in rows if (why := _reread(row, task.kind, score.mode))]
     if wrong:
         yield f"{len(wrong)} samples are judged wrongly; the first: {wrong[0]}"
-    if kind == "program":
-        programs_again = programs.summarise(score.task, score.mode, rows)
-        if _different(programs_again.score, score.score) or programs_again.n != score.n:
-            yield f"pass@1 is {score.score} of {score.n}, the samples give {programs_again.score} of {programs_again.n}"
         return
-    again = summarise(score.task, score.mode, kind, as_counted(rows), items=score.items_sha256)
-    if again.n != score.n:
-        yield f"n = {score.n}, there are {again.n} samples"
-    for name in ("score", "strict", "valid_rate") if whole else ("score",):
-        if _different(getattr(again, name), getattr(score, name)):
-            yield f"{name} is {getattr(score, name)}, the samples give {getattr(again, name)}"
+    if odd := _places(rows):
+        yield odd
+        return
+    made = _made_again(score, task, rows, max_error_rate)
+    if made.n != score.n:
+        yield f"n = {score.n}, there are {made.n} samples"
+    for name in only:
+        if _different(name, getattr(made, name), getattr(score, name)) and name != "n":
+            yield f"{name} is {getattr(score, name)}, the samples give {getattr(made, name)}"
+    if task.kind == "program":
+        yield from _programs(task, rows)
+
+
+def _programs(task: Task, rows: Sequence[Row]) -> Iterator[str]:
+    """Yield what running the programs again shows, where they can be run here."""
+    if why := again.too_much(rows):
+        yield why
+    elif not again.unable(task):
+        try:
+            found = list(again.failing(task, rows))
+        except FedtuneError as err:
+            yield f"its programs could not be run again: {err}"
+            return
+        if found:
+            count = f"at least {again.ENOUGH}" if len(found) == again.ENOUGH else str(len(found))
+            place, ended = found[0]
+            yield f"{count} programs do not pass as they are said to; the first: item {place}, {ended}"

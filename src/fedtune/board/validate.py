@@ -3,40 +3,43 @@
 from __future__ import annotations
 
 import gzip
-import math
-import zipfile
-from collections.abc import Iterator
-from pathlib import Path, PurePosixPath
-from tempfile import TemporaryDirectory
+import hashlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
-from fedtune.board.entries import from_run, read_entry
-from fedtune.board.samples import recomputed
+from fedtune import domains
+from fedtune.board.archive import ENTRY, MAX_FILE, MAX_FILES, MAX_TOTAL, opened
+from fedtune.board.entries import from_run
+from fedtune.board.samples import impossible, recomputed
+from fedtune.board.store import read_entry
 from fedtune.board.wire import byte_problems
-from fedtune.config import load, read_protocol
+from fedtune.config import Config, load, read_protocol
 from fedtune.config.load import read_toml
+from fedtune.domains import TASKS
+from fedtune.evaluation import again
 from fedtune.io import file_sha256, read_json
 from fedtune.models import zoo
 from fedtune.models.source import WEIGHTS, not_a_number
 from fedtune.results.entry import Entry
-from fedtune.results.schema import Score
 from fedtune.types import FedtuneError, Problem
 
-MAX_FILES, MAX_FILE, MAX_TOTAL = 2_000, 512 * 1024**2, 1024**3
 MAX_LOG = 256 * 1024**2
 ALLOWED = (".json", ".jsonl", ".gz", ".toml", ".md", ".yaml", ".safetensors")
-ENTRY = "entry.json"
 
 
 def _layout(folder: Path) -> Iterator[Problem]:
     """Yield what must not be in a submission at all; nothing is opened here."""
     total, count = 0, 0
-    for path in folder.rglob("*"):
+    for path in sorted(folder.rglob("*")):
         name = str(path.relative_to(folder))
         if path.is_symlink():
             yield Problem(name, "is a link; submit the file itself")
             continue
+        if path.is_dir():
+            continue
         if not path.is_file():
+            yield Problem(name, "is neither a file nor a folder")
             continue
         size, count = path.stat().st_size, count + 1
         total += size
@@ -45,21 +48,44 @@ def _layout(folder: Path) -> Iterator[Problem]:
         if path.suffix not in ALLOWED:
             yield Problem(name, "is not a kind of file a submission has", f"only {', '.join(ALLOWED)}; never a pickle")
     if count > MAX_FILES:
-        yield Problem(str(folder), f"{count} files, at most {MAX_FILES}")
+        yield Problem(folder.name, f"{count} files, at most {MAX_FILES}")
     if total > MAX_TOTAL:
-        yield Problem(str(folder), f"{total:,} bytes in all, at most {MAX_TOTAL:,}")
+        yield Problem(folder.name, f"{total:,} bytes in all, at most {MAX_TOTAL:,}")
+
+
+# what editors and version control make of a text: how to undo it, and what to tell
+RETOLD: tuple[tuple[Callable[[bytes], bytes], str, str], ...] = (
+    (lambda raw: raw.replace(b"\r\n", b"\n"), "its line ends were changed to CRLF", "in git: .gitattributes `* -text`"),
+    (lambda raw: raw.removeprefix(b"\xef\xbb\xbf"), "a byte-order mark was put before it", "save it without one"),
+)
+
+
+def _changed(path: Path, wanted: str) -> tuple[str, str]:
+    """Say how a file is another one than was listed, where that can be told, and what mends it."""
+    raw = path.read_bytes() if path.stat().st_size < MAX_LOG else b""
+    for back, how, fix in RETOLD:
+        if (before := back(raw)) != raw and hashlib.sha256(before).hexdigest() == wanted:
+            return f"is not the file that was listed: {how}", fix
+    return "is not the file that was listed (sha256 differs)", ""
 
 
 def _hashes(folder: Path, entry: Entry) -> Iterator[Problem]:
-    """Yield files that are missing, changed or not listed."""
+    """Yield files that are missing, changed or not listed; what happened to all alike is said once."""
     there = {str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file()} - {ENTRY}
     for name in sorted(set(entry.files) - there):
         yield Problem(name, "is listed and not there")
     for name in sorted(there - set(entry.files)):
         yield Problem(name, "is there and not listed")
+    retold: dict[tuple[str, str], list[str]] = {}
     for name in sorted(there & set(entry.files)):
         if file_sha256(folder / name) != entry.files[name]:
-            yield Problem(name, "is not the file that was listed (sha256 differs)")
+            what, fix = _changed(folder / name, entry.files[name])
+            if not fix:
+                yield Problem(name, what)
+            retold.setdefault((what, fix), []).append(name)
+    for (what, fix), names in retold.items():
+        if fix:
+            yield Problem(", ".join(names), what, fix)
 
 
 # what a submitter says freely; everything else must be what the files make
@@ -73,9 +99,9 @@ def _short(value: Any) -> str:
 
 def _made(folder: Path, entry: Entry) -> Iterator[Problem]:
     """Yield every field that is not what the packed run's own files make."""
-    again = from_run(folder)
+    made_again = from_run(folder)
     for name in sorted(Entry.model_fields.keys() - FREE):
-        said, made = getattr(entry, name), getattr(again, name)
+        said, made = getattr(entry, name), getattr(made_again, name)
         if said != made:
             yield Problem(f"entry.{name}", f"is {_short(said)}, the run's files make {_short(made)}")
     if entry.kind != "run" or entry.claims:
@@ -86,45 +112,65 @@ def _made(folder: Path, entry: Entry) -> Iterator[Problem]:
 
 def _settings(folder: Path, entry: Entry) -> Iterator[Problem]:
     """Yield settings that are not the result's, and reasons against a rank that are not owned to."""
-    settings = load([read_toml(folder / "config.toml")])
+    settings = load([read_toml(folder / "config.toml")], (domains.problems,))
     config, known = settings.config, zoo.zoo().get(entry.base)
     if entry.config != config.semantic():
         yield Problem("entry.config", "is not what config.toml says")
-    if entry.protocol_sha256 != read_protocol(config.protocol).hash:
+    if entry.protocol_sha256 != read_protocol(config.protocol).hash or entry.protocol != config.protocol:
         yield Problem("entry.protocol_sha256", f"is not that of the protocol {config.protocol}")
-    for name, want in (("seed", config.seed), ("domain", config.domain), ("method", config.method.name)):
+    for name, want in (
+        *(("seed", config.seed), ("domain", config.domain)),
+        *(("method", config.method.name), ("base", config.model.name)),
+    ):
         if getattr(entry, name) != want:
             yield Problem(f"entry.{name}", f"is {getattr(entry, name)!r}, config.toml says {want!r}")
     pinned = {known.revision if known else "", config.model.revision} - {""}
     if pinned and entry.revision not in pinned:
-        yield Problem(
-            "entry.revision", f"is {entry.revision}, the base model is pinned at {' or '.join(sorted(pinned))}"
-        )
-    for reason in (*settings.unranked, *zoo.unranked_reasons(config)):
-        if reason not in entry.unranked:
-            yield Problem("config.toml", f"{reason}; the entry does not say that this makes it unranked")
+        wanted = " or ".join(sorted(pinned))
+        yield Problem("entry.revision", f"is {entry.revision}, the base model is pinned at {wanted}")
+    for reason in _unsaid(settings.unranked, config, entry):
+        yield Problem("config.toml", f"{reason}; the entry does not say that this makes it unranked")
 
 
-def impossible(score: Score) -> str:
-    """Say why a score cannot have come from n items, or return an empty string."""
-    if score.metric != "accuracy" or score.score is None:
-        return ""
-    if not 0 <= score.score <= 1:
-        return f"{score.score} is not between 0 and 1"
-    hits = score.score * score.n
-    if not math.isclose(hits, round(hits), abs_tol=1e-6 * max(1, score.n)):
-        return f"{score.score:.6g} is not k/{score.n} for any whole k"
-    return ""
+def _unsaid(by_settings: tuple[str, ...], config: Config, entry: Entry) -> list[str]:
+    """Return the reasons against a rank that an entry keeps to itself."""
+    reasons = [*by_settings, *domains.unranked_reasons(config)]
+    # a folder of the submitter's machine is not one here: any reason that is about the base model will do
+    model = [] if zoo.LOCAL in entry.unranked else list(zoo.unranked_reasons(config))
+    return [r for r in (*reasons, *model) if r not in entry.unranked]
+
+
+def _evaluated(folder: Path, entry: Entry) -> Iterator[Problem]:
+    """Yield what the settings ask to be evaluated and an arm does not have."""
+    config = load([read_toml(folder / "config.toml")]).config
+    wanted: set[tuple[str, str]] = {
+        (task.name, "greedy" if task.kind == "program" and mode == "likelihood" else mode)
+        for task in domains.chosen_tasks(config)
+        for mode in config.eval.modes
+        if not (mode == "official" and task.kind == "solution")
+    }
+    for arm in entry.arms:
+        have = [(s.task, s.mode) for s in arm.scores]
+        for task, mode in sorted(wanted - set(have)):
+            yield Problem(f"{arm.name}/{task} ({mode})", "is missing, the settings evaluate it")
+        for task, mode in sorted({pair for pair in have if pair not in wanted or have.count(pair) > 1}):
+            yield Problem(f"{arm.name}/{task} ({mode})", "is there twice, or the settings do not evaluate it")
+    names = [arm.name for arm in entry.arms]
+    for name in {*(["base"] if config.eval.base else []), config.arm} - set(names):
+        yield Problem(name, "is missing, the settings evaluate it")
+    if len(set(names)) < len(names):
+        yield Problem("entry.arms", "has one arm twice")
 
 
 def _scores(folder: Path, entry: Entry) -> Iterator[Problem]:
     """Yield scores that are impossible, or not what the samples give."""
+    limit = load([read_toml(folder / "config.toml")]).config.eval.max_error_rate
     for arm in entry.arms:
         for score in arm.scores:
             where = f"{arm.name}/{score.task} ({score.mode})"
             if not arm.per_client and (why := impossible(score)):
                 yield Problem(where, why)
-            for problem in recomputed(folder, arm, score):
+            for problem in recomputed(folder, arm, score, limit):
                 yield Problem(where, problem)
 
 
@@ -142,18 +188,21 @@ def _adapter(folder: Path, entry: Entry) -> Iterator[Problem]:
 
 
 def _logs_fit(folder: Path) -> Iterator[Problem]:
-    """Yield logs that unpack to more than a log may be, without unpacking them."""
-    for path in folder.rglob("*.gz"):
-        size = 0
-        with gzip.open(path) as file:
-            while chunk := file.read(1 << 20):
-                size += len(chunk)
-                if size > MAX_LOG:
-                    yield Problem(str(path.relative_to(folder)), f"unpacks to more than {MAX_LOG:,} bytes")
-                    break
+    """Yield logs that are no gzip, cut off, or unpack to more than a log may be; nothing is kept of them."""
+    for path in sorted(folder.rglob("*.gz")):
+        name, size = str(path.relative_to(folder)), 0
+        try:
+            with gzip.open(path) as file:
+                while size <= MAX_LOG and (chunk := file.read(1 << 20)):
+                    size += len(chunk)
+        # zlib.error, EOFError, BadGzipFile: whatever gzip makes of a damaged file
+        except Exception as err:
+            yield Problem(name, f"is not a whole gzip file: {err}")
+        if size > MAX_LOG:
+            yield Problem(name, f"unpacks to more than {MAX_LOG:,} bytes")
 
 
-CHECKS = (_hashes, _settings, _made, _scores, _adapter, byte_problems)
+CHECKS = (_hashes, _settings, _evaluated, _made, _scores, _adapter, byte_problems)
 
 
 def check_one(folder: Path) -> tuple[Entry | None, list[Problem]]:
@@ -163,63 +212,60 @@ def check_one(folder: Path) -> tuple[Entry | None, list[Problem]]:
         return None, problems
     try:
         entry = read_entry(folder / ENTRY)
-        problems += _logs_fit(folder)
-    except (FedtuneError, OSError) as err:
-        return None, [Problem(ENTRY, str(err))]
+    except FedtuneError as err:
+        return None, [Problem(ENTRY, str(err).replace(f"{folder}/", ""))]
+    problems += _logs_fit(folder)
     if problems:
         return entry, problems
     for check in CHECKS:
         try:
             problems += check(folder, entry)
-        except (FedtuneError, OSError, KeyError, TypeError, ValueError) as err:
-            problems.append(Problem(check.__name__.strip("_"), f"{type(err).__name__}: {err}".splitlines()[0]))
+        except FedtuneError as err:
+            problems.append(Problem(check.__name__.strip("_"), str(err).replace(f"{folder}/", "")))
+        # the files are a stranger's: whatever they make a check raise, they are not what a run writes
+        except Exception as err:
+            what = f"cannot be checked, a file is not what a run writes ({type(err).__name__}: {err})"
+            problems.append(Problem(check.__name__.strip("_"), what.replace(f"{folder}/", "").splitlines()[0]))
     return entry, problems
 
 
-def _unzipped(archive: Path, folder: Path) -> Iterator[Problem]:
-    """Unpack an archive, or yield why it is not: names that lead outside, links, or too much."""
-    with zipfile.ZipFile(archive) as file:
-        infos = file.infolist()
-        for info in infos:
-            path = PurePosixPath(info.filename)
-            if path.is_absolute() or ".." in path.parts or "\\" in info.filename or (info.external_attr >> 28) == 0xA:
-                yield Problem(info.filename, "leads outside the archive, or is a link")
-        if len(infos) > MAX_FILES or sum(i.file_size for i in infos) > MAX_TOTAL:
-            yield Problem(archive.name, f"unpacks to more than {MAX_FILES} files or {MAX_TOTAL:,} bytes")
-            return
-        safe = all(not PurePosixPath(i.filename).is_absolute() and ".." not in i.filename for i in infos)
-        if safe:
-            file.extractall(folder)
+def not_run_again(entry: Entry) -> list[str]:
+    """Return which scores stand on outcomes of programs that cannot be run again on this machine, and why."""
+    tasks = {s.task: TASKS[s.task] for arm in entry.arms for s in arm.scores if s.task in TASKS}
+    reasons = {name: again.unable(task) for name, task in tasks.items() if task.kind == "program"}
+    return [f"{name}: programs not run again here: {why}" for name, why in sorted(reasons.items()) if why]
+
+
+def listed(path: Path) -> list[Entry]:
+    """Return the entries of a folder's packed runs as they stand, unchecked; none where one cannot be read."""
+    try:
+        return [read_entry(p) for p in sorted(path.glob(f"*/{ENTRY}"))]
+    except FedtuneError:
+        return []
 
 
 def check(path: Path) -> list[tuple[str, Entry | None, list[Problem]]]:
     """Check a submission: a packed run, a folder of packed runs, or a zip of either.
 
     Returns:
-        For each packed run its name, its entry and its problems.
+        For each packed run its name, its entry and its problems; where none can be read, one line with the reasons.
     """
-    if path.is_file():
-        with TemporaryDirectory() as scratch:
-            try:
-                problems = list(_unzipped(path, Path(scratch)))
-            except (zipfile.BadZipFile, OSError) as err:
-                problems = [Problem(path.name, f"is not a zip archive: {err}")]
-            return [(path.name, None, problems)] if problems else check(Path(scratch))
-    packed = [path] if (path / ENTRY).exists() else sorted(p.parent for p in path.glob(f"*/{ENTRY}"))
-    if not packed:
-        return [(str(path), None, [Problem(str(path), f"has no {ENTRY}", "pack a run: fedtune submit RUN --out DIR")])]
-    found = [(p.name, *check_one(p)) for p in packed]
-    return [(name, entry, problems + _twins(name, entry, found)) for name, entry, problems in found]
+    with opened(path) as (packed, outside):
+        if outside or not packed:
+            return [(path.name, None, outside)]
+        found = [(p.name, *check_one(p)) for p in packed]
+        return [(name, entry, problems + _twins(name, entry, found)) for name, entry, problems in found]
 
 
 def _twins(name: str, entry: Entry | None, found: list[tuple[str, Entry | None, list[Problem]]]) -> list[Problem]:
-    """Return which other packed run says the same seed, or has the very same samples."""
+    """Return which other packed run says the same seed, is of another recipe, or has the very same samples."""
     if entry is None:
         return []
     logs = {k: v for k, v in entry.files.items() if k.startswith("evals/federated")}
+    others = [(other, its) for other, its, _ in found if other != name and its]
     twins = [
         other
-        for other, its, _ in found
-        if other != name and its and (its.seed == entry.seed or (logs and logs == {k: its.files.get(k) for k in logs}))
+        for other, its in others
+        if its.seed == entry.seed or (logs and logs == {k: its.files.get(k) for k in logs})
     ]
     return [Problem(name, f"has the seed or the samples of {twins[0]}")] if twins else []

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from fedtune.types import ConfigError, Problem
+from fedtune.types import ConfigError, DataError, Problem, plain
 
 board = typer.Typer(no_args_is_help=True, help="The leaderboard: built from entries in git, by anyone.")
 REJECTED = 4
@@ -32,11 +32,16 @@ def submit(
         problems = [Problem(f"--{e['loc'][0]}", e["msg"]) for e in err.errors()]
         raise ConfigError("fedtune submit", problems) from err
     for entry in entries:
-        typer.echo(f"{out / f'seed-{entry.seed}'}: {entry.domain}, {entry.base}, {entry.method}")
+        _say(f"{out / f'seed-{entry.seed}'}: {entry.domain}, {entry.base}, {entry.method}")
         for reason in entry.unranked:
-            typer.echo(f"  not ranked: {reason}")
+            _say(f"  not ranked: {reason}")
     if len(entries) < 3:
         typer.echo(f"{len(entries)} of 3 seeds that a spread takes; run the others with --seed")
+
+
+def _say(text: str, *, err: bool = False) -> None:
+    """Print one line, whatever is in it: names of files and teams are a stranger's."""
+    typer.echo(plain(text).replace("\n", "\\n").replace("\t", "\\t"), err=err)
 
 
 def validate(
@@ -44,18 +49,18 @@ def validate(
     json_output: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Check a submission as the board's own machine does: every reason, exit code 4 if there is one."""
-    from fedtune.board.validate import check
+    from fedtune.board.validate import check, not_run_again
 
-    found = check(path)
+    found = [(name, problems, not_run_again(entry) if entry else []) for name, entry, problems in check(path)]
     if json_output:
-        plain = [{"run": name, "problems": [str(p) for p in problems]} for name, _, problems in found]
-        typer.echo(json.dumps(plain, indent=1))
+        lines = [{"run": name, "problems": [*map(str, problems)], "notes": notes} for name, problems, notes in found]
+        typer.echo(json.dumps(lines, indent=1))
     else:
-        for name, _, problems in found:
-            typer.echo(f"{name}: {'good' if not problems else f'{len(problems)} problems'}")
-            for problem in problems:
-                typer.echo(f"  {problem}")
-    if any(problems for _, _, problems in found):
+        for name, problems, notes in found:
+            _say(f"{name}: {'good' if not problems else f'{len(problems)} problems'}")
+            for line in (*problems, *notes):
+                _say(f"  {line}")
+    if any(problems for _, problems, _ in found):
         raise typer.Exit(REJECTED)
 
 
@@ -70,7 +75,7 @@ def verify(
 
     found = replay(path, rounds, data, TerminalReporter(terminal(errors=True)))
     for line in found:
-        typer.echo(line)
+        _say(line)
     typer.echo(f"{rounds} rounds: {'differ' if found else 'the same'}")
     if found:
         raise typer.Exit(REJECTED)
@@ -100,30 +105,69 @@ def build(
     from fedtune.board.site import build as make
 
     data = make(store, out)
-    typer.echo(f"{out / 'index.html'}: {len(data['rows'])} rows of {data['entries']} entries")
+    if not data["entries"]:
+        _say(f"{store}: has no entries yet; the page says how to submit one")
+    _say(f"{out / 'index.html'}: {len(data['rows'])} rows of {data['entries']} entries")
+
+
+def _added(path: Path, store: Path, state: str) -> bool:
+    """Put one submission's entries into the store, all or none, or say why not."""
+    from fedtune.board.store import holds, settled, twin, write_entry
+    from fedtune.board.validate import check, listed, not_run_again
+
+    if (entries := listed(path)) and all(holds(store, e) for e in entries) and state != "re-run":
+        _say(f"{path}: is in {store} already")
+        return True
+    found = check(path)
+    bad = [f"{name}: {p}" for name, _, problems in found for p in problems]
+    bad += [f"{name}: has the samples of {there}" for name, e, _ in found if e and (there := twin(store, e))]
+    for line in bad:
+        _say(f"{path}: {line}", err=True)
+    if bad:
+        return False
+    fresh = []
+    for entry in (e for _, e, _ in found if e):
+        notes = not_run_again(entry)
+        update = {"state": "reported" if notes and state != "re-run" else state, "reasons": notes}
+        fresh.append(entry.model_copy(update=update))
+    try:
+        fresh = [settled(store, entry) for entry in fresh]
+    except DataError as err:
+        _say(f"{path}: {err}", err=True)
+        return False
+    for entry in fresh:
+        _say(str(write_entry(store, entry)))
+    return True
 
 
 @board.command("add")
 def add(
-    path: Annotated[Path, typer.Argument(help="A submission.")],
+    paths: Annotated[list[Path], typer.Argument(help="Submissions: folders, or zips of them.")],
     store: Annotated[Path, typer.Option(help="The folder of entries.")],
     state: Annotated[str, typer.Option(help="re-scored, or re-run after fedtune verify.")] = "re-scored",
 ) -> None:
-    """Validate a submission and put its entries into the store."""
-    from fedtune.board.entries import twin, write_entry
-    from fedtune.board.validate import check
-
+    """Validate submissions and put their entries into the store; one refused (exit code 4) keeps no other out."""
     if state not in ("re-scored", "re-run"):
         raise ConfigError("command line", [Problem(f"--state {state}", "must be re-scored or re-run")])
-    found = check(path)
-    bad = [f"{name}: {p}" for name, _, problems in found for p in problems]
-    bad += [f"{name}: has the samples of {there}" for name, e, _ in found if e and (there := twin(store, e))]
-    if bad:
-        typer.echo("\n".join(bad), err=True)
+    done = [_added(path, store, state) for path in paths]
+    if not all(done):
+        _say(f"{done.count(False)} of {len(done)} submissions were refused", err=True)
         raise typer.Exit(REJECTED)
-    for _, entry, _ in found:
-        if entry is not None:
-            typer.echo(str(write_entry(store, entry.model_copy(update={"state": state}))))
+
+
+@board.command("by-hand")
+def by_hand(
+    before: Annotated[Path, typer.Argument(help="The store without a change.")],
+    after: Annotated[Path, typer.Argument(help="The store with it.")],
+) -> None:
+    """Check that somebody changed nothing but flags in a store; exit code 4 if they did."""
+    from fedtune.board.store import by_hand as changed
+
+    found = list(changed(before, after))
+    for problem in found:
+        _say(str(problem), err=True)
+    if found:
+        raise typer.Exit(REJECTED)
 
 
 @board.command("flag")
@@ -132,7 +176,7 @@ def flag(
     reason: Annotated[str, typer.Option(help="Why it is not believed; shown in its row.")],
 ) -> None:
     """Flag an entry: it stays on the board, without a rank, with the reason."""
-    from fedtune.board.entries import read_entry
+    from fedtune.board.store import read_entry
     from fedtune.io import write_json
     from fedtune.results.entry import Entry, plain_text
 
@@ -143,7 +187,7 @@ def flag(
         raise ConfigError("command line", [Problem("--reason", str(err))]) from err
     flagged = Entry.model_validate({**entry.model_dump(), "state": "flagged", "reasons": reasons})
     write_json(path, flagged.model_dump(mode="json"))
-    typer.echo(f"flagged: {path}")
+    _say(f"flagged: {path}")
 
 
 @board.command("import-published")
@@ -154,13 +198,13 @@ def import_published(
 ) -> None:
     """Score published FlowerTune submissions again from their generations and put them into the store."""
     from fedtune.board import published
-    from fedtune.board.entries import write_entry
+    from fedtune.board.store import write_entry
 
     skipped = ("code",) if skip_programs else ()
-    for entry in published.read(folder, lambda what: typer.echo(f"scoring {what}"), skipped):
-        typer.echo(f"{entry.state}: {write_entry(store, entry)}")
+    for entry in published.read(folder, lambda what: _say(f"scoring {what}"), skipped):
+        _say(f"{entry.state}: {write_entry(store, entry)}")
         for reason in entry.reasons:
-            typer.echo(f"  {reason}")
+            _say(f"  {reason}")
 
 
 @board.command("schema")

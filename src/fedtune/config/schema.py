@@ -112,10 +112,11 @@ class AttackSettings(Section):
 
 
 class DataSettings(Section):
-    """Where the rows come from and how they are split over the clients."""
+    """Where the rows come from (on the Hub: at which commit) and how they are split over the clients."""
 
     source: Literal["packaged", "hub", "folder"] = "packaged"
     path: str = ""
+    revision: str = ""
     partition: str = "iid"
     shuffle_seed: int = 42
     limit: int = Field(0, ge=0)
@@ -289,10 +290,7 @@ class Config(Section):
 
         The rows themselves are identified by the data hash in the manifest, not by a path.
         """
-        plain = self.plain()
-        plain["data"].pop("path")
-        plain.pop("engine")
-        return plain
+        return self.model_dump(mode="json", exclude={"engine": True, "data": {"path"}})
 
     @property
     def hash(self) -> str:

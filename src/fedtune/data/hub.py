@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -22,13 +23,18 @@ class HubSet:
         id: `organisation/name`.
         split: of the data set.
         config: its configuration ("subset"), if it has several.
-        revision: a commit; empty means whatever `main` is today, and such a run cannot be ranked.
+        revision: a commit; empty means whatever `main` is today, and a run trained on that cannot be ranked.
     """
 
     id: str
     split: str
     config: str = ""
     revision: str = ""
+
+
+def is_commit(revision: str) -> bool:
+    """Tell whether a revision is a commit, which never moves, and not a branch or a tag."""
+    return re.fullmatch(r"[0-9a-f]{40}", revision) is not None
 
 
 def explain(error: BaseException, what: str, failure: type[FedtuneError]) -> FedtuneError:

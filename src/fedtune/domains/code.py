@@ -247,7 +247,7 @@ CODE = Domain(
         ),
     ),
     packaged_tasks=(
-        Task("algorithms-solutions", "solution", _solution, packaged=_algorithms),
+        Task("algorithms-solutions", "solution", _solution, packaged=_algorithms, n=746),
         Task(
             name="humaneval-packaged",
             kind="program",

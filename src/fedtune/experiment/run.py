@@ -229,7 +229,7 @@ def run(
         shared = resident or Resident.of(config, [config.seed])
         base = shared.base
         known = folder.identity(config, data.hash, base.revision, str(base.model.dtype).removeprefix("torch."))
-        unranked = (*settings.unranked, *zoo.unranked_reasons(config))
+        unranked = (*settings.unranked, *zoo.unranked_reasons(config), *domains.unranked_reasons(config))
         opened = open_run(path, settings, known, unranked, resume=resume, force=force)
         try:
             with status(opened):

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from importlib import resources
 
 from fedtune.config import Config
+from fedtune.data import hub
 from fedtune.io import expanded
 from fedtune.types import Problem, nearest
 
@@ -97,11 +98,16 @@ def problems(config: Config) -> Iterable[Problem]:
         yield Problem(f'model.name = "{name}"', "no such folder or packaged model", fix)
 
 
+LOCAL = "the base model is a local folder; only its hash is known"
+
+
 def unranked_reasons(config: Config) -> tuple[str, ...]:
     """Say why the model alone keeps a run from being ranked."""
     known = zoo().get(config.model.name)
     if is_local(config.model.name):
-        return ("the base model is a local folder; only its hash is known",)
+        return (LOCAL,)
+    if config.model.revision and not hub.is_commit(config.model.revision):
+        return (f"model.revision {config.model.revision!r} is not a commit (40 digits), so it may move",)
     if not (config.model.revision or (known and known.revision)):
         return (f"{config.model.name} has no pinned revision; set model.revision to a commit",)
     return ()

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import base64
+import hashlib
+import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,7 +16,8 @@ from fedtune.results.schema import Arm, Document
 
 State = Literal["reported", "re-scored", "re-run", "flagged"]
 _SAFE = re.compile(r"[^A-Za-z0-9._@-]+")
-_MARKUP = re.compile(r"[<>\x00-\x08\x0b\x0c\x0e-\x1f\x7f\u202a-\u202e\u2066-\u2069]")
+# markup, control characters (line ends and C1 too), marks that turn the direction, and what shows nothing
+_MARKUP = re.compile(r"[<>\x00-\x1f\x7f-\x9f\u061c\u200b\u200e\u200f\u2028-\u202e\u2060-\u2069\ufeff]")
 
 
 def plain_text(value: str) -> str:
@@ -169,7 +172,9 @@ class Entry(Document):
 
     def place(self) -> Path:
         """Return the entry's path in the store: domain/base@revision/method/config/seed-n.json."""
-        recipe = self.config_sha256[:16] or f"{self.team}-{self.title}"[:60]
+        # where there are no settings, who and what make the place; cut and cleaned names must not meet
+        who = hashlib.sha256(json.dumps([self.team, self.title]).encode()).hexdigest()[:8]
+        recipe = self.config_sha256[:16] or f"{self.team}-{self.title}"[:50] + f"-{who}"
         base = f"{self.base}@{self.revision[:12]}" if self.revision else self.base
         seed = f"seed-{self.seed}" if self.seed is not None else "published"
         parts = [_SAFE.sub("-", part).strip("-.") or "unnamed" for part in (self.domain, base, self.method, recipe)]

@@ -63,8 +63,8 @@ def source(config: Config) -> tuple[TrainingSet, list[Row]]:
     if config.data.source == "folder":
         name, rows = _folder_rows(config)
         return TrainingSet(name, group=domain.group), rows
-    if config.data.source == "hub" and domain.training.hub:
-        return domain.training, list(hub.load(domain.training.hub))
+    if found := domains.training_set(config):
+        return domain.training, list(hub.load(found))
     if domain.packaged.packaged is None:
         raise DataError(f"{domain.name} has no packaged training set")
     return domain.packaged, list(domain.packaged.packaged())

@@ -192,7 +192,7 @@ function details(row) {
   const worst = row.tasks.filter((t) => t.clients && t.clients.length).map((t) => t.task + ": " + percent(Math.min(...t.clients)) + " to " + percent(Math.max(...t.clients))).join("; ");
   return make("div", { class: "parts" },
     bars([row]),
-    facts([["read on", link], ["why", row.reasons.join("; ")], ["not ranked", row.unranked.join("; ")], ["revision", row.revision], ["protocol", row.protocol], ["partition", row.partition], ["LoRA rank", row.rank_r], ["DoRA", row.dora ? "yes" : null],
+    facts([["read on", link], ["why", row.reasons.join("; ")], ["not ranked", row.unranked.join("; ")], ["mind", row.remarks.join("; ")], ["revision", row.revision], ["protocol", row.protocol], ["partition", row.partition], ["LoRA rank", row.rank_r], ["DoRA", row.dora ? "yes" : null],
       ["privacy", row.privacy ? "epsilon " + row.privacy.epsilon + ", delta " + row.privacy.delta + " (" + row.privacy.unit + ")" : "none"], ["seeds", row.seeds.join(", ")], ["spread over seeds", mainTasks(row).filter((t) => t.spread !== null).map((t) => t.task + ": ± " + (100 * t.spread).toFixed(1)).join("; ")], ["rounds", row.rounds || null], ["uplinks lost", row.lost || null],
       ["trainable", row.trainable], ["adapter", row.adapter ? bytes(row.adapter) : null], ["peak memory", row.peak ? bytes(row.peak) : null], ["energy", row.energy ? (row.energy / 3.6e6).toFixed(3) + " kWh" : null],
       ["clients, worst to best", worst], ["recipe", row.config.slice(0, 16)], ["commit", row.commit ? row.commit.slice(0, 12) + (row.dirty ? " (changed)" : "") : null]]),
@@ -224,19 +224,30 @@ function bars(rows) {
 }
 const hintTask = (t) => t.task + " " + percent(t.score) + ", n " + t.n + (t.base === null ? "" : ", base model " + percent(t.base));
 
-function flags(task) { const raw = atob(task.bits); const out = new Uint8Array(task.n); for (let i = 0; i < task.n; i += 1) out[i] = (raw.charCodeAt(i >> 3) >> (7 - (i & 7))) & 1; return out; }
-// exact two-sided McNemar: a binomial with p = 1/2 on the items only one of the two has right
-function mcnemar(a, b) {
-  const n = a + b, k = Math.min(a, b);
-  if (!n) return 1;
-  // in logarithms: 2^-n leaves the range of a number at about a thousand items
-  let term = 0, top = 0;
-  const terms = [];
-  for (let i = 0; i <= k; i += 1) { terms.push(term); top = Math.max(top, term); term += Math.log((n - i) / (i + 1)); }
-  const sum = terms.reduce((total, t) => total + Math.exp(t - top), 0);
-  return Math.min(1, Math.exp(Math.LN2 * (1 - n) + top + Math.log(sum)));
+// for each seed which items were right: one array of 0 and 1 a seed
+function flags(task) {
+  return task.bits.map((bits) => { const raw = atob(bits), out = new Uint8Array(task.n); for (let i = 0; i < task.n; i += 1) out[i] = (raw.charCodeAt(i >> 3) >> (7 - (i & 7))) & 1; return out; });
 }
-const chance = (p) => (p < 1e-300 ? "< 1e-300" : "= " + p.toPrecision(2));
+// the same numbers at every look: a generator of its own (mulberry32)
+function drawer(seed) {
+  return () => { seed = (seed + 0x6d2b79f5) | 0; let t = Math.imul(seed ^ (seed >>> 15), 1 | seed); t = (t + Math.imul(t ^ (t >>> 7), 61 | t)) ^ t; return ((t ^ (t >>> 14)) >>> 0) / 4294967296; };
+}
+// paired bootstrap over items and seeds: how often each is right, and the 95 % interval of second minus first
+function paired(one, two) {
+  const x = flags(one), y = flags(two), n = one.n, draw = drawer(1), draws = [];
+  const right = (seeds, i) => seeds.reduce((sum, seed) => sum + seed[i], 0) / seeds.length;
+  let first = 0, second = 0;
+  for (let i = 0; i < n; i += 1) { const gap = right(x, i) - right(y, i); if (gap > 1e-12) first += 1; if (gap < -1e-12) second += 1; }
+  const pick = (seeds) => seeds.map(() => seeds[Math.floor(draw() * seeds.length)]);
+  for (let k = 0; k < 1000; k += 1) {
+    const a = pick(x), b = pick(y);
+    let sum = 0;
+    for (let j = 0; j < n; j += 1) { const i = Math.floor(draw() * n); for (const seed of a) sum -= seed[i] / a.length; for (const seed of b) sum += seed[i] / b.length; }
+    draws.push(sum / n);
+  }
+  draws.sort((a, b) => a - b);
+  return { first, second, low: draws[25], high: draws[974] };
+}
 function drawCompare() {
   const box = document.getElementById("compare"), rows = state.pair.map((id) => ROWS.find((r) => r.id === id));
   box.hidden = rows.length !== 2;
@@ -245,10 +256,8 @@ function drawCompare() {
   const lines = one.tasks.map((a) => [a, two.tasks.find((b) => b.task === a.task && b.mode === a.mode)]).filter(([a, b]) => b && a.score !== null && b.score !== null).map(([a, b]) => {
     let verdict = "no samples of the same items to pair";
     if (a.bits && b.bits && a.items === b.items && a.n === b.n) {
-      const x = flags(a), y = flags(b);
-      let first = 0, second = 0;
-      for (let i = 0; i < a.n; i += 1) { if (x[i] && !y[i]) first += 1; if (y[i] && !x[i]) second += 1; }
-      verdict = first + " items only the first has right, " + second + " only the second; McNemar p " + chance(mcnemar(first, second));
+      const found = paired(a, b);
+      verdict = found.first + " items the first has right more often, " + found.second + " the second; difference (95 %) " + signed(found.low) + " to " + signed(found.high);
     }
     return make("tr", {}, cell("Task", { text: a.task + " (" + a.mode + ")" }), cell("First", { class: "number", text: percent(a.score) }), cell("Second", { class: "number", text: percent(b.score) }), cell("Difference", { class: "number", text: signed(b.score - a.score) }), cell("Paired test", { text: verdict }));
   });
@@ -298,8 +307,8 @@ function drawTable() {
   document.getElementById("status").textContent = rows.length + " of " + ROWS.filter((r) => r.domain === state.board).length + " rows on the " + state.board + " board";
 }
 function draw() { drawTabs(); drawControls(); drawHead(); drawTable(); drawCompare(); drawPareto(); }
-addEventListener("hashchange", () => { readAddress(); draw(); });
 document.getElementById("made").textContent = "Made by " + DATA.made_by + " from " + DATA.entries + " entries, store " + DATA.store_sha256.slice(0, 16) + ". Anyone can build this page again from them.";
-readAddress();
-draw();
+document.getElementById("empty").hidden = DATA.rows.length > 0;
+if (DATA.rows.length) { readAddress(); draw(); addEventListener("hashchange", () => { readAddress(); draw(); }); }
+else for (const part of document.querySelectorAll("main > section:not(#empty), main > #status, .skip, nav")) part.hidden = true;
 })();

@@ -1,0 +1,59 @@
+"""Whether a run was evaluated on all of the benchmark's sets, and on the whole of each; else it has no rank."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from fedtune.data.files import parse_rows, read_text_file
+from fedtune.domains import DOMAINS, TASKS
+from fedtune.evaluation import known
+from fedtune.results.schema import Arm, Score
+
+
+def client_rooms(folder: Path, arm: str) -> list[str]:
+    """Return the parts of an arm's logs, one for each client, where each has a model of its own."""
+    return sorted(f"{arm}/{p.name}" for p in (folder / "evals" / arm).glob("client-*"))
+
+
+def samples(run: Path, room: str, task: str, mode: str) -> list[dict[str, Any]]:
+    """Return the samples of a task from a run folder or a packed one; none where there is no log.
+
+    Args:
+        run: the folder.
+        room: the arm, or one client's part of it.
+        task, mode: which.
+
+    Raises:
+        CorruptFileError: a damaged log.
+    """
+    log = run / "evals" / room / f"{task}.{mode}.jsonl"
+    path = next((p for p in (log, log.with_suffix(".jsonl.gz")) if p.exists()), None)
+    return parse_rows(read_text_file(path), str(path.relative_to(run)))[1:] if path else []
+
+
+def missing_tasks(domain: str, scores: Sequence[Score]) -> Iterator[str]:
+    """Yield, for each evaluation, which of the domain's benchmark sets a list of scores lacks."""
+    wanted = [t.name for t in DOMAINS[domain].tasks] if domain in DOMAINS else []
+    for mode in sorted({s.mode for s in scores if s.metric != "nats_per_token"}):
+        lacking = [name for name in wanted if name not in {s.task for s in scores if s.mode == mode}]
+        if lacking:
+            yield f"{mode}: not evaluated on {', '.join(lacking)}"
+
+
+def reasons(run: Path, domain: str, arm: Arm) -> Iterator[str]:
+    """Yield why an arm's scores are not those of the benchmark's whole sets.
+
+    Raises:
+        CorruptFileError: a damaged log.
+    """
+    yield from missing_tasks(domain, arm.scores)
+    rooms = client_rooms(run, arm.name) if arm.per_client else [arm.name]
+    for score in arm.scores:
+        task = TASKS.get(score.task)
+        if score.score is None or task is None:
+            continue
+        logs = [samples(run, room, score.task, score.mode) for room in rooms]
+        found = {why for rows in logs if (why := known.shortfall(task.name, score.mode, task.kind, task.n, rows))}
+        yield from (f"{task.name} ({score.mode}): {why}" for why in sorted(found))

@@ -1,0 +1,96 @@
+"""Programs of somebody else's log, run again with the tests of the known set, never with tests that came along.
+
+The programs are hostile: they only ever run in the sandbox, which bounds each one's time, memory and output. How many
+there are and how long each may be is bounded here.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from fedtune.config import Config
+from fedtune.config.schema import DataSettings
+from fedtune.domains import DOMAINS
+from fedtune.domains.base import Item, Task
+from fedtune.evaluation import items, programs, sandbox
+from fedtune.types import FedtuneError
+
+MAX_PROGRAMS, MAX_CHARS = 20_000, 200_000
+BATCH = 32
+ENOUGH = 20  # programs that do not pass as they are said to: what comes after them is not run
+Sample = Mapping[str, Any]
+
+
+@functools.cache
+def _whole(task: Task, folder: str) -> tuple[Item, ...]:
+    elsewhere = DataSettings(source="folder", path=folder) if folder else DataSettings(source="hub")
+    domain = next(d.name for d in DOMAINS.values() if task in (*d.tasks, *d.packaged_tasks))
+    settings = Config(domain=domain, data=DataSettings() if task.packaged else elsewhere)
+    return items.load(task, settings, 0).items
+
+
+def tests_at_hand(task: Task) -> tuple[Item, ...]:
+    """Return the whole set of a program task: from its package, the folder in FEDTUNE_DATA, or the Hub.
+
+    Raises:
+        FedtuneError: it cannot be had.
+    """
+    return _whole(task, os.environ.get("FEDTUNE_DATA", ""))
+
+
+def unable(task: Task) -> str:
+    """Say why a task's programs cannot be run again here, or return an empty string."""
+    try:
+        sandbox.require(programs.LANGUAGES[task.language])
+        tests_at_hand(task)
+    except FedtuneError as err:
+        return str(err)
+    return ""
+
+
+def too_much(rows: Sequence[Sample]) -> str:
+    """Say why a log holds more than will be run, or return an empty string."""
+    texts = [text for row in rows for text in row["programs"]]
+    if len(texts) > MAX_PROGRAMS:
+        return f"{len(texts):,} programs, at most {MAX_PROGRAMS:,} are run"
+    longest = max(map(len, texts), default=0)
+    return f"a program of {longest:,} characters, at most {MAX_CHARS:,} are run" if longest > MAX_CHARS else ""
+
+
+def _said_to_pass(rows: Sequence[Sample]) -> list[tuple[int, str]]:
+    return [
+        (row["i"], text)
+        for row in rows
+        for text, outcome in zip(row["programs"], row["outcomes"], strict=True)
+        if outcome["kind"] == "passed"
+    ]
+
+
+def failing(task: Task, rows: Sequence[Sample]) -> Iterator[tuple[int, str]]:
+    """Yield (item, outcome) of programs that are said to pass and do not, up to `ENOUGH`.
+
+    Only what is said to pass is run: nothing else adds to a score. One that fails is run once more, alone, for a busy
+    machine is no proof.
+
+    Raises:
+        FedtuneError: no sandbox, no tool, or no tests.
+    """
+    known, found = tests_at_hand(task), 0
+    claimed = _said_to_pass(rows)
+    if strange := [i for i, _ in claimed if not 0 <= i < len(known)]:
+        yield strange[0], "is no item of the set"
+        return
+    for start in range(0, len(claimed), BATCH):
+        part = claimed[start : start + BATCH]
+        first = programs.run([text for _, text in part], [known[i].gold_answer for i, _ in part], task.language)
+        for (i, text), outcome in zip(part, first, strict=True):
+            if outcome.kind != "passed":
+                (second,) = programs.run([text], [known[i].gold_answer], task.language)
+                if second.kind != "passed":
+                    found += 1
+                    yield i, second.kind
+                if found >= ENOUGH:
+                    return
