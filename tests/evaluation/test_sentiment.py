@@ -3,18 +3,23 @@
 import gzip
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from fedtune.config import Settings
 from fedtune.config.schema import ModelSettings
 from fedtune.data import packages
 from fedtune.domains import TASKS
 from fedtune.domains.base import Item
 from fedtune.evaluation import official, pinned
 from fedtune.evaluation.extract import official_label
+from fedtune.evaluation.items import TaskItems
+from fedtune.evaluation.run import evaluate
+from fedtune.io import read_lines
 from fedtune.models.load import LoadedModel
 from fedtune.models.load import load as load_model
 from tests.evaluation import reference_sentiment as reference
@@ -77,6 +82,22 @@ def test_a_model_loaded_from_a_folder_gives_them_too(family: str, tmp_path: Path
     loaded = load_model(ModelSettings(name=str(tmp_path)))
     assert loaded.tokenizer.pad_token == loaded.tokenizer.eos_token
     assert _ours(loaded.model, loaded.tokenizer) == GOLDEN[case.name]
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_a_quantised_model_is_resized_like_any_other(bits: int, tmp_path: Path, to_the_end: None) -> None:
+    """The script's steps on a model that is quantised alike, with the positions of 4.53."""
+    pytest.importorskip("bitsandbytes")
+    case = Case("Llama", "right", "none", 0, tied=True)
+    tokenizer = reference.tokenizer_of(case)
+    reference.model_of(case, len(tokenizer)).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    ours, theirs = (load_model(ModelSettings(name=str(tmp_path), quantization=bits), "cpu") for _ in range(2))
+    found = _ours(ours.model, ours.tokenizer)
+    with pinned.positions(theirs.model):
+        expected = reference.script(theirs.model, theirs.tokenizer, reference.PROMPTS, reference.NEW_TOKENS)
+    assert found == expected
+    assert len(ours.tokenizer) == len(tokenizer) == len(theirs.tokenizer) - 1
 
 
 @pytest.mark.parametrize("rows", [0, 1, 90])
@@ -161,3 +182,24 @@ def test_ids_with_gaps_cut_off_no_token() -> None:
     model = reference.model_of(Case("Llama", "left", "none", 0, tied=True), 395)
     with torch.inference_mode(), pinned.vocabulary(model, None, Gapped())():
         assert model(input_ids=torch.tensor([[399, 394]])).logits.shape[-1] == 400
+
+
+def test_a_prompt_that_leaves_no_room_is_an_error_of_its_own_item(
+    settings: Callable[..., Settings], tiny_folder: Path, tmp_path: Path
+) -> None:
+    """The reference's `generate` raises; a text cut off after one token would count as neutral, its neighbours' too."""
+    loaded = load_model(ModelSettings(name=str(tiny_folder)))
+    long = Item("Profit. " * 150 + "\nAnswer: ", "", ("negative", "neutral", "positive"), 1)
+    items = TaskItems(replace(TASKS["fpb"], max_new_tokens=0), (*ITEMS[:2], long), (0, 1, 2), "hash")
+    config = settings(eval__max_error_rate=0.5).config
+    score = evaluate(loaded.model, loaded.tokenizer, items, "official", config, tmp_path / "log", "me")
+    rows = read_lines(tmp_path / "log")[1:]
+    assert [bool(row.get("error")) for row in rows] == [False, False, True]
+    assert "nothing can follow" in rows[2]["error"]
+    assert score.errors == 1
+    assert [row["output"] for row in rows[:2]] == [
+        text
+        for item in ITEMS[:2]
+        for batch in official.sentiment(loaded.model, loaded.tokenizer, [item])
+        for text in batch
+    ]

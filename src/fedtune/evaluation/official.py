@@ -176,6 +176,8 @@ def _decoded(model: Any, tokenizer: Any, prompts: Sequence[str], new_tokens: int
     official: list[list[Row]] = []
     for start in range(0, len(prompts), SENTIMENT_BATCH):
         rows, width = _padded_rows(tokenizer, list(prompts[start : start + SENTIMENT_BATCH]), start)
+        if not new_tokens and width >= SENTIMENT_LENGTH:
+            raise ValueError(f"the longest prompt has {width} tokens: nothing can follow, {SENTIMENT_LENGTH} are all")
         room |= {row.index: new_tokens or SENTIMENT_LENGTH - width for row in rows}
         official.append(rows)
 
