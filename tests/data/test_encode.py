@@ -3,13 +3,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
 from fedtune.config import Settings
 from fedtune.data.check import TrainRow
 from fedtune.data.encode import encode, encode_pair, escape_special, render
+from fedtune.types import ModelError
 from tests.tiny import make_tokenizer
 
 TOKENIZER = make_tokenizer()
@@ -82,6 +83,55 @@ def test_labels_cover_the_response_whatever_the_texts(prompt: str, response: str
     assert list(encoded.ids) == whole
     labelled = TOKENIZER.decode(encoded.ids[encoded.start :], clean_up_tokenization_spaces=False)
     assert labelled.endswith(response) or "\ufffd" in labelled
+
+
+class WithoutOffsets:
+    """A tokenizer's tokens, as one written in Python gives them; `ending` is what some put after every text."""
+
+    def __init__(self, ending: tuple[int, ...] = (), beginning: tuple[int, ...] = ()) -> None:
+        self.all_special_ids = TOKENIZER.all_special_ids
+        self.decode = TOKENIZER.decode
+        self._around = (list(beginning), list(ending))
+
+    def __call__(self, text: str, *, add_special_tokens: bool = True) -> dict[str, list[int]]:
+        before, after = self._around if add_special_tokens else ([], [])
+        return {"input_ids": [*before, *TOKENIZER(text)["input_ids"], *after]}
+
+
+@hypothesis_settings(deadline=None, max_examples=300)
+@given(st.text(max_size=30), st.text(min_size=1, max_size=30))
+@example("### Resp", "onse: positive")
+@example("sent", "iment")
+@example("a 😀", "😀 b")
+@example("Response: ", "positive")
+def test_a_tokenizer_without_offsets_finds_the_same_labels(prompt: str, response: str) -> None:
+    want = encode_pair(TOKENIZER, prompt, response)
+    assert encode_pair(WithoutOffsets(), prompt, response) == want
+    marked = encode_pair(WithoutOffsets(beginning=(1,), ending=(2,)), prompt, response)
+    assert (marked.ids, marked.start) == ((1, *want.ids, 2), want.start + 1)
+
+
+def test_a_tokenizer_that_gives_neither_offsets_nor_its_text_back_is_refused() -> None:
+    class Lossy(WithoutOffsets):
+        def __init__(self) -> None:
+            super().__init__()
+            self.decode = lambda ids, **_: TOKENIZER.decode(ids).lower()
+
+    assert encode_pair(Lossy(), "Say it.", " Positive").labels == encode_pair(TOKENIZER, "Say it.", " Positive").labels
+    with pytest.raises(ModelError, match=r"\(Lossy\) gives neither offsets nor its text back"):
+        encode_pair(Lossy(), "### Resp", "onse: positive")
+
+
+def test_a_tokenizer_of_bytes_marks_the_answer() -> None:
+    from transformers import ByT5Tokenizer
+
+    encoded = encode_pair(ByT5Tokenizer(), "Größe: ", "größer")
+    assert encoded.start == len("Größe: ".encode())
+    assert encoded.labels == len("größer".encode()) + 1  # and its end of text
+
+
+def test_a_prompt_with_special_tokens_of_its_own_gets_no_more() -> None:
+    assert encode_pair(WithoutOffsets((2,), (1,)), "a", "b", special=False) == encode_pair(TOKENIZER, "a", "b")
 
 
 def test_tokens_are_made_once_and_a_damaged_cache_is_made_again(

@@ -1,16 +1,25 @@
 """What cannot be scored is an error that says why: a model of NaN, a prompt that the chat template refuses."""
 
+import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
 import torch
+from transformers import AutoTokenizer
 
 from fedtune.config import Settings
 from fedtune.config.schema import ModelSettings
 from fedtune.domains import TASKS
+from fedtune.evaluation import likelihood
 from fedtune.evaluation.items import load
 from fedtune.evaluation.run import evaluate
+from fedtune.experiment.evaluate import evaluate as evaluate_model
+from fedtune.experiment.run import run
+from fedtune.io import read_lines
 from fedtune.models.load import load as load_model
+from fedtune.types import ModelError
 
 
 def test_a_likelihood_that_is_not_a_number_is_an_error_and_not_the_first_answer(
@@ -24,3 +33,62 @@ def test_a_likelihood_that_is_not_a_number_is_an_error_and_not_the_first_answer(
     score = evaluate(base.model, base.tokenizer, loaded, "likelihood", config, tmp_path / "log.jsonl", "me")
     assert (score.score, score.errors) == (None, 6)
     assert "the model's likelihood of an answer is not a number" in score.withheld
+
+
+def _chat(template: str | None, folder: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.chat_template = template
+    tokenizer.save_pretrained(folder)
+    if template is None:
+        (folder / "chat_template.jinja").unlink(missing_ok=True)
+
+
+@pytest.mark.parametrize(
+    ("template", "said"),
+    [
+        (None, "has no chat template"),
+        ("{{ raise_exception('roles must alternate') }}", "roles must alternate"),
+        ("{{ messages[0].nothing.more }}", "UndefinedError"),
+        ("{% for %}", "TemplateSyntaxError"),
+    ],
+)
+def test_a_chat_template_that_refuses_is_named_before_any_work(
+    tiny_folder: Path, settings: Callable[..., Settings], tmp_path: Path, template: str | None, said: str
+) -> None:
+    folder = Path(shutil.copytree(tiny_folder, tmp_path / "model"))
+    _chat(template, folder)
+    chosen = settings(model__name=str(folder), eval__prompt="chat")
+    with pytest.raises(ModelError, match=said):
+        evaluate_model(chosen.config, None, tmp_path / "evals")
+    assert not list((tmp_path / "evals").glob("*.jsonl"))
+    with pytest.raises(ModelError, match=said):
+        run(chosen, tmp_path / "run")
+    assert not (tmp_path / "run/rounds.jsonl").exists()
+
+
+def test_a_template_that_refuses_one_item_costs_that_item(
+    tiny_folder: Path, settings: Callable[..., Settings], tmp_path: Path
+) -> None:
+    base = load_model(ModelSettings(name=str(tiny_folder)))
+    config = settings(eval__prompt="chat", eval__max_error_rate=0.5).config
+    loaded = load(TASKS["fpb"], config, 6)
+    odd = loaded.items[2].question
+    base.tokenizer.chat_template = "{% if messages[0].content == odd %}{{ raise_exception('not this') }}{% endif %}x"
+    base.tokenizer.chat_template = base.tokenizer.chat_template.replace("odd", json.dumps(odd))
+    score = evaluate(base.model, base.tokenizer, loaded, "likelihood", config, tmp_path / "log.jsonl", "me")
+    assert score.errors == 1
+    assert "not this" in read_lines(tmp_path / "log.jsonl")[3]["error"]
+
+
+def test_a_chat_prompt_is_encoded_as_the_template_wrote_it(
+    tiny_folder: Path, settings: Callable[..., Settings]
+) -> None:
+    """The template begins with what is also this tokenizer's token for the beginning of a text; it has to stay."""
+    tokenizer = load_model(ModelSettings(name=str(tiny_folder))).tokenizer
+    config = settings(eval__prompt="chat").config
+    item = load(TASKS["fpb"], config, 1).items[0]
+    turns = [{"role": "user", "content": item.question}]
+    want = tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_dict=False)
+    assert want[0] == tokenizer.bos_token_id
+    for candidate in likelihood._candidates(item, "sentiment", tokenizer, config):
+        assert list(candidate.ids[: candidate.start]) == want

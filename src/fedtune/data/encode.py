@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,6 +10,7 @@ from typing import Any
 
 from fedtune.config import Config
 from fedtune.data.check import TrainRow
+from fedtune.types import ModelError
 
 _PLACE = re.compile(r"\{(instruction|response)\}")
 
@@ -77,16 +79,51 @@ def _find_last(ids: Sequence[int], wanted: Sequence[int]) -> int:
     return -1
 
 
-def encode_pair(tokenizer: Any, prompt: str, response: str) -> Encoded:
+def encode_pair(tokenizer: Any, prompt: str, response: str, *, special: bool = True) -> Encoded:
     """Encode prompt and response as one text; a token is a label if it reaches into the response.
 
     Works with any tokenizer: nothing is assumed about where a token may begin. A space between prompt and
     response belongs to the response's first token in byte-level vocabularies, and does so here.
+
+    Args:
+        tokenizer: whose tokens.
+        prompt, response: the text.
+        special: let the tokenizer add the special tokens it adds to a text; False where the prompt has them.
+
+    Raises:
+        ModelError: a tokenizer without offsets that does not tell where the response begins either.
     """
-    encoded = tokenizer(prompt + response, return_offsets_mapping=True)
+    if not getattr(tokenizer, "is_fast", False):
+        return _without_offsets(tokenizer, prompt, response, special)
+    encoded = tokenizer(prompt + response, return_offsets_mapping=True, add_special_tokens=special)
     ends = [end for _, end in encoded["offset_mapping"]]
     start = next((i for i, end in enumerate(ends) if end > len(prompt)), len(ends))
     return Encoded(tuple(encoded["input_ids"]), start)
+
+
+def _without_offsets(tokenizer: Any, prompt: str, response: str, special: bool) -> Encoded:
+    """Encode as `encode_pair` does, with a tokenizer that does not say which letters a token stands for.
+
+    Where the prompt alone has the same first tokens, the response begins after them. Elsewhere a token stands on both
+    sides of the border, and is found by what the tokens up to it are decoded to.
+    """
+    whole = list(tokenizer(prompt + response, add_special_tokens=special)["input_ids"])
+    alone = list(tokenizer(prompt, add_special_tokens=special)["input_ids"])
+    same = next((i for i, (a, b) in enumerate(zip(whole, alone, strict=False)) if a != b), min(len(whole), len(alone)))
+    if set(alone[same:]) <= set(tokenizer.all_special_ids):
+        return Encoded(tuple(whole), same)
+
+    def text(tokens: int) -> str:
+        return str(tokenizer.decode(whole[:tokens], skip_special_tokens=False, clean_up_tokenization_spaces=False))
+
+    lead, found, _ = text(len(whole)).partition(prompt + response)
+    if not found:
+        raise ModelError(
+            f"the tokenizer ({type(tokenizer).__name__}) gives neither offsets nor its text back, so where an answer "
+            "begins cannot be known; use a fast tokenizer (one with tokenizer.json)"
+        )
+    covered = bisect.bisect_left(range(len(whole)), True, key=lambda n: text(n).startswith(lead + prompt))
+    return Encoded(tuple(whole), covered if text(covered) == lead + prompt else covered - 1)
 
 
 def _encode_row(row: TrainRow, tokenizer: Any, config: Config) -> Encoded:

@@ -17,6 +17,7 @@ from fedtune.data.encode import Encoded, encode_pair, escape_special, render
 from fedtune.domains.base import Item
 from fedtune.evaluation.official import wrap
 from fedtune.models.attention import packed_logits
+from fedtune.types import ModelError
 
 MAX_TOKENS = 4096
 
@@ -28,18 +29,40 @@ def prompt_text(item: Item, kind: str, tokenizer: Any, config: Config) -> str:
     question = escape_special(item.question, tokenizer)
     if config.eval.prompt == "training":
         return render(config.prompt.template, question)
+    return _chat(question, tokenizer)
+
+
+def _chat(question: str, tokenizer: Any) -> str:
     turns = [{"role": "user", "content": question}]
-    text: str = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True, enable_thinking=False)
-    return text
+    try:
+        return str(
+            tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True, enable_thinking=False)
+        )
+    except Exception as err:  # a template can raise whatever it likes
+        raise ValueError(f"the chat template refuses a question: {type(err).__name__}: {err}") from err
+
+
+def check_prompt(tokenizer: Any, config: Config) -> None:
+    """Refuse `eval.prompt = "chat"` for a model that has no chat template, or one that takes no question alone.
+
+    Raises:
+        ModelError: before anything is computed.
+    """
+    if config.eval.prompt != "chat" or "likelihood" not in config.eval.modes:
+        return
+    other = 'set eval.prompt to "training" or "official"'
+    try:
+        _chat("What is the answer?", tokenizer)
+    except ValueError as err:
+        why = "it has no chat template" if "chat_template is not set" in str(err) else str(err)
+        raise ModelError(f"{config.model.name}: eval.prompt is chat and {why}; {other}") from err
 
 
 def _candidates(item: Item, kind: str, tokenizer: Any, config: Config) -> list[Encoded]:
     prompt = prompt_text(item, kind, tokenizer, config)
-    if config.eval.prompt != "chat":
-        return [encode_pair(tokenizer, prompt, answer) for answer in item.answers]
-    # a chat template writes its own beginning-of-text token
-    bos = tokenizer.bos_token or ""
-    return [encode_pair(tokenizer, prompt.removeprefix(bos), answer) for answer in item.answers]
+    # a chat template writes all special tokens itself, those at the beginning too
+    special = config.eval.prompt != "chat"
+    return [encode_pair(tokenizer, prompt, answer, special=special) for answer in item.answers]
 
 
 def _shared(candidates: Sequence[Encoded]) -> bool:

@@ -207,7 +207,12 @@ def evaluate_all(
     identity: str,
     on_items: OnItems | None = None,
 ) -> list[Score]:
-    """Evaluate every task in every mode of the settings; solutions have no official mode."""
+    """Evaluate every task in every mode of the settings; solutions have no official mode.
+
+    Raises:
+        ModelError: prompts cannot be made as the settings say.
+    """
+    likelihood.check_prompt(tokenizer, config)
     scores = []
     for task in tasks:
         for mode in config.eval.modes:

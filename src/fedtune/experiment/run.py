@@ -15,6 +15,7 @@ from fedtune.config import Config, Settings
 from fedtune.domains.base import Task
 from fedtune.evaluation import items as item_sets
 from fedtune.evaluation.code import unavailable
+from fedtune.evaluation.likelihood import check_prompt
 from fedtune.experiment import arms, folder
 from fedtune.experiment.arms import Arm
 from fedtune.experiment.folder import RESULT, RunFolder, cancellable, open_run, status
@@ -228,6 +229,7 @@ def run(
         _check_items(tasks, config)
         shared = resident or Resident.of(config, [config.seed])
         base = shared.base
+        check_prompt(base.tokenizer, config)
         known = folder.identity(config, data.hash, base.revision, str(base.model.dtype).removeprefix("torch."))
         unranked = (*settings.unranked, *zoo.unranked_reasons(config), *domains.unranked_reasons(config))
         opened = open_run(path, settings, known, unranked, resume=resume, force=force)
