@@ -15,12 +15,13 @@ import pytest
 import tomli_w
 
 from fedtune.config import Settings
+from fedtune.experiment.report import Reporter
 from fedtune.experiment.run import run
 from fedtune.federation import checkpoint
 from fedtune.io import read_json, read_lines
 from fedtune.types import CorruptFileError, LockedError, ResumeError
 
-PHASES = ["send", "screen", "aggregate", "half", "checkpoint", "renamed", "recorded"]
+PHASES = ["send", "screen", "aggregate", "half", "checkpoint", "renamed", "recorded", "measured"]
 
 
 @pytest.fixture(scope="module")
@@ -28,7 +29,7 @@ def short(settings: Callable[..., Settings]) -> Settings:
     return settings(
         federation={"clients": 3, "rounds": 3},
         train={"max_steps": 1, "per_device_train_batch_size": 2},
-        eval={"limit": 4},
+        eval={"limit": 4, "every": 1},
     )
 
 
@@ -44,9 +45,10 @@ def _command(settings: Settings, out: Path, *more: str) -> list[str]:
 
 
 def _same(one: Path, two: Path) -> None:
-    for name in ("adapter/adapter_model.safetensors", "rounds.jsonl"):
+    for name in ("adapter/adapter_model.safetensors", "rounds.jsonl", "curve.jsonl"):
         assert (one / name).read_bytes() == (two / name).read_bytes(), name
     assert read_json(one / "result.json")["arms"] == read_json(two / "result.json")["arms"]
+    assert [line["round"] for line in read_lines(one / "timings.jsonl")] == [1, 2, 3]
 
 
 @pytest.mark.parametrize("phase", PHASES)
@@ -84,12 +86,68 @@ def test_a_damaged_newest_checkpoint_falls_back_to_the_one_before(
     _same(path, uninterrupted)
 
 
-def test_without_any_whole_checkpoint_it_starts_again(short: Settings, uninterrupted: Path, tmp_path: Path) -> None:
+def _contents(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+@pytest.mark.parametrize("how", ["cut off", "another run's", "deleted", "garbage before"])
+def test_without_any_whole_checkpoint_it_refuses_and_changes_nothing(
+    short: Settings, uninterrupted: Path, tmp_path: Path, how: str
+) -> None:
     out = Path(shutil.copytree(uninterrupted, tmp_path / "run"))
-    for file in (out / "checkpoints").glob("*/state.safetensors"):
-        file.write_bytes(b"")
-    path, _ = run(short, out, resume=True)
-    _same(path, uninterrupted)
+    folders = list((out / "checkpoints").glob("round-*"))
+    for folder in folders:
+        if how == "cut off":
+            (folder / "state.safetensors").write_bytes(b"")
+        elif how == "another run's":
+            document = {**read_json(folder / "state.json"), "run_id": "another"}
+            (folder / "state.json").write_text(json.dumps(document))
+        elif how == "deleted":
+            shutil.rmtree(folder)
+    if how == "garbage before":
+        lines = (out / "rounds.jsonl").read_text().splitlines(keepends=True)
+        (out / "rounds.jsonl").write_text("".join(["{\n", *lines[1:]]))
+    before = {n: x for n, x in _contents(out).items() if n.startswith(("checkpoints", "rounds", "timings"))}
+    with pytest.raises(ResumeError, match=r"none of its checkpoints can be read(.|\n)*another --out"):
+        run(short, out, resume=True)
+    after = _contents(out)
+    assert {n: after[n] for n in before} == before
+
+
+class Listening(Reporter):
+    def __init__(self) -> None:
+        self.notes: list[str] = []
+
+    def note(self, text: str) -> None:
+        self.notes.append(text)
+
+
+def test_damaged_checkpoints_are_put_aside_and_told(short: Settings, uninterrupted: Path, tmp_path: Path) -> None:
+    out = Path(shutil.copytree(uninterrupted, tmp_path / "run"))
+    (out / "checkpoints/round-000003/state.json").write_text("{")
+    tensors = (out / "checkpoints/round-000003/state.safetensors").read_bytes()
+    watch = Listening()
+    run(short, out, resume=True, reporter=watch)
+    told = [n for n in watch.notes if "round-000003" in n]
+    assert len(told) == 1
+    assert "state.json: line 1" in told[0]
+    assert "kept as damaged-round-000003; going on from round 2" in told[0]
+    assert (out / "checkpoints/damaged-round-000003/state.safetensors").read_bytes() == tensors
+    _same(out, uninterrupted)
+
+
+def test_what_else_lies_among_the_checkpoints_is_left_alone(
+    short: Settings, uninterrupted: Path, tmp_path: Path
+) -> None:
+    out = Path(shutil.copytree(uninterrupted, tmp_path / "run"))
+    shutil.copytree(out / "checkpoints/round-000002", out / "checkpoints/round-copy")
+    shutil.copytree(out / "checkpoints/round-000003", out / "checkpoints/round-000009-of-mine")
+    (out / "checkpoints/round-000008").write_text("a file")
+    shutil.rmtree(out / "checkpoints/round-000003")
+    run(short, out, resume=True)
+    _same(out, uninterrupted)
+    names = {p.name for p in (out / "checkpoints").iterdir()}
+    assert names >= {"round-copy", "round-000009-of-mine", "round-000008", "round-000002", "round-000003"}
 
 
 def test_a_full_disk_while_checkpointing_keeps_the_one_before(
@@ -123,7 +181,7 @@ def test_resuming_with_other_settings_is_refused_with_the_difference(
     other = settings(
         federation={"clients": 3, "rounds": 4},
         train={"max_steps": 1, "per_device_train_batch_size": 2},
-        eval={"limit": 4},
+        eval={"limit": 4, "every": 1},
     )
     with pytest.raises(ResumeError, match=r"config\.federation\.rounds: 3 -> 4(.|\n)*--force-resume"):
         run(other, out, resume=True)

@@ -20,7 +20,7 @@ from fedtune.data.encode import Encoded
 from fedtune.experiment import arms
 from fedtune.experiment.arms import Arm
 from fedtune.experiment.report import Reporter
-from fedtune.federation import messages, rounds
+from fedtune.federation import messages
 from fedtune.lora.algebra import RunningMean, weighted_mean
 from fedtune.lora.state import to_tensors
 from fedtune.methods import METHODS, Recipe
@@ -103,7 +103,7 @@ def test_memory_does_not_grow_with_the_cohort(
         most = max(most, len(living))
         return reply
 
-    monkeypatch.setattr(rounds.messages, "read_reply", watched)
+    monkeypatch.setattr(messages, "read_reply", watched)
     config = settings(federation={"clients": 40, "rounds": 1}, train={"max_steps": 1}).config
     _run(config, tmp_path, 40)
     tensors = len(to_tensors(arm(config, tmp_path, 1).start))

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import numpy as np
 from torch import Tensor
 
 from fedtune import methods
@@ -14,12 +15,12 @@ from fedtune.config import Config
 from fedtune.experiment.devices import Told, reported
 from fedtune.experiment.report import Reporter
 from fedtune.federation.app import Runtime, client_app
-from fedtune.federation.checkpoint import Progress
+from fedtune.federation.checkpoint import Progress, folders
 from fedtune.federation.faults import FaultyGrid
 from fedtune.federation.fleet import Fleet, FleetGrid, costs_of
 from fedtune.federation.local import LocalGrid
 from fedtune.federation.private import PrivateStore
-from fedtune.federation.rounds import Federation, run_rounds, sample
+from fedtune.federation.rounds import Federation, draw, run_rounds
 from fedtune.lora.base_delta import as_adapter, join, side_tensors
 from fedtune.lora.dora import to_magnitudes
 from fedtune.lora.state import AdapterState, to_tensors, with_tensors
@@ -30,21 +31,27 @@ from fedtune.training.executor import Executor
 from fedtune.training.workload import EncodedShards, poisoned
 from fedtune.types import RoundRecord
 
+# a baseline's client is not hurried: longer than any training
+AGES = 1e9
+
 
 def _plain(config: Config, arm: str) -> Config:
-    """Return the settings of an arm without federation: plain LoRA, and nothing around it."""
+    """Return the settings of an arm without federation: plain LoRA, nothing around it, nobody late."""
     default = Config(domain=config.domain)
     around = {key: getattr(default, key) for key in ("method", "drift", "server", "robust", "attack")}
     lora = config.lora.model_copy(update={"ranks": ()})
-    return config.model_copy(update={"arm": arm, "lora": lora, **around})
+    calm = {"faults": default.federation.faults, "deadline": AGES, "min_clients": 1}
+    federation = config.federation.model_copy(update=calm)
+    return config.model_copy(update={"arm": arm, "lora": lora, "federation": federation, **around})
 
 
 def derive(config: Config, arm: str) -> Config:
     """Return the settings of an arm.
 
     Centralised training is one client with all rows that makes, each round, as many steps as a whole cohort
-    does; local-only keeps the federation's settings and lets each client take part alone. Both train plain LoRA of the
-    global rank, whatever the federated method is: they are what one would do without it.
+    does; local-only keeps the federation's rounds and lets each client take part alone. Both train plain LoRA of the
+    global rank, whatever the federated method is: they are what one would do without it. So they meet none of the
+    federation's troubles either: no simulated faults, no deadline, no attackers.
     """
     if arm == "federated":
         return config.model_copy(update={"arm": arm})
@@ -52,7 +59,7 @@ def derive(config: Config, arm: str) -> Config:
     if arm == "local-only":
         return plain
     steps = config.train.max_steps * config.federation.cohort_size
-    federation = config.federation.model_copy(update={"clients": 1, "fraction": 1.0, "min_clients": 1})
+    federation = plain.federation.model_copy(update={"clients": 1, "fraction": 1.0})
     return plain.model_copy(
         update={
             "federation": federation,
@@ -68,15 +75,21 @@ def wire(config: Config, start: AdapterState) -> Callable[[int], int] | None:
     if recipe.varying:
         return None
     state = recipe.initial(start)
-    able = dict.fromkeys(range(config.federation.clients), 1)
+    everybody = np.arange(config.federation.clients)
     # clients of one rank exchange the same number of bytes
-    some = {recipe.method.rank_of(c): c for c in able}
+    some = {recipe.method.rank_of(c): c for c in everybody.tolist()}
     down = {rank: message_bytes(recipe.view(state, c)) for rank, c in some.items()}
 
+    def ranks(round_: int) -> Mapping[int | None, int]:
+        if len(some) == 1:  # then who is drawn does not matter
+            return dict.fromkeys(some, config.federation.cohort_size)
+        return Counter(recipe.method.rank_of(c) for c in draw(config, everybody, round_))
+
     def exchanged(round_: int) -> int:
-        ranks = Counter(recipe.method.rank_of(c) for c in sample(config, able, round_))
-        up = {rank: message_bytes(recipe.expected(state, some[rank], round_)) for rank in ranks}
-        return sum(count * (down[rank] + up[rank]) for rank, count in ranks.items())
+        return sum(
+            count * (down[rank] + message_bytes(recipe.expected(state, some[rank], round_)))
+            for rank, count in ranks(round_).items()
+        )
 
     return exchanged
 
@@ -144,11 +157,6 @@ class Arm:
         return replace(self, folder=self.folder / f"client-{client:04d}", run_id=f"{self.run_id}-{client}")
 
 
-def _rounds_over(folder: Path) -> int:
-    names = [p.name for p in (folder / "checkpoints").glob("round-*")]
-    return max((int(n.rsplit("-", 1)[-1]) for n in names), default=0)
-
-
 def _grid(arm: Arm, recipe: Recipe, only: int | None) -> LocalGrid:
     """Return the clients: in this process, or on the devices of a fleet, which get what is asked for and no more."""
     clients = arm.config.federation.clients
@@ -179,7 +187,7 @@ def train(arm: Arm, only: int | None = None) -> Progress:
         if arm.on_round:
             arm.on_round(record, state)
 
-    arm.reporter.training(arm.config.arm, arm.config.federation.rounds, _rounds_over(arm.folder))
+    arm.reporter.training(arm.config.arm, arm.config.federation.rounds, max(folders(arm.folder), default=0))
     federation = Federation(
         config=arm.config,
         recipe=recipe,
@@ -189,5 +197,6 @@ def train(arm: Arm, only: int | None = None) -> Progress:
         folder=arm.folder,
         only=None if only is None else frozenset({only}),
         on_round=over,
+        on_note=arm.reporter.note,
     )
     return run_rounds(federation, recipe.initial(arm.start))

@@ -23,7 +23,8 @@ from fedtune.experiment.report import Reporter
 from fedtune.experiment.resident import Resident
 from fedtune.experiment.session import Session
 from fedtune.federation.checkpoint import Progress
-from fedtune.io import append_lines, folder_lock, write_json
+from fedtune.federation.faults import kill_point
+from fedtune.io import folder_lock, read_lines, write_json, write_lines
 from fedtune.methods.base import ServerState
 from fedtune.models import adapter as adapters
 from fedtune.models import budget, zoo
@@ -61,10 +62,16 @@ def _prepare(session: Session, name: str, where: Path, data: workload.TrainingDa
     def measure(record: RoundRecord, state: ServerState) -> None:
         if record.round % every == 0 and record.round < config.federation.rounds:
             scores, _ = session.evaluate_state(arm, state, f"round-{record.round:06d}")
-            lines = [{"round": record.round, **s.model_dump(mode="json")} for s in scores]
-            append_lines(session.run.path / "curve.jsonl", lines)
+            _put_on_curve(session.run.path / "curve.jsonl", record.round, scores)
+            kill_point(record.round, "measured")
 
     return replace(arm, on_round=measure) if every and name == "federated" else arm
+
+
+def _put_on_curve(path: Path, round_: int, scores: Sequence[schema.Score]) -> None:
+    """Put a round's scores on the curve, in place of what an interrupted run has left of them."""
+    before = [line for line in read_lines(path, torn_tail=True) if line["round"] < round_]
+    write_lines(path, [*before, *({"round": round_, **s.model_dump(mode="json")} for s in scores)])
 
 
 def _train(session: Session, arm: Arm, only: int | None = None) -> Progress:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import safetensors.torch
@@ -25,28 +26,48 @@ from fedtune.lora.base_delta import Piece
 from fedtune.lora.product import Product
 from fedtune.lora.state import to_tensors, with_tensors
 from fedtune.methods.base import ServerState
-from fedtune.types import CorruptFileError, FedtuneError, RoundRecord
+from fedtune.types import CorruptFileError, ResumeError, RoundRecord, last_line
 
-STATE, TENSORS, ROUNDS = "state.json", "state.safetensors", "rounds.jsonl"
+STATE, TENSORS, ROUNDS, TIMINGS = "state.json", "state.safetensors", "rounds.jsonl", "timings.jsonl"
 _EXTRA, _BASE = "extra/", "base/"
+_NAME = re.compile(r"round-(\d{6,})")
 
 
 @dataclass(frozen=True)
 class Progress:
-    """Where a run stands: the server's state, all round records so far, and skipped rounds in a row."""
+    """Where a run stands.
+
+    Attributes:
+        state: the server's.
+        records: of all rounds so far; one list that grows, so that a round costs the same however many came before it.
+        skipped: rounds in a row in which clients were asked and too few were good.
+        timing: of the last round.
+    """
 
     state: ServerState
-    records: tuple[RoundRecord, ...] = ()
+    records: list[RoundRecord] = field(default_factory=list)
     skipped: int = 0
+    timing: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def round(self) -> int:
         """The last round that is over."""
         return len(self.records)
 
+    def after(self, state: ServerState, record: RoundRecord, skipped: int, timing: Mapping[str, float]) -> Progress:
+        """Return where the run stands after one more round; the list of records is the same one, grown."""
+        self.records.append(record)
+        return Progress(state, self.records, skipped, timing)
+
 
 def _folder(run: Path, round_: int) -> Path:
     return run / "checkpoints" / f"round-{round_:06d}"
+
+
+def folders(run: Path) -> dict[int, Path]:
+    """Return the folders of checkpoints by round, in order; what else lies there is nobody's business."""
+    found = ((_NAME.fullmatch(p.name), p) for p in (run / "checkpoints").glob("round-*") if p.is_dir())
+    return dict(sorted((int(m[1]), p) for m, p in found if m))
 
 
 def _tensors(state: ServerState) -> dict[str, Tensor]:
@@ -76,10 +97,10 @@ def _state(tensors: Mapping[str, Tensor], start: ServerState, round_: int) -> Se
 
 
 def save(run: Path, progress: Progress, run_id: str, keep: int) -> None:
-    """Write a checkpoint after a round, then the round's line, then drop old checkpoints.
+    """Write a checkpoint after a round, then the lines of the round and its timing, then drop old checkpoints.
 
-    The order makes every instant safe: the folder appears whole by one rename and holds the round's record,
-    so a line that was not written yet can be written again.
+    The order makes every instant safe: the folder appears whole by one rename and holds the round's record and
+    timing, so a line that was not written yet can be written again.
     """
     target = _folder(run, progress.round)
     fresh = target.with_name(f".{target.name}.{os.getpid()}.tmp")
@@ -92,6 +113,7 @@ def save(run: Path, progress: Progress, run_id: str, keep: int) -> None:
         "state_round": progress.state.round,
         "skipped": progress.skipped,
         "record": progress.records[-1].as_json(),
+        "timing": dict(progress.timing),
     }
     write_json(fresh / STATE, document)
     if target.exists():
@@ -99,7 +121,8 @@ def save(run: Path, progress: Progress, run_id: str, keep: int) -> None:
     os.replace(fresh, target)
     kill_point(progress.round, "renamed")
     append_lines(run / ROUNDS, [progress.records[-1].as_json()])
-    for old in sorted((run / "checkpoints").glob("round-*"))[:-keep]:
+    append_lines(run / TIMINGS, [dict(progress.timing)] if progress.timing else [])
+    for old in list(folders(run).values())[:-keep]:
         shutil.rmtree(old)
 
 
@@ -114,21 +137,64 @@ def _read(folder: Path, run: Path, start: ServerState, run_id: str) -> Progress:
     round_ = int(document["round"])
     records = [RoundRecord.from_json(line) for line in read_lines(run / ROUNDS, torn_tail=True)][: round_ - 1]
     records.append(RoundRecord.from_json(document["record"]))
+    if folder.name != _folder(run, round_).name:
+        raise CorruptFileError(f"{folder}: is of round {round_}")
     if [r.round for r in records] != list(range(1, round_ + 1)):
         raise CorruptFileError(f"{run / ROUNDS}: has rounds {[r.round for r in records]}, checkpoint is {round_}")
-    return Progress(state, tuple(records), document["skipped"])
+    return Progress(state, records, int(document["skipped"]), document.get("timing", {}))
+
+
+def _put_aside(folder: Path) -> Path:
+    """Rename a damaged checkpoint, so that it is neither read nor dropped; return its new place."""
+    names = (f"damaged-{folder.name}" + (f"-{i}" if i else "") for i in range(10_000))
+    place = next(folder.with_name(n) for n in names if not folder.with_name(n).exists())
+    os.replace(folder, place)
+    return place
+
+
+def _trimmed(run: Path, progress: Progress) -> None:
+    """Cut the run's lines off after a round: each round has its own once, whenever the process before died."""
+    write_lines(run / ROUNDS, [r.as_json() for r in progress.records])
+    try:
+        old = read_lines(run / TIMINGS, torn_tail=True)
+    except CorruptFileError:  # says how long rounds took; no reason not to go on
+        old = []
+    known = {line["round"]: line for line in [*old, progress.timing] if "round" in line}
+    write_lines(run / TIMINGS, [known[r] for r in sorted(known) if r <= progress.round])
 
 
 def newest(run: Path, start: ServerState, run_id: str) -> tuple[Progress, tuple[str, ...]]:
-    """Return the newest checkpoint that is whole, else the start, and what was wrong with the ones passed over."""
-    problems: list[str] = []
-    for folder in sorted((run / "checkpoints").glob("round-*"), reverse=True):
+    """Return the newest checkpoint that is whole, or the start of a run that has none yet.
+
+    Newer ones that are damaged are put aside under another name.
+
+    Returns:
+        Where the run stands, and what was wrong with the checkpoints passed over.
+
+    Raises:
+        ResumeError: the run has rounds, and no checkpoint of them is whole. Nothing on disk is changed.
+    """
+    damaged: dict[Path, str] = {}
+    for folder in reversed(folders(run).values()):
         try:
             progress = _read(folder, run, start, run_id)
-        except (FedtuneError, KeyError, TypeError, ValueError, safetensors.SafetensorError) as err:
-            problems.append(f"{folder.name}: {err}")
+        except Exception as err:  # whatever a damaged file makes a reader raise
+            damaged[folder] = f"{folder.name}: {type(err).__name__}: {last_line(str(err))}"
             continue
-        write_lines(run / ROUNDS, [r.as_json() for r in progress.records])
-        return progress, tuple(problems)
-    (run / ROUNDS).unlink(missing_ok=True)
-    return Progress(start), tuple(problems)
+        aside = [
+            f"{why}; kept as {_put_aside(f).name}; going on from round {progress.round}" for f, why in damaged.items()
+        ]
+        _trimmed(run, progress)
+        return progress, tuple(f"checkpoint {note}" for note in aside)
+    if damaged or (run / ROUNDS).exists():
+        raise ResumeError(_nothing_whole(run, list(damaged.values())))
+    (run / TIMINGS).unlink(missing_ok=True)
+    return Progress(start), ()
+
+
+def _nothing_whole(run: Path, why: Sequence[str]) -> str:
+    listed = "\n".join(f"  {line}" for line in why) or "  there is none"
+    return (
+        f"{run} has rounds behind it, but none of its checkpoints can be read:\n{listed}\n"
+        f"Put a whole one back into {run / 'checkpoints'}, or start a new run with another --out."
+    )

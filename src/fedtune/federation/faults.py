@@ -19,9 +19,13 @@ Fault = Literal["", "dropout", "straggler", "error"]
 KILL_VARIABLE = "FEDTUNE_KILL_AT"
 
 
-def planned(faults: FaultSettings, seed: int, round_: int, client: int) -> Fault:
-    """Return the fault of one client call; a pure function, so a resumed run meets the same ones."""
-    draw = random.Random(derive_seed(seed, "fault", round_, client)).random()
+def planned(faults: FaultSettings, seed: int, round_: int, client: int, phase: int = 1) -> Fault:
+    """Return the fault of one client call; a pure function, so a resumed run meets the same ones.
+
+    Where a round has several exchanges each is a call of its own: a client may be lost between them.
+    """
+    later = (phase,) if phase > 1 else ()
+    draw = random.Random(derive_seed(seed, "fault", round_, client, *later)).random()
     if draw < faults.dropout:
         return "dropout"
     if draw < faults.dropout + faults.straggler:
@@ -38,8 +42,8 @@ def kill_point(round_: int, phase: str) -> None:
 class FaultyGrid(Grid):
     """A grid on which clients fail by plan.
 
-    A dropout never sees its message. A straggler works, and its reply comes after the deadline. An error
-    is an error reply.
+    A dropout never sees its message. A straggler works (and keeps what it keeps), but its reply comes after the
+    deadline: it is thrown away. An error is an error reply.
     """
 
     def __init__(self, grid: Grid, faults: FaultSettings, seed: int) -> None:
@@ -84,19 +88,25 @@ class FaultyGrid(Grid):
 
     def _fault(self, message: Message) -> Fault:
         order: Any = message.content.get(ORDER)
-        return planned(self._faults, self._seed, int(order["round"]), int(order["client"])) if order else ""
+        if not order:
+            return ""
+        return planned(self._faults, self._seed, *(int(order[key]) for key in ("round", "client", "phase")))
 
     def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterator[Message]:
-        """Send to the clients that are well, as they come, and answer for those that are not."""
+        """Send to the clients that can be reached, as they come; hear those in time, answer for those that fail."""
         failed: list[Message] = []
+        late: set[int] = set()
 
-        def well() -> Iterator[Message]:
+        def reached() -> Iterator[Message]:
             for message in messages:
                 fault = self._fault(message)
                 if fault == "error":
                     failed.append(message)
-                elif fault == "":
+                if fault == "straggler":
+                    late.add(message.metadata.dst_node_id)
+                if fault in ("", "straggler"):
                     yield message
 
-        yield from self._grid.send_and_receive(well(), timeout=timeout)
+        replies = self._grid.send_and_receive(reached(), timeout=timeout)
+        yield from (reply for reply in replies if reply.metadata.src_node_id not in late)
         yield from (Message(Error(5, "simulated client error"), reply_to=message) for message in failed)

@@ -15,6 +15,8 @@ from flwr.app.metadata import Metadata
 from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid
 
+from fedtune.types import plain
+
 SERVER_NODE = 1
 FIRST_NODE = 2
 CLIENT_ERROR = 5
@@ -22,12 +24,15 @@ DEFAULT_TTL = 43_200.0
 
 
 def _identify_task() -> None:
-    """Give this process the task identity that Flower's own strategies need to make messages."""
+    """Give this process the task identity that Flower's own strategies need to make messages, if it has none."""
     try:
         from flwr.supercore.task_identity import TaskIdentity
     except ImportError:  # before 1.38 there was none, and it was not needed
         return
-    TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = 1, 1, SERVER_NODE
+    try:
+        TaskIdentity.task_id  # noqa: B018  # raises where none is set
+    except RuntimeError:
+        TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = 1, 1, SERVER_NODE
 
 
 class Crew(Protocol):
@@ -130,8 +135,8 @@ class LocalGrid(Grid):
             message.metadata.__dict__["_message_id"] = f"local-{next(self._ids)}"
         try:
             return self._app(message, self._context(message.metadata.dst_node_id))
-        except Exception:
-            reason = traceback.format_exc(limit=-4)
+        except (Exception, SystemExit):  # a client that calls exit() ends itself and not the run
+            reason = plain(traceback.format_exc(limit=-4))
             return Message(Error(CLIENT_ERROR, reason), reply_to=message)
 
     def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:

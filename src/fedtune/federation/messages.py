@@ -10,7 +10,6 @@ import math
 from collections.abc import Mapping
 from functools import cached_property
 from io import BytesIO
-from typing import Any
 
 import numpy as np
 import torch
@@ -18,8 +17,11 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, Re
 from torch import Tensor
 
 from fedtune.privacy.screen import Reply
+from fedtune.types import last_line, plain
 
 ADAPTER, METRICS, IDENTITY, ORDER = "adapter", "metrics", "identity", "order"
+NUMBERS = "biuf"  # NumPy's kinds: bool, integers, floating point
+REPORTED = ("examples", "tokens", "steps", "loss")
 
 
 class TensorArray(Array):
@@ -61,12 +63,48 @@ def pack(tensors: Mapping[str, Tensor], *, in_process: bool) -> ArrayRecord:
     return ArrayRecord({name: Array(t.detach().cpu().contiguous().numpy()) for name, t in tensors.items()})
 
 
+def _decoded(array: Array) -> Tensor:
+    """Return the tensor of a client's array; its bytes are read as plain numbers and in no other way.
+
+    Raises:
+        ValueError: the bytes are no array of numbers, or not as many as their header announces (nothing is allocated
+            for what is only announced).
+    """
+    if isinstance(array, TensorArray):
+        tensor = array.tensor
+        if tensor.layout != torch.strided or tensor.is_meta or np.dtype(array.dtype).kind not in NUMBERS:
+            raise ValueError(f"an array of {array.dtype}, {tensor.layout}; must be plain numbers")
+        return tensor
+    data = array.data
+    if array.stype != TensorArray.stype or not isinstance(data, bytes):
+        raise ValueError(f"an array of type {array.stype!r}; must be {TensorArray.stype!r}")
+    buffer = BytesIO(data)
+    version = np.lib.format.read_magic(buffer)
+    if version != (1, 0):
+        raise ValueError(f"an array in NumPy's format {version}; must be (1, 0)")
+    shape, by_column, dtype = np.lib.format.read_array_header_1_0(buffer)
+    if dtype.hasobject or dtype.kind not in NUMBERS:
+        raise ValueError(f"an array of {dtype}; must be of numbers")
+    start, count = buffer.tell(), math.prod(shape)
+    if min(shape, default=0) < 0 or len(data) - start != count * dtype.itemsize:
+        raise ValueError(f"an array of {shape} {dtype} in {len(data) - start} bytes")
+    numbers = np.frombuffer(data, dtype, count, start).reshape(shape, order="F" if by_column else "C")
+    return torch.from_numpy(numbers.astype(dtype.newbyteorder("="), order="C"))
+
+
 def unpack(record: ArrayRecord) -> dict[str, Tensor]:
-    """Take tensors out of a record (NumPy bytes without pickle, or the tensors themselves)."""
-    return {
-        name: a.tensor if isinstance(a, TensorArray) else torch.from_numpy(a.numpy().copy())
-        for name, a in record.items()
-    }
+    """Take tensors out of a record (NumPy bytes without pickle, or the tensors themselves).
+
+    Raises:
+        ValueError: an array is not one of numbers, or damaged; with its name.
+    """
+    tensors = {}
+    for name, array in record.items():
+        try:
+            tensors[name] = _decoded(array)
+        except Exception as err:  # whatever a forged header makes NumPy raise
+            raise ValueError(f"{last_line(name, 100)}: {type(err).__name__}: {last_line(str(err))}") from err
+    return tensors
 
 
 def is_in_process(record: ArrayRecord) -> bool:
@@ -85,47 +123,70 @@ def train_order(run: str, when: tuple[int, int], client: int, adapter: ArrayReco
 
 
 def train_answer(
-    order: ConfigRecord, tensors: Mapping[str, Tensor], metrics: Mapping[str, float], *, in_process: bool
+    order: ConfigRecord, tensors: Mapping[str, Tensor], reported: Mapping[str, float], *, in_process: bool
 ) -> RecordDict:
     """Build what a client sends back."""
     return RecordDict(
         {
             ADAPTER: pack(tensors, in_process=in_process),
-            METRICS: MetricRecord(dict(metrics)),
+            METRICS: MetricRecord(dict(reported)),
             IDENTITY: ConfigRecord({key: order[key] for key in ("run", "round", "phase", "client")}),
         }
     )
 
 
-def _metrics(content: RecordDict) -> dict[str, float]:
+def _number(value: object) -> float | None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return None
+    try:
+        return float(value)
+    except OverflowError:
+        return math.inf
+
+
+def metrics(content: RecordDict) -> dict[str, float]:
+    """Return the numbers a reply may report; what nobody asked for is left out, as is what is no number."""
     record = content.get(METRICS)
     if not isinstance(record, MetricRecord):
         return {}
-    return {k: float(v) for k, v in record.items() if isinstance(v, (int, float))}
+    found = {name: _number(record.get(name)) for name in REPORTED}
+    return {name: value for name, value in found.items() if value is not None}
 
 
 def _claims(content: RecordDict) -> tuple[str, int, int, int] | None:
-    identity: Any = content.get(IDENTITY)
-    try:
-        return str(identity["run"]), int(identity["round"]), int(identity["client"]), int(identity["phase"])
-    except (TypeError, KeyError, ValueError):
+    identity = content.get(IDENTITY)
+    if not isinstance(identity, ConfigRecord):
         return None
+    run, *numbers = (identity.get(key) for key in ("run", "round", "client", "phase"))
+    if not isinstance(run, str) or any(type(n) is not int for n in numbers):
+        return None
+    round_, client, phase = (int(str(n)) for n in numbers)
+    return run, round_, client, phase
 
 
 def read_reply(message: Message, clients: Mapping[int, int]) -> Reply:
-    """Decode a reply without trusting it.
+    """Decode a reply without trusting it: whatever came, there is a `Reply`.
 
     Args:
         message: what came.
         clients: node id -> client, of all nodes known.
     """
-    client = clients.get(message.metadata.src_node_id)
+    client = None
+    try:
+        client = clients.get(message.metadata.src_node_id)
+        return _read(message, client)
+    except Exception as err:  # of a client's making, so it is the client's error and nobody else's
+        return Reply(client, None, None, {}, f"unreadable reply: {type(err).__name__}: {last_line(str(err))}")
+
+
+def _read(message: Message, client: int | None) -> Reply:
     if message.has_error():
-        return Reply(client, None, None, {}, message.error.reason or f"error {message.error.code}")
+        return Reply(client, None, None, {}, plain(str(message.error.reason or f"error {message.error.code}")))
     content = message.content
     arrays = content.get(ADAPTER)
+    claims = _claims(content)
     try:
         tensors = unpack(arrays) if isinstance(arrays, ArrayRecord) else None
-    except (ValueError, TypeError, EOFError) as err:
-        return Reply(client, _claims(content), None, {"loss": math.nan}, f"unreadable arrays: {err}")
-    return Reply(client, _claims(content), tensors, _metrics(content))
+    except ValueError as err:
+        return Reply(client, claims, None, {}, f"unreadable arrays: {err}")
+    return Reply(client, claims, tensors, metrics(content))

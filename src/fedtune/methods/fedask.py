@@ -138,7 +138,9 @@ class FedASK(MovesBase):
             out, inner = m.b.shape[0], m.a.shape[1]
             width = self.sketch_width(out, inner, self.scene.rank or m.rank)
             name, shape = (_P + path, (width, inner)) if _Q + path in state.extra else (_Y + path, (out, width))
-            sent[name] = m.a.new_zeros(shape)
+            # as large as a sketch of the global adapter can be, so that the screening allows for it
+            largest = m.scale * float(m.b.norm()) * float(m.a.norm()) * width**0.5
+            sent[name] = m.a.new_full(shape, largest / (shape[0] * shape[1]) ** 0.5)
         return sent
 
     def aggregate(

@@ -105,10 +105,12 @@ class LoRAA2(Method):
         total = 0
         for name, whole in super().expected(state, client, round_).items():
             axis, ranks, got = _axis(name), update[name + _CHOSEN], update[name]
+            if ranks.dim() != 1 or ranks.numel() > whole.shape[axis]:
+                return f"{name}: {tuple(ranks.shape)} ranks of {whole.shape[axis]}"
             total += ranks.numel()
             if got.dim() != 2 or got.shape[1 - axis] != whole.shape[1 - axis] or got.shape[axis] != ranks.numel():
                 return f"{name}: got {tuple(got.shape)} for {ranks.numel()} ranks of {tuple(whole.shape)}"
-            if ranks.dim() != 1 or not all(0 <= r < whole.shape[axis] for r in ranks.tolist()):
+            if not all(0 <= r < whole.shape[axis] for r in ranks.tolist()):
                 return f"{name}: ranks outside 0 to {whole.shape[axis] - 1}"
             if len(set(ranks.tolist())) != ranks.numel():
                 return f"{name}: a rank comes twice"

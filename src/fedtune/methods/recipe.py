@@ -127,9 +127,17 @@ class Recipe:
         return known or {n: t.new_zeros(t.shape) for n, t in to_tensors(state.adapter).items()}
 
     def expected(self, state: ServerState, client: int, round_: int) -> dict[str, Tensor]:
-        """Return tensors with the names, shapes and dtypes that a client must send."""
+        """Return tensors with the names, shapes and dtypes that a client must send, and about the size."""
         up = self.method.expected(state, client, round_)
-        return up | drift.named(dict(up)) if self.config.drift.scaffold else up
+        if not self.config.drift.scaffold:
+            return up
+        controls = self._controls(state)
+        return up | drift.named({n: controls[n] for n in up})
+
+    def flaw(self, update: Tensors, state: ServerState, client: int, round_: int) -> str:
+        """Say what is wrong with an update whose names and dtypes are as expected, or return an empty string."""
+        low = sound.unsound(update, relative=True) if self.exact_dora else ""
+        return low or (self.method.flaw(drift.split(update)[0], state, client, round_) if self.method.ragged else "")
 
     def middle(self, updates: Sequence[ClientUpdate], state: ServerState, round_: int) -> ServerState:
         """Return the state for the next exchange of the same round."""

@@ -1,7 +1,9 @@
-"""Screen every reply before it can touch the global model: one bad client changes nothing but the record.
+"""Screen every reply before it can touch the global model.
 
 Flower's own aggregation accepts NaN, broadcasts wrong shapes and dies of one odd reply; nothing reaches a
-method here that has not passed this file.
+method here that has not passed this file. What has passed is well-formed, finite and of a bounded size: a reply that
+is not changes nothing but the record. It says nothing about intent: an update inside the bound that pulls the model
+astray is what robust rules are for.
 """
 
 from __future__ import annotations
@@ -9,13 +11,19 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from fedtune.methods.base import ClientUpdate
-from fedtune.methods.sound import unsound
-from fedtune.types import ClientStats, Rejection
+from fedtune.types import ClientStats, Rejection, last_line, plain
+
+# how much larger (Frobenius norm) a tensor may be than what the client was sent. Trained factors have norms of 0.1 to
+# 100, so no honest update comes near it; and as it is added, not multiplied, a model grows by no more than this a round
+GROWTH = 1e4
+# a count or a loss above is no measurement; sums of such numbers stay finite, and whole
+MOST = 1e15
 
 
 @dataclass(frozen=True)
@@ -47,8 +55,9 @@ class Expected:
         signature: for each client asked, tensors with the right names, shapes and dtypes.
         registered: for each client, how many examples its shard has.
         weights: whether examples used or the whole shard weigh.
-        flaw: says what is wrong with an update whose shapes are the client's choice; None where they are not.
+        flaw: says what else is wrong with an update of a client, or returns an empty string.
         phase: which exchange of the round.
+        ragged: an update's shapes are the client's choice, within what `flaw` allows.
     """
 
     run: str
@@ -58,6 +67,7 @@ class Expected:
     weights: str = "examples-used"
     flaw: Callable[[Mapping[str, Tensor], int], str] | None = None
     phase: int = 1
+    ragged: bool = False
 
 
 @dataclass(frozen=True)
@@ -116,23 +126,34 @@ def _shapes(got: Mapping[str, Tensor], want: Mapping[str, Tensor]) -> tuple[str,
     return None
 
 
-def _free_shapes(got: Mapping[str, Tensor], expected: Expected, client: int) -> tuple[str, str] | None:
+def _flaw(got: Mapping[str, Tensor], expected: Expected, client: int) -> tuple[str, str] | None:
     flaw = expected.flaw(got, client) if expected.flaw else ""
-    return ("shape", flaw) if flaw else None
+    return ("shape" if expected.ragged else "values", flaw) if flaw else None
 
 
-def _numbers(got: Mapping[str, Tensor]) -> tuple[str, str] | None:
+def _norm(tensor: Tensor) -> float:
+    """Return the Frobenius norm; infinite where float32 cannot hold it."""
+    numbers = tensor if tensor.is_floating_point() else tensor.float()
+    return float(torch.linalg.vector_norm(numbers, dtype=torch.promote_types(numbers.dtype, torch.float32)))
+
+
+def _size(got: Mapping[str, Tensor], want: Mapping[str, Tensor]) -> tuple[str, str] | None:
+    """Reject what is not finite, or too large to be a trained tensor."""
     for name, tensor in got.items():
-        # a finite sum has finite terms, and is several times cheaper to see; only another one has to be looked into
-        if not math.isfinite(float(tensor.sum())) and not torch.isfinite(tensor).all():
+        norm = _norm(tensor)
+        if norm <= GROWTH:
+            continue
+        if not torch.isfinite(tensor).all():
             return "non_finite", f"{name} has NaN or infinity"
-    flaw = unsound(got)
-    return ("magnitude", flaw) if flaw else None
+        limit = GROWTH + _norm(want[name])
+        if not norm <= limit:
+            return "too_large", f"{name} has norm {norm:.3g}, at most {limit:.3g} is accepted"
+    return None
 
 
 def _examples(reply: Reply) -> tuple[str, str] | None:
     examples = reply.metrics.get("examples", math.nan)
-    if not math.isfinite(examples) or examples <= 0 or examples != int(examples):
+    if not 0 < examples <= MOST or examples != int(examples):
         return "examples", f"examples = {examples}; must be a whole number above 0"
     return None
 
@@ -146,13 +167,23 @@ def _reason(reply: Reply, expected: Expected, seen: set[int]) -> tuple[str, str]
     got = reply.tensors
     if odd := _keys(got, want) or _kinds(got, want):
         return odd
-    shaped = _free_shapes(got, expected, reply.client) if expected.flaw else _shapes(got, want)
-    return shaped or _numbers(got) or _examples(reply)
+    flaw = partial(_flaw, got, expected, reply.client)
+    shaped = flaw() if expected.ragged else _shapes(got, want)
+    return shaped or _size(got, want) or (None if expected.ragged else flaw()) or _examples(reply)
 
 
-def _number(metrics: Mapping[str, float], name: str) -> int:
+def _judged(reply: Reply, expected: Expected, seen: set[int]) -> tuple[str, str] | None:
+    """Return why a reply is not used, made plain; what makes the examination itself fail is malformed."""
+    try:
+        odd = _reason(reply, expected, seen)
+    except Exception as err:
+        odd = "malformed", f"{type(err).__name__}: {last_line(str(err))}"
+    return (odd[0], plain(odd[1])) if odd else None
+
+
+def _count(metrics: Mapping[str, float], name: str) -> int:
     value = metrics.get(name, 0.0)
-    return int(value) if math.isfinite(value) else 0
+    return int(value) if 0 <= value <= MOST else 0
 
 
 def _accept(reply: Reply, expected: Expected) -> tuple[ClientUpdate, ClientStats, str]:
@@ -167,9 +198,9 @@ def _accept(reply: Reply, expected: Expected) -> tuple[ClientUpdate, ClientStats
     stats = ClientStats(
         client=client,
         examples=used,
-        tokens=_number(reply.metrics, "tokens"),
-        steps=_number(reply.metrics, "steps"),
-        loss=loss if loss is not None and math.isfinite(loss) else None,
+        tokens=_count(reply.metrics, "tokens"),
+        steps=_count(reply.metrics, "steps"),
+        loss=loss if loss is not None and abs(loss) <= MOST else None,
     )
     weight = registered if expected.weights == "shard-size" else used
     return ClientUpdate(client, tensors, weight), stats, note
@@ -179,7 +210,7 @@ class Screening:
     """Sorts the replies of one exchange as they come.
 
     A client that was asked and has no reply at all is rejected as `no_reply`. Metrics nobody asked for are ignored; a
-    missing or non-finite loss becomes None.
+    loss that is missing or no possible one becomes None, such a count 0.
     """
 
     def __init__(self, expected: Expected) -> None:
@@ -191,7 +222,7 @@ class Screening:
 
     def take(self, reply: Reply) -> ClientUpdate | None:
         """Return the update of a reply that may be aggregated; reject the others with a reason."""
-        odd = _reason(reply, self._expected, self._seen)
+        odd = _judged(reply, self._expected, self._seen)
         known = reply.client is not None and reply.client in self._expected.signature
         if reply.client is not None and known and (odd is None or odd[0] not in ("stale", "duplicate")):
             self._seen.add(reply.client)

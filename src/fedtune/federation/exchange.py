@@ -1,0 +1,190 @@
+"""One exchange of a round: orders go out, replies are screened as they come."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+from flwr.app import Message
+from torch import Tensor
+
+from fedtune.federation import messages
+from fedtune.federation.faults import kill_point
+from fedtune.federation.guard import aggregated
+from fedtune.lora.algebra import RunningMean
+from fedtune.methods import ClientUpdate, ServerState
+from fedtune.models.budget import message_bytes
+from fedtune.privacy.screen import Expected, Screened, Screening
+from fedtune.types import Rejection
+
+if TYPE_CHECKING:
+    from fedtune.federation.rounds import Federation
+
+When = tuple[int, int]
+
+
+class _Orders:
+    """The messages of one exchange, made one by one as they are sent, and the bytes sent so far."""
+
+    def __init__(self, fed: Federation, cohort: Sequence[int], when: When, state: ServerState) -> None:
+        self._fed, self._cohort, self._when, self._state = fed, cohort, when, state
+        self.bytes = 0
+
+    def __iter__(self) -> Iterator[Message]:
+        grid, settings = self._fed.grid, self._fed.config.federation
+        near = bool(getattr(grid, "in_process", False))
+        last: dict[str, Tensor] = {}
+        for client in self._cohort:
+            download = self._fed.recipe.view(self._state, client)
+            if not last or not _same(download, last):  # most often all clients get the very same
+                last, record, each = download, messages.pack(download, in_process=near), message_bytes(download)
+            self.bytes += each
+            order = messages.train_order(self._fed.run_id, self._when, client, record)
+            node = self._fed.places[client]
+            yield grid.create_message(order, "train", node, str(self._when[0]), settings.deadline)
+
+
+def _same(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> bool:
+    """Tell whether two mappings hold the very same tensors."""
+    return one.keys() == other.keys() and all(t is other[n] for n, t in one.items())
+
+
+class _Signatures(Mapping[int, Mapping[str, Tensor]]):
+    """What each client that was asked has to send, made when its reply is looked at."""
+
+    def __init__(self, cohort: Sequence[int], make: Callable[[int], Mapping[str, Tensor]]) -> None:
+        self._cohort, self._make = dict.fromkeys(cohort), make
+
+    def __getitem__(self, client: int) -> Mapping[str, Tensor]:
+        if client not in self._cohort:
+            raise KeyError(client)
+        return self._make(client)
+
+    def __contains__(self, client: object) -> bool:
+        return client in self._cohort
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self._cohort)
+
+    def __len__(self) -> int:
+        return len(self._cohort)
+
+
+def _expected(fed: Federation, cohort: Sequence[int], when: When, state: ServerState) -> Expected:
+    round_, phase = when
+    return Expected(
+        fed.run_id,
+        round_,
+        _Signatures(cohort, lambda client: fed.recipe.expected(state, client, round_)),
+        fed.registered,
+        fed.config.federation.weights,
+        lambda tensors, client: fed.recipe.flaw(tensors, state, client, round_),
+        phase,
+        fed.recipe.method.ragged,
+    )
+
+
+@dataclass(frozen=True)
+class Exchange:
+    """One exchange's screened replies, whose were good, its bytes (down, up), and how many good ones are enough."""
+
+    screened: Screened
+    good: tuple[int, ...]
+    bytes: tuple[int, int]
+    needed: int
+
+    @property
+    def enough(self) -> bool:
+        """Whether there are enough good updates to go on."""
+        return len(self.good) >= self.needed
+
+    def failed(self) -> Exchange:
+        """Return the exchange with no update that could be used."""
+        return replace(self, screened=replace(self.screened, stats=()), good=())
+
+    def without(self, rejected: Sequence[Rejection], note: str = "") -> Exchange:
+        """Return the exchange without clients that could not be aggregated, and with what went wrong."""
+        lost = {r.client for r in rejected}
+        screened = replace(
+            self.screened,
+            updates=tuple(u for u in self.screened.updates if u.client not in lost),
+            stats=tuple(s for s in self.screened.stats if s.client not in lost),
+            rejected=(*self.screened.rejected, *rejected),
+            notes=(*self.screened.notes, *([note] if note else [])),
+        )
+        return replace(self, screened=screened, good=tuple(c for c in self.good if c not in lost))
+
+
+class _Updates:
+    """The good updates of an exchange: all of them, or only their sum where the method sees no more."""
+
+    def __init__(self, *, summed: bool) -> None:
+        self._sum = RunningMean() if summed else None
+        self._all: list[ClientUpdate] = []
+
+    def add(self, update: ClientUpdate) -> None:
+        """Take an update."""
+        if self._sum is None:
+            self._all.append(update)
+        else:
+            self._sum.add(update.tensors, update.examples)
+
+    def close(self) -> list[ClientUpdate]:
+        """Return the updates, or one that stands for all."""
+        if self._sum is None or not self._sum.weight:
+            return self._all
+        return [ClientUpdate(0, self._sum.mean(), self._sum.weight)]
+
+
+def _exchange(fed: Federation, cohort: Sequence[int], when: When, state: ServerState) -> Exchange:
+    settings = fed.config.federation
+    orders, screening = _Orders(fed, cohort, when, state), Screening(_expected(fed, cohort, when, state))
+    updates, up = _Updates(summed=fed.recipe.streams), 0
+    for message in fed.grid.send_and_receive(orders, timeout=settings.deadline):
+        reply = messages.read_reply(message, fed.nodes)
+        up += message_bytes(reply.tensors) if reply.tensors is not None else 0
+        update = screening.take(reply)
+        if update is not None:
+            updates.add(update)
+    kill_point(when[0], "screen")
+    good, screened = tuple(screening.good), screening.close(updates.close())
+    if cohort and (short := fed.recipe.shortage(len(good))):
+        screened = replace(screened, notes=(*screened.notes, short))
+    return Exchange(screened, good, (orders.bytes, up), fed.needed)
+
+
+def all_exchanges(
+    fed: Federation, cohort: Sequence[int], round_: int, state: ServerState
+) -> tuple[Exchange, ServerState]:
+    """Make a round's exchanges; return the last one, with everything rejected on the way, and the state it answers.
+
+    A client that is lost on the way is not asked again in the round.
+    """
+    done = _exchange(fed, cohort, (round_, 1), state)
+    for phase in range(2, fed.recipe.phases + 1):
+        if done.enough:
+            done, state = _between(fed, done, state, round_)
+        if not done.enough:
+            break
+        done = _joined(done, _exchange(fed, done.good, (round_, phase), state))
+    return done, state
+
+
+def _between(fed: Federation, done: Exchange, state: ServerState, round_: int) -> tuple[Exchange, ServerState]:
+    """Return an exchange without those who cannot be aggregated, and the state for the next one of the round."""
+    found = aggregated(lambda updates: fed.recipe.middle(updates, state, round_), done.screened.updates)
+    done = done.without(found.rejected, found.note)
+    return (done.failed(), state) if found.state is None else (done, found.state)
+
+
+def _joined(first: Exchange, last: Exchange) -> Exchange:
+    """Return a later exchange with what was rejected before it; the statistics are those of the training."""
+    screened = replace(
+        last.screened,
+        stats=tuple(s for s in first.screened.stats if s.client in last.good),
+        rejected=(*first.screened.rejected, *last.screened.rejected),
+        notes=(*first.screened.notes, *last.screened.notes),
+    )
+    sizes = first.bytes[0] + last.bytes[0], first.bytes[1] + last.bytes[1]
+    return replace(last, screened=screened, bytes=sizes)

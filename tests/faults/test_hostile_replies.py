@@ -1,0 +1,152 @@
+"""No reply of a client ends a run or moves the model further than the screening allows, whatever goes around it."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Iterator, Mapping
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from fedtune import methods
+from fedtune.config import Config
+from fedtune.federation import checkpoint
+from fedtune.federation.checkpoint import Progress
+from fedtune.federation.guard import unsound
+from fedtune.federation.local import LocalGrid
+from fedtune.federation.rounds import Federation, connect, one_round
+from fedtune.lora.state import AdapterState, LoraModule
+from fedtune.methods import METHODS
+from fedtune.privacy.screen import GROWTH
+from fedtune.types import RoundRecord
+from tests.faults.hostile import Evil, clients, mutated
+
+BAD, HONEST = 2, (0, 1, 3)
+AROUND: dict[str, dict[str, Any]] = {
+    "alone": {},
+    "fedprox": {"drift": {"proximal_mu": 0.1}},
+    "scaffold": {"drift": {"scaffold": True}, "train": {"optimizer": "sgd"}},
+    "dora": {"lora": {"dora": True, "r": 2}},
+    "ranks": {"lora": {"r": 2, "ranks": (1, 2, 2, 1)}},
+    **{name: {"server": {"optimizer": name}} for name in ("fedavgm", "fedadagrad", "fedyogi", "fedadam")},
+    **{
+        rule: {"robust": {"rule": rule, "malicious": 0}}
+        for rule in ("krum", "multi-krum", "geometric-median", "trimmed", "foolsgold", "dnc")
+    },
+    "clip": {"robust": {"clip_norm": 1.0}},
+    "median clip": {"robust": {"clip_norm": "median"}},
+}
+
+
+def _config(method: str, around: Mapping[str, Any]) -> Config:
+    federation = {"clients": 4, "rounds": 9, "max_skipped_rounds": 1}
+    return Config.model_validate(
+        {"domain": "finance", "method": {"name": method}, "federation": federation, "lora": {"r": 2}, **around}
+    )
+
+
+@cache
+def combinations() -> list[tuple[str, str]]:
+    """Every method with everything that goes around it."""
+    every = [(m, a) for m in METHODS for a in AROUND]
+    return [(m, a) for m, a in every if not list(methods.problems(_config(m, AROUND[a])))]
+
+
+def _start(*, dora: bool) -> AdapterState:
+    generator = torch.Generator().manual_seed(1)
+    a = torch.randn(2, 3, generator=generator)
+    return {"layer.q": LoraModule(a, torch.zeros(4, 2), 4.0, magnitude=torch.ones(4) if dora else None)}
+
+
+class Scene:
+    """A federation of one combination, after two honest rounds; each case is its third."""
+
+    def __init__(self, method: str, around: str, folder: Path) -> None:
+        self.config = _config(method, AROUND[around])
+        recipe, start = methods.create(self.config), _start(dora=around == "dora")
+        self.mutate: Any = lambda reply: reply
+        app = clients(recipe, start, BAD, lambda reply: self.mutate(reply))
+        grid = LocalGrid(app, 4)
+        self.fed = Federation(self.config, recipe, grid, dict.fromkeys(range(4), 8), "run", folder)
+        self.fed.nodes.update(connect(grid, 4, 1.0))
+        self.fed.places.update({c: n for n, c in self.fed.nodes.items()})
+        self.start = recipe.initial(start)
+        self.before = Progress(self.start)
+        for round_ in (1, 2):
+            self.before = one_round(self.fed, round_, self.before)
+        assert [r.status for r in self.before.records] == ["ok", "ok"], self.before.records[-1]
+        assert all(len(r.clients) == 4 for r in self.before.records)
+
+    def case(self, seed: int) -> Progress:
+        draw = random.Random(seed)
+        self.mutate = lambda reply: mutated(draw, reply)
+        before = Progress(self.before.state, list(self.before.records))
+        return one_round(self.fed, 3, before)
+
+    def go_on(self, progress: Progress) -> RoundRecord:
+        self.mutate = lambda reply: reply
+        return one_round(self.fed, 4, progress).records[-1]
+
+
+def _largest(progress: Progress) -> float:
+    from fedtune.lora.state import to_tensors
+
+    return max(float(t.norm()) for t in to_tensors(progress.state.adapter).values())
+
+
+def _check(scene: Scene, seed: int, label: str) -> None:
+    done = scene.case(seed)
+    record = done.records[-1]
+    where = f"{label}, case {seed}: {record.rejected} {record.notes}"
+    used = {c.client for c in record.clients}
+    assert record.status == "ok", where
+    assert used >= set(HONEST), where
+    assert (BAD in used) != (BAD in {r.client for r in record.rejected}), where
+    assert not unsound(done.state), where
+    # a mean of four, of which one is allowed GROWTH more; products of two such factors
+    assert _largest(done) <= 10 * GROWTH**2, where
+    assert len(json.dumps(record.as_json(), allow_nan=False).encode()) < 20_000, where
+    if seed % 20 == 0:
+        after = scene.go_on(done)
+        assert (after.status, {c.client for c in after.clients} >= set(HONEST)) == ("ok", True), (where, after)
+        kept = Progress(done.state, done.records, 0)
+        checkpoint.save(scene.fed.folder, kept, "run", 1)
+
+
+def _cases(total: int, offset: int) -> Iterator[tuple[tuple[str, str], list[int]]]:
+    """Deal cases out to the combinations."""
+    every = combinations()
+    share = -(-total // len(every))
+    for number, combination in enumerate(every):
+        first = offset + number * share
+        yield combination, list(range(first, first + share))
+
+
+def _all(total: int, offset: int, folder: Path) -> int:
+    count = 0
+    for (method, around), seeds in _cases(total, offset):
+        scene = Scene(method, around, folder / method / around)
+        for seed in seeds:
+            _check(scene, seed, f"{method} with {around}")
+            count += 1
+    assert Evil.unpickled == 0
+    return count
+
+
+def test_every_method_is_there_with_most_of_what_goes_around_it() -> None:
+    every = combinations()
+    assert {m for m, _ in every} == set(METHODS)
+    assert {a for _, a in every} == set(AROUND)
+
+
+def test_no_reply_ends_a_run(tmp_path: Path) -> None:
+    assert _all(500, 0, tmp_path) >= 500
+
+
+@pytest.mark.slow
+def test_none_of_five_thousand_replies_ends_a_run(tmp_path: Path) -> None:
+    assert _all(5000, 10_000, tmp_path) >= 5000
