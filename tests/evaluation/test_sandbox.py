@@ -5,12 +5,14 @@ import shutil
 import socket
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from fedtune.evaluation import confine, sandbox
-from fedtune.evaluation.sandbox import CPP, JAVASCRIPT, PYTHON, Outcome, execute
+from fedtune.evaluation.sandbox import CPP, JAVASCRIPT, PYTHON, Limits, Outcome, execute
 
 needs_sandbox = pytest.mark.skipif(
     sandbox.engine() is None, reason=f"NO SANDBOX ON THIS MACHINE, ITS PROPERTIES ARE NOT TESTED: {sandbox.MISSING}"
@@ -54,6 +56,32 @@ def test_errors_are_told_from_wrong_answers_and_from_programs_that_do_not_compil
 
 def test_an_endless_loop_is_a_timeout() -> None:
     assert execute("while True: pass", PYTHON).kind == "timeout"
+
+
+QUICK = replace(PYTHON, limits=Limits(0.5))
+
+
+def test_a_limit_is_of_processor_time_so_that_a_busy_machine_fails_no_program() -> None:
+    """A program that has to wait for the processor looks, to the clock, like one that sleeps."""
+    assert execute("import time\ntime.sleep(0.8)\nassert True", QUICK).kind == "passed"
+    assert execute("import time\ntime.sleep(600)", QUICK).kind == "timeout"
+    assert execute("while True: pass", QUICK).kind == "timeout"
+    stubborn = "import signal\nsignal.signal(signal.SIGXCPU, signal.SIG_IGN)\nwhile True: pass"
+    assert execute(stubborn, QUICK).kind in ("killed", "timeout")
+
+
+def test_as_many_programs_run_at_a_time_as_the_process_has_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[int] = []
+
+    def pool(max_workers: int) -> ThreadPoolExecutor:
+        asked.append(max_workers)
+        return ThreadPoolExecutor(max_workers)
+
+    monkeypatch.setattr(sandbox, "ThreadPoolExecutor", pool)
+    monkeypatch.setattr(sandbox, "cores", lambda: 3)
+    monkeypatch.setattr(os, "cpu_count", lambda: 64)
+    assert [o.kind for o in sandbox.execute_all([("assert f", "")], PYTHON)] == ["error"]
+    assert asked == [3]
 
 
 def test_a_fork_bomb_ends_at_the_limit_and_leaves_nothing() -> None:
@@ -223,5 +251,5 @@ def test_a_container_is_entered_with_nothing_it_does_not_need(tmp_path: Path, mo
         assert flag in text
     assert f"-v {tmp_path}/work:/job:ro" in text
     after = words[words.index(confine.IMAGE) + 1 :]
-    assert after[:4] == ["timeout", "-s", "KILL", "5"]
+    assert after[:4] == ["timeout", "-s", "KILL", "32"]
     assert after[-4:] == ["python3", "-B", "/job/runner.py", "{token}"]

@@ -10,6 +10,7 @@ import torch
 
 from fedtune.config import Settings
 from fedtune.config.schema import ModelSettings
+from fedtune.machine import cores
 from fedtune.models import measure
 from fedtune.models.adapter import AdaptedModel, attach
 from fedtune.models.load import load
@@ -96,6 +97,6 @@ def test_16_bits_only_where_they_are_clearly_faster(monkeypatch: pytest.MonkeyPa
 
 
 def test_measures_of_this_machine_are_of_a_sensible_size() -> None:
-    assert measure.cores() >= 1
+    assert cores() >= 1
     assert 2**26 < measure.free_memory(torch.device("cpu")) < 2**50
     assert 0 < measure.gemm_rate(64, 64, 64, torch.float32, torch.device("cpu"), 0.01) < float("inf")

@@ -6,6 +6,7 @@ its own. The kernel's limits are lowered before anything else runs.
 
 from __future__ import annotations
 
+import math
 import os
 import secrets
 import shutil
@@ -20,6 +21,7 @@ from pathlib import Path
 from fedtune.types import FedtuneError
 
 MEBIBYTE = 1024**2
+PATIENCE = 10
 FIRST_USER, USERS = 200_000, 1_000_000
 TMP_BYTES = 64 * MEBIBYTE
 IMAGE = os.environ.get("FEDTUNE_SANDBOX_IMAGE", "docker.io/library/python:3.11")
@@ -38,7 +40,8 @@ class Limits:
     """What one command may use.
 
     Attributes:
-        seconds: wall clock; the processor gets one second more.
+        seconds: processor time of each process. The clock gives `PATIENCE` times as much, so that what else runs on
+            the machine does not decide which programs pass; only what waits for nothing is stopped by it.
         memory: bytes a process may map (for node: allocate).
         processes: processes and threads of the whole sandbox.
         output: bytes of standard output and error each, and of any file.
@@ -48,6 +51,11 @@ class Limits:
     memory: int = 2048 * MEBIBYTE
     processes: int = 64
     output: int = 4 * MEBIBYTE
+
+    @property
+    def clock(self) -> float:
+        """Seconds of the clock after which a command is stopped whatever it does."""
+        return PATIENCE * self.seconds
 
 
 def _readable() -> list[str]:
@@ -97,7 +105,7 @@ def _container(name: str, folder: Path, scratch: Path, limits: Limits) -> list[s
     words += ["--memory", str(limits.memory), "--memory-swap", str(limits.memory)]
     words += ["--workdir", "/tmp", "--env", "HOME=/tmp", "--env", "PYTHONHASHSEED=0"]  # noqa: S108
     words += ["-v", f"{scratch}:/tmp", "-v", f"{folder}:/job:ro", IMAGE]
-    return [*words, "timeout", "-s", "KILL", str(int(limits.seconds) + 2)]
+    return [*words, "timeout", "-s", "KILL", str(int(limits.clock) + 2)]
 
 
 def _works(words: Sequence[str]) -> bool:
@@ -133,10 +141,11 @@ def has_tool(tool: str) -> bool:
 def _limited(limits: Limits, map_limit: bool) -> list[str]:
     """Return the command that lowers the kernel's limits before anything else runs."""
     memory = f"--{'as' if map_limit else 'data'}={limits.memory}"
-    seconds = int(limits.seconds) + 1
+    seconds = math.ceil(limits.seconds)
     return [
         "prlimit",
-        f"--cpu={seconds}",
+        # the first limit can be told from other deaths, the second one cannot be caught
+        f"--cpu={seconds}:{seconds + 1}",
         memory,
         f"--fsize={limits.output}",
         "--core=0",

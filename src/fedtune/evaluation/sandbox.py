@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Literal
 
 from fedtune.evaluation.confine import MEBIBYTE, MISSING, Limits, SandboxError, command, engine, has_tool
+from fedtune.machine import cores
 
 __all__ = [
     "CPP",
@@ -137,7 +138,7 @@ def _call(command: Sequence[str], limits: Limits, logs: Path) -> _Ended:
             command, stdin=subprocess.DEVNULL, stdout=out_handle, stderr=err_handle, start_new_session=True
         )
         try:
-            code: int | None = process.wait(limits.seconds)
+            code: int | None = process.wait(limits.clock)
         except subprocess.TimeoutExpired:
             code = None
             # bwrap's child is the first process of its own namespace: when it dies, all of it dies
@@ -154,7 +155,7 @@ _SYNTAX = re.compile(r"^(SyntaxError|IndentationError|TabError)\b", re.M)
 def _judge(ended: _Ended, token: str) -> Outcome:
     """Turn an ended command into an outcome; passing needs the exit code and the secret."""
     detail = ended.err[-2000:]
-    if ended.code is None:
+    if ended.code in (None, 128 + signal.SIGXCPU):
         return Outcome("timeout", detail)
     if ended.code == 0:
         return Outcome("passed") if ended.out.endswith(token) else Outcome("wrong", "ended before its last assertion")
@@ -162,7 +163,7 @@ def _judge(ended: _Ended, token: str) -> Outcome:
         return Outcome("out-of-memory", detail)
     if _WRONG.search(detail):
         return Outcome("wrong", detail)
-    if ended.code in (128 + signal.SIGXCPU, 128 + signal.SIGKILL, 128 + signal.SIGXFSZ):
+    if ended.code in (128 + signal.SIGKILL, 128 + signal.SIGXFSZ):
         return Outcome("killed", detail)
     return Outcome("error", detail, compiled=_SYNTAX.search(detail) is None)
 
@@ -175,7 +176,8 @@ def _compile(language: Language, folder: Path, scratch: Path, logs: Path) -> Out
     ended = _call(command(language.compile, limits, True, folder, scratch, keep=True), limits, logs)
     if ended.code == 0:
         return None
-    return Outcome("timeout" if ended.code is None else "error", ended.err[-2000:], compiled=False)
+    slow = ended.code in (None, 128 + signal.SIGXCPU)
+    return Outcome("timeout" if slow else "error", ended.err[-2000:], compiled=False)
 
 
 def execute(program: str, language: Language, finish: str = "") -> Outcome:
@@ -213,7 +215,7 @@ def execute(program: str, language: Language, finish: str = "") -> Outcome:
 def execute_all(
     programs: Sequence[tuple[str, str]], language: Language, on_done: Callable[[int], None] | None = None
 ) -> Iterator[Outcome]:
-    """Run many programs, as many at a time as there are cores, and yield their outcomes in order.
+    """Run many programs, as many at a time as this process has cores, and yield their outcomes in order.
 
     Args:
         programs: (program with tests, finish) each.
@@ -221,7 +223,7 @@ def execute_all(
         on_done: called with the number done so far.
     """
     require(language)
-    with ThreadPoolExecutor(max_workers=os.cpu_count() or 1) as pool:
+    with ThreadPoolExecutor(max_workers=cores()) as pool:
         running = [pool.submit(execute, program, language, finish) for program, finish in programs]
         try:
             for number, future in enumerate(running, 1):

@@ -21,8 +21,8 @@ from fedtune.federation.private import PrivateStore
 from fedtune.federation.simulation import FlowerWorkers
 from fedtune.io import digest
 from fedtune.lora.state import AdapterState
+from fedtune.machine import cores
 from fedtune.models import adapter, load
-from fedtune.models.measure import cores
 from fedtune.training.plan import Plan, executor
 from fedtune.training.workload import EncodedShards
 from fedtune.types import ConfigError, Problem

@@ -10,9 +10,10 @@ from typing import Any
 import torch
 
 from fedtune.config import Config
+from fedtune.machine import cores
 from fedtune.models.adapter import AdaptedModel
 from fedtune.models.budget import activation_bytes
-from fedtune.models.measure import cores, free_memory, gemm_rate
+from fedtune.models.measure import free_memory, gemm_rate
 from fedtune.models.packing import CALL
 from fedtune.training.cohort import Cohort
 from fedtune.training.executor import Executor, Limits, Sequential
