@@ -312,3 +312,28 @@ def test_two_files_of_one_evaluation_set_are_refused(tmp_path: Path) -> None:
     (tmp_path / "eval/fpb_test.jsonl").write_text('{"sentence": "s", "label": 1}')
     with pytest.raises(DataError, match=r"finance/fpb_test\.csv and .*eval/fpb_test\.jsonl are two files of one set"):
         items.load(TASKS["fpb"], made, 0)
+
+
+def test_a_set_is_read_once_for_all_models_modes_and_limits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = Config.model_validate({"domain": "finance", "data": {"source": "folder", "path": str(tmp_path)}})
+    path = tmp_path / "eval/finance/fpb_test.jsonl"
+    path.parent.mkdir(parents=True)
+    path.write_text("".join(f'{{"sentence": "s{i}", "label": {i % 3}}}\n' for i in range(9)))
+    read: list[Path] = []
+    monkeypatch.setattr(items.files, "read_rows", lambda p, plain=files.read_rows: read.append(p) or plain(p))
+    first = [items.load(TASKS["fpb"], made, limit) for limit in (0, 4, 0, 4, 9)]
+    assert read == [path]
+    items._whole.cache_clear()
+    items._chosen.cache_clear()
+    assert [items.load(TASKS["fpb"], made, limit) for limit in (0, 4, 0, 4, 9)] == first
+    assert [len(f.items) for f in first] == [9, 4, 9, 4, 9]
+    path.write_text(path.read_text() + '{"sentence": "new", "label": 0}\n')
+    assert len(items.load(TASKS["fpb"], made, 0).items) == 10
+    path.write_text("")
+    with pytest.raises(DataError, match=r"fpb: no items in .*fpb_test\.jsonl"):
+        items.load(TASKS["fpb"], made, 0)
+    assert (
+        items._whole.cache_info().maxsize
+        == items.SETS_KEPT
+        >= max(len(d.tasks) + len(d.packaged_tasks) for d in DOMAINS.values())
+    )

@@ -133,7 +133,7 @@ def _read_parquet(path: Path) -> list[Row]:
         with pyarrow.parquet.ParquetFile(path) as file:
             columns = dict(_parquet_columns(file, path.name))
             return [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
-    except (pyarrow.ArrowException, OSError) as err:
+    except (pyarrow.ArrowException, OSError, ValueError, MemoryError) as err:
         raise CorruptFileError(f"{path}: not a Parquet file: {err}") from err
 
 
@@ -147,7 +147,7 @@ def _parquet_columns(file: Any, where: str) -> Iterator[tuple[str, list[Any]]]:
             continue
         try:
             column = file.read(columns=[name]).column(name)
-        except (pyarrow.ArrowException, OSError) as err:
+        except (pyarrow.ArrowException, OSError, ValueError, MemoryError) as err:
             yield name, [Unreadable(f"of {where} cannot be read: {err}")] * count
             continue
         try:

@@ -6,6 +6,7 @@ import logging
 import random
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import lru_cache
 from pathlib import Path
 
 from fedtune.config import Config
@@ -16,6 +17,8 @@ from fedtune.io import digest, expanded
 from fedtune.types import CorruptFileError, DataError, derive_seed
 
 log = logging.getLogger("fedtune")
+
+SETS_KEPT = 8  # in memory; no domain has more
 
 
 @dataclass(frozen=True)
@@ -28,7 +31,16 @@ class TaskItems:
     sha256: str
 
 
-def _folder_rows(task: Task, folder: Path, domain: str) -> list[Row]:
+@dataclass(frozen=True)
+class _Source:
+    """Where a set is read from; two equal ones give the same rows, as far as this process can tell."""
+
+    kind: str
+    path: Path | None = None
+    changed: tuple[int, int, int] = (0, 0, 0)
+
+
+def _file(task: Task, folder: Path, domain: str) -> Path:
     places = (folder / "eval" / domain, folder / "eval", folder)
     found = [path for place in places for path in files.find(place, task.file)]
     files.distinct(found)
@@ -36,23 +48,39 @@ def _folder_rows(task: Task, folder: Path, domain: str) -> list[Row]:
         wanted = f"no {task.file}.jsonl(.gz), .json, .csv or .parquet for {task.name}"
         there = next((place for place in places if place.is_dir()), folder)
         raise DataError(f"{places[0]}: {wanted}; {files.listed(there)}")
-    return list(files.read_rows(found[0]))
+    return found[0]
 
 
-def _rows(task: Task, config: Config) -> Sequence[Row]:
+def _source(task: Task, config: Config) -> _Source:
+    if task.packaged:
+        return _Source("packaged")
+    if config.data.source != "folder":
+        return _Source("hub")
+    path = _file(task, expanded(config.data.path), config.domain).absolute()
+    try:
+        state = path.stat()
+    except OSError as err:
+        raise CorruptFileError(f"{path}: {err.strerror or err}") from err
+    return _Source("folder", path, (state.st_ino, state.st_size, state.st_mtime_ns))
+
+
+def _rows(task: Task, source: _Source) -> Sequence[Row]:
     if task.packaged:
         return task.packaged()
-    if config.data.source == "folder":
-        return _folder_rows(task, expanded(config.data.path), config.domain)
-    rows: list[Row] = [row for source in task.hub for row in hub.load(source)]
+    if source.path:
+        return files.read_rows(source.path)
+    rows: list[Row] = [row for part in task.hub for row in hub.load(part)]
     return task.select(rows) if task.select else rows
 
 
-def _items(task: Task, rows: Sequence[Row]) -> list[Item]:
+@lru_cache(maxsize=SETS_KEPT)
+def _whole(task: Task, source: _Source) -> tuple[Item, ...]:
+    """Return all items of a set, read once for all models, modes and limits of a run."""
+    rows = _rows(task, source)
     items = [_item(task, number, row) for number, row in enumerate(rows)]
     if hidden := items.count(None):
         log.info("%s: %d of %d rows have no answer of their own and are left out", task.name, hidden, len(rows))
-    return [item for item in items if item]
+    return tuple(item for item in items if item)
 
 
 def _item(task: Task, number: int, row: Row) -> Item | None:
@@ -73,22 +101,27 @@ def _item(task: Task, number: int, row: Row) -> Item | None:
     )
 
 
-def load(task: Task, config: Config, limit: int) -> TaskItems:
-    """Return a task's items.
-
-    Args:
-        task: which.
-        config: its data source and seed are used.
-        limit: 0 for all; else a sample of this size, the same for every model, kept in file order.
-
-    Raises:
-        DataError, OfflineError, CorruptFileError: they cannot be had.
-    """
-    whole = _items(task, _rows(task, config))
+@lru_cache(maxsize=4 * SETS_KEPT)
+def _chosen(task: Task, source: _Source, limit: int) -> TaskItems:
+    whole = _whole(task, source)
     if not whole:
-        raise DataError(f"{task.name}: no items")
+        raise DataError(f"{task.name}: no items" + (f" in {source.path}" if source.path else ""))
     places = list(range(len(whole)))
     if limit and limit < len(whole):
         places = sorted(random.Random(derive_seed(42, "items", task.name)).sample(places, limit))
     items = tuple(whole[i] for i in places)
     return TaskItems(task, items, tuple(places), digest([asdict(i) for i in items]))
+
+
+def load(task: Task, config: Config, limit: int) -> TaskItems:
+    """Return a task's items; a set whose file has not changed is not read again.
+
+    Args:
+        task: which.
+        config: its data source is used.
+        limit: 0 for all; else a sample of this size, the same for every model, kept in file order.
+
+    Raises:
+        DataError, OfflineError, CorruptFileError: they cannot be had.
+    """
+    return _chosen(task, _source(task, config), limit)
