@@ -26,23 +26,6 @@ from tests.board.entries import score
 pytestmark = pytest.mark.xdist_group("submission")
 
 
-@pytest.fixture(scope="module")
-def runs(settings: Callable[..., Settings], tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
-    root = tmp_path_factory.mktemp("runs")
-    short = {
-        "federation": {"clients": 2, "rounds": 2},
-        "eval": {"base": True, "modes": ["likelihood", "official"], "official_limit": 6, "max_new_tokens": 24},
-    }
-    return [run(settings(seed=s, **short), root / f"s{s}")[0] for s in (1, 2)]
-
-
-@pytest.fixture(scope="module")
-def good(runs: list[Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out = tmp_path_factory.mktemp("packed") / "submission"
-    pack(runs, out, "a team", "a title", "https://example.org")
-    return out
-
-
 @pytest.fixture
 def copy(good: Path, tmp_path: Path) -> Path:
     shutil.copytree(good, tmp_path / "s")
