@@ -1,6 +1,6 @@
 """FlowerTune's sentiment evaluation step by step, on random models of many kinds; and what it gave in transformers 4.53.
 
-`reference_sentiment.json` was written by this module in an environment of its own:
+`reference_sentiment.json` was written by this module with an older transformers put before the installed one:
 
     python -m pip install --target OLD --no-deps transformers==4.53.0 tokenizers==0.21.4 huggingface_hub==0.36.2
     PYTHONPATH=OLD:. python -m tests.evaluation.reference_sentiment > tests/evaluation/reference_sentiment.json

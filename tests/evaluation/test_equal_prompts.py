@@ -17,7 +17,7 @@ from fedtune.domains.base import Item
 from fedtune.evaluation import official
 from fedtune.evaluation.items import TaskItems
 from fedtune.evaluation.metrics import as_counted
-from fedtune.evaluation.run import evaluate
+from fedtune.evaluation.run import _official_sample, evaluate
 from fedtune.experiment.average import mean_score
 from fedtune.io import read_lines, write_lines
 from fedtune.models.load import LoadedModel
@@ -92,3 +92,15 @@ def test_an_item_that_raised_neither_gives_nor_takes_an_output() -> None:
     for first, last in ((good, bad), (bad, good)):
         rows = [{"i": 0, **first, "same_prompt_as": 1}, {"i": 1, **last}]
         assert as_counted(rows) == rows
+
+
+@pytest.mark.parametrize(("kind", "answers"), [("choice", ("A", "B", "C", "D")), ("boolean", ("yes", "no", "maybe"))])
+@pytest.mark.parametrize("gold", [0, 1, 2])
+@pytest.mark.parametrize("output", ["A", " a.", "Based on", "yes", "yesno", "maybe", "maybe.", "", "\n## no", "é"])
+def test_a_sample_counts_as_if_the_last_output_were_its_own(
+    kind: str, answers: tuple[str, ...], gold: int, output: str
+) -> None:
+    item = Item("same", "q", answers, gold)
+    first, last = _official_sample(item, "C", kind), _official_sample(replace(item, gold=0), output, kind)
+    counted = as_counted([{"i": 0, **first, "same_prompt_as": 1}, {"i": 1, **last}])
+    assert counted == [{"i": 0, **_official_sample(item, output, kind), "same_prompt_as": 1}, {"i": 1, **last}]
