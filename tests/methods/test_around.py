@@ -291,6 +291,73 @@ def test_a_gauge_attack_hits_the_mean_of_factors_and_nothing_in_product_space() 
         assert _attacked("gauge", method={"name": method}) < 0.2, method
 
 
+def test_a_round_at_rate_zero_leaves_the_controls_as_they_are() -> None:
+    made = recipe(drift={"scaffold": True}, train={"optimizer": "sgd"}, federation={"clients": 2})
+    first = made.fit(Quadratic(0, {}), made.view(made.initial(START), 0))  # type: ignore[arg-type]
+    state = made.server_step([ClientUpdate(0, first.payload, 1.0)], made.initial(START), 1)
+    local = Quadratic(0, first.kept)
+    local.round, local.rate = 2, 0.0
+    last = made.fit(local, made.view(state, 0))  # type: ignore[arg-type]
+    assert not any(t.any() for t in drift.split(last.payload)[1].values())
+    before, after = drift.split(first.kept)[1], drift.split(last.kept)[1]
+    assert all(torch.equal(before[n], after[n]) for n in to_tensors(START))
+
+
+def test_scaffolds_controls_are_the_mean_of_the_gradients_that_steps_are_made_of() -> None:
+    """Clipped ones, where the loss's gradient is clipped: x - y = K lr (clip(g) + c - c_i), and so c_i+ = clip(g)."""
+    from fedtune.config.schema import TrainSettings
+    from fedtune.training.executor import Extras
+    from fedtune.training.executor import optimizer as made_by
+
+    start, slope = {"p": torch.zeros(2)}, torch.tensor([30.0, 40.0])
+    rate, limit = 0.1, 1.0
+
+    class Clipped:
+        client, round, phase, steps, kept, layout = 0, 1, 1, 3, {}, START
+
+        def __init__(self) -> None:
+            self.rate = rate
+
+        def train(self, begun: Any, names: Any, term: Any = None, masks: Any = None, correction: Any = None) -> Any:
+            parameter = torch.nn.Parameter(begun["p"].clone())
+            stepper = made_by([([parameter], rate)], TrainSettings(optimizer="sgd"))
+            for _ in range(self.steps):
+                stepper.zero_grad(set_to_none=True)
+                (parameter @ slope).backward()  # type: ignore[no-untyped-call]
+                Extras(term, masks, correction).step({"p": parameter}, [parameter], limit, stepper)
+            return {"p": parameter.detach()}
+
+    server, own = {"p": torch.tensor([5.0, -2.0])}, {"p": torch.tensor([1.0, 3.0])}
+    work = drift.Corrected(Clipped(), 0.0, (server, own))  # type: ignore[arg-type]
+    work.train(start, ["p"])
+    assert torch.allclose(own["p"] + work.changes["p"], slope / slope.norm() * limit, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["boost", "sign-flip", "random"])
+def test_an_attacker_with_magnitudes_that_learned_nothing_sends_the_unchanged_model(kind: str) -> None:
+    """What it starts from is compared in the form in which it is sent: D and D * B, not m and B."""
+    from dataclasses import replace
+
+    made = recipe(method={"name": "flexlora"}, lora={"dora": True}, attack={"kind": kind, "clients": [0], "scale": 2.0})
+    begun = {p: replace(m, magnitude=torch.full((m.b.shape[0],), 3.0).double()) for p, m in START.items()}
+    state = made.initial(begun)
+    relative = {p: replace(m, magnitude=m.magnitude * 0.7) for p, m in state.adapter.items()}  # type: ignore[operator]
+    state = replace(state, adapter=relative)
+
+    class Idle:
+        client, round, phase, rate, steps, kept, layout = 0, 2, 1, 0.1, 1, {}, begun
+
+        def train(self, start: Any, names: Any, *_: Any) -> Any:
+            return dict(start)
+
+        def row_norms(self, at: Any) -> dict[str, Tensor]:
+            return {p: torch.linspace(1, 2, m.b.shape[0]).double() for p, m in START.items()}
+
+    bad = made.fit(Idle(), made.view(state, 0)).payload  # type: ignore[arg-type]
+    honest = recipe(method={"name": "flexlora"}, lora={"dora": True}).fit(Idle(), made.view(state, 0)).payload  # type: ignore[arg-type]
+    assert all(torch.allclose(bad[n], honest[n], atol=1e-12) for n in honest)
+
+
 def test_attackers_are_only_those_named() -> None:
     payload = {"x": torch.ones(3)}
     chosen = AttackSettings(kind="boost", clients=(1,), scale=3.0)

@@ -21,7 +21,7 @@ from fedtune.methods.fedkseed import FedKSeed
 from fedtune.methods.fedrot_lora import FedRotLoRA
 from fedtune.methods.fedsvd import FedSVD
 from fedtune.methods.flora import FLoRA
-from fedtune.methods.hetlora import HetLoRA, norm
+from fedtune.methods.hetlora import HetLoRA
 from fedtune.methods.lora_a2 import LoRAA2
 from fedtune.methods.rbla import RBLA
 from tests.methods.test_methods import IN, OUT, START, adapter, dense, make, mean, run, same
@@ -134,6 +134,20 @@ def test_hlora_splits_the_singular_values_evenly() -> None:
     assert torch.allclose(after.b.norm(dim=0), after.a.norm(dim=1))
 
 
+@pytest.mark.parametrize("name", ["flexlora", "hlora", "florist", "fedmomentum", "fedask"])
+def test_a_product_of_a_smaller_rank_has_zeros_and_no_nan_in_float32(name: str) -> None:
+    for part in (0, 1):  # nothing learned at all, and one component of two
+        clients = []
+        for seed in (1, 2):
+            own = {p: replace(m, a=m.a.float(), b=m.b.float()) for p, m in adapter(1).items()}
+            for module in own.values():
+                module.b[:, part:] = 0
+                module.b[:, :part] *= seed
+            clients.append(own)
+        got, want = run(make(name), clients, [1.0, 1.0]), mean(clients, [1.0, 1.0])
+        assert all(torch.allclose(got[p], want[p], atol=1e-4) for p in want)
+
+
 def test_florist_keeps_the_energy_it_was_asked_for() -> None:
     clients, weights = [adapter(1), adapter(2)], [1.0, 1.0]
     for tau in (0.3, 0.6, 0.9, 1.0):
@@ -168,12 +182,12 @@ def test_rbla_returns_a_row_with_one_owner_unchanged_and_has_no_nan() -> None:
 
 def test_hetlora_weighs_by_the_norm_of_the_product() -> None:
     one, two = adapter(1), adapter(2)
-    assert norm(one[NAME]) == pytest.approx(float(one[NAME].delta().norm()))
+    assert product.size(one[NAME]) == pytest.approx(float(one[NAME].delta().norm()))
     after = make("hetlora").aggregate([one, two], [1.0, 1.0], ServerState(START), 1).adapter[NAME]
-    w1, w2 = norm(one[NAME]), norm(two[NAME])
+    w1, w2 = product.size(one[NAME]), product.size(two[NAME])
     assert torch.allclose(after.a, (w1 * one[NAME].a + w2 * two[NAME].a) / (w1 + w2))
     doubled = {p: replace(m, a=m.a / 2, b=m.b * 2) for p, m in one.items()}
-    assert norm(doubled[NAME]) == pytest.approx(norm(one[NAME]))
+    assert product.size(doubled[NAME]) == pytest.approx(product.size(one[NAME]))
 
 
 def test_hetloras_penalty_has_a_gradient_and_only_on_the_tail() -> None:
@@ -497,3 +511,11 @@ def test_what_is_exact_is_exact_in_float32_too() -> None:
     for name in ("flora", "fedex_lora", "fedmomentum", "fedask"):
         got = run(make(name), clients, [1.0, 2.0, 3.0])
         assert all((got[p].double() - ideal[p]).norm() < 3e-6 * ideal[p].norm() for p in ideal), name
+
+
+def test_fed_sbs_probes_of_the_two_sides_are_drawn_apart() -> None:
+    """On a square layer one stream would give the same numbers to both."""
+    square = {"layer.q": LoraModule(torch.zeros(2, 6).double(), torch.zeros(6, 2).double(), 4.0)}
+    probe = cast(FedSB, make("fed_sb"))._probe(square, 1)["layer.q"]
+    assert not torch.isclose(probe.a, probe.b.T).any()
+    assert torch.equal(probe.b, cast(FedSB, make("fed_sb"))._probe(square, 1)["layer.q"].b)

@@ -6,6 +6,7 @@ vectors of L R come from two thin QR decompositions and the SVD of an n x n core
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -128,6 +129,12 @@ def balanced(module: LoraModule) -> LoraModule:
     new = replace(module, a=vh.new_zeros(module.a.shape), b=u.new_zeros(module.b.shape))
     new.b[:, :rank], new.a[:rank] = u[:, :rank] * root, vh[:rank] * root[:, None]
     return new
+
+
+def size(module: LoraModule) -> float:
+    """Return ||s B A|| as s sqrt(tr(B^T B A A^T)) in float64: the cheapest way, for a single delta."""
+    a, b = module.a.double(), module.b.double()
+    return module.scale * math.sqrt(max(0.0, float(((b.T @ b) * (a @ a.T)).sum())))
 
 
 def total(*products: Product) -> Product:

@@ -17,11 +17,12 @@ STEPS = (
     *("train.optimizer", "train.learning_rate_max", "train.learning_rate_min", "train.max_grad_norm"),
     *("train.weight_decay", *ADAM, "drift.proximal_mu", "lora.dropout"),
 )
+_UNSET = object()  # a method's own settings have no value elsewhere: they count where they are set
 UNUSED_BY_SERVER = {"fedavgm": ("beta2", "tau"), "fedadagrad": ("beta2",)}
 
 
 def without_effect(config: Config, kind: type[Method]) -> Iterable[Problem]:
-    """Yield a problem for each setting that was changed from what the protocol says, and changes nothing."""
+    """Yield a problem for each setting that is neither the protocol's nor the default, and changes nothing."""
     changed = _changed(config)
     for key, why in _reasons(config, kind):
         if key in changed:
@@ -29,11 +30,13 @@ def without_effect(config: Config, kind: type[Method]) -> Iterable[Problem]:
 
 
 def _changed(config: Config) -> dict[str, Any]:
-    """Return the settings that differ from the protocol's, by dotted key; a method's own count where set."""
-    known = config.protocol in protocol_names()
-    usual = standard(config.domain, read_protocol(config.protocol)) if known else Config(domain=config.domain)
-    want, have = flatten(usual.plain()), flatten(config.plain())
-    return {key: value for key, value in have.items() if key not in want or want[key] != value}
+    """Return the settings, by dotted key, that differ from the protocol's and from the defaults."""
+    usual = [Config(domain=config.domain)]
+    if config.protocol in protocol_names():
+        usual.append(standard(config.domain, read_protocol(config.protocol)))
+    known = [flatten(each.plain()) for each in usual]
+    here = flatten(config.plain())
+    return {key: value for key, value in here.items() if all(k.get(key, _UNSET) != value for k in known)}
 
 
 def _reasons(config: Config, kind: type[Method]) -> Found:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 from fedtune.methods.base import ClientUpdate, Method, ServerState, Sizes
 from fedtune.methods.local import Fitted, Local, Tensors
+from fedtune.types import derive_seed
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -72,8 +73,8 @@ class FedSB(Method):
         from fedtune.lora.state import fresh
 
         turned = {p: replace(m, a=m.b.T, b=m.a.T) for p, m in layout.items()}
-        left = {p: m.a.T for p, m in fresh(turned, self.seed, -number).items()}
-        return {p: replace(m, b=left[p]) for p, m in fresh(layout, self.seed, -number).items()}
+        left = fresh(turned, derive_seed(self.seed, "left probes"), -number)  # a stream of their own
+        return {p: replace(m, b=left[p].a.T) for p, m in fresh(layout, self.seed, -number).items()}
 
     def _sketches(self, local: Local) -> dict[str, Tensor]:
         """Return G A^T and B^T G for each probe, of the round's first step."""

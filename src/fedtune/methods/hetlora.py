@@ -26,12 +26,6 @@ if TYPE_CHECKING:
 _A, _B, _RANKS = ".lora_A.weight", ".lora_B.weight", "hetlora/ranks"
 
 
-def norm(module: LoraModule) -> float:
-    """Return ||s B A||_F as s sqrt(tr(B^T B A A^T)), without the dense product."""
-    a, b = module.a.double(), module.b.double()
-    return module.scale * math.sqrt(max(0.0, float(((b.T @ b) * (a @ a.T)).sum())))
-
-
 class HetLoRA(RBLA):
     """Zero-padding with norm weights and self-pruning."""
 
@@ -140,6 +134,8 @@ class HetLoRA(RBLA):
         """Return the same weight for every rank: missing ranks count as zeros."""
         import torch
 
-        known = [w * norm(m) for w, m in zip(weights, clients, strict=True)]
+        from fedtune.lora.product import size
+
+        known = [w * size(m) for w, m in zip(weights, clients, strict=True)]
         used = known if sum(known) > 0 else list(weights)
         return torch.tensor(used, dtype=torch.float64)[:, None].expand(-1, rank)

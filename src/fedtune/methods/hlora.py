@@ -25,9 +25,11 @@ class HLoRA(FlexLoRA):
 
     def factors_of(self, module: LoraModule, best: Product) -> LoraModule:
         """Return the best product as factors of equal norms."""
+        import torch
+
         values = best.left.norm(dim=0)
         root = (values / module.scale).sqrt()
-        direction = best.left / values.clamp(min=1e-300)
+        direction = best.left / values.clamp(min=torch.finfo(values.dtype).tiny)  # zero columns stay zero
         return replace(
             module, b=(direction * root).to(module.b.dtype), a=(best.right * root[:, None]).to(module.a.dtype)
         )

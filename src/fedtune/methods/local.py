@@ -61,8 +61,8 @@ class Local(Protocol):
             start: all tensors of the model.
             names: those to train.
             term: added to each step's loss.
-            masks: by name, multiplied into gradients (1 trains, 0 freezes).
-            correction: by name, added to gradients before the step (SCAFFOLD's c - c_i).
+            masks: by name, multiplied into gradients (1 trains, 0 freezes: what is frozen stays bit for bit).
+            correction: by name, added to the clipped gradients before the step (SCAFFOLD's c - c_i).
         """
         ...
 

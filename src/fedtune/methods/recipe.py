@@ -15,7 +15,7 @@ from fedtune.methods import sound
 from fedtune.methods.around import attack, drift, optimizer, robust
 from fedtune.methods.base import ClientUpdate, Method, ServerState
 from fedtune.methods.local import Fitted, Local, Tensors
-from fedtune.types import RunFailedError, derive_seed
+from fedtune.types import RunFailedError, UpdateError, derive_seed
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -97,8 +97,15 @@ class Recipe:
         if corrected.changes:
             payload |= drift.named(corrected.changes)
             kept |= drift.named(drift.keeping(own, corrected.changes, local.round))
+        return Fitted(self._tampered(local, payload, start), kept)
+
+    def _tampered(self, local: Local, payload: dict[str, Tensor], start: Tensors) -> dict[str, Tensor]:
+        """Return what a client sends; an attacker compares it with its start in the form that is sent."""
+        if local.client not in self.config.attack.clients:
+            return payload
         seed = derive_seed(self.config.seed, "attack", local.client, local.round)
-        return Fitted(attack.tampered(payload, start, self.config.attack, local.client, seed), kept)
+        was = self._mapped(local, dict(start), start)
+        return attack.tampered(payload, was, self.config.attack, local.client, seed)
 
     def _started(self, local: Local, sent: Tensors) -> dict[str, Tensor]:
         from fedtune.lora import dora
@@ -141,8 +148,7 @@ class Recipe:
 
     def middle(self, updates: Sequence[ClientUpdate], state: ServerState, round_: int) -> ServerState:
         """Return the state for the next exchange of the same round."""
-        if not self.streams:
-            sound.check(updates, relative=self.exact_dora)
+        self._check(updates, replace(state, round=round_ - 1))
         return self.method.middle(updates, state, round_)
 
     def server_step(self, updates: Sequence[ClientUpdate], state: ServerState, round_: int) -> ServerState:
@@ -152,8 +158,7 @@ class Recipe:
             UpdateError: a client's numbers cannot be aggregated; without it the others' can.
             RunFailedError: fewer updates than a robust rule needs.
         """
-        if not self.streams:  # a sum was looked at term by term as it came
-            sound.check(updates, relative=self.exact_dora)
+        self._check(updates, replace(state, round=round_ - 1))
         changes = {u.client: drift.split(u.tensors)[1] for u in updates}
         updates = [replace(u, tensors=drift.split(u.tensors)[0]) for u in updates]
         updates = self._reweighed(updates, state, round_)
@@ -161,6 +166,20 @@ class Recipe:
         after = self.method.server_step(updates, replace(state, extra=self._own(state)), round_)
         after = self._optimised(state, after, round_)
         return self._finished(state, after, relative, changes, round_)
+
+    def _check(self, updates: Sequence[ClientUpdate], state: ServerState) -> None:
+        """Look at every update before anything is made of them; a sum was looked at term by term as it came.
+
+        Raises:
+            UpdateError: the first client whose numbers cannot be taken.
+        """
+        for update in () if self.streams else updates:
+            own = drift.split(update.tensors)[0]
+            flaw = sound.unsound(update.tensors, relative=self.exact_dora)
+            if not flaw and self.method.comparable and self.method.pairs:
+                flaw = sound.too_strong(self.method.completed(replace(update, tensors=own), state))
+            if flaw:
+                raise UpdateError(update.client, flaw)
 
     def _own(self, state: ServerState) -> dict[str, Tensor]:
         """Return the method's own extra state, without what belongs to what is around it."""

@@ -1,22 +1,20 @@
 """Which numbers of an update a server half takes: finite ones, none absurdly large, and relative magnitudes above 0.
 
 Products of such numbers stay far inside float32's range, so no aggregation overflows, divides by zero or hands NaN to
-LAPACK because of what one client sent. A trained adapter's numbers are below 100.
+LAPACK because of what one client sent. A trained adapter's numbers are below 100. A layer's product is bounded too: an
+SVD makes factors of its size, which the clients of the next round must be able to send.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from fedtune.types import UpdateError
-
 if TYPE_CHECKING:
-    from fedtune.methods.base import ClientUpdate
+    from fedtune.lora.state import AdapterState
     from fedtune.methods.local import Tensors
 
-LARGEST = 1e6
+LARGEST, STRONGEST = 1e9, 1e6
 _MAGNITUDE = ".lora_magnitude_vector"
 
 
@@ -42,12 +40,16 @@ def unsound(tensors: Tensors, *, relative: bool = False) -> str:
     return ""
 
 
-def check(updates: Sequence[ClientUpdate], *, relative: bool) -> None:
-    """Look at every update before anything is made of them.
+def too_strong(adapter: AdapterState) -> str:
+    """Say which layer's product is larger than a server half takes, or return an empty string."""
+    from fedtune.lora.product import size
 
-    Raises:
-        UpdateError: the first client whose numbers cannot be taken.
-    """
-    for update in updates:
-        if flaw := unsound(update.tensors, relative=relative):
-            raise UpdateError(update.client, flaw)
+    sizes = {path: size(module) for path, module in adapter.items()}
+    return next(
+        (
+            f"{p}: the product has norm {s:.3g}; at most {STRONGEST:g} is taken"
+            for p, s in sizes.items()
+            if s > STRONGEST
+        ),
+        "",
+    )

@@ -11,12 +11,6 @@ import numpy as np
 
 RESAMPLES = 10_000
 LEVEL = 0.95
-# two-sided 95 % quantiles of Student's t by degrees of freedom; above, the normal one is near enough
-STUDENT = (
-    *(12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228),
-    *(2.201, 2.179, 2.160, 2.145, 2.131, 2.120, 2.110, 2.101, 2.093, 2.086),
-    *(2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045, 2.042),
-)
 
 
 @dataclass(frozen=True)
@@ -59,11 +53,38 @@ def mean_interval(values: Sequence[float], seed: int = 0) -> Interval | None:
     return _percentiles(np.asarray(means))
 
 
+def student_quantile(degrees: int, level: float = LEVEL) -> float:
+    """Return the t that Student's |T| stays below with probability `level`.
+
+    With t = sqrt(degrees) tan(angle) the probability is a finite sum of powers of the angle's sine and cosine
+    (Abramowitz and Stegun, 26.7.3 and 26.7.4) and grows with the angle, which is found by bisection.
+
+    Args:
+        degrees: of freedom, 1 or more.
+        level: between 0 and 1.
+    """
+
+    def within(angle: float) -> float:
+        sine, square = math.sin(angle), math.cos(angle) ** 2
+        odd = degrees % 2
+        term = total = sine * math.cos(angle) if odd else sine
+        for k in range(2 + odd, degrees, 2):
+            term *= square * (k - 1) / k
+            total += term
+        return 2 / math.pi * (angle + (total if degrees > 1 else 0.0)) if odd else total
+
+    low, high = 0.0, math.pi / 2
+    for _ in range(60):
+        middle = (low + high) / 2
+        low, high = (middle, high) if within(middle) < level else (low, middle)
+    return math.sqrt(degrees) * math.tan((low + high) / 2)
+
+
 def student(values: Sequence[float]) -> dict[str, float | None]:
     """Return mean and half width of Student's 95 % interval over runs; None for one run, of which nothing is known."""
     if len(values) < 2:
         return {"mean": statistics.fmean(values), "half": None}
-    quantile = STUDENT[len(values) - 2] if len(values) - 2 < len(STUDENT) else 1.96
+    quantile = student_quantile(len(values) - 1)
     return {"mean": statistics.fmean(values), "half": quantile * statistics.stdev(values) / math.sqrt(len(values))}
 
 

@@ -92,9 +92,7 @@ class Cohort:
             for number in range(max(len(w.steps) for w in works)):
                 stack.gradients.zero_()
                 for k, loss in self._passes(stack, works, number).items():
-                    works[k].extras.apply(slots[k])
-                    torch.nn.utils.clip_grad_norm_([stack.lines[k]], works[k].settings.max_grad_norm)
-                    made[k].step()
+                    works[k].extras.step(slots[k], [stack.lines[k]], works[k].settings.max_grad_norm, made[k])
                     works[k].on_step(works[k].steps[number], loss)
         self.stacked += len(works)
         return [stack.read(k, w.start) for k, w in enumerate(works)]

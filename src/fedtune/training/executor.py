@@ -28,16 +28,38 @@ class Extras:
     masks: Tensors | None = None
     correction: Tensors | None = None
 
-    def apply(self, chosen: Slots) -> None:
-        """Change the gradients that a step's loss has left."""
+    def step(self, chosen: Slots, owners: Sequence[Tensor], limit: float, made: Any) -> None:
+        """Make one optimiser step from the gradients that a step's loss has left.
+
+        The gradient of the loss is clipped before it is corrected: SCAFFOLD's control variates are means of the
+        gradients that steps are made of, and a clip of the sum would not leave them that. What a mask freezes stays bit
+        for bit, also under weight decay and momentum, which move an entry without a gradient.
+
+        Args:
+            chosen: the trained tensors by name.
+            owners: what the optimiser steps on, and whose gradients' joint norm is clipped.
+            limit: the largest norm.
+            made: the optimiser.
+        """
         extra = self.term(chosen) if self.term else None
         if extra is not None:
             extra.backward()  # type: ignore[no-untyped-call]
-        for table, change in ((self.correction, torch.Tensor.add_), (self.masks, torch.Tensor.mul_)):
-            for name, value in (table or {}).items():
-                grad = chosen[name].grad if name in chosen else None
-                if grad is not None:
-                    change(grad, value.to(grad.device, grad.dtype))
+        self._change(chosen, self.masks, torch.Tensor.mul_)
+        torch.nn.utils.clip_grad_norm_(owners, limit)
+        self._change(chosen, self.correction, torch.Tensor.add_)
+        frozen = {n: chosen[n].detach().clone() for n in self.masks or {} if n in chosen}
+        made.step()
+        with torch.no_grad():
+            for name, was in frozen.items():
+                kept = (self.masks or {})[name].to(was.device) == 0
+                chosen[name].copy_(torch.where(kept, was, chosen[name]))
+
+    @staticmethod
+    def _change(chosen: Slots, table: Tensors | None, how: Callable[[Tensor, Tensor], Tensor]) -> None:
+        for name, value in (table or {}).items():
+            grad = chosen[name].grad if name in chosen else None
+            if grad is not None:
+                how(grad, value.to(grad.device, grad.dtype))
 
 
 @dataclass(frozen=True)
@@ -179,9 +201,7 @@ class Sequential:
                 made.zero_grad(set_to_none=True)
                 tokens, key = self.limits.tokens, work.key(number)
                 loss = backpropagate(self._adapted, examples, tokens, exact=work.exact, key=key)
-                work.extras.apply(chosen)
-                torch.nn.utils.clip_grad_norm_(chosen.values(), work.settings.max_grad_norm)
-                made.step()
+                work.extras.step(chosen, list(chosen.values()), work.settings.max_grad_norm, made)
                 work.on_step(examples, loss)
         return self._adapted.read(work.start)
 

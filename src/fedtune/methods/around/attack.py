@@ -17,9 +17,16 @@ Attack = Callable[[dict[str, "Tensor"], Tensors, float, int], dict[str, "Tensor"
 _A, _B = ".lora_A.weight", ".lora_B.weight"
 
 
+def _origin(name: str, tensor: Tensor, start: Tensors) -> Tensor:
+    """Return what a tensor was at the start; zeros where it was not, or not all of its ranks are sent."""
+    known = start.get(name)
+    return known if known is not None and known.shape == tensor.shape else tensor.new_zeros(tensor.shape)
+
+
 def _moved(payload: dict[str, Tensor], start: Tensors, factor: float) -> dict[str, Tensor]:
-    """Return start + factor (sent - start); a tensor that has no start is scaled."""
-    return {n: start[n] + factor * (t - start[n]) if n in start else factor * t for n, t in payload.items()}
+    """Return start + factor (sent - start)."""
+    origins = {n: _origin(n, t, start) for n, t in payload.items()}
+    return {n: origins[n] + factor * (t - origins[n]) for n, t in payload.items()}
 
 
 def sign_flip(payload: dict[str, Tensor], start: Tensors, scale: float, seed: int) -> dict[str, Tensor]:
@@ -40,9 +47,8 @@ def random(payload: dict[str, Tensor], start: Tensors, scale: float, seed: int) 
     for name, tensor in payload.items():
         generator = torch.Generator().manual_seed(derive_seed(seed, "noise", name))
         noise = torch.randn(tensor.shape, generator=generator, dtype=tensor.dtype)
-        change = tensor - start[name] if name in start else tensor
-        size = scale * change.norm() / noise.norm().clamp(min=1e-30)
-        sent[name] = start.get(name, 0) + noise * size
+        origin = _origin(name, tensor, start)
+        sent[name] = origin + noise * (scale * (tensor - origin).norm() / noise.norm().clamp(min=1e-30))
     return sent
 
 

@@ -70,14 +70,21 @@ class Corrected:
         masks: Tensors | None = None,
         correction: Tensors | None = None,
     ) -> dict[str, Tensor]:
-        """Train with the corrections (option II of SCAFFOLD: c_i+ = c_i - c + (x - y_i) / (K lr))."""
+        """Train with the corrections (option II of SCAFFOLD: c_i+ = c_i - c + (x - y_i) / (K lr)).
+
+        That is the mean of the gradients the client's steps were made of, clipped and with weight decay. A round with
+        a rate of 0 makes no steps and tells nothing of gradients: the controls stay.
+        """
         if self._controls is None:
             return self._local.train(start, names, self._term(start, term), masks, correction)
         server, own = self._controls
         drift = {n: server[n] - own[n] if n in own else server[n] for n in names if n in server}
         trained = self._local.train(start, names, self._term(start, term), masks, drift)
-        scale = 1 / (self.steps * self.rate)
-        self.changes = {n: (start[n] - trained[n]) * scale - server[n] for n in drift}
+        taken = self.steps * self.rate
+        self.changes = {
+            n: (start[n] - trained[n]) / taken - server[n] if taken else start[n].new_zeros(start[n].shape)
+            for n in drift
+        }
         return trained
 
     def gradients(self, at: Tensors, names: Sequence[str]) -> dict[str, Tensor]:
