@@ -130,6 +130,15 @@ def test_a_tokenizer_of_bytes_marks_the_answer() -> None:
     assert encoded.labels == len("größer".encode()) + 1  # and its end of text
 
 
+def test_the_end_of_text_is_trained_once_whoever_adds_it(config: Any) -> None:
+    from transformers import ByT5Tokenizer
+
+    row = TrainRow("Say it.", "Now.", "positive")
+    (own,), (ours,) = (encode([row], t, config()).examples for t in (ByT5Tokenizer(), TOKENIZER))
+    assert (own.ids[-2:].count(1), ours.ids[-2:].count(TOKENIZER.eos_token_id)) == (1, 1)
+    assert own.labels == len(b" positive") + 1
+
+
 def test_a_prompt_with_special_tokens_of_its_own_gets_no_more() -> None:
     assert encode_pair(WithoutOffsets((2,), (1,)), "a", "b", special=False) == encode_pair(TOKENIZER, "a", "b")
 

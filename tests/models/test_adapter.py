@@ -99,7 +99,7 @@ def test_pickled_linked_and_foreign_adapters_are_refused(tiny_folder: Path, tmp_
     (folder / WEIGHTS).unlink()
     os.rename(tmp_path / "outside.safetensors", folder / WEIGHTS)
     (folder / CONFIG).write_text(json.dumps({**config, "peft_type": "IA3"}))
-    with pytest.raises(AdapterError, match="a IA3 adapter"):
+    with pytest.raises(AdapterError, match="peft_type = 'IA3'"):
         read_folder(folder)
     with pytest.raises(AdapterError, match="not a PEFT adapter folder"):
         read_folder(tmp_path)
@@ -117,6 +117,12 @@ def test_a_cut_adapter_file_is_named(tiny_folder: Path, tmp_path: Path) -> None:
 def test_a_wrong_target_names_the_nearest_layer(tiny_folder: Path) -> None:
     with pytest.raises(ModelError, match=r"has no 'q_prj'; did you mean \"q_proj\"\?"):
         _attach(tiny_folder, target_modules=("q_prj",))
+
+
+@pytest.mark.parametrize("target", ["embed_tokens", "norm"])
+def test_a_target_that_is_no_linear_layer_is_named(tiny_folder: Path, target: str) -> None:
+    with pytest.raises(ModelError, match=r"is of the kind Embedding|RMSNorm"):
+        _attach(tiny_folder, target_modules=(target, "q_proj"))
 
 
 def test_a_refused_state_leaves_the_adapter_as_it_was(tiny_folder: Path) -> None:

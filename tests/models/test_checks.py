@@ -133,6 +133,24 @@ def test_settings_that_are_not_json_are_named(folder: Path, name: str) -> None:
         load(ModelSettings(name=str(folder)))
 
 
+def test_an_infinity_in_the_settings_is_no_damage(folder: Path) -> None:
+    assert load(ModelSettings(name=str(_config(folder, time_step_limit=[0.0, float("inf")]))))
+
+
+@pytest.mark.parametrize("depth", [300, 100_000])
+def test_settings_nested_deep_are_searched_or_refused(folder: Path, depth: int) -> None:
+    (folder / "x_config.json").write_text("[" * depth + '{"auto_map": 1}' + "]" * depth)
+    with pytest.raises((ModelError, CorruptFileError), match=r"x_config\.json"):
+        load(ModelSettings(name=str(folder)))
+
+
+@pytest.mark.parametrize("index", ["[]", "{}", '{"weight_map": {"a": 3}}'])
+def test_an_index_that_is_none_is_named(folder: Path, index: str) -> None:
+    (folder / "model.safetensors").rename(folder / "model-00001-of-00002.safetensors")
+    (folder / "model.safetensors.index.json").write_text(index)
+    _refused(folder, "its weight_map is not an object of file names")
+
+
 def test_a_folder_without_tokenizer_says_so(folder: Path) -> None:
     for path in folder.glob("tokenizer*"):
         path.unlink()

@@ -64,20 +64,47 @@ def test_code_named_by_any_settings_is_never_run(
     assert not (tmp_path / "ran").exists()
 
 
-def test_a_hub_model_is_told_to_run_no_code_with_and_without_a_revision(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def hub(tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Lay the tiny model into a cache as the commit `main` is at, and go offline; return the commit."""
+    commit = "c" * 40
+    shutil.copytree(tiny_folder, tmp_path / "models--some--model/snapshots" / commit)
+    (tmp_path / "models--some--model/refs").mkdir()
+    (tmp_path / "models--some--model/refs/main").write_text(commit)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    return commit
+
+
+@pytest.mark.parametrize("revision", ["", "main", "c" * 40])
+def test_a_hub_model_is_recorded_by_its_commit_whatever_was_asked_for(hub: str, revision: str) -> None:
+    assert load(ModelSettings(name="some/model", revision=revision)).revision == hub
+
+
+def test_a_hub_model_is_told_to_run_no_code_with_and_without_a_revision(
+    hub: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     import transformers
 
     asked = []
 
-    def refuse(name: str, **options: Any) -> None:
-        asked.append(options["trust_remote_code"])
-        raise ValueError("stop here")
+    def watched(kind: Any) -> None:
+        real = kind.from_pretrained
 
-    monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", refuse)
-    for revision in ("", "0" * 40):
-        with pytest.raises(ModelError, match="stop here"):
-            load(ModelSettings(name="some/model", revision=revision))
-    assert asked == [False, False]
+        def call(name: str, **options: Any) -> Any:
+            asked.append((options["trust_remote_code"], options["revision"]))
+            return real(name, **options)
+
+        monkeypatch.setattr(kind, "from_pretrained", call)
+
+    for kind in (transformers.AutoConfig, transformers.AutoTokenizer, transformers.AutoModelForCausalLM):
+        watched(kind)
+    load(ModelSettings(name="some/model"))
+    assert {trust for trust, _ in asked} == {False}
+    # whatever follows is of the commit that was found first
+    assert asked[0] == (False, None)
+    assert {revision for _, revision in asked[1:]} == {hub}
 
 
 def test_every_call_that_could_fetch_code_forbids_it() -> None:

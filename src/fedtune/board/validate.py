@@ -18,8 +18,9 @@ from fedtune.config import Config, load, read_protocol
 from fedtune.config.load import read_toml
 from fedtune.domains import TASKS
 from fedtune.evaluation import again
-from fedtune.io import file_sha256, read_json
+from fedtune.io import file_sha256
 from fedtune.models import zoo
+from fedtune.models.adapter_config import read_config
 from fedtune.models.source import WEIGHTS, not_a_number
 from fedtune.results.entry import Entry
 from fedtune.types import FedtuneError, Problem
@@ -181,8 +182,7 @@ def _adapter(folder: Path, entry: Entry) -> Iterator[Problem]:
         return
     if spoilt := not_a_number(path / WEIGHTS):
         yield Problem(f"adapter/{WEIGHTS}", f"{spoilt} has NaN or infinity; no model can have been evaluated with it")
-    config = read_json(path / "adapter_config.json")
-    made_for = str(config.get("base_model_name_or_path", ""))
+    made_for = read_config(path).base
     if made_for != entry.base and Path(made_for).name != Path(entry.base).name:
         yield Problem("adapter/adapter_config.json", f"was made for {made_for!r}, the entry says {entry.base!r}")
 

@@ -136,7 +136,8 @@ def _encode_row(row: TrainRow, tokenizer: Any, config: Config) -> Encoded:
         marker = tokenizer("\n### Response:", add_special_tokens=False)["input_ids"][2:]
         found = _find_last(encoded.ids, marker)
         return Encoded(encoded.ids, found if found >= 0 else len(encoded.ids))
-    if train.train_eos and tokenizer.eos_token_id is not None:
+    # some tokenizers end every text themselves
+    if train.train_eos and tokenizer.eos_token_id is not None and encoded.ids[-1:] != (tokenizer.eos_token_id,):
         return Encoded((*encoded.ids, tokenizer.eos_token_id), encoded.start)
     return encoded
 

@@ -18,7 +18,7 @@ from fedtune.io import cache_dir, digest, write_bytes
 
 log = logging.getLogger("fedtune")
 
-VERSION = 1
+VERSION = 2
 
 
 def _key(rows: Sequence[TrainRow], tokenizer: Any, config: Config) -> str | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from pathlib import Path
+from reprlib import repr as short
 from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
@@ -85,15 +86,15 @@ KNOWN = {*AdapterConfig.model_fields, *CHECKED, *DESCRIBES, *REFUSED}
 
 def _not_applied(config: Mapping[str, Any]) -> list[str]:
     """Return what the settings ask for and would not get, each with its name."""
-    found = [f"{name} = {config[name]!r} is not applied" for name in sorted(REFUSED & set(config)) if config[name]]
+    found = [f"{name} = {short(config[name])} is not applied" for name in sorted(REFUSED & set(config)) if config[name]]
     if config.get("bias", "none") != "none":
-        found.append(f"bias = {config['bias']!r} is not applied")
+        found.append(f"bias = {short(config['bias'])} is not applied")
     if (init := config.get("init_lora_weights")) not in INITS:
-        found.append(f"init_lora_weights = {init!r}: the adapter belongs to base weights that its start has moved")
+        found.append(f"init_lora_weights = {short(init)}: the adapter belongs to base weights that its start has moved")
     if config.get("task_type") not in (None, "CAUSAL_LM"):
-        found.append(f"task_type = {config['task_type']!r} is no language model's")
+        found.append(f"task_type = {short(config['task_type'])} is no language model's")
     unknown = [name for name in sorted(set(config) - KNOWN) if config[name]]
-    return found + [f"{name} = {config[name]!r} is a field that is not known here" for name in unknown]
+    return found + [f"{name} = {short(config[name])} is a field that is not known here" for name in unknown]
 
 
 def read_config(folder: Path) -> AdapterConfig:
@@ -107,7 +108,7 @@ def read_config(folder: Path) -> AdapterConfig:
     if not isinstance(config, dict):
         raise AdapterError(f"{folder}: {CONFIG} is not a JSON object")
     if str(config.get("peft_type", "")).upper() != "LORA":
-        raise AdapterError(f"{folder}: a {config.get('peft_type')} adapter; only LoRA adapters are read")
+        raise AdapterError(f"{folder}: peft_type = {short(config.get('peft_type'))}; only LoRA adapters are read")
     if odd := _not_applied(config):
         raise AdapterError(f"{folder}: {CONFIG}: {'; '.join(odd)}; {MERGE}")
     try:

@@ -138,11 +138,10 @@ def _where(settings: ModelSettings) -> tuple[str, str | None]:
     return settings.name, settings.revision or (known.revision if known else "") or None
 
 
-def _read(what: str, source: str, settings: ModelSettings, device: str, common: dict[str, Any]) -> Any:
-    """Return a model whose every weight is from its checkpoint."""
-    from transformers import AutoConfig, AutoModelForCausalLM
+def _read(what: str, source: str, settings: ModelSettings, device: str, stored: int, common: dict[str, Any]) -> Any:
+    """Return a model whose every weight is from its checkpoint, which stores them in `stored` bits if not 0."""
+    from transformers import AutoModelForCausalLM
 
-    stored = quantised_bits(what, AutoConfig.from_pretrained(source, **common), settings.quantization)
     asked = {} if stored or not settings.quantization else {"quantization_config": _quantization(settings.quantization)}
     model, info = AutoModelForCausalLM.from_pretrained(
         source,
@@ -168,14 +167,18 @@ def load(settings: ModelSettings, device: str | None = None) -> LoadedModel:
         ModelError: it cannot be loaded as asked, is not whole, or its tokenizer is another model's.
         OfflineError: it is on the Hub, not cached, and the Hub cannot be reached.
     """
-    from transformers import AutoTokenizer
+    from transformers import AutoConfig, AutoTokenizer
 
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     source, revision = _where(settings)
     what = f"base model {settings.name}"
     common: dict[str, Any] = {"revision": revision, "trust_remote_code": False}
+    config = guarded(lambda: AutoConfig.from_pretrained(source, **common), what, ModelError)
+    stored = quantised_bits(what, config, settings.quantization)
+    # all files of one commit, even if a new one is pushed meanwhile
+    common["revision"] = commit = _commit(source, revision)
     tokenizer = guarded(lambda: AutoTokenizer.from_pretrained(source, **common), what, ModelError)
-    model = guarded(lambda: _read(what, source, settings, device, common), what, ModelError)
+    model = guarded(lambda: _read(what, source, settings, device, stored, common), what, ModelError)
     if not settings.quantization:
         model.to(device)
     disarm_cpu_4bit(model)
@@ -186,13 +189,21 @@ def load(settings: ModelSettings, device: str | None = None) -> LoadedModel:
     lean.slim(model)
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
-    return LoadedModel(model, tokenizer, settings.name, _revision(settings, source, model))
+    return LoadedModel(model, tokenizer, settings.name, _revision(settings, source, commit))
 
 
-def _revision(settings: ModelSettings, source: str, model: Any) -> str:
+def _commit(source: str, revision: str | None) -> str | None:
+    """Return the commit a Hub model's configuration was read at, which the cache's folder is named after."""
+    from huggingface_hub import try_to_load_from_cache
+
+    if is_local(source):
+        return revision
+    found = try_to_load_from_cache(source, "config.json", revision=revision)
+    return Path(found).parent.name if isinstance(found, str) else revision
+
+
+def _revision(settings: ModelSettings, source: str, commit: str | None) -> str:
     known = zoo().get(settings.name)
     if settings.name in GGUF_FILES and known:
         return known.revision
-    if is_local(source):
-        return model_revision(expanded(source))
-    return str(getattr(model.config, "_commit_hash", None) or settings.revision or "unknown")
+    return model_revision(Path(source).expanduser()) if is_local(source) else commit or "unknown"

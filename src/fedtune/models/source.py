@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from fedtune.io import file_sha256, read_json, tensor_header
+from fedtune.io import file_sha256, read_json, read_text, tensor_header
 from fedtune.types import ModelError
 
 WEIGHTS = "adapter_model.safetensors"
@@ -76,15 +77,30 @@ def not_a_number(path: Path) -> str:
 
 def _names(value: Any, key: str) -> bool:
     """Tell whether a JSON value has a key anywhere inside."""
-    if isinstance(value, dict):
-        return key in value or any(_names(v, key) for v in value.values())
-    return isinstance(value, list) and any(_names(v, key) for v in value)
+    left = [value]
+    while left:
+        inner = left.pop()
+        if isinstance(inner, dict):
+            if key in inner:
+                return True
+            left += inner.values()
+        elif isinstance(inner, list):
+            left += inner
+    return False
+
+
+def _read_settings(path: Path) -> Any:
+    """Read JSON as the loaders do, who take the Infinity that some configurations have."""
+    try:
+        return json.loads(read_text(path))
+    except (ValueError, RecursionError):
+        return read_json(path)  # says what is wrong where
 
 
 def _check_settings(folder: Path) -> None:
     """Refuse settings that ask for code, or that cannot be read: loaders pass over some of them without a word."""
     for path in sorted(folder.glob("*config.json")):
-        if _names(settings := read_json(path), "auto_map"):
+        if _names(settings := _read_settings(path), "auto_map"):
             raise ModelError(
                 f"{folder}: its {path.name} asks for remote code (auto_map), which is never run; "
                 "if transformers has the class itself, remove auto_map from the file"
@@ -106,8 +122,11 @@ def _check_weights(folder: Path) -> None:
     index = folder / INDEX
     if (folder / SINGLE).exists() or not index.exists():
         return
-    shards = read_json(index).get("weight_map", {}).values()
-    absent = sorted({name for name in shards if not (folder / name).exists()})
+    whole = read_json(index)
+    shards = whole.get("weight_map") if isinstance(whole, dict) else None
+    if not isinstance(shards, dict) or not all(isinstance(name, str) for name in shards.values()):
+        raise ModelError(f"{index}: its weight_map is not an object of file names")
+    absent = sorted({name for name in shards.values() if not (folder / name).exists()})
     if absent:
         raise ModelError(
             f"{folder}: {', '.join(absent[:3])} is named in {INDEX} and is not there; copy the folder again, whole"
