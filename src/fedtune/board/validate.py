@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gzip
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ from fedtune.models import zoo
 from fedtune.models.adapter_config import read_config
 from fedtune.models.source import WEIGHTS, not_a_number
 from fedtune.results.entry import Entry
-from fedtune.types import FedtuneError, Problem
+from fedtune.types import FedtuneError, Problem, ProblemsError
 
 MAX_LOG = 256 * 1024**2
 ALLOWED = (".json", ".jsonl", ".gz", ".toml", ".md", ".yaml", ".safetensors")
@@ -218,15 +218,23 @@ def check_one(folder: Path) -> tuple[Entry | None, list[Problem]]:
     if problems:
         return entry, problems
     for check in CHECKS:
-        try:
-            problems += check(folder, entry)
-        except FedtuneError as err:
-            problems.append(Problem(check.__name__.strip("_"), str(err).replace(f"{folder}/", "")))
-        # the files are a stranger's: whatever they make a check raise, they are not what a run writes
-        except Exception as err:
-            what = f"cannot be checked, a file is not what a run writes ({type(err).__name__}: {err})"
-            problems.append(Problem(check.__name__.strip("_"), what.replace(f"{folder}/", "").splitlines()[0]))
-    return entry, problems
+        problems += _found(check, folder, entry)
+    return entry, list(dict.fromkeys(problems))
+
+
+def _found(check: Callable[[Path, Entry], Iterable[Problem]], folder: Path, entry: Entry) -> list[Problem]:
+    """Return what a check finds; that it cannot be made is a problem as well."""
+    where = check.__name__.strip("_")
+    try:
+        return list(check(folder, entry))
+    except ProblemsError as err:
+        return list(err.problems)
+    except FedtuneError as err:
+        return [Problem(where, str(err).replace(f"{folder}/", ""))]
+    # the files are a stranger's: whatever they make a check raise, they are not what a run writes
+    except Exception as err:
+        what = f"cannot be checked, a file is not what a run writes ({type(err).__name__}: {err})"
+        return [Problem(where, " ".join(what.replace(f"{folder}/", "").split()))]
 
 
 def not_run_again(entry: Entry) -> list[str]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -13,7 +13,7 @@ from fedtune.config.load import read_toml
 from fedtune.experiment.report import Reporter
 from fedtune.experiment.run import run
 from fedtune.io import read_lines
-from fedtune.types import CancelledError, RoundRecord
+from fedtune.types import CancelledError, CorruptFileError, RoundRecord
 
 # another processor or another version sums in another order; a different run differs in the first digit
 TOLERANCE = 0.02
@@ -33,22 +33,44 @@ class _Enough(Reporter):
             raise CancelledError(0)
 
 
+def _same_loss(one: float | None, two: float | None) -> bool:
+    """Tell whether two losses are the same within 2 %; a loss that nobody reported is only the same as another such."""
+    if one is None or two is None:
+        return one is two
+    return math.isclose(one, two, rel_tol=TOLERANCE)
+
+
+def _client(number: int, one: Mapping[str, Any], two: Mapping[str, Any]) -> Iterator[str]:
+    """Yield what a client did differently in a round."""
+    where = f"round {number}: client {one['client']}"
+    for key in ("examples", "steps"):
+        if one[key] != two[key]:
+            yield f"{where} had {one[key]} {key}, has {two[key]}"
+    if not _same_loss(one["loss"], two["loss"]):
+        yield f"{where} had loss {_shown(one['loss'])}, has {_shown(two['loss'])}"
+
+
+def _shown(loss: float | None) -> str:
+    return "none" if loss is None else f"{loss:.4f}"
+
+
 def differences(said: Sequence[dict[str, Any]], done: Sequence[dict[str, Any]]) -> list[str]:
-    """Return what two runs' rounds differ in: cohort, clients, examples, bytes exactly; losses within 2 %."""
+    """Return what two runs' rounds differ in: cohort, clients, examples, steps, bytes exactly; losses within 2 %.
+
+    Raises:
+        CorruptFileError: what is said is no record of rounds.
+    """
     found = [] if len(said) == len(done) else [f"{len(said)} rounds were to be run again, {len(done)} were"]
-    for one, two in zip(said, done, strict=False):
-        pairs = [(key, one[key], two[key]) for key in ("cohort", "status", "bytes_up", "bytes_down")]
-        pairs.append(("clients used", [c["client"] for c in one["clients"]], [c["client"] for c in two["clients"]]))
-        found += [f"round {one['round']}: {key} was {a}, is {b}" for key, a, b in pairs if a != b]
-        for a, b in zip(one["clients"], two["clients"], strict=False):
-            if (a["client"], a["examples"], a["steps"]) != (b["client"], b["examples"], b["steps"]):
-                found.append(
-                    f"round {one['round']}: client {a['client']} had {a['examples']} examples, has {b['examples']}"
-                )
-            elif not math.isclose(a["loss"] or 0, b["loss"] or 0, rel_tol=TOLERANCE):
-                found.append(
-                    f"round {one['round']}: client {a['client']} had loss {a['loss']:.4f}, has {b['loss']:.4f}"
-                )
+    try:
+        for one, two in zip(said, done, strict=False):
+            pairs = [(key, one[key], two[key]) for key in ("cohort", "status", "bytes_up", "bytes_down")]
+            pairs.append(("clients used", [c["client"] for c in one["clients"]], [c["client"] for c in two["clients"]]))
+            found += [f"round {one['round']}: {key} was {a}, is {b}" for key, a, b in pairs if a != b]
+            for a, b in zip(one["clients"], two["clients"], strict=False):
+                if a["client"] == b["client"]:
+                    found += _client(one["round"], a, b)
+    except (KeyError, TypeError, ValueError, AttributeError) as err:
+        raise CorruptFileError(f"rounds.jsonl is no record of rounds ({type(err).__name__}: {err})") from err
     return found
 
 
@@ -72,6 +94,8 @@ def verify(packed: Path, rounds: int, data: str = "", watch: Reporter | None = N
         tree["data"] = {**tree.get("data", {}), "path": data}
     tree["eval"] = {**tree.get("eval", {}), "base": False}
     said = read_lines(packed / "rounds.jsonl")[:rounds]
+    if not said:
+        raise CorruptFileError(f"{packed / 'rounds.jsonl'}: has no rounds that could be run again")
     with TemporaryDirectory() as scratch:
         out = Path(scratch) / "run"
         try:

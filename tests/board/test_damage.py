@@ -1,0 +1,78 @@
+"""Whatever is done to a file of a submission ends in a report: no other exception, and no damage taken for good."""
+
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from fedtune.board.validate import check, check_one
+from fedtune.io import file_sha256
+from tests.faults.mutate import copies, damaged
+
+pytestmark = pytest.mark.xdist_group("submission")
+
+
+def _relisted(packed: Path) -> None:
+    """Make the listed hashes those of the files, as a careful cheat would."""
+    entry = json.loads((packed / "entry.json").read_text())
+    entry["files"] = {n: file_sha256(packed / n) for n in entry["files"] if (packed / n).exists()}
+    (packed / "entry.json").write_text(json.dumps(entry))
+
+
+def _hurt(good: Path, scratch: Path, count: int, *, careful: bool) -> Iterator[tuple[str, str, list[str]]]:
+    """Yield what was done to which file, and the problems found; the submission is whole again for the next one."""
+    packed = scratch / "seed-1"
+    shutil.copytree(good / "seed-1", packed)
+    entry = (packed / "entry.json").read_bytes()
+    files = sorted(p for p in packed.rglob("*") if p.is_file())
+    for number in range(count):
+        path = files[number % len(files)]
+        sound = path.read_bytes()
+        name = str(path.relative_to(packed))
+        how, copy = damaged(sound, number)
+        path.write_bytes(copy)
+        if careful and path.name != "entry.json":
+            _relisted(packed)
+        yield name, f"{how}, seed {number}", [str(p) for p in check_one(packed)[1]]
+        path.write_bytes(sound)
+        (packed / "entry.json").write_bytes(entry)
+
+
+def _careless(good: Path, scratch: Path, count: int) -> None:
+    for name, how, problems in _hurt(good, scratch, count, careful=False):
+        same = name == "entry.json"  # white space changes nothing in it, and its texts are free
+        assert problems or same, (name, how)
+
+
+def _careful(good: Path, scratch: Path, count: int) -> None:
+    for name, _, problems in _hurt(good, scratch, count, careful=True):
+        assert all("Traceback" not in p and "\n" not in p for p in problems), (name, problems)
+
+
+def test_damage_is_reported(good: Path, tmp_path: Path) -> None:
+    _careless(good, tmp_path, 300)
+
+
+def test_damage_with_matching_hashes_ends_in_a_report(good: Path, tmp_path: Path) -> None:
+    _careful(good, tmp_path, 500)
+
+
+@pytest.mark.slow
+def test_much_damage(good: Path, tmp_path: Path) -> None:
+    _careless(good, tmp_path / "a", 5000)
+    _careful(good, tmp_path / "b", 5000)
+
+
+def test_a_damaged_archive_is_reported(good: Path, tmp_path: Path) -> None:
+    """Of 200 damaged zips none is taken for good unless it unpacks to the very same files."""
+    whole = Path(shutil.make_archive(str(tmp_path / "whole"), "zip", good / "seed-1")).read_bytes()
+    target = tmp_path / "s.zip"
+    taken = 0
+    for how, copy in copies(whole, 200):
+        target.write_bytes(copy)
+        found = check(target)
+        assert found, how
+        taken += all(not problems for _, _, problems in found)
+    assert taken < 40
