@@ -134,9 +134,9 @@ def test_the_end_of_text_is_trained_once_whoever_adds_it(config: Any) -> None:
     from transformers import ByT5Tokenizer
 
     row = TrainRow("Say it.", "Now.", "positive")
-    (own,), (ours,) = (encode([row], t, config()).examples for t in (ByT5Tokenizer(), TOKENIZER))
+    (own,), (ours,) = (encode([row], t, config(train__max_length=1024)).examples for t in (ByT5Tokenizer(), TOKENIZER))
     assert (own.ids[-2:].count(1), ours.ids[-2:].count(TOKENIZER.eos_token_id)) == (1, 1)
-    assert own.labels == len(b" positive") + 1
+    assert own.labels == len(b"positive") + 1
 
 
 def test_a_prompt_with_special_tokens_of_its_own_gets_no_more() -> None:
