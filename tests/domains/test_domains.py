@@ -4,13 +4,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedtune.config import Config
 from fedtune.data import files, packages
 from fedtune.data.check import check
-from fedtune.domains import DOMAINS, TASKS
+from fedtune.domains import DOMAINS, TASKS, code
 from fedtune.domains.base import Item, lettered, multiple_choice, sentiment
 from fedtune.domains.finance import benchmark_split
 from fedtune.domains.program_tests import program_tests
@@ -214,6 +214,7 @@ def test_a_value_that_the_set_does_not_promise_is_refused_with_its_row_and_colum
 
 
 @pytest.mark.parametrize("task", SOUND)
+@settings(deadline=None, max_examples=40)
 @given(data=st.data())
 def test_any_row_is_an_item_with_a_right_answer_or_a_named_error(task: str, data: st.DataObject) -> None:
     json = st.recursive(
@@ -337,3 +338,11 @@ def test_a_set_is_read_once_for_all_models_modes_and_limits(tmp_path: Path, monk
         == items.SETS_KEPT
         >= max(len(d.tasks) + len(d.packaged_tasks) for d in DOMAINS.values())
     )
+
+
+def test_a_function_is_cut_out_where_the_parser_saw_it() -> None:
+    body = '    """Return the double of a number, whatever it is."""\n    made = x * 2\n    return made\n'
+    source = f'TITLE = "a\u2028b"\n\x0c\ndef double(x):\n{body}'
+    (row,) = code._functions(source, "module")
+    assert row["head"] == "def double(x):"
+    assert row["output"] == "    made = x * 2\n    return made"

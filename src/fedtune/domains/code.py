@@ -6,6 +6,7 @@ import ast
 import builtins
 import doctest
 import gzip
+import re
 import symtable
 import sys
 import sysconfig
@@ -34,6 +35,9 @@ _SKIPPED = (
 )
 
 
+_LINE_END = re.compile(r"\r\n|\r|\n")
+
+
 def _plain_import(node: ast.stmt) -> bool:
     """Tell whether a statement imports from outside its own package."""
     if isinstance(node, ast.ImportFrom):
@@ -47,7 +51,7 @@ def _functions(source: str, module: str) -> Iterator[Row]:
         tree = ast.parse(source)
     except (SyntaxError, ValueError):
         return
-    lines = source.splitlines()
+    lines = _LINE_END.split(source)  # as the parser counts them: a form feed ends none
     imports = "\n".join(ast.unparse(n) for n in tree.body if _plain_import(n))
     for node in ast.walk(tree):
         if isinstance(node, ast.FunctionDef) and len(node.body) > 1 and (doc := ast.get_docstring(node)):
