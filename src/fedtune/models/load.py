@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 
 from fedtune.config.schema import ModelSettings
 from fedtune.data.hub import guarded
@@ -78,7 +79,11 @@ def _convert_gguf(raw: bytes, target: Path) -> None:
 
 
 def packaged_folder(name: str) -> Path:
-    """Return the converted folder of a packaged model, converting it the first time (about half a minute)."""
+    """Return the converted folder of a packaged model, converting it the first time (about half a minute).
+
+    Raises:
+        ModelError: it cannot be written.
+    """
     package, member = GGUF_FILES[name]
     target = cache_dir() / "models" / f"{name.rsplit('/', 1)[-1]}-{package.sha256[:12]}"
     if (target / "config.json").exists():
@@ -87,7 +92,10 @@ def packaged_folder(name: str) -> Path:
         if not (target / "config.json").exists():
             raw = read_wheel(package, member)
             log.info("converting %s (once, then cached in %s)", member, target.parent)
-            _convert_gguf(raw, target)
+            try:
+                _convert_gguf(raw, target)
+            except SafetensorError as err:
+                raise ModelError(f"{target} cannot be written: {err}; FEDTUNE_CACHE names another folder") from err
     return target
 
 
