@@ -7,11 +7,14 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import safetensors.torch
+import torch
 from torch import Tensor
 
+from fedtune.federation.blocks import Blocks, axis_of
 from fedtune.io import tensor_header, write_bytes
 
 _NAME = re.compile(r"round-(\d{6})-(\d)\.safetensors")
+_BLOCKS = "blocks"  # in how many blocks a file's side adapters are
 When = tuple[int, int]
 
 
@@ -19,7 +22,7 @@ class PrivateStore:
     """A folder with each client's kept tensors, by round and exchange.
 
     A continued run may step back to an earlier checkpoint, so a few rounds are kept and those that a new
-    attempt has overtaken are dropped.
+    attempt has overtaken are dropped. Side adapters are the same on all clients, and on disk once; see `blocks`.
 
     Args:
         folder: where; None keeps nothing on disk and everything in memory.
@@ -28,6 +31,7 @@ class PrivateStore:
 
     def __init__(self, folder: Path | None, rounds: int = 2) -> None:
         self._folder = folder
+        self._blocks = Blocks(folder / "shared") if folder else None
         self._rounds = rounds
         self._memory: dict[int, dict[When, dict[str, Tensor]]] = {}
 
@@ -50,9 +54,13 @@ class PrivateStore:
             return {}
         if max(known) not in files:
             return self._memory[client][max(known)]
-        tensor_header(files[max(known)])
-        kept: dict[str, Tensor] = safetensors.torch.load_file(files[max(known)])
-        return kept
+        return self._read(files[max(known)])
+
+    def _read(self, path: Path) -> dict[str, Tensor]:
+        tensor_header(path)
+        kept: dict[str, Tensor] = safetensors.torch.load_file(path)
+        count = int(kept.pop(_BLOCKS, torch.tensor(0)))
+        return {**kept, **self._blocks.load(path, count)} if self._blocks else kept
 
     def save(self, client: int, when: When, tensors: Mapping[str, Tensor]) -> None:
         """Keep a client's tensors of an exchange, and drop what no continuation needs."""
@@ -61,11 +69,21 @@ class PrivateStore:
             self._memory[client] = {w: t for w, t in self._memory[client].items() if w in self._needed(client, when)}
             return
         path = self._folder / f"client-{client:06d}" / f"round-{when[0]:06d}-{when[1]}.safetensors"
-        write_bytes(path, safetensors.torch.save({n: t.contiguous() for n, t in tensors.items()}))
+        self._write(path, tensors)
         needed = self._needed(client, when)
         for old, file in self._files(client).items():
             if old not in needed:
                 file.unlink()
+                if self._blocks:
+                    self._blocks.drop(file)
+
+    def _write(self, path: Path, tensors: Mapping[str, Tensor]) -> None:
+        """Write a client's file after the blocks it refers to, so that a whole file has all of them."""
+        own = {n: t.contiguous() for n, t in tensors.items() if axis_of(n) is None}
+        sides = {n: t for n, t in tensors.items() if axis_of(n) is not None}
+        if self._blocks and sides:
+            own[_BLOCKS] = torch.tensor(self._blocks.save(path, sides))
+        write_bytes(path, safetensors.torch.save(own))
 
     def _needed(self, client: int, now: When) -> set[When]:
         """Return the exchanges to keep: the last rounds, and the newest before them."""

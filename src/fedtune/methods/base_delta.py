@@ -27,14 +27,14 @@ _SEEN, _SINCE, _HELD = "base/seen", "base/since", "base/held"
 _SIDES = (".base_A.weight", ".base_B.weight")
 
 
-def is_side(name: str) -> bool:
-    """Tell whether a tensor is part of a side adapter."""
+def is_base_side(name: str) -> bool:
+    """Tell whether a tensor is part of a change of the base model."""
     return name.endswith(_SIDES)
 
 
 def is_kept(name: str) -> bool:
     """Tell whether a tensor is what a client keeps of its side adapters."""
-    return is_side(name) or name == _HELD
+    return is_base_side(name) or name == _HELD
 
 
 class MovesBase(Method):
@@ -58,7 +58,7 @@ class MovesBase(Method):
 
     def trainable(self, round_: int, name: str) -> bool:
         """Side adapters are frozen."""
-        return not is_side(name)
+        return not is_base_side(name)
 
     def begin(self, layout: AdapterState, download: Tensors, kept: Tensors, round_: int) -> dict[str, Tensor]:
         """Put the side adapters that are new to the client beside those it has."""
@@ -66,7 +66,7 @@ class MovesBase(Method):
 
         new = dict(download)
         since = int(new.pop(_SINCE))
-        own = base_delta.from_side_tensors({n: new.pop(n) for n in list(new) if is_side(n)})
+        own = base_delta.from_side_tensors({n: new.pop(n) for n in list(new) if is_base_side(n)})
         pieces = [self._held(kept, since, sorted(layout)), own] if since else [own]
         paths = dict.fromkeys(path for p in pieces for path in p)
         joined = {path: product.total(*(p[path] for p in pieces if path in p)) for path in paths}
@@ -82,7 +82,7 @@ class MovesBase(Method):
         columns = {path: p.inner for path, p in base_delta.from_side_tensors(start).items()}
         row = torch.tensor([[local.round, *(columns.get(path, 0) for path in sorted(local.layout))]])
         held = torch.cat([local.kept[_HELD], row]) if _HELD in local.kept else row
-        sides = {n: t for n, t in start.items() if is_side(n)}
+        sides = {n: t for n, t in start.items() if is_base_side(n)}
         return Fitted(fitted.payload, {**fitted.kept, **sides, _HELD: held})
 
     def _held(self, kept: Tensors, round_: int, paths: Sequence[str]) -> dict[str, Product]:
