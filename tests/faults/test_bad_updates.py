@@ -1,25 +1,34 @@
 """One bad client changes nothing but the record: every way an update can be wrong, through a whole round."""
 
+import io
 import math
+import pickle
+import re
+import sys
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
-from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
+from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 from torch import Tensor
 
 from fedtune import methods
 from fedtune.config import Config, Settings
 from fedtune.federation import messages
+from fedtune.federation.guard import unsound
 from fedtune.federation.local import LocalGrid
 from fedtune.federation.rounds import Federation, run_rounds
 from fedtune.io import read_lines
 from fedtune.lora.state import AdapterState, LoraModule, to_tensors
 from fedtune.methods.base import ServerState
+from fedtune.privacy.screen import GROWTH
 from fedtune.types import RunFailedError
+from tests.faults.hostile import clients
 
 Answer = Callable[[RecordDict, dict[str, Tensor], dict[str, float]], RecordDict | None]
 BAD = 2
@@ -156,8 +165,6 @@ def test_one_bad_client_changes_nothing_but_the_record(config: Config, tmp_path:
     without = run_rounds(federation(config, tmp_path / "without", toy_app(), only=others), ServerState(start()))
     record = done.records[0]
     assert [(r.client, r.reason) for r in record.rejected] == [(BAD, reason)]
-    import re
-
     assert re.search(said, record.rejected[0].detail), record.rejected[0].detail
     assert record.status == "ok"
     assert [c.client for c in record.clients] == [0, 1, 3]
@@ -215,16 +222,143 @@ def test_duplicates_and_strangers_are_counted_not_used(config: Config, tmp_path:
     assert torch.equal(done.state.adapter["layer.q"].a, plain.state.adapter["layer.q"].a)
 
 
-def test_arrays_that_are_not_numpy_are_refused_not_unpickled(config: Config, tmp_path: Path) -> None:
-    from flwr.app import Array
+def _bytes(data: bytes) -> Answer:
+    def bad(answer: RecordDict, tensors: dict[str, Tensor], metrics: Any) -> None:
+        answer[messages.ADAPTER] = ArrayRecord({n: Array("float32", (1,), "numpy.ndarray", data) for n in tensors})
 
-    def pickled(answer: RecordDict, tensors: dict[str, Tensor], metrics: Any) -> None:
-        arrays = {n: Array("float32", (1,), "numpy.ndarray", b"\x93NUMPY not an array") for n in tensors}
-        answer[messages.ADAPTER] = ArrayRecord(arrays)
+    return bad
 
-    done = run_rounds(federation(config, tmp_path, toy_app(pickled)), ServerState(start()))
-    assert done.records[0].rejected[0].reason == "error"
-    assert "unreadable arrays" in done.records[0].rejected[0].detail
+
+def _numpy(shape: tuple[int, ...], kind: Any, body: bytes = b"") -> bytes:
+    buffer = io.BytesIO()
+    np.lib.format.write_array_header_1_0(buffer, {"descr": kind, "fortran_order": False, "shape": shape})
+    return buffer.getvalue() + body
+
+
+def _archive() -> bytes:
+    buffer = io.BytesIO()
+    np.savez(buffer, x=np.ones(3, np.float32))
+    return buffer.getvalue()
+
+
+FORGED: dict[str, tuple[bytes, str]] = {
+    "no array": (b"\x93NUMPY not an array", "unreadable arrays"),
+    "nothing": (b"", "magic"),
+    "a zip of arrays": (_archive(), "magic"),
+    "a broken zip": (b"PK\x03\x04junk", "magic"),
+    "a pickle": (pickle.dumps({"a": 1}), "magic"),
+    "10^15 numbers announced": (_numpy((10**15,), "<f4"), "1000000000000000"),
+    "more numbers than fit 64 bits": (_numpy((2**62, 2**62), "<f4"), "in 0 bytes"),
+    "no numbers of an endless axis": (_numpy((0, 10**15), "<f4"), "shape|in 0 bytes|expected"),
+    "one number too few": (_numpy((2, 3), "<f4", bytes(20)), r"\(2, 3\) float32 in 20 bytes"),
+    "one number too many": (_numpy((2, 3), "<f4", bytes(28)), "in 28 bytes"),
+    "objects": (_numpy((1,), "|O", pickle.dumps(1)), "must be of numbers"),
+    "raw bytes": (_numpy((1,), "|V8", bytes(8)), "must be of numbers"),
+    "text": (_numpy((1,), "<U2", bytes(8)), "must be of numbers"),
+    "complex numbers": (_numpy((1,), "<c8", bytes(8)), "must be of numbers"),
+    "a structure": (_numpy((1,), [("a", "<f4")], bytes(4)), "must be of numbers"),
+    "a header of code": (b"\x93NUMPY\x01\x00\x20\x00__import__('os').abort()         \n", "unreadable arrays"),
+    "a header of brackets": (b"\x93NUMPY\x01\x00\x10\x27" + b"(" * 10_000, "unreadable arrays"),
+}
+
+
+@pytest.mark.parametrize("name", list(FORGED))
+def test_forged_arrays_are_refused_not_unpickled_and_not_allocated(config: Config, tmp_path: Path, name: str) -> None:
+    data, said = FORGED[name]
+    done = run_rounds(federation(config, tmp_path, toy_app(_bytes(data))), ServerState(start()))
+    record = done.records[0]
+    assert (record.status, [c.client for c in record.clients]) == ("ok", [0, 1, 3])
+    assert re.search(said, record.rejected[0].detail), record.rejected[0]
+
+
+def test_arrays_over_a_wire_are_read_as_numpy_wrote_them() -> None:
+    tensors = {"a": torch.randn(2, 3), "b": torch.arange(4), "c": torch.zeros(0, 3), "d": torch.tensor(1.5)}
+    sent = messages.unpack(messages.pack(tensors, in_process=False))
+    assert all(torch.equal(sent[n], t) and sent[n].dtype == t.dtype for n, t in tensors.items())
+    columns = np.asfortranarray(np.arange(6, dtype=">f8").reshape(2, 3))
+    buffer = io.BytesIO()
+    np.save(buffer, columns)
+    record = ArrayRecord({"x": Array("float64", (2, 3), "numpy.ndarray", buffer.getvalue())})
+    assert torch.equal(messages.unpack(record)["x"], torch.arange(6, dtype=torch.float64).reshape(2, 3))
+
+
+@pytest.mark.parametrize(
+    ("changes", "number"),
+    [
+        ({"method": {"name": "flexlora"}}, 3e38),
+        ({"method": {"name": "hlora"}}, 3e38),
+        ({"method": {"name": "florist"}}, 3e38),
+        ({"method": {"name": "flexlora"}, "robust": {"rule": "dnc", "malicious": 0}}, 1e20),
+        ({"method": {"name": "ffa_lora"}, "lora": {"dora": True}}, -100.0),
+        ({"method": {"name": "ffa_lora"}, "lora": {"dora": True}}, 0.0),
+    ],
+)
+def test_numbers_that_no_server_step_survives_cost_their_client(
+    settings: Callable[..., Settings], tmp_path: Path, changes: dict[str, Any], number: float
+) -> None:
+    config = settings(federation={"clients": 4, "rounds": 1}, **changes).config
+    recipe = methods.create(config)
+    dora = config.lora.dora
+    adapter = {"layer.q": replace(start()["layer.q"], magnitude=torch.ones(4) if dora else None)}
+
+    def mutate(reply: Message) -> Message:
+        tensors = messages.unpack(reply.content.array_records[messages.ADAPTER])
+        bad = {n: torch.full_like(t, number) if "magnitude" in n or not dora else t for n, t in tensors.items()}
+        replace_adapter(reply.content, bad)
+        return reply
+
+    app = clients(recipe, adapter, BAD, mutate)
+    done = run_rounds(federation(config, tmp_path, app), recipe.initial(adapter))
+    record = done.records[0]
+    assert (record.status, [r.client for r in record.rejected]) == ("ok", [BAD]), record
+    assert not unsound(done.state)
+
+
+def test_an_update_may_be_larger_than_what_was_sent_by_a_bounded_amount(config: Config, tmp_path: Path) -> None:
+    def after(size: float, begin: float) -> tuple[str, ...]:
+        state = ServerState({"layer.q": replace(start()["layer.q"], a=torch.full((2, 3), begin))})
+        bad = _put(A, lambda t: torch.full((2, 3), size / math.sqrt(6)))
+        done = run_rounds(federation(config, tmp_path / f"{size}-{begin}", toy_app(bad)), state)
+        return tuple(r.reason for r in done.records[0].rejected)
+
+    assert after(0.99 * GROWTH, 0.0) == ()
+    assert after(1.01 * GROWTH, 0.0) == ("too_large",)
+    assert after(4e4 + 0.99 * GROWTH, 4e4 / math.sqrt(6)) == ()
+    assert after(4e4 + 1.01 * GROWTH, 4e4 / math.sqrt(6)) == ("too_large",)
+
+
+@pytest.mark.parametrize("value", [math.inf, -1.0, 1e308, 2**63, 10**400])
+def test_counts_and_losses_that_cannot_be_stay_out_of_the_record(config: Config, tmp_path: Path, value: float) -> None:
+    odd = _metric(loss=value if value != -1.0 else -math.inf, tokens=value, steps=value)
+    record = run_rounds(federation(config, tmp_path, toy_app(odd)), ServerState(start())).records[0]
+    assert record.clients[BAD] == replace(record.clients[BAD], loss=None, tokens=0, steps=0)
+    assert record.loss == 2.0
+    refused = run_rounds(
+        federation(config, tmp_path / "b", toy_app(_metric(examples=value))), ServerState(start())
+    ).records[0]
+    assert [r.reason for r in refused.rejected] == ["examples"]
+
+
+def test_a_client_that_exits_ends_itself_and_not_the_run(config: Config, tmp_path: Path) -> None:
+    def leaves(*_: Any) -> None:
+        sys.exit("goodbye")
+
+    record = run_rounds(federation(config, tmp_path, toy_app(leaves)), ServerState(start())).records[0]
+    assert (record.status, record.rejected[0].reason) == ("ok", "error")
+    assert "goodbye" in record.rejected[0].detail
+
+
+@pytest.mark.parametrize("text", ["x" * 5_000_000, "[/data/3]\x1b[2J\ud83d", "", " \n"])
+def test_error_texts_are_bounded_and_plain_in_the_record(config: Config, tmp_path: Path, text: str) -> None:
+    def fails(*_: Any) -> None:
+        raise OSError(text)
+
+    done = run_rounds(federation(config, tmp_path, toy_app(fails)), ServerState(start()))
+    (rejected,) = done.records[0].rejected
+    assert len(rejected.detail) < 5000
+    assert all(c.isprintable() or c in "\n\t" for c in rejected.detail)
+    assert (tmp_path / "rounds.jsonl").stat().st_size < 10_000
+    assert read_lines(tmp_path / "rounds.jsonl")[0]["rejected"][0]["detail"] == rejected.detail
 
 
 def test_too_few_good_updates_change_nothing_and_k_in_a_row_end_the_run(

@@ -36,6 +36,7 @@ class FakeDevices:
     def __init__(self, count: int, how: Plan) -> None:
         self.count, self.how = count, how
         self.told: dict[str, Any] = {}
+        self.over: list[str] = []
         self.clients: dict[tuple[int, str], ClientApp] = {}
         self.clock = [0.0] * count
         self.doing: deque[tuple[float, int, Task]] = deque()
@@ -44,12 +45,18 @@ class FakeDevices:
     def prepare(self, run: str, told: Any) -> None:
         self.told[run] = told
 
+    def release(self, run: str) -> None:
+        self.over.append(run)
+
+    def abandon(self, worker: int) -> None:
+        raise AssertionError("nobody is late")
+
     def start(self, worker: int, task: Task) -> None:
         self.clock[worker] += task.cost
         self.doing.append((self.clock[worker], worker, task))
         self.log.append((worker, task.run, task.cost))
 
-    def finished(self) -> tuple[int, Message | Exception]:
+    def finished(self, timeout: float | None = None) -> tuple[int, Message | Exception]:
         first = min(self.doing, key=lambda d: d[:2])
         self.doing.remove(first)
         _, worker, task = first

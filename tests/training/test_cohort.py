@@ -249,3 +249,48 @@ def test_a_client_that_fails_fails_alone(build: Any) -> None:
     with pytest.raises(ValueError, match="its own fault"):
         cohort.together([partial(one, c) for c in range(3)])
     assert trained(adapted, config, cohort, starts, data)[0].keys() == done[0].keys()
+
+
+def test_a_pass_that_fails_is_tried_by_halves_until_the_culprit_is_alone(
+    build: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Memory for two clients a pass only, and one client that fails whoever is with it."""
+    adapted, config = build(train={"max_steps": 2})
+    starts, data = [started(adapted, seed=c) for c in range(5)], shards(5)
+    plain = trained(adapted, config, Sequential(adapted), starts, data)
+    cohort = Cohort(adapted, 5)
+    sizes: list[int] = []
+    stacked, alone = cohort._stacked, cohort._one.run
+
+    def tight(works: Any) -> Any:
+        sizes.append(len(works))
+        if len(works) > 2:
+            for work in works:
+                work.on_step(work.steps[0], 99.0)
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        if any(torch.equal(next(iter(w.start.values())), next(iter(starts[3].values()))) for w in works):
+            raise ValueError("odd tensors")
+        return stacked(works)
+
+    def odd(work: Any) -> Any:
+        if torch.equal(next(iter(work.start.values())), next(iter(starts[3].values()))):
+            raise ValueError("odd tensors")
+        return alone(work)
+
+    monkeypatch.setattr(cohort, "_stacked", tight)
+    monkeypatch.setattr(cohort._one, "run", odd)
+    locals_ = [LocalWork(adapted, data[c], adapted.layout, {}, config, (c, 1, 1), executor=cohort) for c in range(5)]
+
+    def one(client: int) -> Any:
+        try:
+            return locals_[client].train(starts[client], list(starts[client]))
+        except ValueError as err:
+            return str(err)
+
+    done = cohort.together([partial(one, c) for c in range(5)])
+    assert sizes == [5, 2, 3, 2]
+    assert done[3] == "odd tensors"
+    for client in (0, 1, 2, 4):
+        assert distance(done[client], plain[client]) < 1e-12
+        assert len(locals_[client].losses_seen) == 2, "an attempt that failed counts for nothing"
+        assert 99.0 not in locals_[client].losses_seen

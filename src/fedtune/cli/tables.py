@@ -112,4 +112,9 @@ def doubts(result: Result) -> list[str]:
         lines.append(f"{result.skipped_rounds} of {result.rounds} rounds changed nothing (too few good updates)")
     if result.lost_clients:
         lines.append(f"{result.lost_clients} client replies were lost or rejected (rounds.jsonl)")
+    for arm in result.arms:
+        clients = ", ".join(map(str, list(arm.failed)[:10]))
+        if arm.failed:
+            why = next(iter(arm.failed.values()))
+            lines.append(f"{arm.name}: {len(arm.failed)} clients have no model and no score ({clients}): {why}")
     return lines

@@ -157,12 +157,17 @@ class Arm:
         return replace(self, folder=self.folder / f"client-{client:04d}", run_id=f"{self.run_id}-{client}")
 
 
+def _key(arm: Arm) -> str:
+    """Return by what a fleet knows an arm's clients."""
+    return f"{arm.run_id}/{arm.config.arm}"
+
+
 def _grid(arm: Arm, recipe: Recipe, only: int | None) -> LocalGrid:
     """Return the clients: in this process, or on the devices of a fleet, which get what is asked for and no more."""
     clients = arm.config.federation.clients
     shards = poisoned(arm.shards, arm.config)
     if arm.fleet is not None:
-        key = f"{arm.run_id}/{arm.config.arm}"
+        key = _key(arm)
         asked = shards if only is None else shards.of(only)
         arm.fleet.workers.prepare(key, Told(arm.config, arm.folder, arm.start, asked))
         means = {c: sum(len(e.ids) for e in shard) / max(1, len(shard)) for c, shard in enumerate(arm.shards.shards)}
@@ -199,4 +204,8 @@ def train(arm: Arm, only: int | None = None) -> Progress:
         on_round=over,
         on_note=arm.reporter.note,
     )
-    return run_rounds(federation, recipe.initial(arm.start))
+    try:
+        return run_rounds(federation, recipe.initial(arm.start))
+    finally:
+        if arm.fleet is not None:
+            arm.fleet.workers.release(_key(arm))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -16,17 +17,20 @@ from fedtune.config import Config
 from fedtune.experiment.report import Reporter
 from fedtune.federation.app import Runtime, client_app
 from fedtune.federation.fleet import Fleet
-from fedtune.federation.messages import IDENTITY, METRICS
+from fedtune.federation.messages import read_reply
 from fedtune.federation.private import PrivateStore
 from fedtune.federation.simulation import FlowerWorkers
 from fedtune.io import digest
 from fedtune.lora.state import AdapterState
 from fedtune.machine import cores
 from fedtune.models import adapter, load
+from fedtune.privacy.screen import MOST
 from fedtune.training.plan import Plan, executor
 from fedtune.training.workload import EncodedShards
 from fedtune.types import ConfigError, Problem
 
+# steps of one reply that progress counts: a client may claim any number
+MOST_SHOWN = 10_000
 # the models of this process, by settings and device; a fleet's runs share them
 _attached: dict[str, adapter.AdaptedModel] = {}
 
@@ -109,11 +113,13 @@ def reported(reporter: Reporter) -> Callable[[Message], None]:
     """Return what tells a reporter of the clients' replies."""
 
     def tell(reply: Message) -> None:
-        metrics = reply.content.metric_records[METRICS]
-        client = int(str(reply.content.config_records[IDENTITY]["client"]))
-        tokens, steps = (int(float(str(metrics[name]))) for name in ("tokens", "steps"))
-        for step in range(steps):  # all at once, when the client is done
-            part = tokens * (step + 1) // steps - tokens * step // steps
-            reporter.step(client, part, float(str(metrics["loss"])))
+        said = read_reply(reply, {})
+        tokens, steps = said.metrics.get("tokens", 0.0), said.metrics.get("steps", 0.0)
+        if said.claims is None or not (0 <= tokens <= MOST and 0 <= steps <= MOST):
+            return
+        whole, count = int(tokens), min(int(steps), MOST_SHOWN)
+        for step in range(count):  # all at once, when the client is done
+            part = whole * (step + 1) // count - whole * step // count
+            reporter.step(said.claims[2], part, said.metrics.get("loss", math.nan))
 
     return tell

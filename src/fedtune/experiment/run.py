@@ -22,7 +22,7 @@ from fedtune.experiment.folder import RESULT, RunFolder, cancellable, open_run, 
 from fedtune.experiment.report import Reporter
 from fedtune.experiment.resident import Resident
 from fedtune.experiment.session import Session
-from fedtune.federation.checkpoint import Progress
+from fedtune.federation.checkpoint import Progress, rounds_of, together
 from fedtune.federation.faults import kill_point
 from fedtune.io import folder_lock, read_lines, write_json, write_lines
 from fedtune.methods.base import ServerState
@@ -32,13 +32,13 @@ from fedtune.results import schema
 from fedtune.training import workload
 from fedtune.training.executor import Sequential
 from fedtune.training.plan import Plan
-from fedtune.types import RoundRecord
+from fedtune.types import RoundRecord, RunFailedError
 
 ARMS = ("federated", "local-only", "centralised")
 
 
-def _steps(progress: Progress) -> int:
-    return sum(c.steps for r in progress.records for c in r.clients)
+def _steps(records: Sequence[RoundRecord]) -> int:
+    return sum(c.steps for r in records for c in r.clients)
 
 
 def _prepare(session: Session, name: str, where: Path, data: workload.TrainingData | None = None) -> Arm:
@@ -84,41 +84,61 @@ def _train(session: Session, arm: Arm, only: int | None = None) -> Progress:
 
 def _single(
     session: Session, name: str, where: Path, data: workload.TrainingData | None
-) -> tuple[schema.Arm, Progress]:
+) -> tuple[schema.Arm, Sequence[RoundRecord]]:
     """Train and evaluate the federated or the centralised arm; a global model is saved as a PEFT folder."""
     arm = _prepare(session, name, where, data)
     progress = _train(session, arm)
     if arm.recipe.method.global_adapter:
         adapters.save(session.adapted, arm.adapter_of(progress.state), where / "adapter")
     scores, each = session.evaluate_state(arm, progress.state, name)
-    return schema.Arm(name=name, scores=scores, steps=_steps(progress), per_client=each), progress
+    steps = _steps(progress.records)
+    return schema.Arm(name=name, scores=scores, steps=steps, per_client=each), progress.records
 
 
-def _local_only(session: Session, where: Path, data: workload.TrainingData | None) -> tuple[schema.Arm, Progress]:
-    """Train and evaluate every client alone, in the rounds in which the federation would have asked it."""
+def _local_only(
+    session: Session, where: Path, data: workload.TrainingData | None
+) -> tuple[schema.Arm, Sequence[RoundRecord]]:
+    """Train and evaluate every client alone, in the rounds in which the federation would have asked it.
+
+    Raises:
+        RunFailedError: no client has a model.
+    """
     arm = _prepare(session, "local-only", where, data)
-    done: dict[int, Progress] = {}
+    asked = [client for client, examples in arm.shards.sizes.items() if examples]
+    failed: dict[int, str] = {}
 
     def models() -> Iterator[tuple[int, Mapping[str, Tensor]]]:
-        for client in (c for c, n in arm.shards.sizes.items() if n):
+        for client in asked:
             own = arm.for_client(client)
-            done[client] = _train(session, own, client)
-            adapters.save(session.adapted, own.adapter_of(done[client].state), own.folder / "adapter")
-            yield client, own.shared_model(done[client].state)
+            try:
+                state = _train(session, own, client).state
+            except RunFailedError as err:
+                failed[client] = str(err)
+                session.reporter.note(f"local-only: client {client} has no model: {err}")
+                continue
+            adapters.save(session.adapted, own.adapter_of(state), own.folder / "adapter")
+            yield client, own.shared_model(state)
 
     scores, each = session.evaluate_each(models(), "local-only")
-    steps = sum(map(_steps, done.values()))
-    return schema.Arm(name="local-only", scores=scores, steps=steps, per_client=each), list(done.values())[-1]
+    if len(failed) == len(asked):
+        raise RunFailedError(f"local-only: no client has a model: {failed[asked[0]]}")
+    records = together([rounds_of(arm.for_client(client).folder) for client in asked])
+    steps = _steps(records)
+    return schema.Arm(name="local-only", scores=scores, steps=steps, per_client=each, failed=failed), records
 
 
-def _arm(session: Session, name: str, main: bool, data: workload.TrainingData) -> tuple[schema.Arm, Progress]:
+def _arm(
+    session: Session, name: str, main: bool, data: workload.TrainingData
+) -> tuple[schema.Arm, Sequence[RoundRecord]]:
     where = session.run.path if main and name != "local-only" else session.run.path / "arms" / name
     mine = data if main else None
     return (_local_only if name == "local-only" else lambda s, w, d: _single(s, name, w, d))(session, where, mine)
 
 
-def _result(session: Session, data: workload.TrainingData, done: list[schema.Arm], progress: Progress) -> schema.Result:
-    config, records = session.config, progress.records
+def _result(
+    session: Session, data: workload.TrainingData, done: list[schema.Arm], records: Sequence[RoundRecord]
+) -> schema.Result:
+    config = session.config
     return schema.Result(
         domain=config.domain,
         protocol=session.settings.protocol.name,
@@ -188,12 +208,12 @@ def _work(session: Session, data: workload.TrainingData, extra: Sequence[str], s
     session.reporter.plan(config, planned)
     session.reporter.note(f"engine: {how.line()} ({'; '.join(how.why)})")
     done = [schema.Arm(name="base", scores=session.evaluate(None, "base"))] if config.eval.base else []
-    main, progress = _arm(session, config.arm, True, data)
+    main, records = _arm(session, config.arm, True, data)
     done.append(main)
     for name in extra:
         if name != config.arm:
             done.append(_arm(session, name, False, data)[0])
-    result = _result(session, data, done, progress)
+    result = _result(session, data, done, records)
     write_json(session.run.path / RESULT, result.model_dump(mode="json"))
     session.run.update(bytes={"down": result.bytes_down, "up": result.bytes_up})
     return result

@@ -6,7 +6,8 @@ import os
 import re
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from itertools import chain
 from pathlib import Path
 
 import safetensors.torch
@@ -96,6 +97,33 @@ def _state(tensors: Mapping[str, Tensor], start: ServerState, round_: int) -> Se
     return ServerState(with_tensors(start.adapter, own), round_, extra, base)
 
 
+def rounds_of(run: Path) -> list[RoundRecord]:
+    """Return the rounds of a run on disk, however it ended."""
+    return [RoundRecord.from_json(line) for line in read_lines(run / ROUNDS, torn_tail=True)]
+
+
+def together(runs: Sequence[Sequence[RoundRecord]]) -> list[RoundRecord]:
+    """Return the rounds of clients that took part alone as rounds of all of them."""
+    rounds: dict[int, list[RoundRecord]] = {}
+    for record in chain.from_iterable(runs):
+        rounds.setdefault(record.round, []).append(record)
+    return [_joined(rounds[number]) for number in sorted(rounds)]
+
+
+def _joined(records: Sequence[RoundRecord]) -> RoundRecord:
+    statuses = [r.status for r in records]
+    return replace(
+        records[0],
+        status=next((s for s in ("ok", "skipped") if s in statuses), "idle"),
+        cohort=tuple(c for r in records for c in r.cohort),
+        clients=tuple(c for r in records for c in r.clients),
+        rejected=tuple(x for r in records for x in r.rejected),
+        bytes_down=sum(r.bytes_down for r in records),
+        bytes_up=sum(r.bytes_up for r in records),
+        notes=tuple(n for r in records for n in r.notes),
+    )
+
+
 def save(run: Path, progress: Progress, run_id: str, keep: int) -> None:
     """Write a checkpoint after a round, then the lines of the round and its timing, then drop old checkpoints.
 
@@ -135,7 +163,7 @@ def _read(folder: Path, run: Path, start: ServerState, run_id: str) -> Progress:
     tensors = safetensors.torch.load_file(folder / TENSORS)
     state = _state(tensors, start, int(document["state_round"]))
     round_ = int(document["round"])
-    records = [RoundRecord.from_json(line) for line in read_lines(run / ROUNDS, torn_tail=True)][: round_ - 1]
+    records = rounds_of(run)[: round_ - 1]
     records.append(RoundRecord.from_json(document["record"]))
     if folder.name != _folder(run, round_).name:
         raise CorruptFileError(f"{folder}: is of round {round_}")

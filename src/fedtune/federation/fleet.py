@@ -7,20 +7,22 @@ costliest first, and gives each to the device that is free. Devices are the Ray 
 
 from __future__ import annotations
 
+import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import chain
+from itertools import chain, islice
 from typing import Any, Protocol
 
 from flwr.app import Context, Error, Message
 
 from fedtune.federation.local import CLIENT_ERROR, LocalGrid
-from fedtune.federation.messages import METRICS, ORDER
+from fedtune.federation.messages import ORDER
 from fedtune.training import lpt
 from fedtune.training.meeting import Meeting
 
 RUN = "run"
+AT_ONCE = 16
 
 
 @dataclass(frozen=True)
@@ -31,11 +33,13 @@ class Task:
         message: to the client.
         context: the client's; its run config says which run it is of, and a worker knows the settings by this.
         cost: its tokens, or anything proportional to its time.
+        deadline: when it must be done, on the clock of `time.monotonic`; None waits for ever.
     """
 
     message: Message
     context: Context
     cost: float
+    deadline: float | None = None
 
     @property
     def run(self) -> str:
@@ -52,12 +56,20 @@ class Workers(Protocol):
         """Let every worker know what it needs to make a run's clients."""
         ...
 
+    def release(self, run: str) -> None:
+        """Forget a run that is over."""
+        ...
+
     def start(self, worker: int, task: Task) -> None:
         """Let a free worker begin a task."""
         ...
 
-    def finished(self) -> tuple[int, Message | Exception]:
-        """Wait for a worker to finish; return which, and its reply, or what went wrong."""
+    def finished(self, timeout: float | None = None) -> tuple[int, Message | Exception] | None:
+        """Wait for a worker to finish; return which, and its reply, or what went wrong; None if none does in time."""
+        ...
+
+    def abandon(self, worker: int) -> None:
+        """Stop a worker in the middle of its task, and have another in its place."""
         ...
 
 
@@ -84,31 +96,49 @@ class Fleet:
         """Run whole runs at a time, so that the clients of all share the devices."""
         return self._meeting.together(calls)
 
-    def replies(self, tasks: Sequence[Task]) -> list[Message]:
-        """Return the reply to each task, in their order, whoever was done first."""
-        done: list[Message] = self._meeting.ask(list(tasks))
+    def replies(self, tasks: Sequence[Task]) -> list[Message | None]:
+        """Return the reply to each task, in their order, whoever was done first; None where the deadline came first."""
+        done: list[Message | None] = self._meeting.ask(list(tasks))
         return done
 
-    def _answer(self, questions: list[list[Task]]) -> list[list[Message]]:
+    def _answer(self, questions: list[list[Task]]) -> list[list[Message | None]]:
         found = iter(self._work(list(chain.from_iterable(questions))))
         return [[next(found) for _ in tasks] for tasks in questions]
 
-    def _work(self, tasks: Sequence[Task]) -> list[Message]:
-        """Keep every worker busy until all tasks are done, the costliest first."""
+    def _work(self, tasks: Sequence[Task]) -> list[Message | None]:
+        """Keep every worker busy until all tasks are done or too late, the costliest first."""
         waiting, free = deque(lpt.order([t.cost for t in tasks])), deque(range(self.workers.count))
         doing: dict[int, int] = {}
         found: dict[int, Message] = {}
         while waiting or doing:
             while waiting and free:
-                worker, place = free.popleft(), waiting.popleft()
-                doing[worker] = place
-                self.busy[worker].append(tasks[place].cost)
-                self.workers.start(worker, tasks[place])
-            worker, reply = self.workers.finished()
-            place = doing.pop(worker)
-            found[place] = _failed(tasks[place], reply) if isinstance(reply, Exception) else reply
-            free.append(worker)
-        return [found[i] for i in range(len(tasks))]
+                place = waiting.popleft()
+                if not _late(tasks[place]):
+                    worker = free.popleft()
+                    doing[worker] = place
+                    self.busy[worker].append(tasks[place].cost)
+                    self.workers.start(worker, tasks[place])
+            done = self.workers.finished(_time_left([tasks[p] for p in doing.values()])) if doing else None
+            if done is not None:
+                worker, reply = done
+                place = doing.pop(worker)
+                found[place] = _failed(tasks[place], reply) if isinstance(reply, Exception) else reply
+                free.append(worker)
+            for worker in [w for w, p in doing.items() if _late(tasks[p])]:
+                self.workers.abandon(worker)
+                del doing[worker]
+                free.append(worker)
+        return [found.get(i) for i in range(len(tasks))]
+
+
+def _late(task: Task) -> bool:
+    return task.deadline is not None and time.monotonic() > task.deadline
+
+
+def _time_left(tasks: Sequence[Task]) -> float | None:
+    """Return the seconds until the first deadline; None where there is none."""
+    deadlines = [t.deadline for t in tasks if t.deadline is not None]
+    return max(0.0, min(deadlines) - time.monotonic()) + 0.01 if deadlines else None
 
 
 def _failed(task: Task, err: Exception) -> Message:
@@ -118,6 +148,9 @@ def _failed(task: Task, err: Exception) -> Message:
 
 class FleetGrid(LocalGrid):
     """A grid whose clients live on a fleet's devices; what they change in their Flower context is not brought back.
+
+    Some clients' messages are made, sent and answered at a time, so that neither all orders nor all replies of a large
+    cohort are ever held at once.
 
     Args:
         fleet: shared by all runs under way.
@@ -139,12 +172,20 @@ class FleetGrid(LocalGrid):
         self._fleet, self._costs, self._on_reply = fleet, costs, on_reply
 
     def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterator[Message]:
-        """Answer all messages on the fleet; replies come in the order the messages were sent."""
-        tasks = [Task(m, self._context(m.metadata.dst_node_id), self._costs(m)) for m in messages]
-        for reply in self._fleet.replies(tasks) if tasks else ():
-            if self._on_reply and not reply.has_error() and METRICS in reply.content:
-                self._on_reply(reply)
-            yield reply
+        """Answer messages on the fleet; replies come in the order the messages were sent, those in time only."""
+        deadline, waiting = None if timeout is None else time.monotonic() + timeout, iter(messages)
+        while some := list(islice(waiting, max(AT_ONCE, 4 * self._fleet.workers.count))):
+            if deadline is not None and time.monotonic() > deadline:
+                return
+            tasks = [Task(m, self._context(m.metadata.dst_node_id), self._costs(m), deadline) for m in some]
+            for reply in self._fleet.replies(tasks):
+                if reply is not None:
+                    self._tell(reply)
+                    yield reply
+
+    def _tell(self, reply: Message) -> None:
+        if self._on_reply and isinstance(reply, Message) and not reply.has_error():
+            self._on_reply(reply)
 
 
 def _nobody(message: Message, context: Any) -> Message:

@@ -23,7 +23,7 @@ from fedtune.types import ConfigError, Problem
 Make = Callable[[Any, str], ClientApp]
 VISIBLE = "CUDA_VISIBLE_DEVICES"
 
-# in an actor's process: the clients of each run it has met
+# in an actor's process: the clients of each run under way that it has met
 _met: dict[str, ClientApp] = {}
 
 
@@ -34,7 +34,7 @@ class Clients:
     Attributes:
         make: returns a run's clients from what was told of it, on a device; called once a run and actor.
         device: "cuda" or "cpu"; Ray shows an actor its own GPU only.
-        told: run -> Ray's reference to what was told.
+        told: run under way -> Ray's reference to what was told.
     """
 
     make: Make
@@ -49,6 +49,8 @@ class Clients:
 
     def _answer(self, message: Message, context: Context) -> Message:
         run = str(context.run_config[RUN])
+        for over in set(_met) - set(self.told):
+            del _met[over]
         if run not in _met:
             import ray
 
@@ -118,19 +120,26 @@ class FlowerWorkers:
 
         self._clients.told[run] = ray.put(told)
 
+    def release(self, run: str) -> None:
+        """Forget what was told of a run; the actors forget it with the next message they get."""
+        self._clients.told.pop(run, None)
+
     def start(self, worker: int, task: Task) -> None:
         """Send a message to an actor that is free."""
         job = self._clients, task.message, str(task.context.node_config["partition-id"]), task.context
         self._doing[self._pool.submit(lambda actor, *words: actor.run.remote(*words), job)] = worker
 
-    def finished(self) -> tuple[int, Message | Exception]:
+    def finished(self, timeout: float | None = None) -> tuple[int, Message | Exception] | None:
         """Wait for any actor; one that has died is replaced."""
         import ray
 
         try:
-            [done], _ = ray.wait(list(self._doing), num_returns=1)
+            ready, _ = ray.wait(list(self._doing), num_returns=1, timeout=timeout)
         except SystemError as err:  # what Ray makes of a signal's handler that raises
             raise err.__cause__ or err from None
+        if not ready:
+            return None
+        done = ready[0]
         worker = self._doing.pop(done)
         try:
             reply, _ = self._pool.fetch_result_and_return_actor_to_pool(done)
@@ -141,6 +150,16 @@ class FlowerWorkers:
             self._pool.add_actor_back_to_pool(done)
             return worker, err
         return worker, reply
+
+    def abandon(self, worker: int) -> None:
+        """Kill an actor in the middle of its task, and start another."""
+        import ray
+
+        job = next(job for job, busy in self._doing.items() if busy == worker)
+        del self._doing[job]
+        ray.kill(self._pool._future_to_actor.pop(job))
+        self._pool.num_actors -= 1
+        self._pool.add_actors_to_pool(1)
 
     def close(self) -> None:
         """End the actors, and Ray with them."""

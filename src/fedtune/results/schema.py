@@ -53,13 +53,15 @@ class Arm(Document):
     """One way to get a model, and its scores: base, federated, local-only, centralised.
 
     Where every client has a model of its own (local-only, personalised methods), `per_client` has each client's
-    score by `task/mode`, and `scores` their means.
+    score by `task/mode`, and `scores` their means. `failed` has each client without a model, and why: it failed
+    whenever it was asked, or was never asked; it is in none of the means.
     """
 
     name: str
     scores: list[Score]
     steps: int = 0
     per_client: dict[str, list[float | None]] = Field(default_factory=dict)
+    failed: dict[int, str] = Field(default_factory=dict)
 
 
 class Result(Document):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
@@ -15,6 +16,9 @@ from fedtune.models.stack import Stack
 from fedtune.training.executor import Limits, Sequential, Work, one_pass, optimizer, training
 from fedtune.training.loss import Part, passes
 from fedtune.training.meeting import Meeting
+from fedtune.types import last_line
+
+_log = logging.getLogger(__name__)
 
 
 class Cohort:
@@ -54,12 +58,22 @@ class Cohort:
         """Make the steps of several clients; a client that fails alone gets its error alone."""
         found: dict[int, dict[str, Tensor] | BaseException] = {}
         for places in self._groups(works):
-            chosen = [works[i] for i in places]
-            if len(chosen) > 1:
-                found |= zip(places, self._stacked(chosen), strict=True)
-            else:
-                found |= {i: self._alone(works[i]) for i in places}
+            found |= zip(places, self._group([works[i] for i in places]), strict=True)
         return [found[i] for i in range(len(works))]
+
+    def _group(self, works: Sequence[Work]) -> list[dict[str, Tensor] | BaseException]:
+        """Make the steps of a group; one that fails (of memory, or of a client's own) is tried again by halves."""
+        if len(works) == 1:
+            return [self._alone(works[0])]
+        try:
+            return list(self._stacked(works))
+        except Exception as err:
+            _log.info("%d clients in one pass failed and are tried by halves: %s", len(works), last_line(str(err)))
+        # outside of `except`: the error holds on to the tensors of the pass
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        half = len(works) // 2
+        return [*self._group(works[:half]), *self._group(works[half:])]
 
     def _alone(self, work: Work) -> dict[str, Tensor] | BaseException:
         try:
@@ -82,6 +96,8 @@ class Cohort:
     def _stacked(self, works: Sequence[Work]) -> Iterable[dict[str, Tensor]]:
         """Make the steps of some clients, one step of each in a pass; who has fewer is done earlier."""
         adapted, first = self._adapted, works[0]
+        for work in works:
+            work.on_start()
         adapted.sides.load({n: t for n, t in first.start.items() if is_side(n)}, adapted.device)
         factors = [{n: t for n, t in w.start.items() if not is_side(n)} for w in works]
         stack = Stack(adapted, factors, first.names)

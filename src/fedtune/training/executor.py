@@ -76,6 +76,7 @@ class Work:
         exact: nothing random tells equal beginnings of texts apart, so they are computed once.
         extras: what the method adds.
         on_step: called with the examples and the loss of each step.
+        on_start: called before the first step, and again where an attempt that failed is made anew.
     """
 
     start: Tensors
@@ -87,6 +88,7 @@ class Work:
     exact: bool
     extras: Extras = field(default_factory=Extras)
     on_step: Callable[[Sequence[Encoded], float], None] = lambda examples, loss: None
+    on_start: Callable[[], None] = lambda: None
 
     def key(self, step: int) -> int:
         """Return what keys a step's random draws."""
@@ -194,6 +196,7 @@ class Sequential:
 
     def run(self, work: Work) -> dict[str, Tensor]:
         """Make the steps; return the model's tensors afterwards."""
+        work.on_start()
         chosen = place(self._adapted, work.start, work.names)
         made = optimizer([(list(chosen.values()), work.rate)], work.settings)
         with training(self._adapted.model, self.limits.checkpointing):

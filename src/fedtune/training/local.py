@@ -77,6 +77,12 @@ class LocalWork:
         """Make the round's optimiser steps on `names` and return all tensors of the model afterwards."""
         more = (self.passes,) if self.passes else ()
         self.passes += 1
+        before = len(self.losses_seen), self.tokens
+
+        def again() -> None:
+            del self.losses_seen[before[0] :]
+            self.tokens = before[1]
+
         work = Work(
             start,
             names,
@@ -87,6 +93,7 @@ class LocalWork:
             self._exact,
             Extras(term, masks, correction),
             self._report,
+            again,
         )
         return self._executor.run(work)
 
