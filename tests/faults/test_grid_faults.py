@@ -4,18 +4,22 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
-from flwr.app import ArrayRecord, Context, Message, MetricRecord, RecordDict
+from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 
+from fedtune import methods
 from fedtune.config import Config, Settings
 from fedtune.config.schema import FaultSettings
 from fedtune.federation.faults import FaultyGrid, planned
 from fedtune.federation.local import LocalGrid
-from fedtune.federation.rounds import connect, run_rounds, sample
+from fedtune.federation.rounds import able, connect, draw, run_rounds, sample
+from fedtune.methods import Recipe
 from fedtune.methods.base import ServerState
-from fedtune.types import RunFailedError
+from fedtune.types import RunFailedError, derive_seed
+from tests.faults.hostile import clients
 from tests.faults.test_bad_updates import federation, start, toy_app
 
 
@@ -43,6 +47,72 @@ def test_shares_of_planned_faults_are_those_asked_for() -> None:
     drawn = [planned(faults, 1, r, c) for r in range(100) for c in range(50)]
     shares = {name: drawn.count(name) / len(drawn) for name in ("dropout", "straggler", "error", "")}  # type: ignore[arg-type]
     assert shares == pytest.approx({"dropout": 0.2, "straggler": 0.3, "error": 0.1, "": 0.4}, abs=0.03)
+
+
+def test_a_straggler_works_and_is_not_heard(settings: Callable[..., Settings], tmp_path: Path) -> None:
+    """What it keeps to itself moves on, what it sends does not arrive: the case SCAFFOLD's way back was made for."""
+    sgd = {"drift": {"scaffold": True}, "train": {"optimizer": "sgd"}}
+    config = settings(federation={"clients": 4, "rounds": 6, "faults": {"straggler": 0.4}}, **sgd).config
+    faults, recipe = config.federation.faults, methods.create(config)
+    late = {(r, c) for r in range(1, 7) for c in range(4) if planned(faults, config.seed, r, c) == "straggler"}
+    worked: list[tuple[int, int]] = []
+    believed: list[int] = []
+
+    def app(recipe: Recipe) -> ClientApp:
+        inner, made = clients(recipe, start(), -1, lambda reply: reply), ClientApp()
+
+        @made.train()
+        def train(message: Message, context: Context) -> Message:
+            order = message.content.config_records["order"]
+            worked.append((int(str(order["round"])), int(str(order["client"]))))
+            heard = message.content.array_records["adapter"]["scaffold/heard"]
+            believed.append(int(heard.numpy()))
+            return inner(message, context)
+
+        return made
+
+    grid = FaultyGrid(LocalGrid(app(recipe), 4), faults, config.seed)
+    done = run_rounds(federation(config, tmp_path, ClientApp(), grid=grid), recipe.initial(start()))
+    assert late
+    assert worked == [(r, c) for r in range(1, 7) for c in range(4)]
+    lost = {(r.round, x.client) for r in done.records for x in r.rejected if x.reason == "no_reply"}
+    assert lost == late
+    heard = [max((r for r in range(1, round_) if (r, client) not in late), default=0) for round_, client in worked]
+    assert believed == heard, "the server says when it last heard a client, not when the client last worked"
+
+
+def test_a_client_may_be_lost_between_the_exchanges_of_a_round(
+    settings: Callable[..., Settings], tmp_path: Path
+) -> None:
+    faults = {"dropout": 0.2, "straggler": 0.1, "error": 0.1}
+    changes = {"clients": 4, "rounds": 12, "faults": faults, "max_skipped_rounds": 12}
+    config = settings(federation=changes, method__name="fedask").config
+    recipe = methods.create(config)
+    asked: list[tuple[int, int, int]] = []
+
+    class Watching(LocalGrid):
+        def send_and_receive(self, orders: Any, *, timeout: float | None = None) -> Any:
+            for reply in super().send_and_receive(orders, timeout=timeout):
+                said = reply.content.config_records["identity"]
+                asked.append(tuple(int(str(said[key])) for key in ("round", "phase", "client")))  # type: ignore[arg-type]
+                yield reply
+
+    inside = Watching(clients(recipe, start(), -1, lambda reply: reply), 4)
+    grid = FaultyGrid(inside, config.federation.faults, config.seed)
+    done = run_rounds(federation(config, tmp_path, ClientApp(), grid=grid), recipe.initial(start()))
+    drawn = {
+        (r, phase, c): planned(config.federation.faults, config.seed, r, c, phase)
+        for r in range(1, 13)
+        for phase in (1, 2)
+        for c in range(4)
+    }
+    between = [key for key, fault in drawn.items() if key[1] == 2 and fault and not drawn[key[0], 1, key[2]]]
+    assert len(between) >= 5
+    for record in done.records:
+        lost = {x.client for x in record.rejected}
+        assert lost == {c for c in range(4) if drawn[record.round, 1, c] or drawn[record.round, 2, c]}
+        assert {c.client for c in record.clients} == set(range(4)) - lost
+    assert not [key for key in asked if drawn[key] in ("dropout", "error")]
 
 
 def test_replies_after_the_deadline_are_not_waited_for(settings: Callable[..., Settings], tmp_path: Path) -> None:
@@ -91,6 +161,101 @@ def test_clients_that_never_connect_end_the_wait_with_the_count_and_the_address(
     with pytest.raises(RunFailedError, match=r"2 of 4 clients connected to 127\.0\.0\.1:9092 within 0\.3 s"):
         connect(grid, 4, 0.3, "127.0.0.1:9092")
     assert connect(grid, 2, 5.0) == {2: 0, 3: 1}
+
+
+class Nodes(LocalGrid):
+    """A grid whose nodes say which partition they have, and may come and go."""
+
+    partition_ids = None  # type: ignore[assignment]
+
+    def __init__(self, said: dict[int, Any], there: Callable[[int], list[int]] | None = None) -> None:
+        app = ClientApp()
+
+        @app.query()
+        def who(message: Message, context: Context) -> Message:
+            record = said[message.metadata.dst_node_id]
+            if isinstance(record, Exception):
+                raise record
+            return Message(RecordDict({} if record is None else {"identity": record}), reply_to=message)
+
+        super().__init__(app, 4)
+        self._said, self._there, self.polls = said, there, 0
+
+    def get_node_ids(self) -> list[int]:
+        self.polls += 1
+        return self._there(self.polls) if self._there else list(self._said)
+
+
+def _is(client: Any) -> ConfigRecord:
+    return ConfigRecord({"client": client})
+
+
+def test_partitions_are_counted_not_nodes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fedtune.federation.nodes.POLL", 0.01)
+    with pytest.raises(RunFailedError, match=r"2 of 3 clients connected.*more than one node says .* partition 0"):
+        connect(Nodes({2: _is(0), 3: _is(0), 4: _is(2)}), 3, 0.1)
+    assert connect(Nodes({2: _is(0), 3: _is(0), 4: _is(1)}), 2, 5.0) == {2: 0, 4: 1}
+    odd = [None, _is(-1), _is(2), _is(True), _is("0"), _is(0.0), _is([0, 1]), ArrayRecord(), RuntimeError("[/x]")]
+    nodes = {10 + i: record for i, record in enumerate(odd)}
+    assert connect(Nodes({**nodes, 2: _is(1), 3: _is(0)}), 2, 5.0) == {2: 1, 3: 0}
+    with pytest.raises(RunFailedError, match="0 of 2 clients"):
+        connect(Nodes(nodes), 2, 0.05)
+
+
+def test_a_node_that_comes_back_under_another_id_takes_its_place_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fedtune.federation.nodes.POLL", 0.01)
+    said = {2: _is(0), 7: _is(0), 3: _is(1)}
+    assert connect(Nodes(said, lambda poll: [2] if poll < 3 else [7, 3]), 2, 5.0) == {7: 0, 3: 1}
+    assert connect(Nodes(said, lambda poll: [2, 7] if poll < 3 else [7, 3]), 2, 5.0) == {7: 0, 3: 1}
+
+
+def test_what_a_draw_costs_depends_on_the_cohort_and_the_draws_stay_what_they_were(
+    settings: Callable[..., Settings],
+) -> None:
+    config = settings(federation={"clients": 200, "fraction": 0.03}).config
+    registered = {c: c % 3 for c in range(200)}
+    whole = [c for c in sorted(registered) if registered[c]]
+    for round_ in range(1, 30):
+        generator = np.random.default_rng(derive_seed(config.seed, "sample", round_))
+        plain = sorted(int(c) for c in generator.choice(whole, size=6, replace=False))
+        assert draw(config, able(registered), round_) == sample(config, registered, round_) == plain
+
+
+def test_too_few_clients_with_data_are_refused_not_tolerated(settings: Callable[..., Settings], tmp_path: Path) -> None:
+    config = settings(federation={"clients": 4, "rounds": 1, "min_clients": 3}).config
+    with pytest.raises(RunFailedError, match="min_clients is 3, but only 2 of 4 clients have examples"):
+        run_rounds(federation(config, tmp_path, toy_app(), registered={0: 5, 1: 0, 2: 0, 3: 5}), ServerState(start()))
+    assert not (tmp_path / "rounds.jsonl").exists()
+    enough = {0: 5, 1: 5, 2: 0, 3: 5}
+    done = run_rounds(federation(config, tmp_path, toy_app(), registered=enough), ServerState(start()))
+    assert [c.client for c in done.records[0].clients] == [0, 1, 3]
+
+
+def test_a_client_alone_that_always_fails_is_an_error_of_its_own(
+    settings: Callable[..., Settings], tmp_path: Path
+) -> None:
+    """Idle rounds in between do not make a failure forgotten, and an untouched adapter is no result."""
+    config = settings(federation={"clients": 10, "rounds": 40, "fraction": 0.1, "max_skipped_rounds": 3}).config
+    app, calls = ClientApp(), []
+
+    @app.train()
+    def fails(message: Message, context: Context) -> Message:
+        calls.append(1)
+        raise RuntimeError("always")
+
+    cohorts = [sample(config, dict.fromkeys(range(10), 5), r) for r in range(1, 41)]
+    counts = {c: sum(c in cohort for cohort in cohorts) for c in range(10)}
+    often = max(counts, key=lambda c: counts[c])
+    once = next(c for c, n in counts.items() if 0 < n < 3)
+    with pytest.raises(RunFailedError, match=r"3 rounds in a row .*always"):
+        run_rounds(federation(config, tmp_path / "a", app, only=frozenset({often})), ServerState(start()))
+    assert len(calls) == 3
+    with pytest.raises(RunFailedError, match=r"no round had enough good updates.*always"):
+        run_rounds(federation(config, tmp_path / "b", app, only=frozenset({once})), ServerState(start()))
+    short = settings(federation={"clients": 10, "rounds": 1, "fraction": 0.1}).config
+    other = next(c for c in range(10) if c not in sample(short, dict.fromkeys(range(10), 5), 1))
+    with pytest.raises(RunFailedError, match="not asked in any of 1 rounds"):
+        run_rounds(federation(short, tmp_path / "c", toy_app(), only=frozenset({other})), ServerState(start()))
 
 
 def test_the_cohort_is_drawn_by_partition_and_round_and_never_from_empty_shards(

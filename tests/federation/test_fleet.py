@@ -5,14 +5,16 @@ from __future__ import annotations
 import importlib.util
 import os
 import random
+import time
 from collections import Counter, deque
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from flwr.app import Message, MetricRecord, RecordDict
+from flwr.app import ConfigRecord, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 from torch import Tensor
 
@@ -160,6 +162,100 @@ def test_a_device_that_fails_costs_its_clients_and_no_more(
     folder, result = run(config, tmp_path / "run")
     assert result.lost_clients == sum(worker == 1 for worker, _, _ in fakes[0].log) > 0
     assert "out of memory" in (folder / "rounds.jsonl").read_text()
+
+
+class Hanging(FakeDevices):
+    """Devices on which one client never comes to an end."""
+
+    def __init__(self, count: int) -> None:
+        self.count, self.abandoned = count, list[int]()
+        self.doing = deque[tuple[float, int, Task]]()
+        self.most = 0
+
+    def start(self, worker: int, task: Task) -> None:
+        assert worker not in {w for _, w, _ in self.doing}
+        self.doing.append((task.cost, worker, task))
+        self.most = max(self.most, len(self.doing))
+
+    def finished(self, timeout: float | None = None) -> Any:
+        well = [d for d in self.doing if d[2].cost < 100]
+        if not well:
+            time.sleep(timeout or 0)
+            return None
+        self.doing.remove(well[0])
+        return well[0][1], Message(RecordDict({METRICS: MetricRecord({"steps": 1})}), reply_to=well[0][2].message)
+
+    def abandon(self, worker: int) -> None:
+        self.abandoned.append(worker)
+        self.doing = deque(d for d in self.doing if d[1] != worker)
+
+
+def test_a_client_that_hangs_misses_the_deadline_and_frees_its_device() -> None:
+    devices_ = Hanging(2)
+    grid = FleetGrid(Fleet(devices_), "run", 40, lambda m: 1000.0 if m.metadata.dst_node_id == 5 else 1.0)
+    made: list[int] = []
+
+    def orders() -> Any:
+        for node in grid.get_node_ids():
+            made.append(node)
+            yield grid.create_message(RecordDict(), "train", node, "1")
+
+    heard = [(reply.metadata.src_node_id, len(made)) for reply in grid.send_and_receive(orders(), timeout=0.2)]
+    nodes = [node for node, _ in heard]
+    assert 5 not in nodes
+    assert nodes == [n for n in range(2, 18) if n != 5], "those of the same turn are heard, later ones are too late"
+    assert {count for _, count in heard} == {16}, "orders are made as they are sent"
+    assert devices_.abandoned
+    assert not devices_.doing
+
+
+def test_a_large_cohort_is_ordered_and_heard_piece_by_piece() -> None:
+    grid = FleetGrid(Fleet(Hanging(2)), "run", 100, lambda m: 1.0)
+    made: list[int] = []
+
+    def orders() -> Any:
+        for node in grid.get_node_ids():
+            made.append(node)
+            yield grid.create_message(RecordDict(), "train", node, "1")
+
+    ahead = [len(made) - i for i, _ in enumerate(grid.send_and_receive(orders()))]
+    assert len(ahead) == 100
+    assert max(ahead) <= 16
+
+
+def test_what_a_fleet_was_told_of_a_run_is_forgotten_when_it_is_over(
+    settings: Callable[..., Settings], tmp_path: Path, fakes: list[FakeDevices], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = settings(federation={"clients": 2, "rounds": 1}, arm="local-only", engine={"devices": ["cpu", "cpu"]})
+    run(config, tmp_path / "run")
+    assert sorted(fakes[0].over) == sorted(fakes[0].told)
+    assert len(fakes[0].over) == 2
+
+    made = simulation.Clients(lambda told, device: f"clients of {told}", "cpu", {"b": 1})  # type: ignore[arg-type,return-value]
+    monkeypatch.setattr(simulation, "_met", {"a": "clients of a", "b": lambda message, context: "answered"})
+    context = SimpleNamespace(run_config={"run": "b"})
+    assert made._answer(None, context) == "answered"  # type: ignore[arg-type,comparison-overlap]
+    assert list(simulation._met) == ["b"]
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -1.0, 1e308, 5])
+def test_progress_survives_whatever_a_reply_claims(value: float) -> None:
+    steps: list[int] = []
+
+    class Counting(Reporter):
+        def step(self, client: int, tokens: int, loss: float) -> None:
+            steps.append(client)
+
+    grid = FleetGrid(Fleet(Hanging(1)), "run", 1, lambda m: 1.0)
+    order = grid.create_message(RecordDict(), "train", 2, "1")
+    tell = devices.reported(Counting())
+    identity = ConfigRecord({"run": "run", "round": 1, "client": 0, "phase": 1})
+    for metrics in ({"tokens": value, "steps": value, "loss": value}, {"steps": value}, {}):
+        content = RecordDict({METRICS: MetricRecord(metrics), "identity": identity})
+        tell(Message(content, reply_to=order))
+    tell(Message(RecordDict(), reply_to=order))
+    tell(Message(RecordDict({METRICS: MetricRecord({"steps": 2})}), reply_to=order))
+    assert len(steps) == (10 if value == 5 else 0)
 
 
 def test_longest_first_is_near_linear_and_never_worse_than_four_thirds() -> None:
