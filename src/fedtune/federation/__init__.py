@@ -1,1 +1,1 @@
-"""Rounds over a Flower Grid: in this process, in Flower's simulation, or on a real federation."""
+"""Rounds over a Flower Grid: in this process, or on the devices of a fleet (Flower's simulation engine)."""

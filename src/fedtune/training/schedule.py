@@ -51,7 +51,8 @@ def batches(train: TrainSettings, size: int, seed: int, client: int, round_: int
     """Return the rows of each optimiser step.
 
     Args:
-        train: `rows = "fresh"` goes on through the shard from round to round, each row once an epoch;
+        train: `rows = "fresh"` goes on through shuffles of the shard from round to round. A client that takes part in
+            every round trains on each row once an epoch; one that does not skips the rows of the rounds it missed.
             `"repeat"` gives the same rows every round, as the public template does.
         size: examples in the client's shard (at least 1).
         seed: the run's.
