@@ -57,8 +57,9 @@ def measure(clients: int, rank: int, length: int, model: str) -> dict[str, float
     from fedtune.experiment import arms
     from fedtune.experiment.report import Reporter
     from fedtune.io import read_lines
-    from fedtune.models import adapter, attention, lean
+    from fedtune.models import adapter
     from fedtune.models.load import LoadedModel
+    from fedtune.models.proof import prove
     from fedtune.training.executor import Limits, Sequential
     from fedtune.training.workload import EncodedShards
 
@@ -72,9 +73,9 @@ def measure(clients: int, rank: int, length: int, model: str) -> dict[str, float
     known = LlamaConfig(
         vocab_size=49152, num_attention_heads=heads, num_key_value_heads=kv, tie_word_embeddings=True, **shape
     )
-    base = AutoModelForCausalLM.from_config(known, attn_implementation=attention.register())
+    base = AutoModelForCausalLM.from_config(known)
     base.requires_grad_(False).eval()
-    lean.slim(base)
+    prove(base, slim=True)
     adapted = adapter.attach(LoadedModel(base, None, model, "random"), config.lora, 0)
     generator = torch.Generator().manual_seed(0)
     drawn = torch.randint(0, 49152, (4, length), generator=generator).tolist()

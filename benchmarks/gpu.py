@@ -89,15 +89,15 @@ class Bench:
         """Return the model with random weights in a precision, and its adapter."""
         from transformers import AutoModelForCausalLM, LlamaConfig
 
-        from fedtune.models import adapter, attention, lean
+        from fedtune.models import adapter
         from fedtune.models.load import LoadedModel
+        from fedtune.models.proof import prove
 
         config = LlamaConfig(**SHAPES[self.shape], max_position_embeddings=4096)
-        kind = attention.register()
         with self.device:
-            model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=kind)
+            model = AutoModelForCausalLM.from_config(config, dtype=dtype)
         model.requires_grad_(False).eval()
-        lean.slim(model)
+        prove(model, slim=True)
         return adapter.attach(LoadedModel(model, None, self.shape, "random"), self.lora, 0)
 
     def examples(self, seed: int, count: int = 16, mean: int = 230) -> list[Any]:

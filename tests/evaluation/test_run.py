@@ -6,12 +6,16 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import settings as examples
+from hypothesis import strategies as st
 
 from fedtune.config import Config, Settings
 from fedtune.config.schema import ModelSettings
 from fedtune.domains import TASKS
 from fedtune.domains.base import Item, multiple_choice, sentiment
 from fedtune.evaluation import likelihood, official
+from fedtune.evaluation.decode import History
 from fedtune.evaluation.items import TaskItems, load
 from fedtune.evaluation.run import evaluate
 from fedtune.io import digest, read_lines
@@ -152,11 +156,8 @@ def test_models_with_settings_of_their_own_are_left_to_generate(tiny_folder: Pat
 
 
 def test_guesses_save_passes_and_change_nothing(model: LoadedModel) -> None:
-    from fedtune.evaluation.decode import Decoder, Row, guess, run
+    from fedtune.evaluation.decode import Decoder, Row, run
 
-    assert guess([7, 1, 2, 3, 9, 8, 1, 2, 3], 2) == [9, 8]
-    assert guess([7, 1, 2, 3, 9, 8, 1, 2, 3], 7) == [9, 8, 1, 2, 3, 9, 8]
-    assert guess([1, 2, 3], 4) == []
     texts = [list(range(10, 22 + 3 * i)) for i in range(5)]
 
     def decode(*, guesses: bool) -> tuple[list[list[int]], int]:
@@ -171,6 +172,64 @@ def test_guesses_save_passes_and_change_nothing(model: LoadedModel) -> None:
     (plain, slow), (guessed, fast) = decode(guesses=False), decode(guesses=True)
     assert guessed == plain
     assert fast < slow
+
+
+def scanned(tokens: list[int], most: int) -> list[int]:
+    """What followed the last tokens where they last stood before, found by going through the whole text."""
+    for length in range(min(3, len(tokens) - 1), 0, -1):
+        for start in range(len(tokens) - length - 1, -1, -1):
+            if tokens[start : start + length] == tokens[-length:]:
+                rest = tokens[start + length :]
+                return [rest[i % len(rest)] for i in range(most)]
+    return []
+
+
+@examples(max_examples=200, deadline=None)
+@given(tokens=st.lists(st.integers(0, 4), min_size=1, max_size=60), most=st.integers(1, 40), cut=st.integers(0, 60))
+def test_a_guess_is_what_going_through_the_whole_text_would_find(tokens: list[int], most: int, cut: int) -> None:
+    history = History()
+    history.add(tokens[:cut])
+    for token in tokens[cut:]:
+        history.add([token])
+    assert history.guess(most) == scanned(tokens, most)
+
+
+PIECES = [
+    "Answer",
+    ":",
+    " ",
+    "pos",
+    "itive",
+    "Positive",
+    " negative",
+    "<|im_start|>",
+    "An",
+    "swer: ",
+    "\u00e9",
+    "x",
+    "itive ",
+]
+
+
+@examples(max_examples=150, deadline=None)
+@given(
+    prompt=st.lists(st.sampled_from(PIECES), min_size=1, max_size=6),
+    new=st.lists(st.sampled_from(PIECES), min_size=1, max_size=60),
+)
+def test_a_label_is_fixed_at_the_token_at_which_the_whole_text_fixes_it(
+    model: LoadedModel, prompt: list[str], new: list[str]
+) -> None:
+    tokenizer = model.tokenizer
+    before, after = (tokenizer("".join(part))["input_ids"] for part in (prompt, new))
+
+    def first(fixed: Callable[[int], bool]) -> int | None:
+        return next((n for n in range(1, len(after) + 1) if fixed(n)), None)
+
+    def whole(n: int) -> bool:
+        return official.verdict_fixed(tokenizer.decode([*before, *after[:n]], skip_special_tokens=True))
+
+    verdict = official._Verdict(tokenizer)
+    assert first(lambda n: verdict.fixed(before, after[:n])) == first(whole)
 
 
 def test_guesses_stay_inside_a_table_of_positions() -> None:

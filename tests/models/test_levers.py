@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from fedtune.config import Settings
 from fedtune.config.schema import ModelSettings
-from fedtune.models import attention, head, lean
+from fedtune.models import attention, head, kernels, lean, packing
 from fedtune.models.adapter import attach
 from fedtune.models.dropout import KeyedDropout, Keys, token_keys
 from fedtune.models.load import load
@@ -78,12 +78,12 @@ def test_attention_in_batches_is_attention_by_one_mask(
     for tensor in (q, k, v):
         tensor.requires_grad_()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(attention.Plan.__init__.__globals__["CALL"], "cpu", call)
+        patch.setitem(packing.CALL, "cpu", call)
         plan = Plan(spans, CPU)
     want = naive(q, k, v, spans, window)
     extra = {"sliding_window": window}
-    got = attention._in_batches(q, k, v, plan, 8**-0.5, 0.0, extra)
-    at_once = attention._at_once(ragged_kernel, q, k, v, plan, 8**-0.5, window)
+    got = kernels.in_batches(q, k, v, plan, 8**-0.5, 0.0, extra)
+    at_once = kernels.at_once(ragged_kernel, q, k, v, plan, 8**-0.5, window)
     assert torch.allclose(got, want, atol=1e-10)
     assert torch.allclose(at_once, want, atol=1e-10)
     weight = torch.randn(want.shape, generator=generator, dtype=torch.float64)
@@ -152,8 +152,6 @@ def test_the_loss_in_chunks_is_cross_entropy(monkeypatch: pytest.MonkeyPatch, ch
 
 def test_a_head_that_does_more_than_multiply_is_seen() -> None:
     plain, capped = make_model(), make_model()
-    for model in (plain, capped):
-        model.set_attn_implementation(attention.register())
     forward = capped.forward
 
     def softcapped(*words: Any, **named: Any) -> Any:

@@ -201,7 +201,7 @@ def test_the_packed_pass_is_the_plain_one_on_every_architecture(kind: str, extra
     import transformers
 
     name = "Gemma3Text" if kind == "Gemma3" else kind
-    config = getattr(transformers, f"{name}Config")(**SHAPE, **HEADS, **extra, attn_implementation=attention.register())
+    config = getattr(transformers, f"{name}Config")(**SHAPE, **HEADS, **extra)
     torch.manual_seed(0)
     model = getattr(transformers, f"{kind}ForCausalLM")(config).eval()
     prefix = list(range(10, 22))

@@ -12,22 +12,51 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from fedtune.models.attention import inner
+from fedtune.models.interface import inner
 from fedtune.models.packing import MIN_PREFIX
 
 # tokens guessed at most, and the longest run of last tokens that is looked up
 GUESS, LOOKUP = 12, 3
-# tokens guessed at most in a row whose guesses keep being right
-REACH = 64
+REACH = 64  # tokens guessed at most in a row whose guesses keep being right
 # tokens of a pass that hardly take longer than one: memory is what decoding waits for
 BUSY = 32
 # columns of the cache that no row uses any more, before they are taken out
 SLACK = 64
+
+
+class History:
+    """The tokens of a text, and where its last ones stood before; a token costs the same however long the text is."""
+
+    def __init__(self) -> None:
+        self._tokens: list[int] = []
+        self._latest: dict[tuple[int, ...], int] = {}
+        self._before: list[int | None] = []
+
+    def __len__(self) -> int:
+        return len(self._tokens)
+
+    def add(self, tokens: Sequence[int]) -> None:
+        """Append tokens."""
+        for token in tokens:
+            self._tokens.append(token)
+            ends = [tuple(self._tokens[-n:]) for n in range(1, min(LOOKUP, len(self._tokens)) + 1)]
+            self._before = [self._latest.get(end) for end in ends]
+            self._latest |= dict.fromkeys(ends, len(self._tokens))
+
+    def guess(self, most: int) -> list[int]:
+        """Return `most` tokens as they followed the last ones where those last stood before; nothing if nowhere.
+
+        Where that was a short while ago, the text is taken to go round.
+        """
+        place = next((p for p in reversed(self._before) if p is not None), None)
+        if place is None:
+            return []
+        return [self._tokens[place + i % (len(self._tokens) - place)] for i in range(most)]
 
 
 @dataclass(eq=False)
@@ -43,6 +72,7 @@ class Row:
         choose: picks the next token of this row from its logits; None is greedy.
         ended: nothing more is decoded.
         reach: tokens to guess next; it doubles as long as all guesses are right.
+        history: of prompt and new tokens, as far as it was needed.
     """
 
     index: int
@@ -52,23 +82,29 @@ class Row:
     choose: Callable[[Tensor], int] | None = None
     ended: bool = False
     reach: int = 0
-
-
-def guess(tokens: Sequence[int], most: int) -> list[int]:
-    """Return `most` tokens as they followed the last ones where those last stood before; nothing if nowhere.
-
-    Where that was a short while ago, the text is taken to go round.
-    """
-    for length in range(min(LOOKUP, len(tokens) - 1), 0, -1):
-        last = list(tokens[-length:])
-        for start in range(len(tokens) - length - 1, -1, -1):
-            if list(tokens[start : start + length]) == last:
-                round_ = list(tokens[start + length :])
-                return [round_[i % len(round_)] for i in range(most)]
-    return []
+    history: History = field(default_factory=History)
 
 
 Weigh = Callable[[Sequence[Row]], AbstractContextManager[Any]]
+
+
+class Decodes(Protocol):
+    """What rows are given to, to be decoded."""
+
+    rows: list[Row]
+
+    @property
+    def joins(self) -> bool:
+        """Whether rows may join others that are under way."""
+        ...
+
+    def admit(self, rows: Sequence[Row]) -> None:
+        """Start rows."""
+        ...
+
+    def advance(self) -> None:
+        """Decode at least one more token of every row under way."""
+        ...
 
 
 class Decoder:
@@ -172,7 +208,11 @@ class Decoder:
         return logits
 
     def _guess(self, row: Row, most: int) -> list[int]:
-        return guess([*row.prompt, *row.new], most) if most > 0 and self._most and row.choose is None else []
+        if most <= 0 or not self._most or row.choose is not None:
+            return []
+        known, history = len(row.history), row.history
+        history.add(row.new[known - len(row.prompt) :] if known else [*row.prompt, *row.new])
+        return history.guess(most)
 
     @property
     def joins(self) -> bool:
@@ -242,7 +282,7 @@ def windowed(model: Any) -> bool:
     )
 
 
-def run(decoder: Decoder, batches: Sequence[Sequence[Row]], most: int) -> Iterator[None]:
+def run(decoder: Decodes, batches: Sequence[Sequence[Row]], most: int) -> Iterator[None]:
     """Decode batches of rows to their end; the next one joins as soon as there is room. Yields after every pass.
 
     Args:

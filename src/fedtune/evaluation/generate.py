@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fedtune.evaluation.decode import Decoder, Row, Weigh, run
+from fedtune.evaluation.alone import decoder_for
+from fedtune.evaluation.decode import Row, Weigh, run
 from fedtune.evaluation.programs import truncate
 from fedtune.models import sides
 from fedtune.models.attention import text_features
@@ -129,11 +130,11 @@ def complete(
     chunks = [rows[start : start + step] for start in range(0, len(rows), step)]
     open_rows = [[row for own in chunk for row in own if not row.ended] for chunk in chunks]
     every = [row for chunk in open_rows for row in chunk]
-    decoder = Decoder(
+    decoder = decoder_for(
         model,
         lambda row: _finished(row, stops[row.index], tokenizer, eos, decoding),
         _mixture(model, every),
-        guesses=True,
+        longest=decoding.length,
     )
     given = 0
     for _ in itertools.chain(run(decoder, [c for c in open_rows if c], BATCH + step * samples // 2), [None]):

@@ -7,6 +7,7 @@ the letter's own log-probability.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from fedtune.config import Config
 from fedtune.data.encode import Encoded, encode_pair, escape_special, render
 from fedtune.domains.base import Item
 from fedtune.evaluation.official import wrap
-from fedtune.models.attention import packed_logits
+from fedtune.models.head import log_probabilities
 from fedtune.types import ModelError
 
 MAX_TOKENS = 4096
@@ -91,38 +92,45 @@ def _batches(items: Iterable[list[Encoded]], limit: int) -> Iterator[list[list[E
         yield batch
 
 
-def _plan(batch: Sequence[list[Encoded]]) -> tuple[list[tuple[int, ...]], list[int]]:
-    """Return the texts of a packed row, and the positions whose logits are needed, in order."""
-    texts: list[tuple[int, ...]] = []
-    keep: list[int] = []
-    offset = 0
+@dataclass
+class _Row:
+    """What passes through the model for some items, and what is read from it.
+
+    Attributes:
+        texts: token ids of each.
+        keep: positions in the joined texts that predict an answer's token.
+        wanted: (index into `keep`, token) of each answer's tokens.
+        sizes: for each item, how many tokens each of its answers has.
+    """
+
+    texts: list[tuple[int, ...]] = field(default_factory=list)
+    keep: list[int] = field(default_factory=list)
+    wanted: list[tuple[int, int]] = field(default_factory=list)
+    sizes: list[list[int]] = field(default_factory=list)
+
+
+def _plan(batch: Sequence[list[Encoded]]) -> _Row:
+    """Lay out some items' candidates; single tokens after the same prompt are read at one place."""
+    row, offset = _Row(), 0
     for candidates in batch:
-        own = _texts(candidates)
-        for text, candidate in zip(own, candidates, strict=False):
-            last = len(text) if _shared(candidates) else len(text) - 1
-            keep += range(offset + candidate.start - 1, offset + last)
+        shared = _shared(candidates)
+        if shared:
+            row.wanted += [(len(row.keep), c.ids[-1]) for c in candidates]
+            row.keep.append(offset + candidates[0].start - 1)
+        for text, candidate in zip(_texts(candidates), candidates, strict=False):
+            if not shared:
+                row.wanted += enumerate(candidate.ids[candidate.start :], len(row.keep))
+                row.keep += range(offset + candidate.start - 1, offset + len(text) - 1)
+            row.texts.append(text)
             offset += len(text)
-        texts += own
-    return texts, keep
+        row.sizes.append([c.labels for c in candidates])
+    return row
 
 
-def _read(logits: Tensor, batch: Sequence[list[Encoded]]) -> list[list[float]]:
-    """Take each candidate's mean log-probability out of the rows of `logits`."""
-    scores: list[list[float]] = []
-    row = 0
-    for candidates in batch:
-        if _shared(candidates):
-            scores.append([float(logits[row, c.ids[-1]]) for c in candidates])
-            row += 1
-            continue
-        own = []
-        for candidate in candidates:
-            labels = torch.tensor(candidate.ids[candidate.start :], device=logits.device)
-            part = logits[row : row + candidate.labels]
-            own.append(float(part.gather(1, labels[:, None]).mean()))
-            row += candidate.labels
-        scores.append(own)
-    return scores
+def _means(logs: Tensor, row: _Row) -> list[list[float]]:
+    """Return the mean log-probability of each answer of each item."""
+    each = iter(torch.split(logs, [size for sizes in row.sizes for size in sizes]))
+    return [[float(next(each).mean()) for _ in sizes] for sizes in row.sizes]
 
 
 @torch.inference_mode()
@@ -130,6 +138,5 @@ def score(model: Any, tokenizer: Any, items: Sequence[Item], kind: str, config: 
     """Yield, batch by batch and in order, each item's score of each answer (mean log-probability, nats a token)."""
     encoded = (_candidates(item, kind, tokenizer, config) for item in items)
     for chosen in _batches(encoded, MAX_TOKENS):
-        texts, keep = _plan(chosen)
-        logits = packed_logits(model, texts, keep, share_prefix=True).float().log_softmax(-1)
-        yield _read(logits, chosen)
+        row = _plan(chosen)
+        yield _means(log_probabilities(model, row.texts, row.keep, row.wanted, share_prefix=True), row)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -9,17 +10,20 @@ import torch
 from torch import Tensor
 
 from fedtune.domains.base import Item, Kind
-from fedtune.evaluation import pinned
-from fedtune.evaluation.decode import Decoder, Row, run, windowed
+from fedtune.evaluation import alone, pinned
+from fedtune.evaluation.decode import Row, run, windowed
 from fedtune.evaluation.extract import ANSWER_MARK
 from fedtune.models import sides
 from fedtune.models.attention import packed_logits
+from fedtune.models.proof import proof_of
 
 CHOICE_BATCH = 16
 SENTIMENT_BATCH = 32
 SENTIMENT_LENGTH = 512
 GROUP = 8
 SEED = 2024
+# what a label hangs on, less what may come with the next token; and more tokens than either has, with a margin
+WORDS, TAIL = (ANSWER_MARK.rstrip(), "ositive"), 24
 # generation settings that do not change which token is the likeliest
 HARMLESS = {
     "_from_model_config",
@@ -117,15 +121,39 @@ def verdict_fixed(text: str) -> bool:
     return len(parts) > 2 or (len(parts) == 2 and ("positive" in parts[1] or "Positive" in parts[1]))
 
 
-def _stopper(tokenizer: Any) -> Any:
+class _Verdict:
+    """Tells, after each token of a text, whether its label is fixed, mostly from the text's end alone.
+
+    What fixes a label is a word, and its last token is there then: as many tokens are decoded as it may have, special
+    ones not counted. The whole text is decoded at its first new token, and where such a word ends it.
+    """
+
+    def __init__(self, tokenizer: Any) -> None:
+        self._tokenizer = tokenizer
+        self._special = set(tokenizer.all_special_ids)
+
+    def _text(self, ids: Sequence[int]) -> str:
+        return str(self._tokenizer.decode(ids, skip_special_tokens=True))
+
+    def fixed(self, prompt: Sequence[int], new: Sequence[int]) -> bool:
+        """Tell whether the label of a prompt with its new tokens is fixed, if it was not before the last one."""
+        words = (t for t in itertools.chain(reversed(new), reversed(prompt)) if t not in self._special)
+        tail = self._text([*itertools.islice(words, TAIL)][::-1])
+        near = len(new) <= 1 or any(word in tail for word in WORDS)
+        return near and verdict_fixed(self._text([*prompt, *new]))
+
+
+def _stopper(tokenizer: Any, prompt: int) -> Any:
     from transformers import StoppingCriteria
+
+    verdict = _Verdict(tokenizer)
 
     class VerdictFixed(StoppingCriteria):  # type: ignore[misc]  # untyped base
         """Ends a row once its label cannot change."""
 
         def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs: Any) -> Tensor:
-            texts = tokenizer.batch_decode(input_ids, skip_special_tokens=True)
-            return torch.tensor([verdict_fixed(t) for t in texts], device=input_ids.device)
+            fixed = [verdict.fixed(ids[:prompt], ids[prompt:]) for ids in input_ids.tolist()]
+            return torch.tensor(fixed, device=input_ids.device)
 
     return VerdictFixed()
 
@@ -142,7 +170,7 @@ def _generated(model: Any, tokenizer: Any, prompts: list[str], new_tokens: int) 
     limit = {"max_new_tokens": new_tokens} if new_tokens else {"max_length": SENTIMENT_LENGTH}
     sampled = bool(model.generation_config.do_sample)
     # a sampled batch must run to its end: stopping early would shift the random stream of the next one
-    stop = {} if sampled else {"stopping_criteria": [_stopper(tokenizer)]}
+    stop = {} if sampled else {"stopping_criteria": [_stopper(tokenizer, tokens["input_ids"].shape[1])]}
     with pinned.positions(model):
         made = model.generate(**tokens, **limit, **stop, eos_token_id=tokenizer.eos_token_id)
     return [text.split(ANSWER_MARK)[1] for text in tokenizer.batch_decode(made, skip_special_tokens=True)]
@@ -181,14 +209,17 @@ def _decoded(model: Any, tokenizer: Any, prompts: Sequence[str], new_tokens: int
         room |= {row.index: new_tokens or SENTIMENT_LENGTH - width for row in rows}
         official.append(rows)
 
+    verdict = _Verdict(tokenizer)
+
     def text(row: Row) -> str:
         return str(tokenizer.decode([*row.prompt, *row.new], skip_special_tokens=True))
 
     def done(row: Row) -> bool:
         full = len(row.new) >= room[row.index] or row.new[-1] == tokenizer.eos_token_id
-        return full or verdict_fixed(text(row))
+        return full or verdict.fixed(row.prompt, row.new)
 
-    decoder = Decoder(model, done, guesses=True)
+    longest = max(len(row.prompt) + room[row.index] for rows in official for row in rows)
+    decoder = alone.decoder_for(model, done, longest=longest)
     given, groups = 0, [group for rows in official for group in _alike(rows)]
     for _ in run(decoder, groups, 2 * SENTIMENT_BATCH):
         while given < len(official) and all(row.ended for row in official[given]):
@@ -197,14 +228,15 @@ def _decoded(model: Any, tokenizer: Any, prompts: Sequence[str], new_tokens: int
 
 
 def _decodable(model: Any, tokenizer: Any) -> bool:
-    """Tell whether our own decoding gives what `generate` would.
+    """Tell whether our own decoding gives what `generate` would; that a running batch does is tried on the model.
 
     It leaves padding out, which a layer that sees the last columns of a batch counts when it is on the right.
     """
     mixer = sides.of(model)
     window = getattr(model.config.get_text_config(), "sliding_window", None) or 0
     counted = windowed(model) and window < 2 * SENTIMENT_LENGTH and tokenizer.padding_side == "right"
-    return _plain_greedy(model) and not counted and not (mixer is not None and mixer.per_text)
+    proven = alone.batches(model) and proof_of(model).longest >= 2 * SENTIMENT_LENGTH
+    return _plain_greedy(model) and proven and not counted and not (mixer is not None and mixer.per_text)
 
 
 def _sentiment(model: Any, tokenizer: Any, prompts: list[str], new_tokens: int, first: int) -> Iterator[list[str]]:

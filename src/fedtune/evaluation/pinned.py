@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fedtune.models.attention import inner
+from fedtune.models.interface import inner
 
 PAD = "[PAD]"
 # rows of an embedding that are looked up at a time to find their mean

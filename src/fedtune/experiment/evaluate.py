@@ -13,6 +13,7 @@ from fedtune.io import digest, folder_lock
 from fedtune.models import load
 from fedtune.models.folder import checked
 from fedtune.models.load import LoadedModel
+from fedtune.models.proof import proof_of
 from fedtune.models.source import adapter_revision
 from fedtune.models.trained import load_folder
 from fedtune.results.schema import Score
@@ -50,6 +51,9 @@ def evaluate(
             model = load_folder(base, adapter, insist=insist).model
             model.eval()
             who.append(adapter_revision(adapter))
+        if apart := proof_of(base.model).why:
+            who.append("one text at a time")
+            watch.note(f"engine: one text at a time ({apart})")
         try:
             return evaluate_all(model, base.tokenizer, tasks, config, folder, digest(who), watch.evaluating)
         finally:

@@ -91,6 +91,16 @@ def check_complete(what: str, model: Any, info: Mapping[str, Any]) -> None:
         log.warning("%s: not part of the language model, left out: %s", what, _some(unexpected))
 
 
+def check_decoder(what: str, config: Any) -> None:
+    """Refuse an encoder-decoder: only its second half would be loaded, without what it was made to look at.
+
+    Raises:
+        ModelError: saying so.
+    """
+    if getattr(config, "is_encoder_decoder", False):
+        raise ModelError(f"{what} is an encoder-decoder ({config.model_type}); a causal language model is wanted")
+
+
 def check_finite(what: str, model: Any) -> None:
     """Refuse weights with NaN or infinity: whatever is computed with them looks like an answer and is none.
 

@@ -13,6 +13,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from fedtune.types import ModelError
+
 _MIX = (-4658895280553007687, -7723592293110705685)  # the multipliers of splitmix64, as signed numbers
 _LOW, _ROOM = (1 << 31) - 1, (1 << 62) - 1
 
@@ -88,6 +90,12 @@ class KeyedDropout(nn.Module):
         """Return x [1, tokens, width] with numbers dropped and the rest scaled up by 1 / (1 - p)."""
         if not self.training or self.keys.tokens is None:
             return x
+        if x.shape[-2] != len(self.keys.tokens) or x.numel() != x.shape[-1] * x.shape[-2]:
+            raise ModelError(
+                f"lora.dropout cannot be drawn in a layer that does not see the tokens as they stand: it was given "
+                f"{tuple(x.shape)} for {len(self.keys.tokens)} tokens; set lora.dropout = 0, or leave the layer out of "
+                "lora.target_modules"
+            )
         columns = self.keys.columns(self.number, x.shape[-1], x.device)
         drawn = _mixed(self.keys.tokens[:, None] * columns) & _LOW
         kept = drawn >= int(self.p * (_LOW + 1))

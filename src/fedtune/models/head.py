@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -9,11 +10,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fedtune.models.attention import inner, run_row
+from fedtune.models.attention import by_text, row_logits, run_row, text_weights
+from fedtune.models.interface import inner
 from fedtune.models.packing import PackedRow, pack
+from fedtune.models.proof import distance, proof_of, texts_for
 
 # logits held at a time, in numbers
 CHUNK = 2**22
+# how far two passes over the same row may be apart
+CLOSE = 1e-2
 _PLAIN = "fedtune_plain_head"
 
 
@@ -69,13 +74,22 @@ def linear_loss(
 
 def _hidden(model: Any, row: PackedRow) -> Tensor:
     """Return the last hidden states [tokens, hidden] of a packed row."""
-    states: Tensor = run_row(inner(model).get_decoder(), row).last_hidden_state[0]
+    states: Tensor = run_row(model, row, _decoder(model)).last_hidden_state[0]
     return states
 
 
+def _decoder(model: Any) -> Any:
+    return inner(model).get_decoder()
+
+
 def has_plain_head(model: Any) -> bool:
-    """Tell whether a model's logits are its head applied to its decoder's output and nothing more; tried out once."""
+    """Tell whether a model's logits are its head applied to its decoder's output and nothing more.
+
+    What lies between them is tried out once; that the head is a plain layer, without an adapter, each time.
+    """
     base = inner(model)
+    if not hasattr(base, "get_decoder") or type(base.get_output_embeddings()) is not nn.Linear:
+        return False
     known = getattr(base, _PLAIN, None)
     if known is None:
         known = _tried(base)
@@ -85,18 +99,86 @@ def has_plain_head(model: Any) -> bool:
 
 @torch.no_grad()
 def _tried(base: Any) -> bool:
-    head = base.get_output_embeddings() if hasattr(base, "get_decoder") else None
-    if type(head) is not nn.Linear:
-        return False
-    row = pack([[0, 1, 2, 3]])
+    """Exchange the head's logits: they have to come out unchanged, and the decoder's output to go in."""
+    row, seen = pack([texts_for(base)[0]]), []
+
+    def exchange(head: Any, inputs: tuple[Tensor], output: Tensor) -> Tensor:
+        drawn = 100 * torch.randn(output.shape, generator=torch.Generator().manual_seed(0))
+        seen.append((inputs[0], drawn.to(output.device, output.dtype)))
+        return seen[-1][1]
+
     was_training = base.training
     base.eval()
     try:
         hidden = _hidden(base, row)
-        logits: Tensor = run_row(base, row).logits[0]
-        return torch.equal(head(hidden), logits) or torch.allclose(head(hidden), logits, rtol=1e-3, atol=1e-4)
+        hook = base.get_output_embeddings().register_forward_hook(exchange)
+        with contextlib.ExitStack() as after:
+            after.callback(hook.remove)
+            logits: Tensor = run_row(base, row).logits
+        given, drawn = seen[0]
+        same = given.shape[-2:] == hidden.shape and not (distance(given.flatten(0, -2), hidden) > CLOSE).any()
+        return len(seen) == 1 and same and torch.equal(logits.to(drawn.dtype), drawn)
+    except Exception:  # whatever a model's own code raises, its head is not used apart
+        return False
     finally:
         base.train(was_training)
+
+
+def _indexed(row: PackedRow, keep: Sequence[int], device: torch.device) -> Tensor:
+    return torch.tensor([row.place[i] for i in keep], dtype=torch.long, device=device)
+
+
+def _row_log_probabilities(
+    model: Any, row: PackedRow, keep: Sequence[int], wanted: Sequence[tuple[int, int]]
+) -> Tensor:
+    """Return the log-probabilities of `wanted` in a row, some places at a time."""
+    if has_plain_head(model):
+        hidden, head = _hidden(model, row), inner(model).get_output_embeddings()
+        table, made = hidden.index_select(0, _indexed(row, keep, hidden.device)), head
+        rows = max(1, CHUNK // head.weight.shape[0])
+    else:
+        table, made = row_logits(model, row, keep), nn.Identity()
+        rows = max(1, CHUNK // table.shape[-1])
+    found, done = [], 0
+    for first in range(0, len(table), rows):
+        logs = made(table[first : first + rows]).float().log_softmax(-1)
+        part = [(i - first, token) for i, token in wanted[done:] if i < first + rows]
+        places, tokens = torch.tensor(part, dtype=torch.long, device=logs.device).view(-1, 2).unbind(1)
+        found.append(logs[places, tokens])
+        done += len(part)
+    return torch.cat(found)
+
+
+def log_probabilities(
+    model: Any,
+    texts: Sequence[Sequence[int]],
+    keep: Sequence[int],
+    wanted: Sequence[tuple[int, int]],
+    *,
+    share_prefix: bool = False,
+) -> Tensor:
+    """Return the log-probabilities of some tokens at some places; no table of all logits is held in float32.
+
+    Args:
+        model: a causal language model, bare or wrapped by PEFT.
+        texts: token ids of each text.
+        keep: positions in the joined texts, ascending.
+        wanted: (index into `keep`, token), in the order of the former.
+        share_prefix: see `pack`.
+
+    Returns:
+        float32 [len(wanted)], in nats.
+    """
+    if len(texts) > 1 and not proof_of(model).packs(texts):
+        found, start = [], 0
+        for text, own in by_text(texts, keep):
+            mine = [(i - start, token) for i, token in wanted if start <= i < start + len(own)]
+            found += [log_probabilities(model, [text], own, mine)] if mine else []
+            start += len(own)
+        return torch.cat(found)
+    with text_weights(model, texts) as shareable:
+        row = pack(texts, share_prefix=share_prefix and shareable)
+        return _row_log_probabilities(model, row, keep, wanted)
 
 
 def row_losses(
@@ -112,7 +194,7 @@ def row_losses(
         shares: what each counts for.
     """
     hidden = _hidden(model, row)
-    index = torch.tensor([row.place[i] for i in keep], dtype=torch.long, device=hidden.device)
+    index = _indexed(row, keep, hidden.device)
     head = inner(model).get_output_embeddings()
     wanted = torch.tensor(targets, dtype=torch.long, device=hidden.device)
     return linear_loss(hidden.index_select(0, index), head.weight, head.bias, wanted, shares)

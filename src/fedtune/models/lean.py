@@ -36,10 +36,17 @@ class _Normalise(torch.autograd.Function):
 class LeanRMSNorm(nn.Module):
     """RMSNorm (Zhang and Sennrich 2019) of a frozen model: two passes forward and three backward."""
 
-    def __init__(self, weight: nn.Parameter, eps: float) -> None:
+    def __init__(self, weight: nn.Parameter, eps: float, own: nn.Module) -> None:
         super().__init__()
         self.weight = weight
         self.eps = eps
+        # a list, so that the model does not count its weight twice
+        self._own = [own]
+
+    @property
+    def own(self) -> nn.Module:
+        """The layer that this one stands for."""
+        return self._own[0]
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the normalised input, of any shape [..., hidden]."""
@@ -55,7 +62,7 @@ def _lean_norm(module: nn.Module) -> LeanRMSNorm | None:
         return None
     if weight.device.type == "meta" or type(module) is LeanRMSNorm:
         return None
-    lean = LeanRMSNorm(weight, float(eps))
+    lean = LeanRMSNorm(weight, float(eps), module)
     generator = torch.Generator().manual_seed(0)
     trial = torch.randn(2, weight.numel(), generator=generator).to(weight.device, weight.dtype)
     with torch.no_grad():
@@ -73,3 +80,11 @@ def slim(model: nn.Module) -> int:
                 setattr(parent, name, lean.train(child.training))
                 replaced += 1
     return replaced
+
+
+def restore(model: nn.Module) -> int:
+    """Put a model's own layers back; return how many were."""
+    replaced = [(p, n, c) for p in model.modules() for n, c in p.named_children() if isinstance(c, LeanRMSNorm)]
+    for parent, name, child in replaced:
+        setattr(parent, name, child.own.train(child.training))
+    return len(replaced)

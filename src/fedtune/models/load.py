@@ -18,8 +18,15 @@ from fedtune.data.hub import guarded
 from fedtune.data.once import made_once
 from fedtune.data.packages import SMOLLM2, Package, read_wheel
 from fedtune.io import cache_dir, expanded
-from fedtune.models import attention, lean, measure
-from fedtune.models.checks import check_complete, check_finite, check_vocabulary, quantised_bits
+from fedtune.models import measure
+from fedtune.models.checks import (
+    check_complete,
+    check_decoder,
+    check_finite,
+    check_vocabulary,
+    quantised_bits,
+)
+from fedtune.models.proof import prove
 from fedtune.models.source import check_folder, model_revision
 from fedtune.models.zoo import is_local, zoo
 from fedtune.types import ModelError
@@ -155,7 +162,6 @@ def _read(what: str, source: str, settings: ModelSettings, device: str, stored: 
         source,
         dtype=_dtype(settings, device),
         use_safetensors=True,
-        attn_implementation=attention.register(),
         ignore_mismatched_sizes=True,  # to be named below
         output_loading_info=True,
         **({} if not settings.quantization else {"device_map": {"": device}}),
@@ -182,6 +188,7 @@ def load(settings: ModelSettings, device: str | None = None) -> LoadedModel:
     what = f"base model {settings.name}"
     common: dict[str, Any] = {"revision": revision, "trust_remote_code": False}
     config = guarded(lambda: AutoConfig.from_pretrained(source, **common), what, ModelError)
+    check_decoder(what, config)
     stored = quantised_bits(what, config, settings.quantization)
     # all files of one commit, even if a new one is pushed meanwhile
     common["revision"] = commit = _commit(source, revision)
@@ -194,7 +201,7 @@ def load(settings: ModelSettings, device: str | None = None) -> LoadedModel:
     model.eval()
     check_finite(what, model)
     check_vocabulary(what, model, tokenizer)
-    lean.slim(model)
+    prove(model, what, slim=True)
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return LoadedModel(model, tokenizer, settings.name, _revision(settings, source, commit))

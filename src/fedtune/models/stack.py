@@ -17,7 +17,7 @@ from torch import Tensor
 
 from fedtune.lora.state import PREFIX, A, B
 from fedtune.models.adapter import AdaptedModel
-from fedtune.models.attention import gathered, spread
+from fedtune.models.kernels import gathered, spread
 from fedtune.models.packing import Plan, Span
 
 Tensors = Mapping[str, Tensor]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -10,15 +11,82 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fedtune.data.encode import Encoded
+from fedtune.lora.state import to_tensors
+from fedtune.methods.local import Tensors
 from fedtune.models.adapter import AdaptedModel
+from fedtune.models.interface import inner
+from fedtune.models.proof import COARSE_GRADIENT, far, proof_of, texts_for
 from fedtune.models.sides import is_side
 from fedtune.models.stack import Stack
-from fedtune.training.executor import Limits, Sequential, Work, one_pass, optimizer, training
+from fedtune.training.executor import (
+    Limits,
+    Sequential,
+    Work,
+    backpropagate,
+    one_pass,
+    optimizer,
+    place,
+    training,
+)
 from fedtune.training.loss import Part, passes
 from fedtune.training.meeting import Meeting
 from fedtune.types import last_line
 
 _log = logging.getLogger(__name__)
+
+_STACKS = "fedtune_stacks"
+
+
+@contextlib.contextmanager
+def _unwarned() -> Iterator[None]:
+    """Leave out the warning that gradients go into the matrix of lines, which is not autograd's own layout."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="grad and param do not obey")
+        yield
+
+
+def _stacked_gradients(adapted: AdaptedModel, starts: Sequence[Tensors], texts: Sequence[Encoded]) -> list[Tensors]:
+    """Return each client's gradients on one text of its own, from one pass."""
+    stack = Stack(adapted, starts, list(adapted.slots))
+    slots = [stack.slots(k, start) for k, start in enumerate(starts)]
+    parts = [Part([text], 1.0 / text.labels) for text in texts]
+    with training(adapted.model, False), stack.active(), _unwarned():
+        one_pass(adapted, parts, exact=True, on_rows=lambda lengths: stack.rows(range(len(parts)), lengths))
+    return [{n: p.grad for n, p in own.items() if p.grad is not None} for own in slots]
+
+
+def _own_gradients(adapted: AdaptedModel, start: Tensors, text: Encoded) -> Tensors:
+    """Return the same of one client, in PEFT's own layers."""
+    chosen = place(adapted, start, list(adapted.slots))
+    with training(adapted.model, False):
+        backpropagate(adapted, [text], len(text.ids), exact=True)
+    return {n: torch.zeros_like(p) if p.grad is None else p.grad.clone() for n, p in chosen.items()}
+
+
+def _tried(adapted: AdaptedModel) -> bool:
+    base = inner(adapted.model)
+    texts = [Encoded(tuple(text), 1) for text in texts_for(base)[1:]]
+    generator = torch.Generator().manual_seed(0)
+    layout = to_tensors(adapted.layout)
+    starts = [{n: t + 0.05 * torch.randn(t.shape, generator=generator) for n, t in layout.items()} for _ in texts]
+    try:
+        own = [_own_gradients(adapted, start, text) for start, text in zip(starts, texts, strict=True)]
+        made = _stacked_gradients(adapted, starts, texts)
+    except Exception:  # whatever a model's own code raises, it cannot do this
+        return False
+    dtype = next(p.dtype for p in base.parameters() if p.is_floating_point())
+    lines = ((m[n].cpu().view(1, -1), o[n].cpu().view(1, -1)) for m, o in zip(made, own, strict=True) for n in o)
+    return not any(far(one, other, dtype, COARSE_GRADIENT) for one, other in lines)
+
+
+def stacks(adapted: AdaptedModel) -> bool:
+    """Tell whether adapters side by side give each client the gradients that it has alone; tried out once."""
+    known = getattr(adapted.model, _STACKS, None)
+    if known is None:
+        known = _tried(adapted)
+        setattr(adapted.model, _STACKS, known)
+    return bool(known)
 
 
 class Cohort:
@@ -63,8 +131,8 @@ class Cohort:
 
     def _group(self, works: Sequence[Work]) -> list[dict[str, Tensor] | BaseException]:
         """Make the steps of a group; one that fails (of memory, or of a client's own) is tried again by halves."""
-        if len(works) == 1:
-            return [self._alone(works[0])]
+        if len(works) == 1 or not stacks(self._adapted):
+            return [self._alone(work) for work in works]
         try:
             return list(self._stacked(works))
         except Exception as err:
@@ -84,13 +152,14 @@ class Cohort:
     def _groups(self, works: Sequence[Work]) -> Iterator[list[int]]:
         """Yield the places of works that go together, at most `size` at a time."""
         groups: list[list[int]] = []
-        for place, work in enumerate(works):
-            fitting = (g for g in groups if len(g) < self.size and _alike(works[g[0]], work))
-            group = next(fitting, None)
+        joins = [_together(self._adapted.model, work) for work in works]
+        for i, work in enumerate(works):
+            fitting = (g for g in groups if joins[g[0]] and len(g) < self.size and _alike(works[g[0]], work))
+            group = next(fitting, None) if joins[i] else None
             if group is None:
-                groups.append([place])
+                groups.append([i])
             else:
-                group.append(place)
+                group.append(i)
         yield from groups
 
     def _stacked(self, works: Sequence[Work]) -> Iterable[dict[str, Tensor]]:
@@ -126,15 +195,20 @@ class Cohort:
         def on_rows(lengths: list[int]) -> None:
             stack.rows(list(parts), lengths)
 
-        with warnings.catch_warnings():  # gradients go into the matrix of lines, which is not autograd's own layout
-            warnings.filterwarnings("ignore", message="grad and param do not obey")
+        with _unwarned():
             own = one_pass(self._adapted, list(parts.values()), exact=exact, on_rows=on_rows)
-        for place, value in zip(parts, own, strict=True):
-            losses[place] += value
+        for client, value in zip(parts, own, strict=True):
+            losses[client] += value
 
 
 def _fixed(work: Work) -> dict[str, Tensor]:
     return {n: t for n, t in work.start.items() if is_side(n)}
+
+
+def _together(model: Any, work: Work) -> bool:
+    """Tell whether a client's texts may lie in one row with others', with nothing random but what is keyed."""
+    found = proof_of(model)
+    return not found.random and found.packs([e.ids for step in work.steps for e in step])
 
 
 def _stackable(work: Work) -> bool:

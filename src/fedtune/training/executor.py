@@ -12,10 +12,13 @@ from torch import Tensor
 
 from fedtune.config.schema import TrainSettings
 from fedtune.data.encode import Encoded
+from fedtune.lora.state import to_tensors
 from fedtune.methods.local import Tensors, Term
 from fedtune.models.adapter import AdaptedModel
-from fedtune.training.loss import Part, joint_loss, keyed, passes
-from fedtune.types import derive_seed
+from fedtune.models.interface import attending, inner
+from fedtune.models.proof import proof_of, texts_for
+from fedtune.training.loss import Part, joint_loss, keyed, lots, passes, regrouped
+from fedtune.types import ModelError, derive_seed
 
 Slots = Mapping[str, torch.nn.Parameter]
 
@@ -167,14 +170,30 @@ def place(adapted: AdaptedModel, start: Tensors, names: Sequence[str]) -> dict[s
     return {name: slots[name] for name in names}
 
 
+def _one_lot(
+    adapted: AdaptedModel, parts: Sequence[Part], exact: bool, on_rows: Callable[[list[int]], None] | None
+) -> list[float]:
+    """Backpropagate the losses of parts that pass through the model together; return each part's."""
+    model, texts = adapted.model, [text for part in parts for text in part.texts]
+    with contextlib.ExitStack() as during:
+        during.enter_context(attending(model, packed=proof_of(model).packs(texts)))
+        if not exact:
+            during.enter_context(keyed(adapted.keys, parts, adapted.device))
+        if model.training and proof_of(model).random:
+            during.enter_context(torch.random.fork_rng())
+            torch.manual_seed(derive_seed(parts[0].key, "own dropout", parts[0].first))
+        loss, own = joint_loss(model, parts, share_prefix=exact, on_rows=on_rows)
+        loss.backward()  # type: ignore[no-untyped-call]
+    return own
+
+
 def one_pass(
     adapted: AdaptedModel, parts: Sequence[Part], *, exact: bool, on_rows: Callable[[list[int]], None] | None = None
 ) -> list[float]:
-    """Backpropagate the losses of some parts of steps in one pass (see `joint_loss`); return each part's."""
-    with contextlib.nullcontext() if exact else keyed(adapted.keys, parts, adapted.device):
-        loss, own = joint_loss(adapted.model, parts, share_prefix=exact, on_rows=on_rows)
-        loss.backward()  # type: ignore[no-untyped-call]
-    return own
+    """Backpropagate the losses of some parts of steps, in one pass if they may; return each part's."""
+    apart = lots(adapted.model, parts)
+    losses = [_one_lot(adapted, lot, exact, on_rows) for lot in apart]
+    return losses[0] if len(apart) == 1 else regrouped([own for (own,) in losses], parts)
 
 
 def backpropagate(
@@ -182,6 +201,33 @@ def backpropagate(
 ) -> float:
     """Backpropagate the mean loss over all labels of one client's step, whatever the micro-batches; return it."""
     return sum(sum(one_pass(adapted, list(p.values()), exact=exact)) for p in passes([examples], [key], tokens))
+
+
+def rehearse(adapted: AdaptedModel, limits: Limits, *, exact: bool) -> None:
+    """Take one step's gradient on a short text, as training will, and leave nothing of it.
+
+    Raises:
+        ModelError: this model cannot be trained with this adapter; before anything was.
+    """
+    base = inner(adapted.model)
+    text = texts_for(base)[-1]
+    chosen = place(adapted, to_tensors(adapted.layout), list(adapted.slots))
+    try:
+        with training(adapted.model, limits.checkpointing):
+            backpropagate(adapted, [Encoded(tuple(text), 1)], limits.tokens, exact=exact)
+        reached = any(p.grad is not None and bool(p.grad.any()) for p in chosen.values())
+    except ModelError:
+        raise
+    except Exception as err:  # whatever a model's own code raises
+        raise ModelError(
+            f"{adapted.base.name} cannot be trained with this adapter: {type(err).__name__}: {err}; "
+            "name other layers in lora.target_modules"
+        ) from err
+    finally:
+        for parameter in chosen.values():
+            parameter.grad = None
+    if not reached:
+        raise ModelError(f"{adapted.base.name} cannot be trained: no gradient reaches the adapter")
 
 
 class Sequential:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from itertools import zip_longest
+from dataclasses import dataclass, replace
+from itertools import accumulate, pairwise, zip_longest
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ from fedtune.models.attention import row_logits, text_weights
 from fedtune.models.dropout import Keys, token_keys
 from fedtune.models.head import has_plain_head, row_losses
 from fedtune.models.packing import join, pack
+from fedtune.models.proof import proof_of
 
 
 @dataclass(frozen=True)
@@ -85,6 +86,24 @@ def _labels(parts: Sequence[Part]) -> tuple[list[int], list[int], list[float]]:
     return keep, targets, shares
 
 
+def lots(model: Any, parts: Sequence[Part]) -> list[list[Part]]:
+    """Return parts as they pass through a model: all together, or each text alone where rows are not proven."""
+    texts = [text for part in parts for text in part.texts]
+    if len(texts) == 1 or proof_of(model).packs(texts):
+        return [list(parts)]
+    return [
+        [replace(part, examples=[example], first=part.first + number)]
+        for part in parts
+        for number, example in enumerate(part.examples)
+    ]
+
+
+def regrouped(losses: Sequence[float], parts: Sequence[Part]) -> list[float]:
+    """Return the parts' losses from those of their texts."""
+    ends = [0, *accumulate(len(part.examples) for part in parts)]
+    return [sum(losses[start:end]) for start, end in pairwise(ends)]
+
+
 def joint_loss(
     model: Any,
     parts: Sequence[Part],
@@ -102,10 +121,15 @@ def joint_loss(
         share_prefix: compute what a part's texts begin with once: exact without dropout, not with it.
         on_rows: told how many tokens of the row each part has, before the pass.
     """
+    apart = lots(model, parts)
+    if len(apart) > 1:
+        made = [joint_loss(model, lot) for lot in apart]
+        return torch.stack([total for total, _ in made]).sum(), regrouped([own for _, (own,) in made], parts)
     keep, targets, shares = _labels(parts)
     plain = has_plain_head(model)
     with text_weights(model, [t for part in parts for t in part.texts]) as shareable:
-        rows = [pack(part.texts, share_prefix=share_prefix and shareable) for part in parts]
+        shared = share_prefix and shareable and not (model.training and proof_of(model).random)
+        rows = [pack(part.texts, share_prefix=shared) for part in parts]
         if on_rows:
             on_rows([len(own.ids) for own in rows])
         row = join(rows) if len(rows) > 1 else rows[0]

@@ -13,10 +13,13 @@ from fedtune.config import Config
 from fedtune.machine import cores
 from fedtune.models.adapter import AdaptedModel
 from fedtune.models.budget import activation_bytes
+from fedtune.models.interface import inner
 from fedtune.models.measure import free_memory, gemm_rate
 from fedtune.models.packing import CALL
+from fedtune.models.proof import Proof, proof_of
 from fedtune.training.cohort import Cohort
-from fedtune.training.executor import Executor, Limits, Sequential
+from fedtune.training.executor import Executor, Limits, Sequential, rehearse
+from fedtune.types import ModelError
 
 # a machine without memory for more still trains: this many tokens pass at least
 FEWEST, MOST_CPU, MOST = 512, 4096, 65_536
@@ -48,7 +51,7 @@ class Machine:
 
 @dataclass(frozen=True)
 class Plan:
-    """What was chosen, and why, in words."""
+    """What was chosen, and why, in words; `apart` is why texts pass through the model one at a time, if they do."""
 
     dtype: str
     threads: int
@@ -57,6 +60,7 @@ class Plan:
     cohort: int
     bucket: int
     why: tuple[str, ...]
+    apart: str = ""
 
     @staticmethod
     def read(document: Mapping[str, Any]) -> Plan:
@@ -71,7 +75,8 @@ class Plan:
         """Return the plan for people."""
         how = f"{self.cohort} clients a pass" if self.cohort > 1 else "one client a pass"
         kept = "recomputed" if self.checkpointing else "kept"
-        return f"{self.dtype}, {self.threads} threads, {how}, {self.tokens} tokens a pass, activations {kept}"
+        room = f"one text at a time ({self.apart})" if self.apart else f"{self.tokens} tokens a pass"
+        return f"{self.dtype}, {self.threads} threads, {how}, {room}, activations {kept}"
 
 
 def machine(adapted: AdaptedModel) -> Machine:
@@ -101,12 +106,14 @@ def _limits(config: Config, shape: Any, width: int, longest: int, free: int) -> 
     return max(FEWEST, int(room // each[checkpointing])), checkpointing, why
 
 
-def _cohort(config: Config, known: Machine, flops: float, layers: int) -> tuple[int, str]:
+def _cohort(config: Config, known: Machine, flops: float, layers: int, found: Proof) -> tuple[int, str]:
     """Return how many clients share a pass, and why.
 
     A step of few tokens leaves a GPU waiting for its launches; clients fill the gap until computing takes as long.
     """
     asked, most = config.engine, config.federation.cohort_size
+    if found.why or found.random:
+        return 1, "the model drops numbers at random by itself" if found.random else "its texts pass one at a time"
     if asked.executor == "sequential":
         return 1, "asked for"
     if asked.side_by_side:
@@ -138,17 +145,23 @@ def plan(config: Config, adapted: AdaptedModel, longest: int, tokens: float, kno
     weights = [p for p in model.parameters() if p.is_floating_point()]
     shape, width = model.config.get_text_config(), max(p.element_size() for p in weights)
     whole = sum(p.numel() for p in model.parameters()) - model.get_input_embeddings().weight.numel()
-    cohort, why_cohort = _cohort(config, here, flops_per_token(whole) * tokens, int(shape.num_hidden_layers))
+    found, flops = proof_of(model), flops_per_token(whole) * tokens
+    cohort, why_cohort = _cohort(config, here, flops, int(shape.num_hidden_layers), found)
     limit, checkpointing, why_memory = _limits(config, shape, width, longest, here.free)
+    if checkpointing and not inner(model).supports_gradient_checkpointing:
+        if config.engine.gradient_checkpointing is True:
+            raise ModelError(f"{type(inner(model)).__name__} cannot recompute its activations; leave them kept")
+        checkpointing = False
     if config.engine.max_tokens_per_forward == "auto":
         # a power of two, so that a little more free memory does not change the last bits of a result
         limit = min(2 ** int(math.log2(limit)), MOST_CPU if here.device == "cpu" else MOST)
+    rehearse(adapted, Limits(limit, checkpointing), exact=config.lora.dropout == 0)
     threads = config.engine.threads or here.cores
     dtype = str(weights[0].dtype).removeprefix("torch.")
     why = (f"{here.rate / 1e9:.0f} GFLOP/s in {dtype}", why_memory, f"cohort: {why_cohort}")
     # by the kind of device and not measured: it decides the last bits of a result, which must be the same tomorrow
     bucket = CALL.get(here.device, CALL["cuda"]) if config.engine.bucket == "auto" else config.engine.bucket
-    return Plan(dtype, threads, limit, checkpointing, cohort, bucket, why)
+    return Plan(dtype, threads, limit, checkpointing, cohort, bucket, why, found.why)
 
 
 def executor(chosen: Plan, adapted: AdaptedModel) -> Executor:

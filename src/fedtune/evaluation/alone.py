@@ -1,0 +1,155 @@
+"""Decoding one text at a time with transformers' own cache, for models that a running batch is not proven for.
+
+State spaces, convolutions and caches of other kinds cannot be padded, joined or taken back by columns.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fedtune.evaluation.decode import Decoder, Row, Weigh
+from fedtune.models.interface import inner, plain_pass
+from fedtune.models.proof import far, proof_of, texts_for
+
+_BATCHES = "fedtune_batches"
+# more than any text has
+ENDLESS = 2**20
+
+
+@contextlib.contextmanager
+def _bare(base: Any) -> Iterator[None]:
+    """Leave the model's own generation settings out: how a row is decoded is the row's."""
+    from transformers import GenerationConfig
+
+    was, base.generation_config = base.generation_config, GenerationConfig()
+    try:
+        yield
+    finally:
+        base.generation_config = was
+
+
+class Alone:
+    """Decodes rows one after the other; to be used as a `Decoder`, which it never joins.
+
+    Args:
+        model: in evaluation mode.
+        done: tells, after each token, whether a row is finished.
+        weigh: the context in which a row is decoded.
+    """
+
+    def __init__(self, model: Any, done: Callable[[Row], bool], weigh: Weigh | None = None) -> None:
+        self._model = inner(model)
+        self._done = done
+        self._weigh = weigh or (lambda rows: contextlib.nullcontext())
+        self.rows: list[Row] = []
+
+    @property
+    def joins(self) -> bool:
+        """Whether rows may join others: there are none."""
+        return False
+
+    def admit(self, rows: Sequence[Row]) -> None:
+        """Decode rows to their end."""
+        for row in rows:
+            if row.blind:
+                raise ValueError("a row that ends in padding cannot be decoded alone")
+            with self._weigh([row]), _bare(self._model):
+                self._decode(row)
+
+    def advance(self) -> None:
+        """Do nothing: no row is ever under way."""
+
+    def _decode(self, row: Row) -> None:
+        ids = torch.tensor([list(row.prompt)], device=self._model.device)
+
+        def step(seen: Tensor, scores: Tensor) -> Tensor:
+            token = row.choose(scores[0]) if row.choose else int(scores[0].argmax())
+            row.new.append(token)
+            row.ended = self._done(row)
+            return torch.full_like(scores, float("-inf")).index_fill_(-1, torch.tensor(token, device=scores.device), 0)
+
+        self._model.generate(
+            inputs=ids,
+            attention_mask=torch.ones_like(ids),
+            do_sample=False,
+            max_new_tokens=ENDLESS,
+            pad_token_id=0,
+            logits_processor=[step],
+            stopping_criteria=[lambda seen, scores, **_: torch.tensor([row.ended], device=seen.device)],
+        )
+
+
+def _taught(decoder: Decoder, texts: Sequence[Sequence[int]]) -> list[list[Tensor]]:
+    """Let a decoder go over known texts, guesses that are wrong included; return the logits it had at each step."""
+    seen: list[list[Tensor]] = [[] for _ in texts]
+
+    def row(index: int, known: int) -> Row:
+        def choose(logits: Tensor) -> int:
+            seen[index].append(logits.detach())
+            return texts[index][known + len(seen[index]) - 1]
+
+        return Row(index, list(texts[index][:known]), choose=choose)
+
+    decoder.admit([row(0, len(texts[0]) - 5), row(1, len(texts[1]) - 4)])
+    decoder.advance()
+    if decoder.joins:
+        decoder.admit([row(2, len(texts[2]) - 3)])
+    while decoder.rows:
+        decoder.advance()
+    return seen
+
+
+class _Misled(Decoder):
+    """A decoder whose guesses are all wrong, so that what it takes back is seen to be gone."""
+
+    def _guess(self, row: Row, most: int) -> list[int]:
+        return [] if self._windowed else [row.prompt[0], row.prompt[1]]
+
+
+def _tried(model: Any) -> bool:
+    """Hold a running batch against each text alone."""
+    base = inner(model)
+    texts = texts_for(base)
+    dtype = next((p.dtype for p in base.parameters() if p.is_floating_point()), torch.float32)
+    coarse = torch.bfloat16 if getattr(base, "is_quantized", False) else dtype
+    decoder = _Misled(base, lambda row: len(row.prompt) + len(row.new) == len(texts[row.index]), guesses=False)
+    try:
+        for text, rows in zip(texts, _taught(decoder, texts), strict=True):
+            alone = plain_pass(base, text).logits[0][len(text) - 1 - len(rows) : -1]
+            if rows and far(torch.stack(rows).float().cpu(), alone.float().cpu(), coarse):
+                return False
+    except Exception:  # whatever a model's own code raises, it cannot do this
+        return False
+    return True
+
+
+@torch.no_grad()
+def batches(model: Any) -> bool:
+    """Tell whether a model decodes several texts in a running batch as it does each alone; tried out once."""
+    base = inner(model)
+    known = getattr(base, _BATCHES, None)
+    if known is None:
+        known = not proof_of(model).why and _tried(model)
+        setattr(base, _BATCHES, known)
+    return bool(known)
+
+
+def decoder_for(
+    model: Any, done: Callable[[Row], bool], weigh: Weigh | None = None, *, longest: int
+) -> Decoder | Alone:
+    """Return what decodes rows on a model.
+
+    Args:
+        model: in evaluation mode.
+        done: tells, after each token, whether a row is finished.
+        weigh: the context in which a pass over some rows runs.
+        longest: tokens that a row has in the end, at most.
+    """
+    if batches(model) and longest <= proof_of(model).longest:
+        return Decoder(model, done, weigh, guesses=True)
+    return Alone(model, done, weigh)
