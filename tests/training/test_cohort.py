@@ -294,3 +294,28 @@ def test_a_pass_that_fails_is_tried_by_halves_until_the_culprit_is_alone(
         assert distance(done[client], plain[client]) < 1e-12
         assert len(locals_[client].losses_seen) == 2, "an attempt that failed counts for nothing"
         assert 99.0 not in locals_[client].losses_seen
+
+
+def test_masked_entries_stay_bit_for_bit_in_a_cohort_as_alone(build: Any) -> None:
+    """Under weight decay too, which moves what has no gradient."""
+    adapted, config = build(train={"weight_decay": 0.1})
+    begun, data = started(adapted), shards(3)
+    names = [n for n in begun if "lora_B" in n]
+    masks = {n: torch.zeros_like(begun[n]).index_fill_(1, torch.tensor([1]), 1.0) for n in names}
+
+    def done(executor: Executor) -> list[dict[str, Tensor]]:
+        def one(client: int) -> dict[str, Tensor]:
+            local = LocalWork(adapted, data[client], adapted.layout, {}, config, (client, 1, 1), executor=executor)
+            return local.train(begun, names, masks=masks)
+
+        return executor.together([partial(one, client) for client in range(3)])
+
+    cohort = Cohort(adapted, 3)
+    alone, together = done(Sequential(adapted)), done(cohort)
+    assert cohort.stacked == 3
+    assert max(map(distance, together, alone)) < 1e-12
+    for made in (*alone, *together):
+        for name in names:
+            frozen = masks[name] == 0
+            assert torch.equal(made[name][frozen], begun[name][frozen])
+            assert not (made[name][~frozen] == begun[name][~frozen]).any()
