@@ -13,7 +13,8 @@ from typer.testing import CliRunner
 from fedtune.cli import app
 from fedtune.methods import METHODS
 from fedtune.models.folder import read_state
-from fedtune.types import ConfigError, ProblemsError
+from fedtune.types import AdapterError, ConfigError, ProblemsError
+from tests.tiny import make_folder
 
 
 def _folder(tiny: Path, out: Path, seed: int, **settings: Any) -> Path:
@@ -365,3 +366,16 @@ def test_the_dense_update_is_not_written_into_a_client(folders: list[Path], tmp_
 
 def test_an_empty_folder_may_be_the_result(folders: list[Path], tmp_path: Path) -> None:
     assert _run("--method", "fedit", "--clients", *folders, "--out", tmp_path)["clients"] == 3
+
+
+@pytest.mark.parametrize(
+    ("change", "said"), [({"num_hidden_layers": 1}, "has no layer model.layers.1"), ({"hidden_size": 64}, "are of")]
+)
+def test_a_base_that_the_adapters_do_not_fit_is_named(
+    tiny_folder: Path, tmp_path: Path, change: dict[str, int], said: str
+) -> None:
+    client = _folder(tiny_folder, tmp_path / "client", 0, use_dora=True)
+    other = make_folder(tmp_path / "other", **change)
+    with pytest.raises(AdapterError, match=said):
+        _run("--method", "flexlora", "--clients", client, client, "--base", other, "--out", tmp_path / "out")
+    assert not (tmp_path / "out").exists()

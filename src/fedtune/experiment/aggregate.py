@@ -18,7 +18,7 @@ from fedtune.lora.base_delta import as_adapter, effective
 from fedtune.lora.state import AdapterState, LoraModule, rescaled, to_tensors, with_tensors
 from fedtune.methods import METHODS, Method, ServerState, unknown
 from fedtune.models.source import CONFIG, WEIGHTS
-from fedtune.types import ConfigError, Problem, nearest
+from fedtune.types import AdapterError, ConfigError, Problem, nearest
 
 
 @dataclass(frozen=True)
@@ -115,6 +115,9 @@ def aggregate(
 
 
 def _norms(path: str, module: LoraModule, base: Weights) -> Tensor:
+    fits = (module.b.shape[0], module.a.shape[1])
+    if base(path).shape != fits:
+        raise AdapterError(f"{path}: the adapters are of {fits}, the base model has {tuple(base(path).shape)}")
     return dora.row_norms(base(path), module.scale * (module.b.float() @ module.a.float()))
 
 
@@ -219,7 +222,10 @@ def base_weights(name: str) -> Weights:
         return load(ModelSettings(name=name)).model
 
     def weight(path: str) -> Tensor:
-        layer = model().get_submodule(path)
+        try:
+            layer = model().get_submodule(path)
+        except AttributeError as err:
+            raise AdapterError(f"--base {name} has no layer {path}; the adapters are another model's") from err
         value: Tensor = layer.weight.detach()
         turned: Tensor = value.T if type(layer).__name__ == "Conv1D" else value
         return turned
