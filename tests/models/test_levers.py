@@ -259,3 +259,12 @@ def test_a_layer_that_stands_in_two_places_is_not_folded(tiny_folder: Path, sett
     assert not foldable(attach(model, lora, 0))
     layers[1].mlp.up_proj.weight = nn.Parameter(torch.ones(64, 32))
     assert foldable(attach(load(ModelSettings(name=str(tiny_folder))), lora, 0))
+
+
+def test_a_head_that_was_plain_before_an_adapter_came_is_tried_anew(
+    tiny_folder: Path, settings: Callable[..., Settings]
+) -> None:
+    model = load(ModelSettings(name=str(tiny_folder)))
+    assert head.has_plain_head(model.model)
+    adapted = attach(model, settings().config.lora.model_copy(update={"target_modules": ("lm_head",)}), 0)
+    assert not head.has_plain_head(adapted.model)
