@@ -94,7 +94,8 @@ def has_plain_head(model: Any) -> bool:
     if known is None:
         known = _tried(base)
         setattr(base, _PLAIN, known)
-    return bool(known)
+    # an adapter may have been put on the head since
+    return bool(known) and type(base.get_output_embeddings()) is nn.Linear
 
 
 @torch.no_grad()
