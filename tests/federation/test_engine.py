@@ -21,14 +21,17 @@ from fedtune.experiment import arms
 from fedtune.experiment.arms import Arm
 from fedtune.experiment.report import Reporter
 from fedtune.federation import messages
+from fedtune.federation.checkpoint import Progress
 from fedtune.lora.algebra import RunningMean, weighted_mean
 from fedtune.lora.state import to_tensors
-from fedtune.methods import METHODS, Recipe
+from fedtune.methods import METHODS, Recipe, ServerState
 from fedtune.models.adapter import attach
+from fedtune.models.budget import message_bytes
 from fedtune.models.load import load
 from fedtune.training.cohort import Cohort
 from fedtune.training.executor import Executor, Sequential
 from fedtune.training.workload import EncodedShards
+from fedtune.types import RoundRecord
 
 TEXTS = [Encoded(tuple(range(5, 12 + i)), 6 + i) for i in range(5)]
 
@@ -141,6 +144,28 @@ def test_a_thousand_clients_of_a_hundred_thousand(settings: Callable[..., Settin
     record = progress.records[0]
     assert (len(record.cohort), len(record.clients), record.rejected) == (1000, 1000, ())
     assert arms.wire(config, large.start)(1) == record.bytes_down + record.bytes_up  # type: ignore[misc]
+
+
+def test_no_round_is_drawn_to_count_bytes_where_all_ranks_are_one(
+    settings: Callable[..., Settings], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: Any) -> list[int]:
+        raise AssertionError("a cohort was drawn")
+
+    config = settings(federation={"clients": 200, "rounds": 4, "fraction": 0.1}).config
+    made = arm(config, tmp_path, 1)
+    counted = arms.wire(config, made.start)
+    monkeypatch.setattr(arms, "draw", refuse)
+    message = message_bytes(to_tensors(made.start))
+    assert [counted(r) for r in (1, 4)] == [20 * 2 * message] * 2  # type: ignore[misc]
+
+
+def test_the_records_of_a_run_are_one_list_that_grows() -> None:
+    record = RoundRecord(1, "ok", 0.1, (0,), (), (), 0, 0)
+    first = Progress(ServerState({}))
+    second = first.after(ServerState({}, 1), record, 0, {"round": 1})
+    assert second.records is first.records
+    assert (second.round, second.state.round, second.timing) == (1, 1, {"round": 1})
 
 
 def test_a_client_asked_twice_counts_once(settings: Callable[..., Settings], tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ costliest first, and gives each to the device that is free. Devices are the Ray 
 
 from __future__ import annotations
 
+import math
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -33,13 +34,13 @@ class Task:
         message: to the client.
         context: the client's; its run config says which run it is of, and a worker knows the settings by this.
         cost: its tokens, or anything proportional to its time.
-        deadline: when it must be done, on the clock of `time.monotonic`; None waits for ever.
+        limit: seconds it may take once a device has begun it; None for any. Waiting for a device is nobody's fault.
     """
 
     message: Message
     context: Context
     cost: float
-    deadline: float | None = None
+    limit: float | None = None
 
     @property
     def run(self) -> str:
@@ -97,7 +98,7 @@ class Fleet:
         return self._meeting.together(calls)
 
     def replies(self, tasks: Sequence[Task]) -> list[Message | None]:
-        """Return the reply to each task, in their order, whoever was done first; None where the deadline came first."""
+        """Return the reply to each task, in their order, whoever was done first; None where one took too long."""
         done: list[Message | None] = self._meeting.ask(list(tasks))
         return done
 
@@ -106,39 +107,34 @@ class Fleet:
         return [[next(found) for _ in tasks] for tasks in questions]
 
     def _work(self, tasks: Sequence[Task]) -> list[Message | None]:
-        """Keep every worker busy until all tasks are done or too late, the costliest first."""
+        """Keep every worker busy until all tasks are done or have taken too long, the costliest first."""
         waiting, free = deque(lpt.order([t.cost for t in tasks])), deque(range(self.workers.count))
-        doing: dict[int, int] = {}
+        doing: dict[int, tuple[int, float]] = {}
         found: dict[int, Message] = {}
         while waiting or doing:
             while waiting and free:
-                place = waiting.popleft()
-                if not _late(tasks[place]):
-                    worker = free.popleft()
-                    doing[worker] = place
-                    self.busy[worker].append(tasks[place].cost)
-                    self.workers.start(worker, tasks[place])
-            done = self.workers.finished(_time_left([tasks[p] for p in doing.values()])) if doing else None
+                worker, place = free.popleft(), waiting.popleft()
+                limit = tasks[place].limit
+                doing[worker] = place, math.inf if limit is None else time.monotonic() + limit
+                self.busy[worker].append(tasks[place].cost)
+                self.workers.start(worker, tasks[place])
+            done = self.workers.finished(_time_left(due for _, due in doing.values()))
             if done is not None:
                 worker, reply = done
-                place = doing.pop(worker)
+                place, _ = doing.pop(worker)
                 found[place] = _failed(tasks[place], reply) if isinstance(reply, Exception) else reply
                 free.append(worker)
-            for worker in [w for w, p in doing.items() if _late(tasks[p])]:
+            for worker in [w for w, (_, due) in doing.items() if time.monotonic() > due]:
                 self.workers.abandon(worker)
                 del doing[worker]
                 free.append(worker)
         return [found.get(i) for i in range(len(tasks))]
 
 
-def _late(task: Task) -> bool:
-    return task.deadline is not None and time.monotonic() > task.deadline
-
-
-def _time_left(tasks: Sequence[Task]) -> float | None:
-    """Return the seconds until the first deadline; None where there is none."""
-    deadlines = [t.deadline for t in tasks if t.deadline is not None]
-    return max(0.0, min(deadlines) - time.monotonic()) + 0.01 if deadlines else None
+def _time_left(due: Iterable[float]) -> float | None:
+    """Return the seconds until the first of some times; None where none ever comes."""
+    first = min(due)
+    return None if first == math.inf else max(0.0, first - time.monotonic()) + 0.01
 
 
 def _failed(task: Task, err: Exception) -> Message:
@@ -172,12 +168,13 @@ class FleetGrid(LocalGrid):
         self._fleet, self._costs, self._on_reply = fleet, costs, on_reply
 
     def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterator[Message]:
-        """Answer messages on the fleet; replies come in the order the messages were sent, those in time only."""
-        deadline, waiting = None if timeout is None else time.monotonic() + timeout, iter(messages)
+        """Answer messages on the fleet; replies come in the order the messages were sent.
+
+        A client may work for `timeout` seconds, counted from when a device begins it; then its device goes to others.
+        """
+        waiting = iter(messages)
         while some := list(islice(waiting, max(AT_ONCE, 4 * self._fleet.workers.count))):
-            if deadline is not None and time.monotonic() > deadline:
-                return
-            tasks = [Task(m, self._context(m.metadata.dst_node_id), self._costs(m), deadline) for m in some]
+            tasks = [Task(m, self._context(m.metadata.dst_node_id), self._costs(m), timeout) for m in some]
             for reply in self._fleet.replies(tasks):
                 if reply is not None:
                     self._tell(reply)
