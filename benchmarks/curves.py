@@ -51,8 +51,6 @@ def measure(clients: int, rank: int, length: int, model: str) -> dict[str, float
     import torch
     from transformers import AutoModelForCausalLM, LlamaConfig
 
-    from fedtune.cli.settings import CHECKS
-    from fedtune.config import load
     from fedtune.data.encode import Encoded
     from fedtune.experiment import arms
     from fedtune.experiment.report import Reporter
@@ -60,6 +58,7 @@ def measure(clients: int, rank: int, length: int, model: str) -> dict[str, float
     from fedtune.models import adapter
     from fedtune.models.load import LoadedModel
     from fedtune.models.proof import prove
+    from fedtune.settings import load
     from fedtune.training.executor import Limits, Sequential
     from fedtune.training.workload import EncodedShards
 
@@ -67,7 +66,7 @@ def measure(clients: int, rank: int, length: int, model: str) -> dict[str, float
     lora = {"r": rank, "alpha": 2.0 * rank, "target_modules": ["q_proj", "v_proj"]}
     federation = {"clients": clients, "rounds": 2}
     tree = {"domain": "finance", "train": train, "lora": lora, "federation": federation}
-    config = load([tree], CHECKS).config
+    config = load([tree]).config
     shape = dict(SIZES[model])
     heads, kv = shape.pop("heads"), shape.pop("kv")
     known = LlamaConfig(

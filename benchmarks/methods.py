@@ -24,8 +24,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from fedtune.cli.settings import CHECKS
-from fedtune.config import load, parse_assignment
+from fedtune.config import parse_assignment
 from fedtune.config.load import merge
 from fedtune.experiment.aggregate import relative_error
 from fedtune.experiment.run import run
@@ -33,6 +32,7 @@ from fedtune.io import append_lines, read_lines, write_bytes
 from fedtune.methods import METHODS, ClientUpdate, Recipe, ServerState
 from fedtune.results.manifest import machine, versions
 from fedtune.results.stats import student
+from fedtune.settings import load
 
 RESULTS = Path(__file__).parent / "results"
 LINES, TABLE = RESULTS / "methods.jsonl", RESULTS / "methods.md"
@@ -79,7 +79,7 @@ def measure(name: str, seed: int, settings: list[str]) -> dict[str, Any]:
             tree = merge(tree, value)
     with TemporaryDirectory() as folder, Watched() as watched:
         started = time.monotonic()
-        _, result = run(load([tree], CHECKS), Path(folder) / "run")
+        _, result = run(load([tree]), Path(folder) / "run")
     arms = {arm.name: arm for arm in result.arms}
     return {
         "method": name,

@@ -29,14 +29,13 @@ from flwr.serverapp.strategy import FedAvg  # noqa: E402
 from flwr.simulation import run_simulation  # noqa: E402
 
 from fedtune import methods  # noqa: E402
-from fedtune.cli.settings import CHECKS  # noqa: E402
-from fedtune.config import load  # noqa: E402
 from fedtune.federation import checkpoint, messages  # noqa: E402
 from fedtune.federation.checkpoint import Progress  # noqa: E402
 from fedtune.federation.local import LocalGrid  # noqa: E402
 from fedtune.federation.rounds import Federation, connect, one_round  # noqa: E402
 from fedtune.lora.state import LoraModule  # noqa: E402
 from fedtune.methods import ServerState  # noqa: E402
+from fedtune.settings import load  # noqa: E402
 
 SHAPES = [(32, 576), (576, 32), (32, 576), (192, 32)] * 30
 
@@ -107,7 +106,7 @@ def _adding() -> ClientApp:
 
 def ours(clients: int, rounds: int) -> tuple[list[float], list[float]]:
     """Return seconds a round of fedtune's own loop, screening and aggregation included, and of its checkpoint."""
-    config = load([{"domain": "finance", "federation": {"clients": clients}}], CHECKS).config
+    config = load([{"domain": "finance", "federation": {"clients": clients}}]).config
     factors = zip(SHAPES[::2], SHAPES[1::2], strict=True)
     adapter = {f"layer.{i}": LoraModule(torch.zeros(a), torch.zeros(b), 64.0) for i, (a, b) in enumerate(factors)}
     engine, saving = [], []

@@ -31,8 +31,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from benchmarks.reference import Reference, answers, averaged, padded, sentiments
 
 from fedtune import domains
-from fedtune.cli.settings import CHECKS
-from fedtune.config import Config, load
+from fedtune.config import Config
 from fedtune.data.encode import Encoded
 from fedtune.evaluation import items as item_sets
 from fedtune.evaluation import official
@@ -43,6 +42,7 @@ from fedtune.models import adapter, measure
 from fedtune.models import load as models
 from fedtune.models.adapter import AdaptedModel
 from fedtune.results.manifest import machine, versions
+from fedtune.settings import load
 from fedtune.training import schedule, workload
 from fedtune.training.loss import Part, joint_loss
 from fedtune.types import derive_seed
@@ -54,7 +54,7 @@ Row = dict[str, Any]
 
 def configured(domain: str, **changes: Any) -> Config:
     """Return the quickstart's settings of a domain, in float32."""
-    return load([{"domain": domain, "model": {"dtype": "float32"}, **changes}], CHECKS).config
+    return load([{"domain": domain, "model": {"dtype": "float32"}, **changes}]).config
 
 
 def alternate(sides: Mapping[str, Callable[[], Any]], repeats: int) -> dict[str, list[float]]:

@@ -74,9 +74,8 @@ def data_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def settings(tiny_folder: Path, data_folder: Path) -> Callable[..., Settings]:
     """Build settings of a fast finance run on the tiny model; keyword `a__b=c` sets a.b."""
-    from fedtune.cli.settings import CHECKS
-    from fedtune.config import load
     from fedtune.config.load import merge
+    from fedtune.settings import load
 
     base = {
         "domain": "finance",
@@ -95,7 +94,7 @@ def settings(tiny_folder: Path, data_folder: Path) -> Callable[..., Settings]:
             for part in reversed(key.split("__")):
                 layer = {part: layer}
             tree = merge(tree, layer)
-        return load([tree], CHECKS)
+        return load([tree])
 
     return build
 

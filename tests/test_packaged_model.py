@@ -5,12 +5,11 @@ from pathlib import Path
 
 import pytest
 
-from fedtune.cli.settings import CHECKS
-from fedtune.config import load
 from fedtune.data import packages
 from fedtune.experiment.run import run
 from fedtune.io import read_lines
 from fedtune.results.stats import compare
+from fedtune.settings import load
 
 
 @pytest.mark.packaged
@@ -23,7 +22,7 @@ def test_two_federated_rounds_teach_the_packaged_model_something(packaged: Calla
         "train": {"max_steps": 4, "per_device_train_batch_size": 8},
         "eval": {"limit": 40, "modes": ["likelihood"]},
     }
-    path, result = run(load([small], CHECKS), tmp_path / "run")
+    path, result = run(load([small]), tmp_path / "run")
     losses = [line["loss"] for line in read_lines(path / "rounds.jsonl")]
     assert losses[1] < 0.6 * losses[0]
     assert result.bytes_down + result.bytes_up == result.bytes_predicted == 2 * 2 * 2 * 3_701_760

@@ -101,7 +101,7 @@ def test_a_run_from_local_files_opens_no_connection(settings: Callable[..., Sett
         OFFLINE
         + f"""
 from pathlib import Path
-from fedtune.config import load
+from fedtune.settings import load
 from fedtune.config.load import read_toml
 from fedtune.experiment.run import run
 folder, result = run(load([read_toml(Path({str(tmp_path / "c.toml")!r}))]), Path({str(tmp_path / "run")!r}),

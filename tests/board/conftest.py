@@ -17,7 +17,7 @@ def runs(settings: Callable[..., Settings], tmp_path_factory: pytest.TempPathFac
     root = tmp_path_factory.mktemp("runs")
     short = {
         "federation": {"clients": 2, "rounds": 2},
-        "eval": {"base": True, "modes": ["likelihood", "official"], "official_limit": 6, "max_new_tokens": 24},
+        "eval": {"base": True, "modes": ["likelihood", "official"], "official_limit": 6},
     }
     return [run(settings(seed=s, **short), root / f"s{s}")[0] for s in (1, 2)]
 

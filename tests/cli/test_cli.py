@@ -54,6 +54,8 @@ def test_mistakes_exit_2_with_the_remedy_and_no_traceback() -> None:
     assert 'did you mean "models"?' in fedtune("ls", "modles").stderr
     assert "unknown arm" in fedtune("run", "finance", "--arms", "locl").stderr
     assert "no such folder" in fedtune("run", "finance", "--data", "/nowhere").stderr
+    done = fedtune("eval", "packaged/smollm2-135m-instruct", "--domain", "finance", "-s", "train.max_steps=3")
+    assert "--set train.max_steps: has no effect on an evaluation" in done.stderr
 
 
 def test_print_config_is_toml_that_gives_the_same_run(tmp_path: Path) -> None:

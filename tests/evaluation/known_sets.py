@@ -11,11 +11,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import fedtune.evaluation
-from fedtune.config import load as load_settings
 from fedtune.domains import DOMAINS
 from fedtune.domains.base import Item, Task
 from fedtune.evaluation import items
 from fedtune.evaluation.known import samples_sha256, sets
+from fedtune.settings import load as load_settings
 from fedtune.types import FedtuneError
 
 TABLE = Path(fedtune.evaluation.__file__).parent / "known_sets.json"

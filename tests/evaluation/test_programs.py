@@ -152,7 +152,7 @@ def test_programs_are_scored_logged_and_resumed(
     asked = _toy(
         monkeypatch, {ADD.prompt: ["\n    return x + 1", "\n    return x"], SAME.prompt: ["\n  return (", " return 2"]}
     )
-    config = settings(eval__samples=2).config
+    config = settings(eval={"tasks": ["humaneval"], "modes": ["official"], "samples": 2}).config
     first = evaluate(NoModel(), None, loaded, "official", config, tmp_path / "log.jsonl", "me")
     assert (first.metric, first.n, first.score) == ("pass@1", 2, 0.25)
     assert first.details["pass@2"] == 0.5

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from fedtune import methods
-from fedtune.config import Config, load
+from fedtune.config import Config
 from fedtune.federation import checkpoint
 from fedtune.federation.checkpoint import Progress
 from fedtune.federation.guard import unsound
@@ -22,6 +22,7 @@ from fedtune.federation.rounds import Federation, connect, one_round
 from fedtune.lora.state import AdapterState, LoraModule
 from fedtune.methods import METHODS
 from fedtune.privacy.screen import GROWTH
+from fedtune.settings import load
 from fedtune.types import RoundRecord
 from tests.faults.hostile import Evil, clients, mutated
 

@@ -11,13 +11,13 @@ from pydantic import ValidationError
 from fedtune.board import sets
 from fedtune.board.sets import samples
 from fedtune.board.store import read_entry, read_store, twin, write_entry
-from fedtune.config import load
 from fedtune.config.load import read_toml
 from fedtune.evaluation.metrics import as_counted, sample_value
 from fedtune.io import read_json, read_lines
 from fedtune.models.zoo import zoo
 from fedtune.results.entry import Answers, Costs, Entry, Point
 from fedtune.results.schema import Arm, Result
+from fedtune.settings import load
 from fedtune.types import CorruptFileError, DataError
 
 __all__ = ["from_run", "read_entry", "read_store", "recipe_hash", "twin", "write_entry"]
@@ -126,7 +126,7 @@ def recipe_hash(config_file: Path) -> str:
     Raises:
         ConfigError, CorruptFileError: not a settings file.
     """
-    settings = load([read_toml(config_file)])
+    settings = load([read_toml(config_file)], here=False)
     return settings.config.model_copy(update={"seed": 0}).hash
 
 

@@ -14,7 +14,7 @@ from fedtune.board.entries import from_run
 from fedtune.board.samples import impossible, recomputed
 from fedtune.board.store import read_entry
 from fedtune.board.wire import byte_problems
-from fedtune.config import Config, load, read_protocol
+from fedtune.config import Config, read_protocol
 from fedtune.config.load import read_toml
 from fedtune.domains import TASKS
 from fedtune.evaluation import again
@@ -23,6 +23,7 @@ from fedtune.models import zoo
 from fedtune.models.adapter_config import read_config
 from fedtune.models.source import WEIGHTS, not_a_number
 from fedtune.results.entry import Entry
+from fedtune.settings import load
 from fedtune.types import FedtuneError, Problem, ProblemsError
 
 MAX_LOG = 256 * 1024**2
@@ -113,7 +114,7 @@ def _made(folder: Path, entry: Entry) -> Iterator[Problem]:
 
 def _settings(folder: Path, entry: Entry) -> Iterator[Problem]:
     """Yield settings that are not the result's, and reasons against a rank that are not owned to."""
-    settings = load([read_toml(folder / "config.toml")], (domains.problems,))
+    settings = load([read_toml(folder / "config.toml")], here=False)
     config, known = settings.config, zoo.zoo().get(entry.base)
     if entry.config != config.semantic():
         yield Problem("entry.config", "is not what config.toml says")
@@ -143,7 +144,7 @@ def _unsaid(by_settings: tuple[str, ...], config: Config, entry: Entry) -> list[
 
 def _evaluated(folder: Path, entry: Entry) -> Iterator[Problem]:
     """Yield what the settings ask to be evaluated and an arm does not have."""
-    config = load([read_toml(folder / "config.toml")]).config
+    config = load([read_toml(folder / "config.toml")], here=False).config
     wanted: set[tuple[str, str]] = {
         (task.name, "greedy" if task.kind == "program" and mode == "likelihood" else mode)
         for task in domains.chosen_tasks(config)
@@ -165,7 +166,7 @@ def _evaluated(folder: Path, entry: Entry) -> Iterator[Problem]:
 
 def _scores(folder: Path, entry: Entry) -> Iterator[Problem]:
     """Yield scores that are impossible, or not what the samples give."""
-    limit = load([read_toml(folder / "config.toml")]).config.eval.max_error_rate
+    limit = load([read_toml(folder / "config.toml")], here=False).config.eval.max_error_rate
     for arm in entry.arms:
         for score in arm.scores:
             where = f"{arm.name}/{score.task} ({score.mode})"

@@ -29,6 +29,21 @@ def _layers(base: str, tasks: list[str] | None, mode: str, limit: int, prompt: s
     return {"model": {"name": base}, "eval": settings}
 
 
+# what an evaluation depends on; the rest is about training
+SECTIONS = ("domain", "protocol", "model", "data", "prompt", "eval")
+OF_RUNS = ("eval.base", "eval.every")
+
+
+def _own(assignments: list[str]) -> list[str]:
+    """Return `--set` settings, all of which an evaluation takes notice of."""
+    keys = [text.partition("=")[0].strip() for text in assignments]
+    wrong = [key for key in keys if key.split(".")[0] not in SECTIONS or key in OF_RUNS]
+    if wrong:
+        fix = f"these have: {', '.join(SECTIONS)}"
+        raise ConfigError("command line", [Problem(f"--set {k}", "has no effect on an evaluation", fix) for k in wrong])
+    return assignments
+
+
 def _base_of(target: str, base: str | None) -> tuple[str, Path | None]:
     """Return the base model's name, and the adapter folder if `target` is one."""
     from fedtune.models.source import CONFIG
@@ -71,7 +86,7 @@ def evaluate(
     from fedtune.results.schema import Arm
 
     name, adapter = _base_of(target, base)
-    resolved = resolve(None, {"domain": domain, **_layers(name, task, mode, limit, prompt)}, settings or [], data)
+    resolved = resolve(None, {"domain": domain, **_layers(name, task, mode, limit, prompt)}, _own(settings or []), data)
     folder = out or Path("evals") / digest([str(Path(target).name), resolved.config.semantic()])[:12]
     console = terminal(errors=json_output)
     insist = base is not None

@@ -6,13 +6,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from fedtune import domains, methods
-from fedtune.config import Settings, load, parse_assignment
+from fedtune import settings
+from fedtune.config import Settings, parse_assignment
 from fedtune.config.load import merge, read_toml
+from fedtune.io import expanded
 from fedtune.models import zoo
 from fedtune.types import ConfigError, Problem
-
-CHECKS = (domains.problems, methods.problems, zoo.problems)
 
 
 def options(**named: Any) -> dict[str, Any]:
@@ -48,6 +47,16 @@ def with_folder(folder: Path | None) -> dict[str, Any]:
     return {"data": {"source": "folder", "path": str(folder.resolve()), "limit": 0, "balance": False}}
 
 
+def _absolute(layer: dict[str, Any]) -> dict[str, Any]:
+    """Return settings with the folders they name written out: a run is continued from anywhere."""
+    for section, key in (("data", "path"), ("model", "name")):
+        table = layer.get(section)
+        name = table.get(key) if isinstance(table, dict) else None
+        if isinstance(name, str) and name and zoo.is_local(name):
+            layer = merge(layer, {section: {key: str(expanded(name).resolve())}})
+    return layer
+
+
 def resolve(
     file: Path | None, chosen: dict[str, Any], assignments: Sequence[str], folder: Path | None = None
 ) -> Settings:
@@ -60,4 +69,4 @@ def resolve(
     layers += [with_folder(folder), chosen]
     for text in assignments:
         layers.append(parse_assignment(text))
-    return load(layers, CHECKS, title=str(file) if file else "settings")
+    return settings.load([_absolute(layer) for layer in layers], title=str(file) if file else "settings")

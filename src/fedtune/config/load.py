@@ -10,7 +10,7 @@ from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
-from fedtune.config.protocol import Protocol, read_protocol
+from fedtune.config.protocol import Protocol, protocol_names, read_protocol
 from fedtune.config.schema import Config
 from fedtune.io import canonical, read_text
 from fedtune.types import ConfigError, Problem, nearest
@@ -52,12 +52,25 @@ def parse_assignment(text: str) -> dict[str, Any]:
     return dict(nested)
 
 
-def merge(base: Mapping[str, Any], top: Mapping[str, Any]) -> dict[str, Any]:
-    """Return `base` with `top` laid over it, table by table."""
+_UNSET = object()  # a method's own settings have no value elsewhere: they count where they are set
+
+# tables that are one value: their keys are numbers somebody chose, not settings with a default
+WHOLE = frozenset({("lora", "ranks")})
+
+
+def merge(base: Mapping[str, Any], top: Mapping[str, Any], place: tuple[str, ...] = ()) -> dict[str, Any]:
+    """Return `base` with `top` laid over it, table by table; a table of `WHOLE` replaces the one below.
+
+    Args:
+        base, top: nested settings.
+        place: where in all settings they stand.
+    """
     merged = dict(base)
     for key, value in top.items():
-        below = merged.get(key)
-        merged[key] = merge(below, value) if isinstance(below, Mapping) and isinstance(value, Mapping) else value
+        below, here = merged.get(key), (*place, key)
+        if isinstance(below, Mapping) and isinstance(value, Mapping) and here not in WHOLE:
+            value = merge(below, value, here)
+        merged[key] = value
     return merged
 
 
@@ -139,6 +152,16 @@ def standard(domain: str, protocol: Protocol) -> Config:
     return Config.model_validate(merge({"domain": domain, "protocol": protocol.name}, frozen))
 
 
+def changed(config: Config) -> dict[str, Any]:
+    """Return the settings, by dotted key, that differ from the protocol's and from the defaults."""
+    usual = [Config(domain=config.domain)]
+    if config.protocol in protocol_names():
+        usual.append(standard(config.domain, read_protocol(config.protocol)))
+    known = [flatten(each.plain()) for each in usual]
+    here = flatten(config.plain())
+    return {key: value for key, value in here.items() if all(k.get(key, _UNSET) != value for k in known)}
+
+
 def unranked_reasons(config: Config, protocol: Protocol) -> tuple[str, ...]:
     """List why a run with these settings cannot be ranked: a protocol that is not, or a locked key changed."""
     if not protocol.ranked:
@@ -171,12 +194,12 @@ def _further(tree: Mapping[str, Any], places: Sequence[Sequence[str | int]], che
     return [p for check in checks for p in check(config)]
 
 
-def load(layers: Sequence[Mapping[str, Any]], checks: Sequence[Check] = (), title: str = "settings") -> Settings:
-    """Validate settings, later layers over earlier ones, over the protocol they name.
+def validated(layers: Sequence[Mapping[str, Any]], checks: Sequence[Check], title: str) -> Settings:
+    """Validate settings by the schema and by what other rooms know; `fedtune.settings.load` names them all.
 
     Args:
         layers: nested tables: a file's content, then the command line's.
-        checks: what other rooms know about names and combinations (methods, domains, models).
+        checks: of names and combinations (methods, domains, models).
         title: what to call the source in an error.
 
     Raises:

@@ -9,16 +9,12 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, field_validator, model_validator
 
+from fedtune.config.rows import DataSettings, PromptSettings
+from fedtune.config.section import Section as Section  # methods declare their settings with it
 from fedtune.io import digest
 
 Mode = Literal["official", "likelihood"]
 Share = Annotated[float, Field(ge=0, lt=1)]
-
-
-class Section(BaseModel):
-    """A table of settings: immutable, and a key it does not know is an error."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class ModelSettings(Section):
@@ -109,36 +105,6 @@ class AttackSettings(Section):
     kind: Literal["none", "sign-flip", "boost", "random", "gauge", "label-flip"] = "none"
     clients: tuple[int, ...] = ()
     scale: float = Field(10.0, gt=0)
-
-
-class DataSettings(Section):
-    """Where the rows come from (on the Hub: at which commit) and how they are split over the clients."""
-
-    source: Literal["packaged", "hub", "folder"] = "packaged"
-    path: str = ""
-    revision: str = ""
-    partition: str = "iid"
-    shuffle_seed: int = 42
-    limit: int = Field(0, ge=0)
-    balance: bool = False
-    max_chars: int = Field(100_000, ge=100)
-
-
-class PromptSettings(Section):
-    """How a row becomes text. The template is filled in one pass; data is never read as a template."""
-
-    template: str = (
-        "Below is an instruction that describes a task. Write a response that appropriately completes the "
-        "request.\n### Instruction:\n{instruction}\n### Response: {response}"
-    )
-    input: Literal["instruction", "input", "instruction+input"] = "instruction+input"
-
-    @field_validator("template")
-    @classmethod
-    def _has_places(cls, value: str) -> str:
-        if value.count("{instruction}") != 1 or not value.endswith("{response}"):
-            raise ValueError("must have {instruction} once and end with {response}")
-        return value
 
 
 class FaultSettings(Section):

@@ -81,8 +81,6 @@ def problems(config: Config) -> Iterable[Problem]:
     for name in config.eval.tasks:
         if name not in TASKS:
             yield Problem("eval.tasks", f"unknown task {name!r}", nearest(name, TASKS))
-    if config.data.source == "folder" and not config.data.path:
-        yield Problem("data.path", "is empty", "name the folder: --data FOLDER")
     if config.data.revision and config.data.source != "hub":
         yield Problem("data.revision", f'has no effect with data.source = "{config.data.source}"', "leave it out")
     yield from partition.problems(config.data.partition)

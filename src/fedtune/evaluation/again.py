@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from fedtune.config import Config
-from fedtune.config.schema import DataSettings
+from fedtune.config.rows import DataSettings
 from fedtune.domains import DOMAINS
 from fedtune.domains.base import Item, Task
 from fedtune.evaluation import items, programs, sandbox

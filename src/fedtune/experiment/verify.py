@@ -8,11 +8,11 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from fedtune.config import load
 from fedtune.config.load import read_toml
 from fedtune.experiment.report import Reporter
 from fedtune.experiment.run import run
 from fedtune.io import read_lines
+from fedtune.settings import load
 from fedtune.types import CancelledError, CorruptFileError, RoundRecord
 
 # another processor or another version sums in another order; a different run differs in the first digit

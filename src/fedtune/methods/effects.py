@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from typing import Any
 
-from fedtune.config import Config, protocol_names, read_protocol
-from fedtune.config.load import flatten, standard
+from fedtune.config import Config
+from fedtune.config.load import changed
 from fedtune.methods.around.robust import COUNTING
 from fedtune.methods.base import Method
 from fedtune.types import Problem
@@ -17,26 +16,15 @@ STEPS = (
     *("train.optimizer", "train.learning_rate_max", "train.learning_rate_min", "train.max_grad_norm"),
     *("train.weight_decay", *ADAM, "drift.proximal_mu", "lora.dropout"),
 )
-_UNSET = object()  # a method's own settings have no value elsewhere: they count where they are set
 UNUSED_BY_SERVER = {"fedavgm": ("beta2", "tau"), "fedadagrad": ("beta2",)}
 
 
 def without_effect(config: Config, kind: type[Method]) -> Iterable[Problem]:
     """Yield a problem for each setting that is neither the protocol's nor the default, and changes nothing."""
-    changed = _changed(config)
+    own = changed(config)
     for key, why in _reasons(config, kind):
-        if key in changed:
-            yield Problem(f"{key} = {changed[key]!r}", f"has no effect: {why}", "leave it out")
-
-
-def _changed(config: Config) -> dict[str, Any]:
-    """Return the settings, by dotted key, that differ from the protocol's and from the defaults."""
-    usual = [Config(domain=config.domain)]
-    if config.protocol in protocol_names():
-        usual.append(standard(config.domain, read_protocol(config.protocol)))
-    known = [flatten(each.plain()) for each in usual]
-    here = flatten(config.plain())
-    return {key: value for key, value in here.items() if all(k.get(key, _UNSET) != value for k in known)}
+        if key in own:
+            yield Problem(f"{key} = {own[key]!r}", f"has no effect: {why}", "leave it out")
 
 
 def _reasons(config: Config, kind: type[Method]) -> Found:

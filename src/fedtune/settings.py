@@ -1,0 +1,125 @@
+"""Settings that are valid as a whole: names, combinations, and no setting without effect. No torch here."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+from fedtune import domains, methods
+from fedtune.config import Config, Settings
+from fedtune.config.load import changed, validated
+from fedtune.domains.base import Task
+from fedtune.models import zoo
+from fedtune.types import Problem
+
+Found = Iterator[tuple[str, str]]
+
+
+def load(layers: Sequence[Mapping[str, Any]], title: str = "settings", *, here: bool = True) -> Settings:
+    """Validate settings, later layers over earlier ones, over the protocol they name.
+
+    Args:
+        layers: nested tables: a file's content, then the command line's.
+        title: what to call the source in an error.
+        here: also look for the folders they name; settings of another machine's run name folders of that machine.
+
+    Raises:
+        ConfigError: with every problem found.
+    """
+    return validated(layers, (*CHECKS, *(PLACES if here else ())), title)
+
+
+def without_effect(config: Config) -> Iterable[Problem]:
+    """Yield a problem for each setting that is neither the protocol's nor the default, and changes nothing."""
+    if config.domain not in domains.DOMAINS or any(name not in domains.TASKS for name in config.eval.tasks):
+        return
+    own = changed(config)
+    for key, why in _reasons(config):
+        if key in own:
+            yield Problem(f"{key} = {own[key]!r}", f"has no effect: {why}", "leave it out")
+
+
+def _reasons(config: Config) -> Found:
+    yield from _of_the_model(config)
+    yield from _of_the_data(config)
+    yield from _of_the_rounds(config)
+    yield from _of_evaluation(config, domains.chosen_tasks(config))
+
+
+def _of_the_model(config: Config) -> Found:
+    name = config.model.name
+    if name.startswith("packaged/") or zoo.is_local(name):
+        yield "model.revision", "only a model of the Hub has revisions"
+    if config.lora.rslora and max(config.lora.ranks or (config.lora.r,)) == 1:
+        yield "lora.rslora", "at rank 1 both scales are the same"
+
+
+def _of_the_data(config: Config) -> Found:
+    data = config.data
+    if data.source != "folder" and data.path:
+        yield "data.path", f'data.source = "{data.source}" reads no folder'
+    if data.balance and not data.limit:
+        yield "data.balance", "it chooses which rows stay, and without data.limit all do"
+    if config.federation.clients == 1:
+        yield "data.partition", "one client has all rows"
+
+
+def _of_the_rounds(config: Config) -> Found:
+    fed = config.federation
+    if fed.clients == 1:
+        yield "federation.fraction", "the only client is asked in every round"
+    if fed.max_skipped_rounds >= fed.rounds > 1:
+        yield "federation.max_skipped_rounds", f"the run has only {fed.rounds} rounds"
+
+
+def _of_evaluation(config: Config, tasks: Sequence[Task]) -> Found:
+    own, kinds = config.eval, {task.kind for task in tasks}
+    official, likelihood = "official" in own.modes, "likelihood" in own.modes
+    if own.official_limit and not official:
+        yield "eval.official_limit", "eval.modes has no official"
+    elif own.limit and own.official_limit >= own.limit:
+        yield "eval.official_limit", f"eval.limit takes {own.limit} items already"
+    if not likelihood or kinds == {"program"}:
+        yield "eval.prompt", "it is for likelihoods, and none are asked for"
+    if own.samples > 1 and not (official and "program" in kinds):
+        yield "eval.samples", "only programs in official mode are sampled, and there are none"
+    if not (likelihood and "program" in kinds):
+        yield "eval.max_new_tokens", "only programs in greedy mode (likelihood) are cut by it, and there are none"
+    if own.every >= config.federation.rounds:
+        yield "eval.every", f"after the last round ({config.federation.rounds}) a run is evaluated anyway"
+
+
+def empty(config: Config) -> Iterable[Problem]:
+    """Yield what would let a run end without any score."""
+    known = config.domain in domains.DOMAINS and all(name in domains.TASKS for name in config.eval.tasks)
+    kinds = {task.kind for task in domains.chosen_tasks(config)} if known else set()
+    if not config.eval.modes:
+        yield Problem("eval.modes", "is empty", 'name ["likelihood"], ["official"] or both')
+    elif config.eval.modes == ("official",) and kinds == {"solution"}:
+        yield Problem("eval.modes", "solutions have no official mode", 'name ["likelihood"]')
+
+
+def twice(config: Config) -> Iterable[Problem]:
+    """Yield what is named more than once in a list."""
+    lists: dict[str, Sequence[Any]] = {
+        "eval.tasks": config.eval.tasks,
+        "eval.modes": config.eval.modes,
+        "lora.target_modules": config.lora.target_modules,
+        "attack.clients": config.attack.clients,
+    }
+    for key, names in lists.items():
+        for name, count in Counter(names).items():
+            if count > 1:
+                yield Problem(key, f"names {name!r} twice", "once is enough")
+
+
+def places(config: Config) -> Iterable[Problem]:
+    """Yield folders that are named and not here."""
+    if config.data.source == "folder" and not config.data.path:
+        yield Problem("data.path", "is empty", "name the folder: --data FOLDER")
+    yield from zoo.problems(config)
+
+
+CHECKS = (domains.problems, methods.problems, without_effect, empty, twice)
+PLACES = (places,)
