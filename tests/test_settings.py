@@ -24,7 +24,6 @@ def made(domain: str, *assignments: str) -> Config:
 WITHOUT_EFFECT = {
     "the only client": ("finance", "federation.fraction", ["federation.clients=1", "federation.fraction=0.5"]),
     "one client's split": ("finance", "data.partition", ["federation.clients=1", "data.partition=natural"]),
-    "skipped rounds": ("finance", "federation.max_skipped_rounds", ["federation.max_skipped_rounds=4"]),
     "a folder nobody reads": ("finance", "data.path", ["data.path=/here"]),
     "balance of all rows": ("general", "data.balance", ["data.balance=true"]),
     "a packaged revision": ("finance", "model.revision", ["model.revision=main"]),
@@ -52,6 +51,7 @@ WITH_EFFECT = [
     ("finance", ['eval.modes=["official"]', "eval.limit=40", "eval.official_limit=20"]),
     ("finance", ["federation.fraction=0.5", "data.partition=natural", "eval.every=2"]),
     ("finance", ["federation.clients=1"]),
+    ("finance", ["federation.max_skipped_rounds=4"]),  # no number of skipped rounds ends the run
     ("general", ["data.limit=40", "data.balance=true"]),
     ("finance", ["model.name=some/model", "model.revision=main"]),
 ]

@@ -66,11 +66,8 @@ def _of_the_data(config: Config) -> Found:
 
 
 def _of_the_rounds(config: Config) -> Found:
-    fed = config.federation
-    if fed.clients == 1:
+    if config.federation.clients == 1:
         yield "federation.fraction", "the only client is asked in every round"
-    if fed.max_skipped_rounds >= fed.rounds > 1:
-        yield "federation.max_skipped_rounds", f"the run has only {fed.rounds} rounds"
 
 
 def _of_evaluation(config: Config, tasks: Sequence[Task]) -> Found:
