@@ -384,6 +384,17 @@ def test_a_round_with_too_few_updates_for_its_rule_is_skipped_and_says_so(
     assert line["notes"] == ['robust.rule = "krum" with malicious = 1 needs 5 updates a round; 4 came']
 
 
+def test_a_rule_that_no_round_could_satisfy_ends_the_run_before_it_starts(
+    settings: Callable[..., Settings], tmp_path: Path
+) -> None:
+    tree = {"method": {"name": "flexlora"}, "robust": {"rule": "krum"}}
+    config = settings(**tree, federation={"clients": 5, "rounds": 1}).config
+    some = {0: 50, 1: 50, 2: 0, 3: 50, 4: 50}
+    with pytest.raises(RunFailedError, match="needs 5 updates a round; 4 came: the others have no examples"):
+        run_rounds(federation(config, tmp_path, toy_app(), registered=some), ServerState(start()))
+    assert not (tmp_path / "rounds.jsonl").exists()
+
+
 def test_a_skipped_round_leaves_the_state_untouched(settings: Callable[..., Settings], tmp_path: Path) -> None:
     config = settings(federation={"clients": 4, "rounds": 2, "min_clients": 4}).config
     calls: list[int] = []

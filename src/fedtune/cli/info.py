@@ -60,6 +60,7 @@ def _methods() -> Rows:
                 "exact": m.exact,
                 "mixed ranks": m.mixed_ranks,
                 "secure sum": m.linear,
+                "robust rules": m.by_product,
                 "personalised": m.personalised,
                 "DoRA": m.dora or "no",
                 "bytes up": up,

@@ -145,6 +145,8 @@ def _check_clients(fed: Federation) -> None:
             f"federation.min_clients is {least}, but only {len(fed.able)} of {len(fed.registered)} clients have "
             "examples; lower it, or choose another data.partition"
         )
+    if fed.only is None and (short := fed.recipe.shortage(len(fed.able))):
+        raise RunFailedError(f"{short}: the others have no examples; choose another data.partition")
 
 
 def _continued(fed: Federation, start: ServerState) -> Progress:

@@ -32,6 +32,7 @@ class HetLoRA(RBLA):
     name = "hetlora"
     title = "HetLoRA"
     paper = "arXiv:2401.06432"
+    linear = False
     stateful = True
     ragged = True
     factors = False
