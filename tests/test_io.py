@@ -197,6 +197,14 @@ def test_what_a_header_check_lets_through_can_be_opened(tmp_path: Path, header: 
         }
 
 
+@pytest.mark.parametrize(("dtype", "shape", "size"), [("F4", [2, 4], 4), ("F6_E2M3", [4], 3), ("F8_E8M0", [4], 4)])
+def test_numbers_of_less_than_a_byte_are_counted_in_bits(
+    tmp_path: Path, dtype: str, shape: list[int], size: int
+) -> None:
+    header = {"a": {"dtype": dtype, "shape": shape, "data_offsets": [0, size]}}
+    assert list(io.tensor_header(_forge(tmp_path / "x.safetensors", header, size))) == ["a"]
+
+
 def test_a_second_process_is_told_who_holds_the_folder(tmp_path: Path) -> None:
     code = (
         "from pathlib import Path\nfrom fedtune.io import folder_lock\nfrom fedtune.types import LockedError\n"

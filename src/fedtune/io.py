@@ -20,8 +20,9 @@ MAX_JSON_BYTES = 512 * 1024**2
 MAX_TENSOR_BYTES = 16 * 1024**3
 MAX_HEADER_BYTES = 32 * 1024**2  # of some 150,000 tensors; parsed, it takes several times the room
 MAX_AXES = 8
-_SIZES = {1: "BOOL U8 I8 F8_E4M3 F8_E5M2 F8_E8M0", 2: "U16 I16 F16 BF16", 4: "U32 I32 F32", 8: "U64 I64 F64 C64"}
-DTYPE_BYTES = {name: size for size, names in _SIZES.items() for name in names.split()}
+_BITS = {4: "F4", 6: "F6_E2M3 F6_E3M2", 8: "BOOL U8 I8 F8_E4M3 F8_E5M2 F8_E8M0 F8_E4M3FNUZ F8_E5M2FNUZ"}
+_BITS |= {16: "U16 I16 F16 BF16", 32: "U32 I32 F32", 64: "U64 I64 F64 C64"}
+DTYPE_BITS = {name: size for size, names in _BITS.items() for name in names.split()}
 
 
 def expanded(path: str | Path) -> Path:
@@ -212,15 +213,15 @@ def _entry_problem(entry: Any, size: int) -> str:
     if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
         return "is not dtype, shape and data_offsets"
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
-    if not isinstance(dtype, str) or dtype not in DTYPE_BYTES:
+    if not isinstance(dtype, str) or dtype not in DTYPE_BITS:
         return f"has the unknown dtype {str(dtype)[:20]!r}"
-    if not isinstance(shape, list) or len(shape) > MAX_AXES or not all(_whole(n, size) for n in shape):
+    if not isinstance(shape, list) or len(shape) > MAX_AXES or not all(_whole(n, 2 * size) for n in shape):
         return "has a shape that is not a list of whole numbers this file has room for"
     if not isinstance(offsets, list) or len(offsets) != 2 or not all(_whole(n, size) for n in offsets):
         return "has data_offsets that are not two places in this file; cut off?"
-    wanted = math.prod(shape) * DTYPE_BYTES[dtype]
-    if offsets[1] - offsets[0] != wanted:
-        return f"has {offsets[1] - offsets[0]} bytes, its shape needs {wanted}"
+    wanted = math.prod(shape) * DTYPE_BITS[dtype]
+    if 8 * (offsets[1] - offsets[0]) != wanted:
+        return f"has {offsets[1] - offsets[0]} bytes, its shape needs {-(-wanted // 8)}"
     return ""
 
 

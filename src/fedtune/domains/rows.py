@@ -7,15 +7,18 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from fedtune.data.check import has_columns, not_text
+from fedtune.data.files import Unreadable
 
 Row = Mapping[str, Any]
 
 
 def value(row: Row, column: str) -> Any:
-    """Return a value. Raises ValueError naming the columns there are."""
+    """Return a value. Raises ValueError where the row has none, naming its columns, and where it cannot be read."""
     if column not in row:
         raise ValueError(f"no {column!r}; {has_columns(row)}")
-    return row[column]
+    if isinstance(found := row[column], Unreadable):
+        raise ValueError(f"{column!r} {found.reason}")
+    return found
 
 
 def text(row: Row, column: str) -> str:
