@@ -6,15 +6,20 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from fedtune.board.build import board, ranked, row, separable
 from fedtune.board.build import recipes as group
+from fedtune.board.pairs import FEWEST, p_value
 from fedtune.board.site import build, embedded, page
 from fedtune.board.store import read_entry, write_entry
 from fedtune.results.entry import Answers, Entry, Privacy
 from fedtune.results.schema import Arm
+from fedtune.results.stats import mcnemar
 from fedtune.types import CorruptFileError, DataError
 from tests.board.entries import entry, many, score
 
@@ -96,6 +101,64 @@ def test_rows_that_cannot_be_told_apart_share_a_rank() -> None:
     other = _row(149, 1, answers={})
     assert not separable(rows[0], other, "likelihood")
     assert separable(rows[2], other, "likelihood")
+
+
+def _recipe(number: int, right: list[int], seeds: list[int] | None = None) -> dict[str, Any]:
+    made = [
+        entry(
+            number,
+            count,
+            seed=seed,
+            answers={"federated/fpb/likelihood": Answers.pack([i < count for i in range(200)], "i" * 64)},
+            arms=[Arm(name="base", scores=[score(90)]), Arm(name="federated", scores=[score(count)])],
+        )
+        for seed, count in zip(seeds or range(1, len(right) + 1), right, strict=True)
+    ]
+    return row(group(made)[0])
+
+
+def test_ranks_rest_on_all_seeds_and_not_on_the_lowest() -> None:
+    better, worse = _recipe(0, [100, 150, 150]), _recipe(1, [100, 100, 100])
+    assert separable(better, worse, "likelihood")
+    assert ranked([better, worse], "finance", "likelihood") == {better["id"]: 1, worse["id"]: 2}
+    lucky, even = _recipe(0, [150, 90, 90]), _recipe(1, [110, 110, 110])
+    assert lucky["scores"]["likelihood"] == pytest.approx(even["scores"]["likelihood"])
+    assert not separable(lucky, even, "likelihood")
+
+
+def test_the_order_of_the_seeds_changes_nothing() -> None:
+    other = _recipe(9, [110, 112, 114])
+    found = {separable(_recipe(0, [90, 130, 150], seeds), other, "likelihood") for seeds in ([1, 2, 3], [3, 2, 1])}
+    assert len(found) == 1
+
+
+def test_a_row_says_who_chose_its_seeds_and_how_few_there_are() -> None:
+    assert _recipe(0, [100, 101, 102])["remarks"] == []
+    assert _recipe(0, [100])["remarks"] == ["1 of 3 seeds: how much another would differ is not known"]
+    chosen = _recipe(0, [100, 101, 102], [4, 8, 15])["remarks"]
+    assert chosen == ["its maker chose the seeds; asked for are 1, 2, 3"]
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.lists(st.booleans(), min_size=40, max_size=40), min_size=1, max_size=3), st.data())
+def test_a_recipe_is_never_told_from_itself_and_the_test_has_no_side(
+    flags: list[list[bool]], data: st.DataObject
+) -> None:
+    one = np.array(flags)
+    assert p_value([(one, one)]) > 0.3
+    two = np.array(data.draw(st.lists(st.lists(st.booleans(), min_size=40, max_size=40), min_size=1, max_size=3)))
+    there, back = p_value([(one, two)]), p_value([(two, one)])
+    assert 0 <= there <= 1
+    assert there == pytest.approx(back, abs=0.06)
+
+
+def test_the_paired_bootstrap_is_near_mcnemar_for_one_seed() -> None:
+    for gained, lost in ((20, 0), (8, 2), (30, 15), (12, 9), (5, 0), (40, 38)):
+        one = np.array([[True] * gained + [False] * lost + [True] * (200 - gained - lost)])
+        two = np.array([[False] * gained + [True] * lost + [True] * (200 - gained - lost)])
+        if gained + lost >= FEWEST:
+            assert p_value([(one, two)]) == pytest.approx(mcnemar(gained, lost), abs=0.2)
+        assert (p_value([(one, two)]) < 0.05) == (mcnemar(gained, lost) < 0.05)
 
 
 def test_what_is_unranked_or_without_score_has_no_rank() -> None:

@@ -8,7 +8,9 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
+from fedtune.board.build import board
 from fedtune.board.published import read
+from fedtune.board.store import write_entry
 from fedtune.cli import app
 from fedtune.types import CorruptFileError
 
@@ -70,6 +72,28 @@ def test_another_score_is_flagged_and_an_impossible_one_is_named(folder: Callabl
     assert "pubmedqa: 0.5994 is not k/500 for any whole k" in entry.reasons
     assert "official: not evaluated on pubmedqa, medmcqa, careqa" in entry.unranked
     assert entry.claims == {"medqa": 0.5, "pubmedqa": 0.5994}
+
+
+def test_the_runs_of_one_participant_are_rows_of_their_own(folder: Callable[..., Path], tmp_path: Path) -> None:
+    """Four runs on one base model, two of them with another method: four rows, each with its own generations."""
+    names = ("rank 8", "rank 16", "rank 8, FlexLoRA", "rank 16, FlexLoRA")
+    root = folder(*({"run": n, "generations_file": f"g{i}.jsonl"} for i, n in enumerate(names)))
+    for i in range(4):
+        rows = [{"gold": "A", "output": "A" if k <= i else "B"} for k in range(4)]
+        (root / f"g{i}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    found = list(read(root))
+    assert sorted((e.title, e.main.scores[0].score) for e in found) == sorted(
+        (f"published submission {n}", (i + 1) / 4) for i, n in enumerate(names)
+    )
+    assert all(len(e.main.scores) == 1 for e in found)
+    for entry in found:
+        write_entry(tmp_path / "store", entry)
+    assert len(board(tmp_path / "store")["rows"]) == 4
+
+
+def test_runs_that_are_not_told_apart_are_not_averaged(folder: Callable[..., Path]) -> None:
+    with pytest.raises(CorruptFileError, match="medqa twice; tell its runs apart by `run`"):
+        list(read(folder({}, {})))
 
 
 def test_a_broken_index_is_named(folder: Callable[..., Path], tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from fedtune.config import Config
 from fedtune.data import files, packages
 from fedtune.data.check import check
-from fedtune.domains import DOMAINS, TASKS, code
+from fedtune.domains import DOMAINS, TASKS, code, problems, training_set, unranked_reasons
 from fedtune.domains.base import Item, lettered, multiple_choice, sentiment
 from fedtune.domains.finance import benchmark_split
 from fedtune.domains.program_tests import program_tests
@@ -346,3 +346,26 @@ def test_a_function_is_cut_out_where_the_parser_saw_it() -> None:
     (row,) = code._functions(source, "module")
     assert row["head"] == "def double(x):"
     assert row["output"] == "    made = x * 2\n    return made"
+
+
+def test_training_data_that_may_change_keep_a_run_from_a_rank() -> None:
+    """On the Hub only a commit stays what it is; a folder of one's own is known by its hash alone."""
+
+    def why(**data: str) -> tuple[str, ...]:
+        return unranked_reasons(Config.model_validate({"domain": "finance", "data": data}))
+
+    assert "flwrlabs/fingpt-sentiment-train has no pinned revision; set data.revision" in why(source="hub")[0]
+    assert why(source="hub", revision="a1" * 20) == ()
+    for moving in ("main", "v1", "abc1234", "refs/convert/parquet"):
+        assert "is not a commit" in why(source="hub", revision=moving)[0]
+    assert "local folder" in why(source="folder", path="x")[0]
+    assert why() == ()
+
+
+def test_a_revision_is_of_the_set_on_the_hub() -> None:
+    pinned = Config.model_validate({"domain": "finance", "data": {"source": "hub", "revision": "a1" * 20}})
+    found = training_set(pinned)
+    assert found is not None
+    assert found.revision == "a1" * 20
+    idle = Config.model_validate({"domain": "finance", "data": {"revision": "a1" * 20}})
+    assert any("has no effect with data.source" in str(p) for p in problems(idle))

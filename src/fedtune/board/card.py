@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from fedtune.io import write_bytes, write_json
-from fedtune.results.entry import Entry
+from fedtune.results.entry import Entry, inert
 from fedtune.results.schema import Score
 
 
@@ -71,19 +71,26 @@ def model_card(entry: Entry) -> str:
         model_name=entry.title or f"{entry.base} {entry.domain} {entry.method}",
         eval_results=results or None,
     )
-    rows = [f"| {s.task} ({s.mode}) | {s.n} | {_shown(s)} | {_base(entry, s)} |" for s in entry.main.scores]
+    rows = [
+        f"| {inert(f'{s.task} ({s.mode})')} | {s.n} | {inert(_shown(s))} | {_base(entry, s)} |"
+        for s in entry.main.scores
+    ]
     costs = entry.costs
     lines = [
         f"---\n{data.to_yaml()}\n---",
-        f"# {entry.base}, fine-tuned federatedly on {entry.domain} with {entry.method}",
+        f"# {inert(f'{entry.base}, fine-tuned federatedly on {entry.domain} with {entry.method}')}",
         "| task | n | score | base model |\n|---|---|---|---|\n" + "\n".join(rows),
         f"Communication: {costs.bytes_up:,} bytes up, {costs.bytes_down:,} down. Seed {entry.seed}, protocol "
-        f"{entry.protocol}, data {entry.data.get('name', '')} ({entry.data.get('sha256', '')[:16]}).",
+        f"{inert(entry.protocol)}, data {inert(str(entry.data.get('name', '')))} ({_short(entry)}).",
         f"Differential privacy: {'none' if entry.privacy is None else f'epsilon {entry.privacy.epsilon:g}'}.",
         "Load it: `PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), folder)`.",
         f"Make it again: `{reproduce(entry)}`.",
     ]
     return "\n\n".join(lines) + "\n"
+
+
+def _short(entry: Entry) -> str:
+    return inert(str(entry.data.get("sha256", ""))[:16])
 
 
 def _shown(score: Score) -> str:

@@ -27,6 +27,14 @@ def plain_text(value: str) -> str:
     return value
 
 
+_MARKDOWN = re.compile(r"([\\`*\[\]<>&|~])")
+
+
+def inert(value: str) -> str:
+    """Return a text so that Markdown and the HTML in it show it as it is, on one line: no link, image, code or tag."""
+    return _MARKDOWN.sub(r"\\\1", " ".join(value.split()))
+
+
 class Costs(Document):
     """What a run took; null where nobody could read it.
 
