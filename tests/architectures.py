@@ -194,15 +194,15 @@ def _made(kind: Any, variant: dict[str, Any], scale: float) -> Any:
     return model
 
 
-def tiny(kind: type, scale: float = 0.2) -> Any:
-    """Return a random model of a configuration class; weights are wide enough for what is wrong to be seen.
+def tiny(kind: type, scale: float = 0.2, **changes: Any) -> Any:
+    """Return a random model of a configuration class, with changes to it; weights are wide enough to show what is wrong.
 
     Raises whatever the class does if it cannot be made, or cannot score a text.
     """
     failure: Exception | None = None
     for variant in VARIANTS:
         try:
-            return _made(kind, variant, scale)
+            return _made(kind, {**variant, **changes}, scale)
         except Exception as err:  # of whatever kind transformers' classes raise
             failure = failure or err
     raise failure or ValueError("no variant")
