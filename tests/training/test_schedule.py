@@ -1,4 +1,5 @@
 import math
+from collections import Counter
 
 import pytest
 
@@ -29,6 +30,16 @@ def test_fresh_rows_are_fresh_every_round_and_use_each_row_once_an_epoch() -> No
     assert sorted(drawn) == list(range(60))
     assert batches(FRESH, 60, 7, 0, 2) != batches(FRESH, 60, 7, 1, 2)
     assert batches(FRESH, 60, 7, 0, 2) != batches(FRESH, 60, 8, 0, 2)
+
+
+def test_a_client_that_misses_rounds_skips_their_rows() -> None:
+    """Then fresh means a fresh draw, not each row once: some come twice before others have come."""
+    counts = Counter(i for r in (1, 2, 3, 4, 6, 7) for step in batches(FRESH, 60, 7, 0, r) for i in step)
+    missed = {i for step in batches(FRESH, 60, 7, 0, 5) for i in step}
+    assert len(missed) == 12
+    assert 2 in counts.values()
+    assert any(counts[i] == 0 for i in missed)
+    assert all(counts[i] > 0 for i in range(60) if i not in missed)
 
 
 @pytest.mark.parametrize("size", [1, 3, 11])
