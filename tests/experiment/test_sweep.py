@@ -14,12 +14,13 @@ from typer.testing import CliRunner
 
 from fedtune.cli import app
 from fedtune.config import Settings
+from fedtune.experiment import sweep as module
 from fedtune.experiment.report import Reporter
 from fedtune.experiment.run import run
 from fedtune.experiment.sweep import Point, groups, points, sweep
 from fedtune.io import read_json
 from fedtune.training.cohort import Cohort
-from fedtune.types import CancelledError, RunFailedError
+from fedtune.types import CancelledError, ConfigError, RunFailedError
 
 
 def build(settings: Callable[..., Settings], **fixed: Any) -> Callable[[Mapping[str, Any]], Settings]:
@@ -114,3 +115,63 @@ def test_the_command(tiny_folder: Path, data_folder: Path, tmp_path: Path) -> No
     wrong = CliRunner().invoke(app, [*words, "--grid", "lora.r", "--out", str(tmp_path)])
     assert wrong.exit_code != 0
     assert "key=value;value" in str(wrong.exception)
+
+
+def test_a_run_out_of_memory_ends_alone_and_the_summary_is_written(
+    settings: Callable[..., Settings], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chosen = points({"seed": [1, 2, 3]}, build(settings, federation={"clients": 2, "rounds": 1}), tmp_path)
+    plain = module.run
+
+    def sometimes(made: Settings, folder: Path, **more: Any) -> Any:
+        if made.config.seed == 2:
+            raise RuntimeError("CUDA out of memory.\nTried to allocate")
+        return plain(made, folder, **more)
+
+    monkeypatch.setattr(module, "run", sometimes)
+    with pytest.raises(RunFailedError, match=r"1 of 3 runs failed:\n  .*: RuntimeError: CUDA out of memory\. Tried"):
+        sweep(chosen, tmp_path)
+    written = read_json(tmp_path / "sweep.json")
+    assert list(written["failed"]) == [chosen[1].name]
+    assert [row["seeds"] for row in written["rows"]] == [[1, 3]]
+    monkeypatch.setattr(module, "run", plain)
+    assert [row["seeds"] for row in sweep(chosen, tmp_path)] == [[1, 2, 3]], "the same command does the rest"
+
+
+def test_what_cannot_be_shared_or_read_costs_its_own_runs(
+    settings: Callable[..., Settings], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make = build(settings, federation={"clients": 2, "rounds": 1})
+    chosen = points({"lora.r": [2, 4], "seed": [1, 2]}, make, tmp_path)
+    plain = module.Resident.of
+
+    def of(config: Any, seeds: Any) -> Any:
+        if config.lora.r == 2:
+            raise MemoryError("no room for the model")
+        return plain(config, seeds)
+
+    monkeypatch.setattr(module.Resident, "of", of)
+    with pytest.raises(RunFailedError, match="2 of 4 runs failed"):
+        sweep(chosen, tmp_path)
+    assert [row["where"] for row in read_json(tmp_path / "sweep.json")["rows"]] == [{"lora.r": 4}]
+    (chosen[2].folder / "result.json").write_text('{"cut": ')
+    (chosen[3].folder / "manifest.json").write_text("[]")
+    monkeypatch.setattr(module.Resident, "of", plain)
+    with pytest.raises(RunFailedError, match=r"2 of 4 runs failed(.|\n)*with other settings(.|\n)*line 1"):
+        sweep(chosen, tmp_path)
+
+
+def test_runs_with_other_settings_are_not_taken_for_these(settings: Callable[..., Settings], tmp_path: Path) -> None:
+    short = {"clients": 2, "rounds": 1}
+    sweep(points({"seed": [1]}, build(settings, federation=short), tmp_path), tmp_path)
+    other = points({"seed": [1]}, build(settings, federation={**short, "rounds": 2}), tmp_path)
+    with pytest.raises(RunFailedError, match="has a run with other settings; choose another --out"):
+        sweep(other, tmp_path)
+
+
+@pytest.mark.parametrize(("axes", "told"), [({"seed": []}, "seed: has no value"), ({"seed": [1, 1]}, "has 1 twice")])
+def test_a_sweep_of_nothing_or_of_one_run_twice_is_refused(
+    axes: dict[str, Any], told: str, settings: Callable[..., Settings], tmp_path: Path
+) -> None:
+    with pytest.raises(ConfigError, match=told):
+        points(axes, build(settings), tmp_path)

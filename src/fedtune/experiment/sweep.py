@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import statistics
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -23,7 +24,7 @@ from fedtune.io import digest, read_json, write_json
 from fedtune.results import schema
 from fedtune.results.stats import student
 from fedtune.training import workload
-from fedtune.types import FedtuneError, RunFailedError
+from fedtune.types import ConfigError, FedtuneError, Problem, ResumeError, RunFailedError
 
 SUMMARY = "sweep.json"
 
@@ -49,7 +50,11 @@ def points(axes: Mapping[str, Sequence[Any]], build: Callable[[Mapping[str, Any]
         axes: setting (a dotted key) -> values.
         build: turns one value of each axis into settings.
         out: the sweep's folder.
+
+    Raises:
+        ConfigError: an axis is empty or has a value twice, or settings are not valid.
     """
+    _check(axes)
     found = []
     for values in itertools.product(*axes.values()):
         where = dict(zip(axes, values, strict=True))
@@ -60,9 +65,34 @@ def points(axes: Mapping[str, Sequence[Any]], build: Callable[[Mapping[str, Any]
     return found
 
 
+def _check(axes: Mapping[str, Sequence[Any]]) -> None:
+    """Refuse axes that give no run, or one run twice."""
+    problems = [Problem(name, "has no value", "name at least one") for name, values in axes.items() if not values]
+    for name, values in axes.items():
+        twice = [v for v, count in Counter(map(str, values)).items() if count > 1]
+        problems += [Problem(name, f"has {v} twice", "once is enough") for v in twice]
+    if problems:
+        raise ConfigError("sweep", problems)
+
+
 def _state(point: Point) -> str:
+    """Return how far a run of the sweep is.
+
+    Raises:
+        ResumeError: its folder has a run with other settings. CorruptFileError: its manifest cannot be read.
+    """
     path = point.folder / MANIFEST
-    return str(read_json(path).get("status")) if path.exists() else "new"
+    if not path.exists():
+        return "new"
+    manifest = read_json(path)
+    if not isinstance(manifest, dict) or manifest.get("config_sha256") != point.settings.config.hash:
+        raise ResumeError(f"{point.folder} has a run with other settings; choose another --out")
+    return str(manifest.get("status"))
+
+
+def _fault(err: Exception) -> str:
+    """Return why a run failed."""
+    return f"{type(err).__name__}: {' '.join(str(err).split()) if not isinstance(err, FedtuneError) else err}"
 
 
 def groups(chosen: Sequence[Point]) -> list[list[Point]]:
@@ -105,9 +135,9 @@ def _one(point: Point, resident: Resident, watch: Reporter) -> str:
     reporter = _Watch(watch, point.name, resident)
     try:
         run(point.settings, point.folder, resume=_state(point) != "new", reporter=reporter, resident=resident)
-    except FedtuneError as err:
-        watch.note(f"{point.name}: failed: {err}")
-        return f"{type(err).__name__}: {err}"
+    except Exception as err:  # out of memory, say: the next one may need less
+        watch.note(f"{point.name}: failed: {_fault(err)}")
+        return _fault(err)
     return ""
 
 
@@ -135,6 +165,18 @@ def _group(chosen: Sequence[Point], watch: Reporter) -> dict[str, str]:
     return faults
 
 
+def _states(chosen: Sequence[Point]) -> tuple[dict[str, str], dict[str, str]]:
+    """Return how far each run is, and what is wrong with those of which that cannot be told."""
+    states: dict[str, str] = {}
+    faults: dict[str, str] = {}
+    for point in chosen:
+        try:
+            states[point.name] = _state(point)
+        except FedtuneError as err:
+            faults[point.name] = _fault(err)
+    return states, faults
+
+
 def sweep(chosen: Sequence[Point], out: Path, reporter: Reporter | None = None) -> list[dict[str, Any]]:
     """Do all runs that are not complete, and summarise all.
 
@@ -146,14 +188,18 @@ def sweep(chosen: Sequence[Point], out: Path, reporter: Reporter | None = None) 
         CancelledError: Ctrl-C or SIGTERM; the same command goes on.
     """
     watch = reporter or Reporter()
-    waiting = [p for p in chosen if _state(p) != "complete"]
-    if len(waiting) < len(chosen):
-        watch.note(f"{len(chosen) - len(waiting)} of {len(chosen)} runs are complete already")
-    faults: dict[str, str] = {}
+    states, faults = _states(chosen)
+    waiting = [p for p in chosen if states.get(p.name, "complete") != "complete"]
+    if complete := sum(state == "complete" for state in states.values()):
+        watch.note(f"{complete} of {len(chosen)} runs are complete already")
     with cancellable():
         for group in groups(waiting):
-            faults |= _group(group, watch)
-    rows = summary([p for p in chosen if p.name not in faults])
+            try:
+                faults |= _group(group, watch)
+            except Exception as err:  # of what they share: model, data, plan
+                faults |= {point.name: _fault(err) for point in group}
+                watch.note(f"{len(group)} runs failed: {_fault(err)}")
+    rows = summary([p for p in chosen if p.name not in faults], faults)
     write_json(out / SUMMARY, {"rows": rows, "failed": faults})
     if faults:
         listed = "".join(f"\n  {name}: {why}" for name, why in faults.items())
@@ -161,17 +207,26 @@ def sweep(chosen: Sequence[Point], out: Path, reporter: Reporter | None = None) 
     return rows
 
 
-def summary(chosen: Sequence[Point]) -> list[dict[str, Any]]:
-    """Return one row for each combination but for seeds: each score's mean over them, with its 95 % interval."""
-    together: dict[str, list[Point]] = {}
+def summary(chosen: Sequence[Point], faults: dict[str, str]) -> list[dict[str, Any]]:
+    """Return one row for each combination but for seeds: each score's mean over them, with its 95 % interval.
+
+    Args:
+        chosen: runs that are complete.
+        faults: a run whose result cannot be read is added, and left out.
+    """
+    together: dict[str, list[tuple[Point, schema.Result]]] = {}
     for point in chosen:
+        try:
+            result = schema.Result.model_validate(read_json(point.folder / RESULT))
+        except (FedtuneError, ValueError) as err:
+            faults[point.name] = _fault(err)
+            continue
         rest = {k: v for k, v in point.where.items() if k != "seed"}
-        together.setdefault(digest(rest), []).append(point)
-    return [_row(own) for own in together.values()]
+        together.setdefault(digest(rest), []).append((point, result))
+    return [_row([p for p, _ in own], [r for _, r in own]) for own in together.values()]
 
 
-def _row(own: Sequence[Point]) -> dict[str, Any]:
-    results = [schema.Result.model_validate(read_json(p.folder / RESULT)) for p in own]
+def _row(own: Sequence[Point], results: Sequence[schema.Result]) -> dict[str, Any]:
     main = own[0].settings.config.arm
     values: dict[str, list[float]] = {}
     for result in results:
