@@ -10,6 +10,7 @@ import math
 import os
 import socket
 import threading
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,12 +18,6 @@ from typing import Any
 from fedtune.types import CorruptFileError, FedtuneError, LockedError
 
 MAX_JSON_BYTES = 512 * 1024**2
-MAX_TENSOR_BYTES = 16 * 1024**3
-MAX_HEADER_BYTES = 32 * 1024**2  # of some 150,000 tensors; parsed, it takes several times the room
-MAX_AXES = 8
-_BITS = {4: "F4", 6: "F6_E2M3 F6_E3M2", 8: "BOOL U8 I8 F8_E4M3 F8_E5M2 F8_E8M0 F8_E4M3FNUZ F8_E5M2FNUZ"}
-_BITS |= {16: "U16 I16 F16 BF16", 32: "U32 I32 F32", 64: "U64 I64 F64 C64"}
-DTYPE_BITS = {name: size for size, names in _BITS.items() for name in names.split()}
 
 
 def expanded(path: str | Path) -> Path:
@@ -107,14 +102,22 @@ def _refuse_constant(name: str) -> Any:
     raise ValueError(f"{name} is not JSON")
 
 
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    made = dict(pairs)
+    if len(made) != len(pairs):
+        twin, _ = Counter(name for name, _ in pairs).most_common(1)[0]
+        raise ValueError(f"{twin[:60]!r} stands twice in one object")
+    return made
+
+
 def parse_json(text: str, where: str) -> Any:
-    """Parse strict JSON (no NaN).
+    """Parse strict JSON (no NaN, no name twice in one object).
 
     Raises:
         CorruptFileError: with `where` and the place inside the text.
     """
     try:
-        return json.loads(text, parse_constant=_refuse_constant)
+        return json.loads(text, parse_constant=_refuse_constant, object_pairs_hook=_unique)
     except json.JSONDecodeError as err:
         raise CorruptFileError(f"{where}: line {err.lineno}, column {err.colno}: {err.msg}") from err
     except (ValueError, RecursionError) as err:
@@ -131,7 +134,8 @@ def _read_bytes(path: Path, max_bytes: int) -> bytes:
         raise CorruptFileError(f"{path}: {err.strerror or err}") from err
 
 
-def _decoded(raw: bytes, where: str) -> str:
+def decoded(raw: bytes, where: str) -> str:
+    """Decode UTF-8. Raises CorruptFileError with the byte that is not."""
     try:
         return raw.decode("utf-8")
     except UnicodeDecodeError as err:
@@ -144,7 +148,7 @@ def read_text(path: Path, max_bytes: int = MAX_JSON_BYTES) -> str:
     Raises:
         CorruptFileError: missing, too large, or not UTF-8 (with the byte).
     """
-    return _decoded(_read_bytes(path, max_bytes), str(path))
+    return decoded(_read_bytes(path, max_bytes), str(path))
 
 
 def read_json(path: Path) -> Any:
@@ -185,7 +189,7 @@ def read_lines(path: Path, *, torn_tail: bool = False) -> list[Any]:
             continue
         where = f"{path}: line {number}"
         try:
-            rows.append(parse_json(_decoded(line, where), where))
+            rows.append(parse_json(decoded(line, where), where))
         except CorruptFileError:
             if torn_tail and number == len(lines):
                 break
@@ -202,74 +206,6 @@ def file_sha256(path: Path) -> str:
     """Return the sha256 of a file's bytes, as hex."""
     with open(path, "rb") as handle:
         return hashlib.file_digest(handle, "sha256").hexdigest()
-
-
-def _whole(value: Any, most: int) -> bool:
-    return type(value) is int and 0 <= value <= most
-
-
-def _entry_problem(entry: Any, size: int) -> str:
-    """Say what is wrong with one tensor's entry in the header of a file of `size` bytes, or return an empty text."""
-    if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
-        return "is not dtype, shape and data_offsets"
-    dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
-    if not isinstance(dtype, str) or dtype not in DTYPE_BITS:
-        return f"has the unknown dtype {str(dtype)[:20]!r}"
-    if not isinstance(shape, list) or len(shape) > MAX_AXES or not all(_whole(n, 2 * size) for n in shape):
-        return "has a shape that is not a list of whole numbers this file has room for"
-    if not isinstance(offsets, list) or len(offsets) != 2 or not all(_whole(n, size) for n in offsets):
-        return "has data_offsets that are not two places in this file; cut off?"
-    wanted = math.prod(shape) * DTYPE_BITS[dtype]
-    if 8 * (offsets[1] - offsets[0]) != wanted:
-        return f"has {offsets[1] - offsets[0]} bytes, its shape needs {-(-wanted // 8)}"
-    return ""
-
-
-def _read_header(path: Path, size: int) -> tuple[dict[str, Any], int]:
-    """Return the parsed header, and the byte at which the numbers begin."""
-    with open(path, "rb") as handle:
-        head = handle.read(8)
-        length = int.from_bytes(head, "little")
-        if len(head) < 8 or length > MAX_HEADER_BYTES or 8 + length > size:
-            raise CorruptFileError(f"{path}: byte 0: header of {length} bytes in a file of {size}; cut off?")
-        header = parse_json(_decoded(handle.read(length), f"{path}: header"), f"{path}: header")
-    if not isinstance(header, dict):
-        raise CorruptFileError(f"{path}: header is not an object")
-    notes = header.pop("__metadata__", {})
-    if not isinstance(notes, dict) or not all(isinstance(v, str) for v in notes.values()):
-        raise CorruptFileError(f"{path}: header: __metadata__ is not an object of texts")
-    return header, 8 + length
-
-
-def tensor_header(path: Path) -> dict[str, Any]:
-    """Check a safetensors file's size and header before anything is loaded from it, and return the header.
-
-    Returns:
-        name -> {"dtype", "shape", "data_offsets"}, without the metadata entry. The tensors lie one after the
-        other, without gaps, up to the end of the file.
-
-    Raises:
-        CorruptFileError: truncated, oversized, or inconsistent, with the byte or the tensor that says so.
-    """
-    if not path.is_file():
-        raise CorruptFileError(f"{path}: no such file")
-    size = path.stat().st_size
-    if size > MAX_TENSOR_BYTES:
-        raise CorruptFileError(f"{path}: {size} bytes, more than the {MAX_TENSOR_BYTES} an adapter may have")
-    header, start = _read_header(path, size)
-    for name, entry in header.items():
-        if problem := _entry_problem(entry, size):
-            raise CorruptFileError(f"{path}: header: {name[:100]!r} {problem}")
-    end = 0
-    for begin, until, name in sorted((*entry["data_offsets"], name) for name, entry in header.items()):
-        if begin != end:
-            raise CorruptFileError(
-                f"{path}: byte {start + begin}: {name[:100]!r} overlaps another tensor or follows a gap"
-            )
-        end = until
-    if start + end != size:
-        raise CorruptFileError(f"{path}: byte {size}: {start + end} bytes announced; cut off?")
-    return header
 
 
 @contextlib.contextmanager

@@ -6,10 +6,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from fedtune.io import read_lines, tensor_header
+from fedtune.io import read_lines
 from fedtune.methods import METHODS
 from fedtune.methods.base import Sizes
 from fedtune.results.entry import Entry
+from fedtune.tensors import tensor_header
 from fedtune.types import Problem
 
 # what a method may save below its own reckoning: ranks a client pruned, a first round that only sketches

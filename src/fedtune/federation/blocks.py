@@ -17,8 +17,9 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from fedtune.io import tensor_header, write_bytes
+from fedtune.io import write_bytes
 from fedtune.lora.base_delta import SIDE_A, SIDE_B
+from fedtune.tensors import tensor_header
 from fedtune.types import CorruptFileError
 
 COLUMNS = 64

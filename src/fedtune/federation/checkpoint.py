@@ -18,7 +18,6 @@ from fedtune.io import (
     append_lines,
     read_json,
     read_lines,
-    tensor_header,
     write_bytes,
     write_json,
     write_lines,
@@ -27,6 +26,7 @@ from fedtune.lora.base_delta import Piece
 from fedtune.lora.product import Product
 from fedtune.lora.state import to_tensors, with_tensors
 from fedtune.methods.base import ServerState
+from fedtune.tensors import tensor_header
 from fedtune.types import CorruptFileError, ResumeError, RoundRecord, last_line
 
 STATE, TENSORS, ROUNDS, TIMINGS = "state.json", "state.safetensors", "rounds.jsonl", "timings.jsonl"

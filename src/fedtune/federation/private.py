@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from fedtune.federation.blocks import Blocks, axis_of
-from fedtune.io import tensor_header, write_bytes
+from fedtune.io import write_bytes
+from fedtune.tensors import tensor_header
 
 _NAME = re.compile(r"round-(\d{6})-(\d)\.safetensors")
 _BLOCKS = "blocks"  # in how many blocks a file's side adapters are

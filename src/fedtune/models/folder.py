@@ -8,10 +8,10 @@ from typing import Any
 
 from torch import Tensor
 
-from fedtune.io import tensor_header
 from fedtune.lora.state import PREFIX, A, B, LoraModule, M, from_tensors
 from fedtune.models.adapter_config import AdapterConfig, read_config
 from fedtune.models.source import CONFIG, WEIGHTS, not_a_number
+from fedtune.tensors import tensor_header
 from fedtune.types import AdapterError
 
 _FLOATS = {"F64", "F32", "F16", "BF16"}

@@ -10,7 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from fedtune.io import file_sha256, read_json, read_text, tensor_header
+from fedtune.io import file_sha256, read_json, read_text
+from fedtune.tensors import tensor_header
 from fedtune.types import ModelError
 
 WEIGHTS = "adapter_model.safetensors"
