@@ -358,6 +358,18 @@ def test_an_attacker_with_magnitudes_that_learned_nothing_sends_the_unchanged_mo
     assert all(torch.allclose(bad[n], honest[n], atol=1e-12) for n in honest)
 
 
+def test_an_attacker_that_sends_some_ranks_is_compared_with_those() -> None:
+    start = {"x.lora_A.weight": torch.arange(12.0).reshape(4, 3)}
+    chosen = AttackSettings(kind="boost", clients=(0,), scale=2.0)
+    first = attack.tampered({"x.lora_A.weight": start["x.lora_A.weight"][:2] + 1}, start, chosen, 0, 0)
+    assert torch.equal(first["x.lora_A.weight"], start["x.lora_A.weight"][:2] + 2)
+    ranks = torch.tensor([1, 3])
+    some = {"x.lora_A.weight": start["x.lora_A.weight"][ranks] + 1, "x.lora_A.weight.chosen": ranks}
+    assert torch.equal(
+        attack.tampered(some, start, chosen, 0, 0)["x.lora_A.weight"], start["x.lora_A.weight"][ranks] + 2
+    )
+
+
 def test_attackers_are_only_those_named() -> None:
     payload = {"x": torch.ones(3)}
     chosen = AttackSettings(kind="boost", clients=(1,), scale=3.0)

@@ -14,19 +14,27 @@ if TYPE_CHECKING:
     from fedtune.config.schema import AttackSettings
 
 Attack = Callable[[dict[str, "Tensor"], Tensors, float, int], dict[str, "Tensor"]]
-_A, _B = ".lora_A.weight", ".lora_B.weight"
+_A, _B, _CHOSEN = ".lora_A.weight", ".lora_B.weight", ".chosen"
 
 
-def _origin(name: str, tensor: Tensor, start: Tensors) -> Tensor:
-    """Return what a tensor was at the start; zeros where it was not, or not all of its ranks are sent."""
-    known = start.get(name)
-    return known if known is not None and known.shape == tensor.shape else tensor.new_zeros(tensor.shape)
+def _origins(payload: Tensors, start: Tensors) -> dict[str, Tensor]:
+    """Return what was at the start in the places of what is sent: of the ranks chosen, else of the first ones."""
+    import torch
+
+    found = {}
+    for name, tensor in payload.items():
+        known = start.get(name)
+        for axis, size in enumerate(tensor.shape):
+            if known is not None and known.dim() == tensor.dim() and size < known.shape[axis]:
+                known = known.index_select(axis, payload.get(name + _CHOSEN, torch.arange(size)))
+        if known is not None and known.shape == tensor.shape:
+            found[name] = known
+    return found
 
 
 def _moved(payload: dict[str, Tensor], start: Tensors, factor: float) -> dict[str, Tensor]:
-    """Return start + factor (sent - start)."""
-    origins = {n: _origin(n, t, start) for n, t in payload.items()}
-    return {n: origins[n] + factor * (t - origins[n]) for n, t in payload.items()}
+    """Return start + factor (sent - start); a tensor that has no start is scaled."""
+    return {n: start[n] + factor * (t - start[n]) if n in start else factor * t for n, t in payload.items()}
 
 
 def sign_flip(payload: dict[str, Tensor], start: Tensors, scale: float, seed: int) -> dict[str, Tensor]:
@@ -47,8 +55,9 @@ def random(payload: dict[str, Tensor], start: Tensors, scale: float, seed: int) 
     for name, tensor in payload.items():
         generator = torch.Generator().manual_seed(derive_seed(seed, "noise", name))
         noise = torch.randn(tensor.shape, generator=generator, dtype=tensor.dtype)
-        origin = _origin(name, tensor, start)
-        sent[name] = origin + noise * (scale * (tensor - origin).norm() / noise.norm().clamp(min=1e-30))
+        change = tensor - start[name] if name in start else tensor
+        size = scale * change.norm() / noise.norm().clamp(min=1e-30)
+        sent[name] = start.get(name, 0) + noise * size
     return sent
 
 
@@ -75,4 +84,4 @@ def tampered(
     if client not in settings.clients or settings.kind not in ATTACKS:
         return payload
     floats = {n: t for n, t in payload.items() if t.is_floating_point()}
-    return {**payload, **ATTACKS[settings.kind](floats, start, settings.scale, seed)}
+    return {**payload, **ATTACKS[settings.kind](floats, _origins(payload, start), settings.scale, seed)}
