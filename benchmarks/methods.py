@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
+import sys
 import time
 from collections.abc import Sequence
 from dataclasses import replace
@@ -24,13 +25,16 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from benchmarks import origin
+
 from fedtune.config import parse_assignment
 from fedtune.config.load import merge
 from fedtune.experiment.aggregate import relative_error
 from fedtune.experiment.run import run
 from fedtune.io import append_lines, read_lines, write_bytes
 from fedtune.methods import METHODS, ClientUpdate, Recipe, ServerState
-from fedtune.results.manifest import machine, versions
+from fedtune.results.manifest import versions
 from fedtune.results.stats import student
 from fedtune.settings import load
 
@@ -97,7 +101,7 @@ def measure(name: str, seed: int, settings: list[str]) -> dict[str, Any]:
         "seconds": time.monotonic() - started,
         "config_sha256": result.config_sha256,
         "torch": versions()["torch"],
-        "machine": machine(),
+        "made": origin.here(),
     }
 
 
@@ -120,14 +124,15 @@ def row(lines: list[dict[str, Any]], fedit: dict[str, Any]) -> str:
 
 def table(lines: list[dict[str, Any]], command: str) -> str:
     """Return the table in Markdown."""
-    fedit = next(line for line in lines if line["method"] == "fedit")
+    fedit = next((line for line in lines if line["method"] == "fedit"), None)
+    if fedit is None:
+        raise SystemExit("the bytes of all methods are relative to fedit's: measure it on this machine as well")
     bases = {line["seed"]: line["base"] for line in lines if line["base"] is not None}
     known = [[line for line in lines if line["method"] == name] for name in METHODS]
-    where = fedit["machine"]
     head = [
         "# Every method on the quickstart federation",
         "",
-        f"`{command}` ({where['processor']}, {where['cpus']} cores, torch {fedit['torch']}, CPU, float32)",
+        f"`{command}` ({origin.said(lines)})",
         "",
         f"{fedit['rounds']} rounds, {fedit['n']} test sentences, seeds {', '.join(map(str, sorted(bases)))}; the base",
         f"model scores {interval(list(bases.values()))}. Bytes are relative to `fedit`'s. ± is Student's 95 % interval",
@@ -159,7 +164,11 @@ def main() -> None:
                 )
     chosen = [line for line in read_lines(LINES) if line["settings"] == asked.settings]
     command = "python benchmarks/methods.py " + " ".join(f"--set {s}" for s in asked.settings)
-    write_bytes(TABLE, table(chosen, command.strip()).encode())
+    stamps = [
+        origin.stamped([line], {"machine": line.get("machine"), "versions": {"torch": line.get("torch")}})[0]
+        for line in chosen
+    ]
+    write_bytes(TABLE, "\n".join(table(own, command.strip()) for own in origin.together(stamps)).encode())
     print(TABLE.read_text())
 
 

@@ -28,6 +28,7 @@ from typing import Any
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+from benchmarks import origin
 from benchmarks.reference import Reference, answers, averaged, padded, sentiments
 
 from fedtune import domains
@@ -41,7 +42,6 @@ from fedtune.lora.state import to_tensors
 from fedtune.models import adapter, measure
 from fedtune.models import load as models
 from fedtune.models.adapter import AdaptedModel
-from fedtune.results.manifest import machine, versions
 from fedtune.settings import load
 from fedtune.training import schedule, workload
 from fedtune.training.loss import Part, joint_loss
@@ -444,20 +444,21 @@ def shown(rows: Sequence[Row]) -> str:
     return "\n".join(lines)
 
 
-def page(document: Mapping[str, Any], rows: Sequence[Row]) -> str:
-    """Return the page with the table."""
-    here = document["machine"]
+def page(rows: Sequence[Row]) -> str:
+    """Return the page with a table for each origin of rows."""
     head = [
         "# Ours against the reference's procedure",
         "",
-        f"`make bench` ({here['processor']}, {here['cpus']} cores, {document['threads']} threads, CPU, float32,",
-        f"torch {document['versions']['torch']}, {document['date']}).",
+        "`make bench`; each table is of one machine, one set of versions and one state of the code.",
         "Medians and ranges of runs that alternate; what ran once has no range. Tokens are real ones. GEMM is the rate",
         "of products in the model's own shapes, measured beside it; what a shared beginning saves counts as done. Both",
         "sides got work with one hash.",
         "",
     ]
-    return "\n".join([*head, shown(rows), ""])
+    tables = [
+        line for own in origin.together(rows) for line in (f"Measured on {origin.said(own)}:", "", shown(own), "")
+    ]
+    return "\n".join([*head, *tables])
 
 
 def main() -> None:
@@ -489,20 +490,15 @@ def main() -> None:
             file=sys.stderr,
             flush=True,
         )
-    document = {
-        "date": time.strftime("%Y-%m-%d"),
-        "machine": {**machine(), "system": "Linux"},
-        "versions": versions(),
-        "load": os.getloadavg()[0],
-        "threads": torch.get_num_threads(),
-        "seconds": time.perf_counter() - started,
-        "rows": rows,
-    }
-    if RESULTS.exists():  # parts that were not measured now stay as they are
-        before = [row for row in json.loads(RESULTS.read_text())["rows"] if row["part"] not in asked.only.split(",")]
-        rows = sorted(rows + before, key=lambda row: list(parts).index(row["part"]))
-    write_json(RESULTS, json.loads(json.dumps({**document, "rows": rows})))
-    write_bytes(RESULTS.with_suffix(".md"), page(document, rows).encode())
+    here = origin.here(torch.get_num_threads())
+    rows = origin.stamped(rows, here)
+    if RESULTS.exists():  # parts that were not measured now stay, with the origin they have
+        old = json.loads(RESULTS.read_text())
+        before = [row for row in old["rows"] if row["part"] not in asked.only.split(",")]
+        rows = sorted(rows + origin.stamped(before, old), key=lambda row: list(parts).index(row["part"]))
+    document = {**here, "load": os.getloadavg()[0], "seconds": time.perf_counter() - started, "rows": rows}
+    write_json(RESULTS, json.loads(json.dumps(document)))
+    write_bytes(RESULTS.with_suffix(".md"), page(rows).encode())
     print(shown(rows))
 
 
