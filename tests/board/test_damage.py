@@ -7,8 +7,15 @@ from pathlib import Path
 
 import pytest
 
+from fedtune.board import card, report
+from fedtune.board.build import board
+from fedtune.board.entries import from_run
+from fedtune.board.site import page
+from fedtune.board.store import read_entry, write_entry
 from fedtune.board.validate import check, check_one
 from fedtune.io import file_sha256
+from fedtune.types import FedtuneError
+from tests.board.entries import entry
 from tests.faults.mutate import copies, damaged
 
 pytestmark = pytest.mark.xdist_group("submission")
@@ -57,6 +64,38 @@ def test_damage_is_reported(good: Path, tmp_path: Path) -> None:
 
 def test_damage_with_matching_hashes_ends_in_a_report(good: Path, tmp_path: Path) -> None:
     _careful(good, tmp_path, 500)
+
+
+def test_a_damaged_run_is_packed_and_reported_or_refused_in_a_sentence(good: Path, tmp_path: Path) -> None:
+    packed = tmp_path / "seed-1"
+    shutil.copytree(good / "seed-1", packed)
+    said: list[str] = []
+    for name in ("result.json", "manifest.json", "rounds.jsonl", "config.toml"):
+        sound = (packed / name).read_bytes()
+        for _, copy in copies(sound, 60):
+            (packed / name).write_bytes(copy)
+            try:
+                report.page(from_run(packed))
+            except FedtuneError as err:
+                said.append(str(err))
+        (packed / name).write_bytes(sound)
+    assert len(said) > 100
+    assert [line for line in said if str(packed) not in line] == []
+
+
+def test_a_damaged_entry_in_the_store_is_named_or_shown(tmp_path: Path) -> None:
+    for number in (0, 4):
+        write_entry(tmp_path / "store", entry(number))
+    path = next((tmp_path / "store").rglob("seed-1.json"))
+    sound, refused = path.read_bytes(), 0
+    for _, copy in copies(sound, 150):
+        path.write_bytes(copy)
+        try:
+            page(board(tmp_path / "store"))
+            card.model_card(read_entry(path))
+        except FedtuneError as err:
+            refused += path.name in str(err)
+    assert refused > 75
 
 
 @pytest.mark.slow

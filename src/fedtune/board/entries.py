@@ -18,7 +18,7 @@ from fedtune.models.zoo import zoo
 from fedtune.results.entry import Answers, Costs, Entry, Point
 from fedtune.results.schema import Arm, Result
 from fedtune.settings import load
-from fedtune.types import CorruptFileError, DataError
+from fedtune.types import ConfigError, CorruptFileError, DataError
 
 __all__ = ["from_run", "read_entry", "read_store", "recipe_hash", "twin", "write_entry"]
 
@@ -73,7 +73,7 @@ def from_run(run: Path, team: str = "", title: str = "", link: str = "") -> Entr
             raise
         where = ".".join(map(str, first["loc"])) or "the document"
         raise CorruptFileError(f"{run}: is not what a run leaves: {where}: {first['msg']}") from err
-    except (KeyError, TypeError, AttributeError, ValueError, OverflowError) as err:
+    except (LookupError, TypeError, AttributeError, ValueError, OverflowError) as err:
         raise CorruptFileError(f"{run}: is not what a run leaves ({type(err).__name__}: {err})") from err
 
 
@@ -98,7 +98,10 @@ def _read(run: Path, texts: dict[str, str]) -> Entry:
         config_sha256=_without_seed(run),
         protocol=result.protocol,
         protocol_sha256=result.protocol_sha256,
-        unranked=list(dict.fromkeys([*result.unranked, *sets.reasons(run, result.domain, main)])),
+        # the manifest knows of a run that was continued although something had changed
+        unranked=list(
+            dict.fromkeys([*result.unranked, *manifest.get("unranked", ()), *sets.reasons(run, result.domain, main)])
+        ),
         arms=result.arms,
         answers=answers,
         curve=_curve(run),
@@ -126,7 +129,10 @@ def recipe_hash(config_file: Path) -> str:
     Raises:
         ConfigError, CorruptFileError: not a settings file.
     """
-    settings = load([read_toml(config_file)], here=False)
+    try:
+        settings = load([read_toml(config_file)], here=False)
+    except ConfigError as err:
+        raise ConfigError(str(config_file), err.problems) from err
     return settings.config.model_copy(update={"seed": 0}).hash
 
 

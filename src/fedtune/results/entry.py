@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from fedtune.results.schema import Arm, Document
 
@@ -70,6 +70,11 @@ class Answers(Document):
     items_sha256: str
     n: int = Field(ge=0)
     bits: str
+
+    @model_validator(mode="after")
+    def _enough(self) -> Answers:
+        self.unpack()
+        return self
 
     @classmethod
     def pack(cls, right: Sequence[bool], items_sha256: str) -> Answers:
@@ -143,7 +148,7 @@ class Entry(Document):
     protocol: str = ""
     protocol_sha256: str = ""
     unranked: list[str] = Field(default_factory=list)
-    arms: list[Arm]
+    arms: list[Arm] = Field(min_length=1)
     answers: dict[str, Answers] = Field(default_factory=dict)
     curve: list[Point] = Field(default_factory=list)
     losses: list[float | None] = Field(default_factory=list)
