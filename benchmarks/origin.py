@@ -32,7 +32,7 @@ def stamped(rows: Sequence[Row], origin: Mapping[str, Any]) -> list[Row]:
 
 def _same(made: Mapping[str, Any]) -> tuple[Any, ...]:
     """Return what rows of one table have in common; on which day each was made does not matter."""
-    box = {k: v for k, v in made["machine"].items() if k in ("processor", "cpus", "gpus")}
+    box = {k: made["machine"].get(k) or 0 for k in ("processor", "cpus", "gpus")}
     source = (made.get("code") or {}).get("sha256")
     return repr(sorted(box.items())), repr(sorted(made["versions"].items())), source, made.get("threads")
 
