@@ -44,7 +44,7 @@ def parse_assignment(text: str) -> dict[str, Any]:
         raise ConfigError("command line", [Problem(text, "is not key=value", "for example -s train.max_steps=10")])
     try:
         parsed = tomllib.loads(f"value = {value}")["value"]
-    except tomllib.TOMLDecodeError:
+    except (ValueError, RecursionError):
         parsed = value
     nested: Any = parsed
     for part in reversed(key.strip().split(".")):
@@ -94,7 +94,7 @@ def read_toml(path: Path) -> dict[str, Any]:
     """
     try:
         return tomllib.loads(read_text(path, max_bytes=1024**2))
-    except tomllib.TOMLDecodeError as err:
+    except (ValueError, RecursionError) as err:  # not TOML, a number of thousands of digits, or brackets without end
         raise ConfigError(str(path), [Problem(str(path), f"is not TOML: {err}")]) from err
 
 
