@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import random
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from functools import cache
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +25,7 @@ from fedtune.lora.state import AdapterState, LoraModule
 from fedtune.methods import METHODS
 from fedtune.privacy.screen import GROWTH
 from fedtune.settings import load
-from fedtune.types import RoundRecord
+from fedtune.types import ConfigError, RoundRecord
 from tests.faults.hostile import Evil, clients, mutated
 
 BAD, HONEST = 2, (0, 1, 3)
@@ -53,8 +55,12 @@ def _config(method: str, around: Mapping[str, Any]) -> Config:
 @cache
 def combinations() -> list[tuple[str, str]]:
     """Every method with everything that goes around it."""
-    every = [(m, a) for m in METHODS for a in AROUND]
-    return [(m, a) for m, a in every if not list(methods.problems(_config(m, AROUND[a])))]
+    found = []
+    for method, around in product(METHODS, AROUND):
+        with suppress(ConfigError):  # they do not go together
+            _config(method, AROUND[around])
+            found.append((method, around))
+    return found
 
 
 def _start(*, dora: bool) -> AdapterState:
