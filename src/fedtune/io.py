@@ -156,6 +156,20 @@ def read_json(path: Path) -> Any:
     return parse_json(read_text(path), str(path))
 
 
+@contextlib.contextmanager
+def reading(what: object) -> Iterator[None]:
+    """Give an error a name where a document is valid JSON and yet not what was written: lists for tables, other keys.
+
+    Raises:
+        CorruptFileError: with `what`, in place of what a value of another kind makes Python raise.
+    """
+    try:
+        yield
+    except (KeyError, IndexError, TypeError, AttributeError, ValueError, OverflowError, RecursionError) as err:
+        said = f"{type(err).__name__}: {' '.join(str(err).split())[:300]}"
+        raise CorruptFileError(f"{what}: is not what fedtune writes there ({said})") from err
+
+
 def _lines(rows: Sequence[Any]) -> bytes:
     # in ASCII: half a surrogate pair comes back, and U+2028 ends a line for no reader
     return "".join(json.dumps(finite(r), allow_nan=False) + "\n" for r in rows).encode("ascii")

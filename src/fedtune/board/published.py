@@ -12,7 +12,7 @@ from fedtune.board import sets
 from fedtune.domains import TASKS
 from fedtune.evaluation import known, published
 from fedtune.evaluation.programs import score_published
-from fedtune.io import read_json
+from fedtune.io import read_json, reading
 from fedtune.models.zoo import zoo
 from fedtune.results.entry import Answers, Costs, Entry
 from fedtune.results.schema import Arm, Score
@@ -138,11 +138,9 @@ def read(root: Path, on_task: OnTask = lambda what: None, skipped: Sequence[str]
     def group(item: dict[str, Any]) -> tuple[str, ...]:
         return item["participant"], item["domain"], item["model"], str(item.get("run") or "")
 
-    try:
+    with reading(f"{root / 'index.json'} or facts.json"):
         for (participant, *_), items in groupby(sorted(index, key=group), key=group):
             listed = list(items)
             _check_once(root, listed)
             if listed[0]["domain"] not in skipped:
                 yield _entry(root, listed, facts.get(participant, {}), on_task)
-    except KeyError as err:
-        raise CorruptFileError(f"{root / 'index.json'}: an entry lacks {err}, or names an unknown task") from err

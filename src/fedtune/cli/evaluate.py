@@ -137,7 +137,8 @@ def compare(
 
 
 def _same_items(first: Path, second: Path) -> bool:
-    from fedtune.io import read_lines
+    from fedtune.io import read_lines, reading
 
     heads = [read_lines(p, torn_tail=True)[:1] for p in (first, second)]
-    return bool(heads[0]) and bool(heads[1]) and heads[0][0]["items"] == heads[1][0]["items"]
+    with reading(f"{first} or {second}"):
+        return bool(heads[0]) and bool(heads[1]) and heads[0][0]["items"] == heads[1][0]["items"]

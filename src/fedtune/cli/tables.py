@@ -8,7 +8,7 @@ from rich import box
 from rich.table import Table
 
 from fedtune.evaluation.metrics import as_counted, sample_value, trivial_score
-from fedtune.io import read_lines
+from fedtune.io import read_lines, reading
 from fedtune.results.schema import Arm, Result, Score
 from fedtune.results.stats import compare
 
@@ -31,8 +31,9 @@ def interval(score: Score) -> str:
 
 def _samples(path: Path) -> dict[int, float]:
     rows = read_lines(path, torn_tail=True)[1:]
-    # a solution that raised has no likelihood, not even a bad one
-    return {r["i"]: sample_value(r) for r in as_counted(rows) if not ("value" in r and r["value"] is None)}
+    with reading(path):
+        # a solution that raised has no likelihood, not even a bad one
+        return {int(r["i"]): sample_value(r) for r in as_counted(rows) if not ("value" in r and r["value"] is None)}
 
 
 def paired(first: Path, second: Path) -> tuple[list[float], list[float]]:

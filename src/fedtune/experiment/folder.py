@@ -15,7 +15,7 @@ from typing import Any
 import tomli_w
 
 from fedtune.config import Config, Settings
-from fedtune.io import digest, expanded, read_json, write_bytes, write_json
+from fedtune.io import digest, expanded, read_json, reading, write_bytes, write_json
 from fedtune.models.source import settings_files
 from fedtune.models.zoo import is_local
 from fedtune.results.manifest import (
@@ -52,7 +52,7 @@ def unfinished(root: Path = RUNS) -> Path | None:
     """Return the run folder that was last at work and is not complete."""
     found = []
     for path in root.glob(f"*/{MANIFEST}"):
-        with contextlib.suppress(CorruptFileError):
+        with contextlib.suppress(CorruptFileError), reading(path):
             if read_json(path).get("status") != "complete":
                 found.append((path.stat().st_mtime, path.parent))
     return max(found)[1] if found else None
@@ -163,10 +163,12 @@ def open_run(
         write_json(path / MANIFEST, manifest)
         return RunFolder(path, manifest, manifest["run_id"])
     manifest = read_json(path / MANIFEST)
-    changed = _check_same(path, manifest, known, force=force)
-    folder = RunFolder(path, manifest, manifest["run_id"])
-    reasons = list(manifest["unranked"]) + [f"resumed although {c}" for c in changed]
-    folder.update(status="running", unranked=reasons, resumed=[*manifest.get("resumed", []), _now()])
+    with reading(path / MANIFEST):
+        changed = _check_same(path, manifest, known, force=force)
+        folder = RunFolder(path, manifest, str(manifest["run_id"]))
+        reasons = [*map(str, manifest["unranked"]), *(f"resumed although {c}" for c in changed)]
+        again = [*manifest.get("resumed", []), _now()]
+        folder.update(status="running", unranked=reasons, resumed=again)
     return folder
 
 

