@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import difflib
+import functools
 import hashlib
+import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from pydantic import TypeAdapter
 
 
 class FedtuneError(Exception):
@@ -191,12 +196,13 @@ class RoundRecord:
 
     @staticmethod
     def from_json(line: Mapping[str, Any]) -> RoundRecord:
-        """Read back what `as_json` wrote."""
-        plain = {k: v for k, v in line.items() if k not in ("loss", "cohort", "clients", "rejected", "notes")}
-        return RoundRecord(
-            cohort=tuple(line["cohort"]),
-            clients=tuple(ClientStats(**c) for c in line["clients"]),
-            rejected=tuple(Rejection(**r) for r in line["rejected"]),
-            notes=tuple(line["notes"]),
-            **plain,
-        )
+        """Read back what `as_json` wrote. Raises ValueError where a value is missing, or of another kind."""
+        # as JSON, in which a list is a tuple and nothing else is anything else
+        return _record_reader().validate_json(json.dumps(line), strict=True)
+
+
+@functools.cache
+def _record_reader() -> TypeAdapter[RoundRecord]:
+    from pydantic import TypeAdapter
+
+    return TypeAdapter(RoundRecord)

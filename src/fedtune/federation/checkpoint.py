@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import shutil
@@ -18,6 +19,7 @@ from fedtune.io import (
     append_lines,
     read_json,
     read_lines,
+    reading,
     write_bytes,
     write_json,
     write_lines,
@@ -99,7 +101,8 @@ def _state(tensors: Mapping[str, Tensor], start: ServerState, round_: int) -> Se
 
 def rounds_of(run: Path) -> list[RoundRecord]:
     """Return the rounds of a run on disk, however it ended."""
-    return [RoundRecord.from_json(line) for line in read_lines(run / ROUNDS, torn_tail=True)]
+    with reading(run / ROUNDS):
+        return [RoundRecord.from_json(line) for line in read_lines(run / ROUNDS, torn_tail=True)]
 
 
 def together(runs: Sequence[Sequence[RoundRecord]]) -> list[RoundRecord]:
@@ -169,7 +172,8 @@ def _read(folder: Path, run: Path, start: ServerState, run_id: str) -> Progress:
         raise CorruptFileError(f"{folder}: is of round {round_}")
     if [r.round for r in records] != list(range(1, round_ + 1)):
         raise CorruptFileError(f"{run / ROUNDS}: has rounds {[r.round for r in records]}, checkpoint is {round_}")
-    return Progress(state, records, int(document["skipped"]), document.get("timing", {}))
+    timing = {str(k): float(v) for k, v in document.get("timing", {}).items()}
+    return Progress(state, records, int(document["skipped"]), timing)
 
 
 def _put_aside(folder: Path) -> Path:
@@ -183,11 +187,12 @@ def _put_aside(folder: Path) -> Path:
 def _trimmed(run: Path, progress: Progress) -> None:
     """Cut the run's lines off after a round: each round has its own once, whenever the process before died."""
     write_lines(run / ROUNDS, [r.as_json() for r in progress.records])
-    try:
-        old = read_lines(run / TIMINGS, torn_tail=True)
-    except CorruptFileError:  # says how long rounds took; no reason not to go on
-        old = []
-    known = {line["round"]: line for line in [*old, progress.timing] if "round" in line}
+    known: dict[int, Mapping[str, float]] = {}
+    # how long rounds took is no reason not to go on
+    with contextlib.suppress(CorruptFileError), reading(run / TIMINGS):
+        known = {int(line["round"]): line for line in read_lines(run / TIMINGS, torn_tail=True)}
+    if progress.timing:
+        known[int(progress.timing["round"])] = progress.timing
     write_lines(run / TIMINGS, [known[r] for r in sorted(known) if r <= progress.round])
 
 
