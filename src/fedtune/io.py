@@ -167,7 +167,7 @@ def reading(what: object) -> Iterator[None]:
         yield
     except (KeyError, IndexError, TypeError, AttributeError, ValueError, OverflowError, RecursionError) as err:
         said = f"{type(err).__name__}: {' '.join(str(err).split())[:300]}"
-        raise CorruptFileError(f"{what}: is not what fedtune writes there ({said})") from err
+        raise CorruptFileError(f"{what}: is not of its format ({said})") from err
 
 
 def _lines(rows: Sequence[Any]) -> bytes:

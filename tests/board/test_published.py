@@ -99,7 +99,7 @@ def test_runs_that_are_not_told_apart_are_not_averaged(folder: Callable[..., Pat
 def test_a_broken_index_is_named(folder: Callable[..., Path], tmp_path: Path) -> None:
     with pytest.raises(CorruptFileError, match="has no generations for medical"):
         list(read(folder({"generations_file": None})))
-    with pytest.raises(CorruptFileError, match="unknown task"):
+    with pytest.raises(CorruptFileError, match="unknown task 'medqq'; did you mean"):
         list(read(folder({"task": "medqq"})))
     (tmp_path / "index.json").write_text("{}")
     with pytest.raises(CorruptFileError, match="is not a list"):

@@ -72,9 +72,9 @@ def from_run(run: Path, team: str = "", title: str = "", link: str = "") -> Entr
         if first["loc"][:1] in (("team",), ("title",), ("link",)):
             raise
         where = ".".join(map(str, first["loc"])) or "the document"
-        raise CorruptFileError(f"{run}: is not what a run leaves: {where}: {first['msg']}") from err
+        raise CorruptFileError(f"{run}: is not of its format: {where}: {first['msg']}") from err
     except (LookupError, TypeError, AttributeError, ValueError, OverflowError) as err:
-        raise CorruptFileError(f"{run}: is not what a run leaves ({type(err).__name__}: {err})") from err
+        raise CorruptFileError(f"{run}: is not of its format ({type(err).__name__}: {err})") from err
 
 
 def _read(run: Path, texts: dict[str, str]) -> Entry:

@@ -16,7 +16,7 @@ from fedtune.io import read_json, reading
 from fedtune.models.zoo import zoo
 from fedtune.results.entry import Answers, Costs, Entry
 from fedtune.results.schema import Arm, Score
-from fedtune.types import CorruptFileError
+from fedtune.types import CorruptFileError, nearest
 
 DOMAINS = {"general-nlp": "general"}
 TOLERANCE = 1e-9
@@ -109,8 +109,10 @@ def _entry(root: Path, items: list[dict[str, Any]], facts: dict[str, Any], on_ta
 
 
 def _check_once(root: Path, items: Sequence[dict[str, Any]]) -> None:
-    """Make sure a run has each task once: two runs in one row would be an average of nothing."""
+    """Make sure a run has known tasks, each once: two runs in one row would be an average of nothing."""
     names = [item["task"] for item in items]
+    if unknown := next((n for n in names if n not in TASKS), ""):
+        raise CorruptFileError(f"{root / 'index.json'}: unknown task {unknown!r}; {nearest(str(unknown), TASKS)}")
     if twice := sorted({n for n in names if names.count(n) > 1}):
         who = f"{items[0]['participant']}, {items[0]['domain']}, {items[0]['model']}"
         raise CorruptFileError(

