@@ -216,6 +216,13 @@ def write_lines(path: Path, rows: Sequence[Any]) -> None:
     write_bytes(path, _lines(rows))
 
 
+def update_lines(path: Path, rows: Sequence[Any]) -> None:
+    """Replace a JSON-lines file atomically if it does not already hold these rows and nothing else."""
+    data = _lines(rows)
+    if not path.exists() or path.stat().st_size != len(data) or path.read_bytes() != data:
+        write_bytes(path, data)
+
+
 def file_sha256(path: Path) -> str:
     """Return the sha256 of a file's bytes, as hex."""
     with open(path, "rb") as handle:

@@ -68,7 +68,7 @@ def index(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[type[Inde
     Index.cut, Index.ranges, Index.asked, Index.slow = 0, True, [], 0.0
     monkeypatch.setenv("FEDTUNE_INDEX_URL", f"http://127.0.0.1:{server.server_port}/simple")
     monkeypatch.setenv("FEDTUNE_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(packages, "time", SimpleNamespace(sleep=lambda seconds: None))
+    monkeypatch.setattr(packages, "time", SimpleNamespace(sleep=lambda seconds: None, time_ns=time.time_ns))
     yield Index
     server.shutdown()
 
@@ -78,6 +78,21 @@ def test_a_package_is_fetched_once_and_then_read_from_the_cache(index: type[Inde
     assert path.read_bytes() == BODY
     assert packages.fetch(GOOD) == path
     assert index.asked == ["all"]
+
+
+def test_a_file_that_has_settled_is_hashed_once_until_it_changes(
+    index: type[Index], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, hashed = packages.fetch(GOOD), list[Path]()
+    real = packages.file_sha256
+    monkeypatch.setattr(packages, "file_sha256", lambda p: hashed.append(p) or real(p))
+    assert [packages.fetch(GOOD) for _ in range(3)] == [path] * 3
+    assert len(hashed) == 3, "a file that has just been written may change within one tick of the clock"
+    monkeypatch.setattr(packages, "SETTLED_NS", -(10**18))
+    assert [packages.fetch(GOOD) for _ in range(3)] == [path] * 3
+    assert len(hashed) == 4
+    path.write_bytes(BODY[1:])
+    assert packages.fetch(GOOD).read_bytes() == BODY
 
 
 def test_a_cut_download_goes_on_where_it_was_cut(index: type[Index]) -> None:
@@ -109,7 +124,7 @@ def test_a_damaged_cache_is_fetched_again(index: type[Index]) -> None:
 def test_no_network_says_where_to_put_the_file(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("FEDTUNE_CACHE", str(tmp_path))
     monkeypatch.setenv("FEDTUNE_INDEX_URL", "http://127.0.0.1:9/simple")
-    monkeypatch.setattr(packages, "time", SimpleNamespace(sleep=lambda seconds: None))
+    monkeypatch.setattr(packages, "time", SimpleNamespace(sleep=lambda seconds: None, time_ns=time.time_ns))
     with pytest.raises(OfflineError, match=rf"Put the file into {tmp_path}"):
         packages.fetch(GOOD)
 
@@ -172,6 +187,6 @@ def test_a_disk_that_cannot_be_written_is_not_called_the_network(
 def test_an_index_that_cannot_be_asked_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, url: str) -> None:
     monkeypatch.setenv("FEDTUNE_CACHE", str(tmp_path))
     monkeypatch.setenv("FEDTUNE_INDEX_URL", url)
-    monkeypatch.setattr(packages, "time", SimpleNamespace(sleep=lambda seconds: None))
+    monkeypatch.setattr(packages, "time", SimpleNamespace(sleep=lambda seconds: None, time_ns=time.time_ns))
     with pytest.raises(OfflineError, match=f"cannot fetch {NAME} from {url}"):
         packages.fetch(GOOD)

@@ -300,6 +300,9 @@ def test_a_second_call_does_only_what_is_missing(
     fresh = evaluate(*args[:5], tmp_path / "other.jsonl", "me")
     assert resumed == fresh
     assert [r["i"] for r in read_lines(log)[1:]] == list(range(len(loaded.items)))
+    inode = log.stat().st_ino
+    assert evaluate(*args) == fresh
+    assert log.stat().st_ino == inode, "a log that lacks nothing is left alone"
 
 
 def test_a_log_of_another_model_is_started_anew(

@@ -4,7 +4,12 @@ from pathlib import Path
 
 import pytest
 
-from fedtune.results.manifest import energy_counters, energy_since, machine
+from fedtune.results.manifest import energy_counters, energy_since, machine, versions
+
+
+def test_versions_belong_to_who_asked_for_them() -> None:
+    versions()["torch"] = "another"
+    assert versions()["torch"] != "another"
 
 
 def _zone(root: Path, value: int) -> None:

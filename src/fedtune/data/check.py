@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -13,8 +12,13 @@ from fedtune.data.files import MOST_NAMED, BadRow, Unreadable, kind_of
 from fedtune.types import DataError
 
 COLUMNS = ("instruction", "input", "output")
-DROPPED = frozenset({"bad_row", "missing_column", "not_text", "empty_answer"})
 _TEMPLATE = re.compile(r"### (Instruction|Response):|\{\{.*?\}\}|<\|[a-z_]+\|>|\[/?INST\]", re.S)
+_SURROGATE = re.compile(r"[\ud800-\udfff]")
+# what cannot be meant: lone surrogates, U+FFFD, controls, private use, marks that override the direction of writing
+_ODD = re.compile(
+    r"[\ud800-\udfff\ufffd\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f"
+    r"\ue000-\uf8ff\U000f0000-\U000ffffd\U00100000-\U0010fffd\u202a\u202b\u202d\u202e]"
+)
 
 
 @dataclass(frozen=True)
@@ -57,22 +61,14 @@ class CheckedRows:
 
 
 def _odd(text: str) -> str:
-    """Name the first character that cannot be meant: lone surrogates, controls, bidi overrides, U+FFFD."""
-    for char in text:
-        if char in "\n\t\r":
-            continue
-        if char == "\ufffd" or unicodedata.category(char) in ("Cs", "Cc", "Co") or char in "\u202a\u202b\u202d\u202e":
-            return f"U+{ord(char):04X}"
-    return ""
+    """Name the first character that cannot be meant; empty if there is none."""
+    match = _ODD.search(text)
+    return f"U+{ord(match[0]):04X}" if match else ""
 
 
 def unpaired(text: str) -> str:
     """Replace each half of a surrogate pair that stands alone, which no tokenizer can encode, by a question mark."""
-    return text.encode("utf-8", "replace").decode("utf-8") if _has_surrogate(text) else text
-
-
-def _has_surrogate(text: str) -> bool:
-    return any("\ud800" <= c <= "\udfff" for c in text)
+    return text.encode("utf-8", "replace").decode("utf-8") if _SURROGATE.search(text) else text
 
 
 def not_text(value: Any) -> str:
@@ -125,7 +121,7 @@ def _remarks(number: int, row: TrainRow, max_chars: int) -> list[RowProblem]:
         if len(text) > max_chars:
             found.append(RowProblem(number, "over_long", f"{column} has {len(text)} characters", "truncated"))
         if odd := _odd(text):
-            action = "replaced" if _has_surrogate(text) else "kept"
+            action = "replaced" if _SURROGATE.search(text) else "kept"
             found.append(RowProblem(number, "odd_unicode", f"{odd} in {column}", action))
         if match := _TEMPLATE.search(text):
             shown = match[0][:30]

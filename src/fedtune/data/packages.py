@@ -18,6 +18,7 @@ import urllib.parse
 import urllib.request
 import zipfile
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 from fedtune.data.once import made_once
@@ -28,6 +29,8 @@ log = logging.getLogger("fedtune")
 
 ATTEMPTS = 5
 CHUNK = 1 << 20
+# a file that changed less than this ago could change again within one tick of the file system's clock
+SETTLED_NS = 2_000_000_000
 # an OSError of none of these kinds is the disk's
 ON_THE_WAY = (urllib.error.URLError, http.client.HTTPException, ConnectionError, TimeoutError, ssl.SSLError, ValueError)
 
@@ -184,7 +187,21 @@ def fetch(package: Package) -> Path:
 
 
 def _whole(package: Package, path: Path) -> bool:
-    return path.exists() and file_sha256(path) == package.sha256
+    return path.exists() and _sha256(path) == package.sha256
+
+
+def _sha256(path: Path) -> str:
+    """Return a file's sha256, computed once for as long as the file stays the same."""
+    at = path.stat()
+    if time.time_ns() - max(at.st_mtime_ns, at.st_ctime_ns) < SETTLED_NS:
+        return file_sha256(path)
+    return _sha256_of(path, at.st_size, at.st_mtime_ns, at.st_ctime_ns, at.st_ino)
+
+
+@lru_cache(maxsize=64)
+def _sha256_of(path: Path, *state: int) -> str:
+    """Return the sha256 of a file in this state (size, times, inode)."""
+    return file_sha256(path)
 
 
 def _fetch(package: Package, path: Path) -> None:

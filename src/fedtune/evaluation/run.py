@@ -17,7 +17,7 @@ from fedtune.evaluation.extract import official_answer, official_correct, strict
 from fedtune.evaluation.items import TaskItems, load
 from fedtune.evaluation.metrics import as_counted, summarise
 from fedtune.evaluation.retry import Ask, Failed, batches
-from fedtune.io import append_lines, digest, read_lines, write_lines
+from fedtune.io import append_lines, digest, read_lines, update_lines, write_lines
 from fedtune.results.manifest import code_sha256, versions
 from fedtune.results.schema import Score
 from fedtune.types import CorruptFileError
@@ -128,7 +128,7 @@ def _resumable(log: Path, header: Sample, places: Sequence[int]) -> list[Sample]
                 f"{log}: line {number} is not the sample of item {place}: was it written by two evaluations at once, "
                 "or by hand? Move the file away, and the task is evaluated anew"
             )
-    write_lines(log, lines)
+    update_lines(log, lines)
     return lines[1:]
 
 
@@ -191,7 +191,7 @@ def evaluate(
         rows = rows[: len(rows) // size * size]
     same = _same_prompts(loaded, mode)
     done = _Log(log, loaded, mode, same, [row | same.get(row["i"], {}) for row in rows], on_items)
-    write_lines(log, [header, *done.rows])
+    update_lines(log, [header, *done.rows])
     for batch in batches(_outputs(model, tokenizer, task, items, mode, config), len(rows), len(items), size):
         some = items[len(done.rows) :]
         done.add([_sample(item, raw, task.kind, mode) for item, raw in zip(some, batch, strict=False)])

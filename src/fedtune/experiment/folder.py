@@ -20,6 +20,7 @@ from fedtune.models.source import settings_files
 from fedtune.models.zoo import is_local
 from fedtune.results.manifest import (
     code,
+    code_sha256,
     difference,
     energy_counters,
     energy_since,
@@ -64,7 +65,7 @@ def identity(config: Config, data_hash: str, revision: str, dtype: str) -> dict[
     local = is_local(config.model.name)
     return {
         "config": config.semantic(),
-        "code": code()["sha256"],
+        "code": code_sha256(),
         "data": data_hash,
         "model_revision": revision,
         "model_files": settings_files(expanded(config.model.name)) if local else {},

@@ -30,6 +30,11 @@ PACKAGES = (
 
 def versions() -> dict[str, str]:
     """Return the versions of what decides numbers."""
+    return dict(_versions())
+
+
+@cache
+def _versions() -> dict[str, str]:
     found = {"fedtune": __version__, "python": platform.python_version()}
     for name in PACKAGES:
         try:
