@@ -2,6 +2,8 @@
 
 import io
 import json
+import logging
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
@@ -10,6 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from fedtune.cli.progress import PlainConsole, TerminalReporter
+from fedtune.cli.say import PlainFormatter, say
 from fedtune.types import Rejection, RoundRecord, last_line, plain
 
 HOSTILE = [
@@ -82,3 +85,24 @@ def test_tables_show_names_from_outside_as_they_stand() -> None:
     console.print("to [/data]", soft_wrap=True)
     for name in ("[b]key", "[/none]", "[/etc] \\x1b[31m :boom:", "to [/data]"):
         assert name in out.getvalue()
+
+
+@pytest.mark.parametrize("text", HOSTILE)
+def test_lines_and_logs_steer_no_terminal(text: str, capsys: pytest.CaptureFixture[str]) -> None:
+    say(text)
+    record = logging.LogRecord("fedtune", logging.WARNING, "", 0, "left out: %s", (text,), None)
+    shown = capsys.readouterr().out + PlainFormatter().format(record)
+    assert not [c for c in shown if not c.isprintable() and c not in "\n\t"]
+
+
+def test_no_command_prints_a_line_past_that() -> None:
+    """What a command prints by itself is JSON, which escapes, or the program's own words and numbers."""
+    own = {"__version__", "json.dumps", "tomli_w.dumps", "name:16", "task}", "resolved.", "outbound", "NOTES", "valid"}
+    own |= {"of 3 seeds", "rounds:", "share:.3f"}
+    printed = [
+        line.strip()
+        for path in Path("src/fedtune/cli").glob("*.py")
+        for line in path.read_text("utf-8").splitlines()
+        if "typer.echo(" in line and path.name not in ("say.py", "errors.py")
+    ]
+    assert not [line for line in printed if not any(word in line for word in own)]

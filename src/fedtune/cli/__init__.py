@@ -11,6 +11,7 @@ import typer
 
 from fedtune import __version__
 from fedtune.cli import aggregate, board, conformance, doctor, errors, evaluate, info, run, score, sweep
+from fedtune.cli.say import PlainFormatter
 from fedtune.types import CancelledError
 
 # libraries keep quiet beside our own progress
@@ -68,7 +69,9 @@ def main() -> None:
     for name, value in QUIET.items():
         os.environ.setdefault(name, value)
     warnings.filterwarnings("ignore", category=FutureWarning)
-    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(PlainFormatter())
+    logging.basicConfig(level=logging.WARNING, handlers=[handler])
     logging.getLogger("fedtune").setLevel(logging.INFO)
     errors.encodable()
     try:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from fedtune.cli.say import say
 from fedtune.types import ConfigError, Problem
 
 if TYPE_CHECKING:
@@ -105,10 +106,13 @@ def aggregate(
         "adapters": [str(folder) for folder in written],
         "effective": str(effective) if effective else None,
     }
-    typer.echo(json.dumps(facts) if json_output else _said(facts))
+    if json_output:
+        typer.echo(json.dumps(facts))
+    for line in [] if json_output else _said(facts):
+        say(line)
 
 
-def _said(facts: dict[str, Any]) -> str:
+def _said(facts: dict[str, Any]) -> list[str]:
     lines = [f"{facts['method']}: {facts['clients']} adapters of {facts['modules']} layers, rank {facts['rank']}"]
     lines += [f"  {folder}" for folder in facts["adapters"]]
     if facts["relative_error"] is None:
@@ -116,4 +120,4 @@ def _said(facts: dict[str, Any]) -> str:
     else:
         error = f"{facts['relative_error']:.3e}"
         lines.append(f"distance of the effective update to the clients' weighted mean: {error} of its norm")
-    return "\n".join(lines)
+    return lines

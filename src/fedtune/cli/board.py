@@ -8,7 +8,8 @@ from typing import Annotated
 
 import typer
 
-from fedtune.types import ConfigError, DataError, Problem, plain
+from fedtune.cli.say import say
+from fedtune.types import ConfigError, DataError, Problem
 
 board = typer.Typer(no_args_is_help=True, help="The leaderboard: built from entries in git, by anyone.")
 REJECTED = 4
@@ -32,16 +33,11 @@ def submit(
         problems = [Problem(f"--{e['loc'][0]}", e["msg"]) for e in err.errors()]
         raise ConfigError("fedtune submit", problems) from err
     for entry in entries:
-        _say(f"{out / f'seed-{entry.seed}'}: {entry.domain}, {entry.base}, {entry.method}")
+        say(f"{out / f'seed-{entry.seed}'}: {entry.domain}, {entry.base}, {entry.method}")
         for reason in entry.unranked:
-            _say(f"  not ranked: {reason}")
+            say(f"  not ranked: {reason}")
     if len(entries) < 3:
         typer.echo(f"{len(entries)} of 3 seeds that a spread takes; run the others with --seed")
-
-
-def _say(text: str, *, err: bool = False) -> None:
-    """Print one line, whatever is in it: names of files and teams are a stranger's."""
-    typer.echo(plain(text).replace("\n", "\\n").replace("\t", "\\t"), err=err)
 
 
 def validate(
@@ -57,9 +53,9 @@ def validate(
         typer.echo(json.dumps(lines, indent=1))
     else:
         for name, problems, notes in found:
-            _say(f"{name}: {'good' if not problems else f'{len(problems)} problems'}")
+            say(f"{name}: {'good' if not problems else f'{len(problems)} problems'}")
             for line in (*problems, *notes):
-                _say(f"  {line}")
+                say(f"  {line}")
     if any(problems for _, problems, _ in found):
         raise typer.Exit(REJECTED)
 
@@ -76,7 +72,7 @@ def verify(
 
     found = replay(path, rounds, data, TerminalReporter(terminal(errors=True)))
     for line in found:
-        _say(line)
+        say(line)
     made = min(rounds, len(read_lines(path / "rounds.jsonl")))
     typer.echo(f"{made} rounds: {'differ' if found else 'the same'}")
     if found:
@@ -95,7 +91,7 @@ def report(
     entry = reports.report(run)
     target = out or run / ("report.md" if md else "report.html")
     write_bytes(target, (reports.markdown(entry) if md else reports.page(entry)).encode())
-    typer.echo(str(target))
+    say(str(target))
 
 
 @board.command("build")
@@ -108,8 +104,8 @@ def build(
 
     data = make(store, out)
     if not data["entries"]:
-        _say(f"{store}: has no entries yet; the page says how to submit one")
-    _say(f"{out / 'index.html'}: {len(data['rows'])} rows of {data['entries']} entries")
+        say(f"{store}: has no entries yet; the page says how to submit one")
+    say(f"{out / 'index.html'}: {len(data['rows'])} rows of {data['entries']} entries")
 
 
 def _added(path: Path, store: Path, state: str) -> bool:
@@ -118,13 +114,13 @@ def _added(path: Path, store: Path, state: str) -> bool:
     from fedtune.board.validate import check, listed, not_run_again
 
     if (entries := listed(path)) and all(holds(store, e) for e in entries) and state != "re-run":
-        _say(f"{path}: is in {store} already")
+        say(f"{path}: is in {store} already")
         return True
     found = check(path)
     bad = [f"{name}: {p}" for name, _, problems in found for p in problems]
     bad += [f"{name}: has the samples of {there}" for name, e, _ in found if e and (there := twin(store, e))]
     for line in bad:
-        _say(f"{path}: {line}", err=True)
+        say(f"{path}: {line}", err=True)
     if bad:
         return False
     fresh = []
@@ -135,10 +131,10 @@ def _added(path: Path, store: Path, state: str) -> bool:
     try:
         fresh = [settled(store, entry) for entry in fresh]
     except DataError as err:
-        _say(f"{path}: {err}", err=True)
+        say(f"{path}: {err}", err=True)
         return False
     for entry in fresh:
-        _say(str(write_entry(store, entry)))
+        say(str(write_entry(store, entry)))
     return True
 
 
@@ -153,7 +149,7 @@ def add(
         raise ConfigError("command line", [Problem(f"--state {state}", "must be re-scored or re-run")])
     done = [_added(path, store, state) for path in paths]
     if not all(done):
-        _say(f"{done.count(False)} of {len(done)} submissions were refused", err=True)
+        say(f"{done.count(False)} of {len(done)} submissions were refused", err=True)
         raise typer.Exit(REJECTED)
 
 
@@ -167,7 +163,7 @@ def by_hand(
 
     found = list(changed(before, after))
     for problem in found:
-        _say(str(problem), err=True)
+        say(str(problem), err=True)
     if found:
         raise typer.Exit(REJECTED)
 
@@ -189,7 +185,7 @@ def flag(
         raise ConfigError("command line", [Problem("--reason", str(err))]) from err
     flagged = Entry.model_validate({**entry.model_dump(), "state": "flagged", "reasons": reasons})
     write_json(path, flagged.model_dump(mode="json"))
-    _say(f"flagged: {path}")
+    say(f"flagged: {path}")
 
 
 @board.command("import-published")
@@ -203,10 +199,10 @@ def import_published(
     from fedtune.board.store import write_entry
 
     skipped = ("code",) if skip_programs else ()
-    for entry in published.read(folder, lambda what: _say(f"scoring {what}"), skipped):
-        _say(f"{entry.state}: {write_entry(store, entry)}")
+    for entry in published.read(folder, lambda what: say(f"scoring {what}"), skipped):
+        say(f"{entry.state}: {write_entry(store, entry)}")
         for reason in entry.reasons:
-            _say(f"  {reason}")
+            say(f"  {reason}")
 
 
 @board.command("schema")

@@ -9,6 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
+from fedtune.cli.say import say
 from fedtune.types import ConfigError, Problem, nearest
 
 
@@ -54,6 +55,6 @@ def conformance(
         for finding in found:
             mark = "holds" if finding.holds else "FAILS" if finding.damning else "does not hold"
             size = "" if finding.error is None else f"{finding.error:.1e}"
-            typer.echo(f"{mark:13} {size:>8}  {finding.name}  ({finding.raised or finding.whose})")
+            say(f"{mark:13} {size:>8}  {finding.name}  ({finding.raised or finding.whose})")
     if any(finding.damning for finding in found):
         raise typer.Exit(1)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from fedtune.cli.say import say
 from fedtune.types import ConfigError, Problem, nearest
 
 if TYPE_CHECKING:
@@ -249,10 +250,10 @@ def data(
     config = resolve(None, chosen, settings or [], folder).config
     loaded = workload.load(config)
     counts = table(loaded.checked.rows, loaded.shards)
-    typer.echo(f"{loaded.name}: {len(loaded.checked.rows)} rows, partition {config.data.partition}")
+    say(f"{loaded.name}: {len(loaded.checked.rows)} rows, partition {config.data.partition}")
     _shares(counts)
     for line in loaded.checked.lines():
-        typer.echo(line)
+        say(line)
     if plot:
         _plot(counts, plot, f"{loaded.name}, {config.data.partition}")
-        typer.echo(f"plot: {plot}")
+        say(f"plot: {plot}")

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from fedtune.cli.say import say
 from fedtune.types import ConfigError, Problem, ResumeError, nearest
 
 if TYPE_CHECKING:
@@ -93,7 +94,7 @@ def _print(resolved: Settings) -> None:
     typer.echo(f"# config sha256 {resolved.config.hash}")
     typer.echo(f"# protocol {resolved.protocol.name} sha256 {resolved.protocol.hash}")
     for reason in resolved.unranked:
-        typer.echo(f"# unranked: {reason}")
+        say(f"# unranked: {reason}")
 
 
 def _execute(resolved: Settings, out: Path | None, resume: bool, force: bool, extra: list[str], as_json: bool) -> None:
