@@ -1,4 +1,4 @@
-"""Entries: from run folders and packed ones, and (from `store`) to the folder they are kept in."""
+"""Entries from run folders and packed ones."""
 
 from __future__ import annotations
 
@@ -10,17 +10,14 @@ from pydantic import ValidationError
 
 from fedtune.board import sets
 from fedtune.board.sets import samples
-from fedtune.board.store import read_entry, read_store, twin, write_entry
 from fedtune.config.load import read_toml
 from fedtune.evaluation.metrics import as_counted, sample_value
-from fedtune.io import read_json, read_lines
+from fedtune.io import read_json, read_lines, reading
 from fedtune.models.zoo import zoo
 from fedtune.results.entry import Answers, Costs, Entry, Point
 from fedtune.results.schema import Arm, Result
 from fedtune.settings import load
 from fedtune.types import ConfigError, CorruptFileError, DataError
-
-__all__ = ["from_run", "read_entry", "read_store", "recipe_hash", "twin", "write_entry"]
 
 WEIGHTS = "adapter/adapter_model.safetensors"
 
@@ -28,8 +25,10 @@ WEIGHTS = "adapter/adapter_model.safetensors"
 def _answers(run: Path, arm: Arm) -> Iterator[tuple[str, Answers]]:
     """Yield which items an arm had right; of tasks with one sample an item, and one model."""
     for score in arm.scores:
-        known = score.metric != "nats_per_token"
-        values = [sample_value(r) for r in as_counted(samples(run, arm.name, score.task, score.mode))] if known else []
+        if score.metric == "nats_per_token":
+            continue
+        with reading(run / "evals" / arm.name / f"{score.task}.{score.mode}.jsonl"):
+            values = [sample_value(r) for r in as_counted(samples(run, arm.name, score.task, score.mode))]
         if values and set(values) <= {0.0, 1.0}:
             packed = Answers.pack([v == 1 for v in values], score.items_sha256)
             yield f"{arm.name}/{score.task}/{score.mode}", packed
@@ -37,8 +36,8 @@ def _answers(run: Path, arm: Arm) -> Iterator[tuple[str, Answers]]:
 
 def _curve(run: Path) -> list[Point]:
     path = run / "curve.jsonl"
-    lines = read_lines(path) if path.exists() else []
-    return [Point(round=x["round"], task=x["task"], mode=x["mode"], score=x["score"]) for x in lines]
+    with reading(path):
+        return [Point(round=x["round"], task=x["task"], mode=x["mode"], score=x["score"]) for x in read_lines(path)]
 
 
 def _costs(run: Path, result: Result, manifest: dict[str, Any]) -> Costs:
@@ -85,7 +84,8 @@ def _read(run: Path, texts: dict[str, str]) -> Entry:
     known = zoo().get(result.model)
     answers = dict(pair for arm in result.arms for pair in _answers(run, arm))
     main = next((a for a in result.arms if a.name == "federated"), result.arms[-1])
-    losses = [_loss(line) for line in read_lines(run / "rounds.jsonl")]
+    with reading(run / "rounds.jsonl"):
+        losses = [_loss(line) for line in read_lines(run / "rounds.jsonl")]
     return Entry(
         **texts,
         domain=result.domain,
