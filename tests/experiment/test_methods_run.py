@@ -2,17 +2,19 @@
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import safetensors.torch
 import torch
 
 from fedtune.config import Settings
+from fedtune.experiment.arms import Arm
 from fedtune.experiment.report import Reporter
 from fedtune.experiment.run import run
 from fedtune.io import read_json, read_lines
-from fedtune.methods import METHODS
+from fedtune.lora.state import PREFIX, LoraModule
+from fedtune.methods import METHODS, ServerState
 from fedtune.types import CancelledError
 
 
@@ -144,3 +146,17 @@ def test_clients_come_and_go(settings: Callable[..., Settings], tmp_path: Path, 
     assert result.lost_clients == 0
     assert [line["round"] for line in read_lines(path / "curve.jsonl")] == [2]
     assert (path / "clients").exists()
+
+
+def test_a_clients_own_model_after_a_round_has_nothing_of_later_ones(
+    settings: Callable[..., Settings], tmp_path: Path
+) -> None:
+    """A run killed in round 3 has what its clients kept in that round; round 2 is measured without it."""
+    made = settings(method={"name": "fedsa_lora"}, federation={"rounds": 5}).config
+    start = {"q": LoraModule(torch.ones(2, 3), torch.zeros(4, 2), 1.0)}
+    nobody = cast(Any, None)
+    arm = Arm(made, nobody, nobody, start, "run", tmp_path, Reporter(), nobody)
+    name = PREFIX + "q.lora_B.weight"
+    for round_ in (1, 2, 3):
+        arm.private.save(0, (round_, 1), {name: torch.full((4, 2), float(round_))})
+    assert [float(arm.own_model(ServerState(start, 1), 0, n)[name][0, 0]) for n in (1, 2, 3, 5)] == [1, 2, 3, 3]

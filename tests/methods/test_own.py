@@ -24,6 +24,7 @@ from fedtune.methods.flora import FLoRA
 from fedtune.methods.hetlora import HetLoRA
 from fedtune.methods.lora_a2 import LoRAA2
 from fedtune.methods.rbla import RBLA
+from tests.faults.hostile import Toy
 from tests.methods.test_methods import IN, OUT, START, adapter, dense, make, mean, run, same
 
 A, B = ".lora_A.weight", ".lora_B.weight"
@@ -365,6 +366,33 @@ def test_fedalts_rest_of_the_world_is_the_mean_of_the_others() -> None:
     assert torch.equal(start[PREFIX + NAME + A], clients[0][NAME].a)
     stranger = method.begin(START, method.view(state, 9), {}, 2)
     assert torch.allclose(stranger[PREFIX + NAME + ".other_A.weight"], after.adapter[NAME].a)
+
+
+def test_fedalts_skipped_rounds_are_in_no_mean() -> None:
+    """After any number of skipped rounds the rest of the world of two clients is still the other one."""
+    method, state = make("fedalt"), ServerState(START)
+    other_a = PREFIX + NAME + ".other_A.weight"
+    kept: dict[int, dict[str, Tensor]] = {0: {}, 1: {}}
+
+    def trained(round_: int) -> list[ClientUpdate]:
+        sent = []
+        for client in kept:
+            local = Toy(client, round_, 1, START, kept[client])
+            fitted = method.fit(local, method.begin(START, method.view(state, client), kept[client], round_))
+            kept[client] = fitted.kept
+            sent.append(ClientUpdate(client, fitted.payload, 8.0))
+        return sent
+
+    first = 1
+    for skipped in (0, 1, 2):
+        in_the_mean = trained(first)
+        state = method.server_step(in_the_mean, state, first)
+        for round_ in range(first + 1, first + 1 + skipped):
+            trained(round_)
+        start = method.begin(START, method.view(state, 0), kept[0], first + 1 + skipped)
+        assert torch.allclose(start[other_a], in_the_mean[1].tensors[PREFIX + NAME + A], atol=1e-6)
+        assert torch.equal(start[PREFIX + NAME + A], in_the_mean[0].tensors[PREFIX + NAME + A])
+        first += 1 + skipped
 
 
 def test_fedsa_never_shows_anyone_another_clients_b() -> None:

@@ -13,6 +13,8 @@ from torch import Tensor
 from fedtune import methods
 from fedtune.config import Config, Settings
 from fedtune.config.schema import LoraSettings, ModelSettings
+from fedtune.domains.base import Item
+from fedtune.evaluation import official
 from fedtune.evaluation.generate import Decoding, complete
 from fedtune.lora import base_delta, dora
 from fedtune.lora.product import Product
@@ -22,6 +24,7 @@ from fedtune.models.adapter import AdaptedModel, attach, base_weight, save
 from fedtune.models.attention import packed_logits, text_features
 from fedtune.models.load import load
 from fedtune.training.local import LocalWork
+from fedtune.types import AdapterError
 from tests.training.test_local import SHARD, _stock_training
 
 TEXTS = [e.ids for e in SHARD[:4]]
@@ -211,6 +214,33 @@ def test_a_mixture_by_similarity_is_each_texts_own(config: Config) -> None:
     assert both == alone
 
 
+def test_official_answers_are_the_mixtures(config: Config) -> None:
+    """Every pass of `generate` weighs the adapters by the texts of its own rows, and none goes without."""
+    model = adapted(config)
+    other = {n.replace(".lora_", ".other_"): t for n, t in noisy(model, seed=1).items()}
+    anchors = text_features(model.model, TEXTS[:2])
+    model.load({**noisy(model), **other, "mix.anchors": anchors, "mix.weight": torch.tensor(0.5)})
+    model.model.eval()
+    prompts = [f"What is the sentiment of {word}? Answer: " for word in ("news", "this", "a longer text")]
+    texts = [model.base.tokenizer(p)["input_ids"] for p in prompts]
+    want = model.sides.similarity(torch.cat([text_features(model.model, [t]) for t in texts]))
+    seen: list[Any] = []
+    next(iter(model.layers.values())).register_forward_hook(
+        lambda *_: seen.append(model.sides.mix) if model.sides.active else None
+    )
+    items = [Item(prompt=p, question="q", answers=("negative", "positive"), gold=0) for p in prompts]
+    assert len(next(official.sentiment(model.model, model.base.tokenizer, items, 3))) == 3
+    assert len(seen) > 1
+    assert all(torch.allclose(mix.flatten(), want, atol=1e-6) for mix in seen)
+    seen.clear()
+    several = [Item(prompt="Is it so?", question="q", answers=("maybe so", "no"), gold=0)]
+    list(official.choose(model.model, model.base.tokenizer, several, "boolean"))
+    assert len(seen) > 1
+    assert all(mix is not None for mix in seen)
+    with pytest.raises(AdapterError, match="depends on the text"):
+        model.model(torch.tensor([list(texts[0])]))
+
+
 def _weights(model: AdaptedModel, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """DoRA's effective weight of every layer, dense."""
     found = {}
@@ -280,7 +310,7 @@ def test_a_clients_own_model_is_what_it_trained(config: Config, name: str) -> No
     for tensor_name, tensor in fitted.payload.items():
         assert torch.allclose(mine[tensor_name], tensor)
     for tensor_name, tensor in fitted.kept.items():
-        assert torch.equal(mine[tensor_name], tensor)
+        assert tensor_name.startswith("fedalt/") or torch.equal(mine[tensor_name], tensor)
     model.load(mine)
     assert not torch.equal(logits(model), logits_of(model, to_tensors(model.layout)))
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from fedtune.evaluation.decode import Decoder, Row, Weigh
+from fedtune.models import sides
 from fedtune.models.interface import inner, plain_pass
 from fedtune.models.proof import far, proof_of, texts_for
 
@@ -134,7 +135,9 @@ def batches(model: Any) -> bool:
     base = inner(model)
     known = getattr(base, _BATCHES, None)
     if known is None:
-        known = not proof_of(model).why and _tried(model)
+        mixer = sides.of(model)
+        with mixer.off() if mixer is not None else contextlib.nullcontext():
+            known = not proof_of(model).why and _tried(model)
         setattr(base, _BATCHES, known)
     return bool(known)
 

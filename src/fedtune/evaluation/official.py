@@ -14,7 +14,7 @@ from fedtune.evaluation import alone, pinned
 from fedtune.evaluation.decode import Row, run, windowed
 from fedtune.evaluation.extract import ANSWER_MARK
 from fedtune.models import sides
-from fedtune.models.attention import packed_logits
+from fedtune.models.attention import packed_logits, row_weights
 from fedtune.models.proof import proof_of
 
 CHOICE_BATCH = 16
@@ -80,17 +80,24 @@ def _first_tokens(model: Any, texts: Sequence[Sequence[int]]) -> list[int]:
     return [int(token) for token in logits.argmax(-1)]
 
 
+def _copies(model: Any) -> int:
+    """Return how many rows `generate` makes of each text."""
+    settings = model.generation_config
+    return max(int(settings.num_beams or 1), int(settings.num_return_sequences or 1))
+
+
 def _generate_one(model: Any, tokenizer: Any, text: Sequence[int], new_tokens: int) -> str:
     ids = torch.tensor([list(text)], device=model.device)
-    made = model.generate(
-        inputs=ids,
-        attention_mask=torch.ones_like(ids),
-        max_new_tokens=new_tokens,
-        do_sample=False,
-        top_p=1.0,
-        temperature=1.0,
-        pad_token_id=tokenizer.eos_token_id,
-    )
+    with row_weights(model, [text], _copies(model)):
+        made = model.generate(
+            inputs=ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=new_tokens,
+            do_sample=False,
+            top_p=1.0,
+            temperature=1.0,
+            pad_token_id=tokenizer.eos_token_id,
+        )
     return str(tokenizer.decode(made[0][len(text) :], skip_special_tokens=True))
 
 
@@ -171,7 +178,9 @@ def _generated(model: Any, tokenizer: Any, prompts: list[str], new_tokens: int) 
     sampled = bool(model.generation_config.do_sample)
     # a sampled batch must run to its end: stopping early would shift the random stream of the next one
     stop = {} if sampled else {"stopping_criteria": [_stopper(tokenizer, tokens["input_ids"].shape[1])]}
-    with pinned.positions(model):
+    rows = zip(tokens["input_ids"].tolist(), tokens["attention_mask"].tolist(), strict=True)
+    texts = [[token for token, seen in zip(*row, strict=True) if seen] for row in rows]
+    with row_weights(model, texts, _copies(model)), pinned.positions(model):
         made = model.generate(**tokens, **limit, **stop, eos_token_id=tokenizer.eos_token_id)
     return [text.split(ANSWER_MARK)[1] for text in tokenizer.batch_decode(made, skip_special_tokens=True)]
 

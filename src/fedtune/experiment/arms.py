@@ -136,11 +136,14 @@ class Arm:
         """Return the tensors of the global model: the adapter, and what was moved into the base."""
         return self._loadable({**to_tensors(state.adapter), **side_tensors(join(state.base))})
 
-    def own_model(self, state: ServerState, client: int) -> dict[str, Tensor]:
-        """Return the tensors of a client's own model: what it would start the next round from."""
-        recipe, next_round = self.recipe, state.round + 1
+    def own_model(self, state: ServerState, client: int, after: int) -> dict[str, Tensor]:
+        """Return the tensors of a client's own model after a round: what it would start the next one from.
+
+        A run that was cut off may have left what clients kept in later rounds.
+        """
+        recipe, next_round = self.recipe, after + 1
         layout = recipe.method.cut(self.start, client)
-        kept = self.private.load(client, (self.config.federation.rounds + 1, 1))
+        kept = self.private.load(client, (next_round, 1))
         return self._loadable(recipe.begin(layout, recipe.view(state, client), kept, next_round))
 
     def _loadable(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:

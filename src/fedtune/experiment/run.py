@@ -61,7 +61,7 @@ def _prepare(session: Session, name: str, where: Path, data: workload.TrainingDa
 
     def measure(record: RoundRecord, state: ServerState) -> None:
         if record.round % every == 0 and record.round < config.federation.rounds:
-            scores, _ = session.evaluate_state(arm, state, f"round-{record.round:06d}")
+            scores, _ = session.evaluate_state(arm, state, record.round, f"round-{record.round:06d}")
             _put_on_curve(session.run.path / "curve.jsonl", record.round, scores)
             kill_point(record.round, "measured")
 
@@ -90,7 +90,7 @@ def _single(
     progress = _train(session, arm)
     if arm.recipe.method.global_adapter:
         adapters.save(session.adapted, arm.adapter_of(progress.state), where / "adapter")
-    scores, each = session.evaluate_state(arm, progress.state, name)
+    scores, each = session.evaluate_state(arm, progress.state, progress.round, name)
     steps = _steps(progress.records)
     return schema.Arm(name=name, scores=scores, steps=steps, per_client=each), progress.records
 

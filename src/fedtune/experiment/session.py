@@ -81,11 +81,12 @@ class Session:
         means = [mean_score(scores, logs[key]) for key, scores in found.items()]
         return means, {key: [s.score for s in scores] for key, scores in found.items()}
 
-    def evaluate_state(self, arm: Arm, state: ServerState, where: str) -> Scored:
-        """Evaluate the global model, or each client's where the method has no single one."""
+    def evaluate_state(self, arm: Arm, state: ServerState, after: int, where: str) -> Scored:
+        """Evaluate the global model after a round, or each client's where the method has no single one."""
         if not arm.recipe.method.personalised:
             return self.evaluate(arm.shared_model(state), where), {}
-        return self.evaluate_each(((c, arm.own_model(state, c)) for c, n in arm.shards.sizes.items() if n), where)
+        asked = (client for client, examples in arm.shards.sizes.items() if examples)
+        return self.evaluate_each(((c, arm.own_model(state, c, after)) for c in asked), where)
 
 
 def _sha256(tensor: Tensor) -> str:

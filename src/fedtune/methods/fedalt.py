@@ -19,7 +19,9 @@ if TYPE_CHECKING:
 
     from fedtune.lora.state import AdapterState
 
-_SHARE, _SHARES = "fedalt/share", "fedalt/shares"
+_SHARE, _SHARES, _ROUND = "fedalt/share", "fedalt/shares", "fedalt/round"
+# beside its newest adapter and router a client keeps their round, and those it had before it
+_AT, _WAS = "fedalt/at", "fedalt/was/"
 _FACTORS = (".lora_A.weight", ".lora_B.weight")
 
 
@@ -27,6 +29,17 @@ def rest_of_world(mean: Tensor, own: Tensor, share: float) -> Tensor:
     """Return the mean of the others: (mean - w own) / (1 - w); zeros where there are none."""
     rest = (mean.double() - share * own.double()) / (1 - share) if share < 1 else mean * 0
     return rest.to(mean.dtype)
+
+
+def believed(kept: Tensors, round_: int) -> dict[str, Tensor]:
+    """Return a client's adapter and router as the server's mean of a round has them.
+
+    A round that was skipped is in no mean: its clients take it back, or they would subtract from the mean what is not
+    in it.
+    """
+    if _AT in kept and int(kept[_AT]) > round_:
+        return {n.removeprefix(_WAS): t for n, t in kept.items() if n.startswith(_WAS)}
+    return {n: t for n, t in kept.items() if n != _AT and not n.startswith(_WAS)}
 
 
 class FedALT(Method):
@@ -52,7 +65,7 @@ class FedALT(Method):
         from fedtune.lora.state import PREFIX, to_tensors
 
         share = float(download[_SHARE])
-        own = {**to_tensors(layout), **kept}
+        own = {**to_tensors(layout), **believed(kept, int(download[_ROUND]))}
         for name, mean in download.items():
             if name.endswith(_FACTORS):
                 other = name.replace(".lora_", ".other_")
@@ -63,9 +76,13 @@ class FedALT(Method):
 
     def fit(self, local: Local, start: Tensors) -> Fitted:
         """Train; keep the adapter and the router, send the adapter."""
-        trained = local.train(start, [n for n in start if self.trainable(local.round, n)])
-        kept = {n: t for n, t in trained.items() if self.trainable(local.round, n)}
-        return Fitted({n: t for n, t in kept.items() if n.endswith(_FACTORS)}, kept)
+        import torch
+
+        names = [n for n in start if self.trainable(local.round, n)]
+        trained = local.train(start, names)
+        own = {n: trained[n] for n in names}
+        kept = {**own, **{_WAS + n: start[n] for n in names}, _AT: torch.tensor(local.round)}
+        return Fitted({n: t for n, t in own.items() if n.endswith(_FACTORS)}, kept)
 
     def server_step(self, updates: Sequence[ClientUpdate], state: ServerState, round_: int) -> ServerState:
         """Average the adapters, and remember what share of the mean each client has."""
@@ -77,11 +94,12 @@ class FedALT(Method):
         return replace(after, extra={**after.extra, _SHARES: torch.tensor(table, dtype=torch.float64)})
 
     def view(self, state: ServerState, client: int) -> dict[str, Tensor]:
-        """Send the mean, and this client's share in it."""
+        """Send the mean, its round, and this client's share in it."""
         import torch
 
         shares = {int(c): s for c, s in state.extra.get(_SHARES, torch.zeros(0, 2)).tolist()}
-        return {**super().view(state, client), _SHARE: torch.tensor(shares.get(client, 0.0), dtype=torch.float64)}
+        share = torch.tensor(shares.get(client, 0.0), dtype=torch.float64)
+        return {**super().view(state, client), _SHARE: share, _ROUND: torch.tensor(state.round)}
 
     def personal(
         self, clients: Sequence[AdapterState], examples: Sequence[float], after: ServerState

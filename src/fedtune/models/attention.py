@@ -71,6 +71,17 @@ def text_weights(model: Any, texts: Sequence[Sequence[int]]) -> Iterator[bool]:
         yield False
 
 
+@contextlib.contextmanager
+def row_weights(model: Any, texts: Sequence[Sequence[int]], copies: int = 1) -> Iterator[None]:
+    """Weigh a second adapter as `text_weights` does, for passes over a batch with a row, or several, of each text."""
+    mixer = sides.of(model)
+    if mixer is None:
+        yield
+        return
+    with mixer.mixed(lambda: text_features(model, texts), lambda w: w.repeat_interleave(copies)[:, None, None]):
+        yield
+
+
 def by_text(texts: Sequence[Sequence[int]], keep: Sequence[int]) -> Iterator[tuple[Sequence[int], list[int]]]:
     """Yield each text with the places in it that are kept, of places in ascending order in the texts joined."""
     ends = list(accumulate(map(len, texts)))

@@ -55,6 +55,8 @@ class _Layer:
             self.gates = (shares[..., :1], shares[..., 1:])
         elif self.sides.mix is not None:
             self.gates = (1 - self.sides.mix, self.sides.mix)
+        elif self.sides.per_text:
+            raise AdapterError("how much each of the two adapters counts depends on the text, and was not set for it")
 
     def _core(self, module: Any, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
         core = self.tensors.get("lora_R")
