@@ -11,12 +11,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
+from typer.testing import CliRunner
 
 from fedtune.board.build import board, ranked, row, separable
 from fedtune.board.build import recipes as group
 from fedtune.board.pairs import FEWEST, p_value
 from fedtune.board.site import build, embedded, page
 from fedtune.board.store import read_entry, write_entry
+from fedtune.cli import app
 from fedtune.results.entry import Answers, Entry, Privacy
 from fedtune.results.schema import Arm
 from fedtune.results.stats import mcnemar
@@ -210,3 +212,73 @@ def test_the_schema_that_is_documented_is_the_schema(tmp_path: Path) -> None:
     path = Path(__file__).parents[2] / "docs/entry.schema.json"
     assert json.loads(path.read_text()) == Entry.model_json_schema()
     assert score(10).n == 200
+
+
+def _spoilt(change: dict[str, Any]) -> Any:
+    def merge(into: dict[str, Any], what: dict[str, Any]) -> dict[str, Any]:
+        return into | {k: merge(into[k], v) if isinstance(into.get(k), dict) else v for k, v in what.items()}
+
+    return merge(entry(1).model_dump(mode="json"), change)
+
+
+UNSHOWABLE: list[dict[str, Any]] = [
+    {"code": {"commit": "\ud800"}},
+    {"code": {"commit": {"a": 1}}},
+    {"costs": {"peak_memory_bytes": 10**400}},
+    {"costs": {"bytes_up": 10**400}},
+    {"costs": {"bytes_up": -1}},
+    {"costs": {"wall_seconds": 1e308}},
+    {"costs": {"energy_joules": 1e308}},
+    {"seed": 10**300},
+    {"losses": [1e308]},
+    {"config": {"lora": {"r": 10**400}}},
+    {"config": {"a": {"b": [{"c": "\u202e"}]}}},
+    {"config": {"\x1b]0;": 1}},
+    {"data": {"name": "x" * 10**5}},
+    {"machine": {"cpus": 10**300}},
+    {"versions": {"torch": "\x1b[2J"}},
+    {"domain": "d" * 300},
+]
+
+
+@pytest.mark.parametrize("change", UNSHOWABLE)
+def test_what_no_page_can_show_is_refused_and_left_out_by_name(tmp_path: Path, change: dict[str, Any]) -> None:
+    with pytest.raises(ValidationError):
+        Entry.model_validate(_spoilt(change))
+    write_entry(tmp_path / "store", entry(0))
+    (tmp_path / "store/bad.json").write_text(json.dumps(_spoilt(change)))
+    done = CliRunner().invoke(app, ["board", "build", str(tmp_path / "store"), "--out", str(tmp_path / "site")])
+    assert done.exit_code == 0, done.output
+    assert "warning: bad.json: left out: " in done.output
+    data = json.loads((tmp_path / "site/board.json").read_text())
+    assert (len(data["rows"]), len(data["left_out"])) == (1, 1)
+
+
+def test_a_row_that_cannot_be_made_and_an_entry_that_is_there_twice_are_left_out(tmp_path: Path) -> None:
+    path = write_entry(tmp_path, entry(0))
+    (tmp_path / "zz.json").write_bytes(path.read_bytes())
+    wrong = score(100).model_copy(update={"score": 50.0})
+    write_entry(tmp_path, entry(1, arms=[Arm(name="federated", scores=[wrong])]))
+    data = build(tmp_path, tmp_path / "site")
+    assert [r["team"] for r in data["rows"]] == ["team 0"]
+    assert "zz.json: left out: finance/" in data["left_out"][0]
+    assert "/ffa_lora/" in data["left_out"][1]
+
+
+INVISIBLE = "\xad\u034f\u115f\u180e\u2800\u3164\uffa0\ufff9\U000e0041\u200b\u202e\x1b\x9d\ud800\u200d"
+
+
+@pytest.mark.parametrize("character", INVISIBLE)
+@pytest.mark.parametrize("field", ["team", "title", "link", "base"])
+def test_what_shows_nothing_is_in_no_text_of_a_row(field: str, character: str) -> None:
+    start = "https://example.org/" if field == "link" else "a"
+    with pytest.raises(ValidationError):
+        entry(0, **{field: f"{start}{character}b"})
+
+
+def test_a_team_of_blanks_is_none_and_other_scripts_are_welcome() -> None:
+    for blank in (" ", "\xa0\u3000", "a ", " a"):
+        with pytest.raises(ValidationError, match="blanks"):
+            entry(0, team=blank)
+    for name in ("Équipe n° 1", "北京　队", "می\u200cخواهم", "❤\ufe0f team", "👩\u200d🔬"):
+        assert entry(0, team=name).team == name

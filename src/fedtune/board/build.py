@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import base64
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,8 +13,8 @@ import numpy as np
 
 from fedtune import __version__
 from fedtune.board import pairs as pairs_of
-from fedtune.board.store import read_store
-from fedtune.io import digest
+from fedtune.board.store import readable, told
+from fedtune.io import canonical, digest
 from fedtune.methods import METHODS
 from fedtune.results.entry import Entry
 from fedtune.results.schema import Arm, Score
@@ -156,7 +156,7 @@ def row(recipe: Recipe) -> dict[str, Any]:
         "paper": METHODS[entry.method].paper if entry.method in METHODS else "",
         "rank_r": _config(entry, "lora", "r"),
         "dora": bool(_config(entry, "lora", "dora")),
-        "partition": _config(entry, "data", "partition") or "unknown",
+        "partition": str(_config(entry, "data", "partition") or "unknown"),
         "protocol": entry.protocol or "unknown",
         "privacy": entry.privacy.model_dump() if entry.privacy else None,
         "seeds": [e.seed for e in recipe.entries if e.seed is not None],
@@ -242,17 +242,31 @@ def ranked(rows: Sequence[dict[str, Any]], domain: str, mode: str) -> dict[str, 
     return ranks
 
 
+def _shown(found: Iterable[Recipe], out: list[str]) -> Iterator[tuple[Recipe, dict[str, Any]]]:
+    """Yield the recipes that can be written as a row of a page, with it; say of the others why not."""
+    for recipe in found:
+        # the files come from strangers' submissions: no one of them may keep all others off the page
+        try:
+            made = row(recipe)
+            canonical(made).encode()
+        except Exception as err:
+            out.append(told(recipe.first.place().parent, err))
+            continue
+        yield recipe, made
+
+
 def board(store: Path) -> dict[str, Any]:
-    """Return everything the page shows.
+    """Return everything the page shows; what no page can show is left out, and `left_out` says what and why.
 
     Raises:
-        CorruptFileError: an entry cannot be read.
-        DataError: no such folder, or an entry is there twice.
+        DataError: no such folder.
     """
     if not store.is_dir():
         raise DataError(f"{store}: no such folder; make one and add a submission (fedtune board add --help)")
-    entries = [entry for _, entry in read_store(store)]
-    rows = [row(recipe) for recipe in recipes(entries)]
+    left_out: list[str] = []
+    found = recipes(entry for _, entry in readable(store, left_out))
+    pairs = list(_shown(found, left_out))
+    entries, rows = [e for recipe, _ in pairs for e in recipe.entries], [made for _, made in pairs]
     domains = sorted({r["domain"] for r in rows})
     modes = sorted({mode for r in rows for mode in r["scores"]})
     ranks = {f"{d}/{m}": ranked(rows, d, m) for d in domains for m in modes}
@@ -261,6 +275,7 @@ def board(store: Path) -> dict[str, Any]:
         "made_by": f"fedtune {__version__}",
         "store_sha256": digest([e.model_dump(mode="json") for e in entries]),
         "entries": len(entries),
+        "left_out": left_out,
         "domains": domains,
         "modes": modes,
         "rows": rows,

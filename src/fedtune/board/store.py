@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,7 @@ from pydantic import ValidationError
 
 from fedtune.io import read_json, write_json
 from fedtune.results.entry import Entry
-from fedtune.types import CorruptFileError, DataError, Problem
+from fedtune.types import CorruptFileError, DataError, FedtuneError, Problem, plain
 
 # a later state is never taken back by adding the same submission again
 STATES = ("reported", "re-scored", "re-run", "flagged")
@@ -80,20 +80,36 @@ def holds(store: Path, entry: Entry) -> bool:
 def twin(store: Path, entry: Entry) -> Path | None:
     """Return another place in the store whose entry has the very same samples, if there is one."""
     logs = {name: sha for name, sha in entry.files.items() if name.startswith("evals/federated")}
-    for path, other in read_store(store):
+    for path, other in readable(store):
         if logs and path != store / entry.place() and logs.items() <= other.files.items():
             return path
     return None
 
 
-def read_store(store: Path) -> Iterable[tuple[Path, Entry]]:
-    """Yield every entry of a store, in the order of their paths.
+def told(where: object, err: Exception) -> str:
+    """Return one line on what is left out of a board, and why."""
+    return plain(f"{where}: left out: {' '.join(str(err).split()) or type(err).__name__}", 500)
 
-    Raises:
-        CorruptFileError: one that cannot be read.
+
+def readable(store: Path, left_out: list[str] | None = None) -> Iterator[tuple[Path, Entry]]:
+    """Yield the entries of a store that can be read, each once, in the order of their paths.
+
+    Args:
+        store: the folder of entries.
+        left_out: takes a line for each other file, with the reason.
     """
+    seen: dict[tuple[Path, str], Path] = {}
     for path in sorted(store.rglob("*.json")):
-        yield path, read_entry(path)
+        try:
+            entry = read_entry(path)
+            if first := seen.get((entry.place(), entry.team)):
+                raise DataError(f"{first.relative_to(store)} has this recipe and seed already")
+        except FedtuneError as err:
+            if left_out is not None:
+                left_out.append(told(path.relative_to(store), CorruptFileError(str(err).replace(f"{path}: ", ""))))
+            continue
+        seen[entry.place(), entry.team] = path
+        yield path, entry
 
 
 def by_hand(before: Path, after: Path) -> Iterator[Problem]:
@@ -105,6 +121,10 @@ def by_hand(before: Path, after: Path) -> Iterator[Problem]:
     Raises:
         CorruptFileError: an entry cannot be read.
     """
+    for store in (before, after):
+        if store.is_symlink() or not store.is_dir():
+            yield Problem(str(store), "is a link, or no folder; the store is a folder of entries")
+            return
     old, new = ({p.relative_to(s): p for p in s.rglob("*") if p.name != "README.md"} for s in (before, after))
     for name in sorted(old.keys() | new.keys()):
         if name not in old or name not in new:

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from fedtune.cli.say import say
-from fedtune.types import ConfigError, DataError, Problem
+from fedtune.types import ConfigError, FedtuneError, Problem
 
 board = typer.Typer(no_args_is_help=True, help="The leaderboard: built from entries in git, by anyone.")
 REJECTED = 4
@@ -105,6 +105,8 @@ def build(
     data = make(store, out)
     if not data["entries"]:
         say(f"{store}: has no entries yet; the page says how to submit one")
+    for line in data["left_out"]:
+        say(f"warning: {line}", err=True)
     say(f"{out / 'index.html'}: {len(data['rows'])} rows of {data['entries']} entries")
 
 
@@ -128,14 +130,18 @@ def _added(path: Path, store: Path, state: str) -> bool:
         notes = not_run_again(entry)
         update = {"state": "reported" if notes and state != "re-run" else state, "reasons": notes}
         fresh.append(entry.model_copy(update=update))
-    try:
-        fresh = [settled(store, entry) for entry in fresh]
-    except DataError as err:
-        say(f"{path}: {err}", err=True)
-        return False
-    for entry in fresh:
+    for entry in [settled(store, entry) for entry in fresh]:
         say(str(write_entry(store, entry)))
     return True
+
+
+def _added_or_said(path: Path, store: Path, state: str) -> bool:
+    """Add a submission as `_added` does; whatever one makes it raise is said, and keeps no other out."""
+    try:
+        return _added(path, store, state)
+    except (FedtuneError, OSError) as err:
+        say(f"{path}: {err}", err=True)
+        return False
 
 
 @board.command("add")
@@ -147,7 +153,7 @@ def add(
     """Validate submissions and put their entries into the store; one refused (exit code 4) keeps no other out."""
     if state not in ("re-scored", "re-run"):
         raise ConfigError("command line", [Problem(f"--state {state}", "must be re-scored or re-run")])
-    done = [_added(path, store, state) for path in paths]
+    done = [_added_or_said(path, store, state) for path in paths]
     if not all(done):
         say(f"{done.count(False)} of {len(done)} submissions were refused", err=True)
         raise typer.Exit(REJECTED)

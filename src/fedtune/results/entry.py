@@ -12,21 +12,13 @@ from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
+from fedtune.results.bounds import LARGEST, LARGEST_INT, Amount, Count, plain_text, unbounded
 from fedtune.results.schema import Arm, Document
+
+__all__ = ["Answers", "Arm", "Costs", "Entry", "Point", "Privacy", "State", "inert", "plain_text"]
 
 State = Literal["reported", "re-scored", "re-run", "flagged"]
 _SAFE = re.compile(r"[^A-Za-z0-9._@-]+")
-# markup, control characters (line ends and C1 too), marks that turn the direction, and what shows nothing
-_MARKUP = re.compile(r"[<>\x00-\x1f\x7f-\x9f\u061c\u200b\u200e\u200f\u2028-\u202e\u2060-\u2069\ufeff]")
-
-
-def plain_text(value: str) -> str:
-    """Return a text that may stand on the page, or raise: no markup, control or direction-changing characters."""
-    if _MARKUP.search(value):
-        raise ValueError("has markup, control or direction-changing characters; write plain text")
-    return value
-
-
 _MARKDOWN = re.compile(r"([\\`*\[\]<>&|~])")
 
 
@@ -48,14 +40,14 @@ class Costs(Document):
         adapter_bytes: the size of the saved adapter.
     """
 
-    bytes_up: int = 0
-    bytes_down: int = 0
-    wall_seconds: float | None = None
-    gpu_seconds: float | None = None
-    peak_memory_bytes: int | None = None
-    energy_joules: float | None = None
-    trainable_parameters: int | None = None
-    adapter_bytes: int | None = None
+    bytes_up: Count = 0
+    bytes_down: Count = 0
+    wall_seconds: Amount | None = None
+    gpu_seconds: Amount | None = None
+    peak_memory_bytes: Count | None = None
+    energy_joules: Amount | None = None
+    trainable_parameters: Count | None = None
+    adapter_bytes: Count | None = None
 
 
 class Answers(Document):
@@ -68,7 +60,7 @@ class Answers(Document):
     """
 
     items_sha256: str
-    n: int = Field(ge=0)
+    n: Count
     bits: str
 
     @model_validator(mode="after")
@@ -99,7 +91,7 @@ class Answers(Document):
 class Point(Document):
     """A score during the run."""
 
-    round: int
+    round: Count
     task: str
     mode: str
     score: float | None
@@ -109,7 +101,7 @@ class Privacy(Document):
     """A differential-privacy guarantee: of whom, and how strong."""
 
     unit: Literal["client", "example"]
-    epsilon: float = Field(gt=0)
+    epsilon: float = Field(gt=0, le=LARGEST)
     delta: float = Field(gt=0, lt=1)
 
 
@@ -137,12 +129,12 @@ class Entry(Document):
     link: str = Field("", max_length=300, pattern=r"^(https://[^\s\"'<>]+)?$")
     state: State = "reported"
     reasons: list[str] = Field(default_factory=list)
-    domain: str
+    domain: str = Field(max_length=80)
     base: str = Field(max_length=200)
     revision: str = Field("", max_length=80)
-    base_millions: float | None = Field(None, gt=0)
+    base_millions: float | None = Field(None, gt=0, le=LARGEST)
     method: str = Field(max_length=80)
-    seed: int | None = Field(None, ge=0)
+    seed: int | None = Field(None, ge=0, le=LARGEST_INT)
     config: dict[str, Any] = Field(default_factory=dict)
     config_sha256: str = ""
     protocol: str = ""
@@ -152,27 +144,35 @@ class Entry(Document):
     answers: dict[str, Answers] = Field(default_factory=dict)
     curve: list[Point] = Field(default_factory=list)
     losses: list[float | None] = Field(default_factory=list)
-    rounds: int = Field(0, ge=0)
-    lost_clients: int = Field(0, ge=0)
-    skipped_rounds: int = Field(0, ge=0)
+    rounds: Count = 0
+    lost_clients: Count = 0
+    skipped_rounds: Count = 0
     data: dict[str, Any] = Field(default_factory=dict)
     costs: Costs = Field(default_factory=Costs)
     privacy: Privacy | None = None
-    code: dict[str, Any] = Field(default_factory=dict)
+    code: dict[str, str | bool | None] = Field(default_factory=dict)
     versions: dict[str, str] = Field(default_factory=dict)
-    machine: dict[str, Any] = Field(default_factory=dict)
+    machine: dict[str, str | int | None] = Field(default_factory=dict)
     claims: dict[str, float] = Field(default_factory=dict)
     files: dict[str, str] = Field(default_factory=dict)
 
-    @field_validator("team", "title", "base", "method", "revision")
+    @field_validator("team", "title", "base", "method", "revision", "link", "domain", "protocol")
     @classmethod
     def _plain(cls, value: str) -> str:
+        if value != value.strip():
+            raise ValueError("begins or ends with blanks; write it without")
         return plain_text(value)
 
     @field_validator("reasons", "unranked")
     @classmethod
     def _plain_lines(cls, value: list[str]) -> list[str]:
         return [plain_text(line)[:500] for line in value]
+
+    @model_validator(mode="after")
+    def _bounded(self) -> Entry:
+        if said := unbounded(self):
+            raise ValueError(said)
+        return self
 
     def arm(self, name: str) -> Arm | None:
         """Return an arm by name, if the entry has it."""

@@ -195,7 +195,7 @@ function details(row) {
     facts([["read on", link], ["why", row.reasons.join("; ")], ["not ranked", row.unranked.join("; ")], ["mind", row.remarks.join("; ")], ["revision", row.revision], ["protocol", row.protocol], ["partition", row.partition], ["LoRA rank", row.rank_r], ["DoRA", row.dora ? "yes" : null],
       ["privacy", row.privacy ? "epsilon " + row.privacy.epsilon + ", delta " + row.privacy.delta + " (" + row.privacy.unit + ")" : "none"], ["seeds", row.seeds.join(", ")], ["spread over seeds", mainTasks(row).filter((t) => t.spread !== null).map((t) => t.task + ": ± " + (100 * t.spread).toFixed(1)).join("; ")], ["rounds", row.rounds || null], ["uplinks lost", row.lost || null],
       ["trainable", row.trainable], ["adapter", row.adapter ? bytes(row.adapter) : null], ["peak memory", row.peak ? bytes(row.peak) : null], ["energy", row.energy ? (row.energy / 3.6e6).toFixed(3) + " kWh" : null],
-      ["clients, worst to best", worst], ["recipe", row.config.slice(0, 16)], ["commit", row.commit ? row.commit.slice(0, 12) + (row.dirty ? " (changed)" : "") : null]]),
+      ["clients, worst to best", worst], ["recipe", String(row.config).slice(0, 16)], ["commit", row.commit ? String(row.commit).slice(0, 12) + (row.dirty ? " (changed)" : "") : null]]),
     row.losses.length > 1 ? curve("training loss by round", row.losses.map((y, i) => [i + 1, y])) : null,
     ...[...new Set(row.curve.map((p) => p.task + " (" + p.mode + ")"))].map((name) => curve(name + " by round", row.curve.filter((p) => p.task + " (" + p.mode + ")" === name).map((p) => [p.round, p.score]))));
 }
@@ -307,7 +307,8 @@ function drawTable() {
   document.getElementById("status").textContent = rows.length + " of " + ROWS.filter((r) => r.domain === state.board).length + " rows on the " + state.board + " board";
 }
 function draw() { drawTabs(); drawControls(); drawHead(); drawTable(); drawCompare(); drawPareto(); }
-document.getElementById("made").textContent = "Made by " + DATA.made_by + " from " + DATA.entries + " entries, store " + DATA.store_sha256.slice(0, 16) + ". Anyone can build this page again from them.";
+document.getElementById("made").textContent = "Made by " + DATA.made_by + " from " + DATA.entries + " entries, store " + DATA.store_sha256.slice(0, 16) + ". Anyone can build this page again from them."
+  + (DATA.left_out && DATA.left_out.length ? " Left out: " + DATA.left_out.join("; ") + "." : "");
 document.getElementById("empty").hidden = DATA.rows.length > 0;
 if (DATA.rows.length) { readAddress(); draw(); addEventListener("hashchange", () => { readAddress(); draw(); }); }
 else for (const part of document.querySelectorAll("main > section:not(#empty), main > #status, .skip, nav")) part.hidden = true;
