@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import importlib.util
 import json
 import os
 import statistics
@@ -474,6 +475,10 @@ def main() -> None:
         done = our_side(asked.full, asked.out) if asked.side == "ours" else reference_side(asked.full, resident)
         torch.save({**done, "peak_mib": peak_mib()}, asked.out.with_suffix(".pt"))
         return
+    if "engine" in asked.only and importlib.util.find_spec("ray") is None:
+        parser.error(
+            "the part engine runs Flower's simulation: pip install -e '.[simulation]', or leave it out of --only"
+        )
     started = time.perf_counter()
     parts: dict[str, Callable[[], list[Row]]] = {
         "step": lambda: [*step("finance", asked.repeats), *step("code", asked.repeats)],

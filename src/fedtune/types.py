@@ -110,8 +110,8 @@ class CancelledError(BaseException):
     KeyboardInterrupt either: the command-line library would turn that into its own exit code.
     """
 
-    def __init__(self, signal_number: int) -> None:
-        super().__init__(f"cancelled by signal {signal_number}; continue with: fedtune run --resume")
+    def __init__(self, signal_number: int, remedy: str = "") -> None:
+        super().__init__(f"cancelled by signal {signal_number}" + (f"; {remedy}" if remedy else ""))
         self.exit_code = 128 + signal_number
 
 

@@ -67,7 +67,10 @@ def test_the_card_is_for_the_hub(good: Path) -> None:
 
     card = ModelCard.load(good / "seed-1/README.md")
     assert card.data.library_name == "peft"
-    assert card.data.eval_results
+    shown = [(r.dataset_type, r.dataset_config, r.metric_value) for r in card.data.eval_results]
+    scores = json.loads((good / "seed-1/entry.json").read_text())["arms"][-1]["scores"]
+    assert shown == [(s["task"], s["mode"], s["score"]) for s in scores]
+    assert len({(task, mode) for task, mode, _ in shown}) == len(shown)
     assert "fedtune run --config config.toml --seed 1" in card.text
     shaped = json.loads((good / "seed-1/results_lm_eval.json").read_text())
     assert shaped["results"]["fpb_likelihood"]["sample_len"] == 24

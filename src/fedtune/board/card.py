@@ -58,6 +58,7 @@ def model_card(entry: Entry) -> str:
             task_type="text-generation",
             dataset_type=s.task,
             dataset_name=f"{s.task} ({s.mode})",
+            dataset_config=s.mode,  # or the Hub's library puts both modes of a task into one result
             metric_type=_metric(s),
             metric_value=s.score,
         )

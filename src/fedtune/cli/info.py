@@ -149,7 +149,7 @@ def _cell(value: object) -> str:
     return {True: "yes", False: "no"}[value] if isinstance(value, bool) else str(value)
 
 
-NOTES = {"methods": "Bytes are FedIT's times this, of Mistral-7B's q and v at rank 32 with 10 clients a round."}
+NOTES = {"methods": "Bytes are relative to FedIT's (Mistral-7B, q and v, rank 32, 10 clients per round)."}
 WIDE = 140
 ROOMY = {
     *("traps", "template", "personalised", "DoRA", "settings", "arXiv"),

@@ -107,9 +107,11 @@ def _execute(resolved: Settings, out: Path | None, resume: bool, force: bool, ex
     folder, result = execute(resolved, out, resume=resume, force=force, extra_arms=extra, reporter=watch)
     if as_json:
         typer.echo(json.dumps(result.model_dump(mode="json"), indent=1))
-    for table in scores(result.arms, folder):
+    tables = scores(result.arms, folder)
+    for table in tables:
         console.print(table)
-    console.print("* the paired 95 % interval of the gain excludes 0", style="dim")
+    if any("*" in cell for table in tables for column in table.columns for cell in map(str, column.cells)):
+        console.print("* the paired 95 % interval of the gain excludes 0", style="dim")
     for line in doubts(result):
         console.print(line)
     console.print(f"run folder: {folder.resolve()}", soft_wrap=True)

@@ -189,12 +189,12 @@ def status(folder: RunFolder) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def cancellable() -> Iterator[None]:
-    """Turn Ctrl-C and SIGTERM (a scheduler's preemption) into CancelledError, once."""
+def cancellable(remedy: str) -> Iterator[None]:
+    """Turn Ctrl-C and SIGTERM (a scheduler's preemption) into CancelledError, once; `remedy` says how to go on."""
 
     def stop(number: int, frame: FrameType | None) -> None:
         signal.signal(number, signal.SIG_IGN)
-        raise CancelledError(number)
+        raise CancelledError(number, remedy)
 
     old = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
     try:

@@ -250,7 +250,8 @@ def run(
     watch = reporter or Reporter()
     config = settings.config
     path = out or folder.fresh_folder(config)
-    with folder_lock(path), cancellable() if resident is None else contextlib.nullcontext():
+    again = f"continue with: fedtune run --resume --out {path}"
+    with folder_lock(path), cancellable(again) if resident is None else contextlib.nullcontext():
         data = workload.load(arms.derive(config, config.arm))
         tasks = domains.chosen_tasks(config)
         _check_items(tasks, config)

@@ -192,7 +192,7 @@ def sweep(chosen: Sequence[Point], out: Path, reporter: Reporter | None = None) 
     waiting = [p for p in chosen if states.get(p.name, "complete") != "complete"]
     if complete := sum(state == "complete" for state in states.values()):
         watch.note(f"{complete} of {len(chosen)} runs are complete already")
-    with cancellable():
+    with cancellable("continue with the same command"):
         for group in groups(waiting):
             try:
                 faults |= _group(group, watch)
