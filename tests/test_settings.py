@@ -1,5 +1,6 @@
 """Settings are checked wherever they are loaded; one that would change nothing is refused with the reason."""
 
+import re
 import typing
 from collections.abc import Mapping
 from pathlib import Path
@@ -55,6 +56,49 @@ WITH_EFFECT = [
     ("general", ["data.limit=40", "data.balance=true"]),
     ("finance", ["model.name=some/model", "model.revision=main"]),
 ]
+
+
+# of a federation, or of a split: value, and what else has to be set for it
+OF_ARMS: dict[str, tuple[Any, dict[str, Any]]] = {
+    "method.name": ("flora", {}),
+    "method.samples": (8, {"method": {"name": "feddpa"}}),
+    "drift.proximal_mu": (0.1, {}),
+    "server.optimizer": ("fedadam", {}),
+    "robust.rule": ("krum", {"method": {"name": "flora"}, "federation": {"clients": 9}}),
+    "attack.kind": ("sign-flip", {"attack": {"clients": [0]}}),
+    "lora.ranks": ([4, 4, 8, 8], {"method": {"name": "flora"}}),
+    "federation.faults.dropout": (0.5, {}),
+    "federation.deadline": (5.0, {}),
+    "federation.connect_timeout": (5.0, {}),
+    "federation.min_clients": (2, {}),
+    "federation.weights": ("shard-size", {}),
+    "eval.every": (1, {}),
+    "data.partition": ("natural", {}),
+}
+
+
+@pytest.mark.parametrize("key", OF_ARMS)
+def test_an_arm_refuses_what_it_takes_no_notice_of(key: str) -> None:
+    value, rest = OF_ARMS[key]
+    layers = [{"domain": "finance"}, rest, parse_assignment(f"{key}={value!r}")]
+    for arm in ("local-only", "centralised"):
+        alone = [*layers, {"arm": arm}]
+        if (arm, key) == ("local-only", "data.partition"):
+            load(alone)
+            continue
+        with pytest.raises(ConfigError, match=rf'{re.escape(key)} = .*no effect: with arm = "{arm}"'):
+            load(alone)
+        load(alone, beside=["federated"])
+        load(alone, here=False)
+    load(layers)
+
+
+def test_an_arm_takes_what_decides_how_much_it_trains() -> None:
+    for arm in ("local-only", "centralised"):
+        set_ = {"federation": {"clients": 8, "fraction": 0.5, "rounds": 3, "max_skipped_rounds": 2}, "lora": {"r": 8}}
+        load([{"domain": "finance", "arm": arm}, set_])
+        for name in protocol_names():
+            load([{"domain": "finance", "arm": arm, "protocol": name}])
 
 
 @pytest.mark.parametrize("what", WITHOUT_EFFECT)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 from fedtune import domains, methods
@@ -16,18 +17,36 @@ from fedtune.types import Problem
 Found = Iterator[tuple[str, str]]
 
 
-def load(layers: Sequence[Mapping[str, Any]], title: str = "settings", *, here: bool = True) -> Settings:
+ARMS = ("federated", "local-only", "centralised")
+
+# what only a federation takes notice of: the other arms train plain LoRA, with one model and nobody to wait for
+OF_A_FEDERATION = (
+    *("method", "drift", "server", "robust", "attack", "lora.ranks"),
+    *(f"federation.{key}" for key in ("faults", "deadline", "connect_timeout", "min_clients", "weights")),
+)
+
+
+def load(
+    layers: Sequence[Mapping[str, Any]],
+    title: str = "settings",
+    *,
+    here: bool = True,
+    beside: Sequence[str] = (),
+) -> Settings:
     """Validate settings, later layers over earlier ones, over the protocol they name.
 
     Args:
         layers: nested tables: a file's content, then the command line's.
         title: what to call the source in an error.
-        here: also look for the folders they name; settings of another machine's run name folders of that machine.
+        here: also look for the folders they name; settings of another machine's run name folders of that machine,
+            and do not say what was trained beside them.
+        beside: arms that are trained beside the settings' own, and take notice of settings that it does not.
 
     Raises:
         ConfigError: with every problem found.
     """
-    return validated(layers, (*CHECKS, *(PLACES if here else ())), title)
+    own = (*PLACES, partial(without_effect_on_arms, beside=beside)) if here else ()
+    return validated(layers, (*CHECKS, *own), title)
 
 
 def without_effect(config: Config) -> Iterable[Problem]:
@@ -38,6 +57,27 @@ def without_effect(config: Config) -> Iterable[Problem]:
     for key, why in _reasons(config):
         if key in own:
             yield Problem(f"{key} = {own[key]!r}", f"has no effect: {why}", "leave it out")
+
+
+def without_effect_on_arms(config: Config, beside: Sequence[str]) -> Iterable[Problem]:
+    """Yield a problem for each setting of a federation, or of a split, where none of the arms has one."""
+    arms = {config.arm, *beside}
+    own = changed(config) if "federated" not in arms else {}
+    for key, value in own.items():
+        if why := _not_in(arms, key):
+            fix = "leave it out, or choose arm = federated"
+            yield Problem(f"{key} = {value!r}", f'has no effect: with arm = "{config.arm}" {why}', fix)
+
+
+def _not_in(arms: Collection[str], key: str) -> str:
+    """Return why no arm but the federated one takes notice of a setting; nothing where one does."""
+    if any(key == place or key.startswith(f"{place}.") for place in OF_A_FEDERATION):
+        return "plain LoRA is trained without a federation"
+    if key == "eval.every":
+        return "a run is evaluated at its end only"
+    if key == "data.partition" and "local-only" not in arms:
+        return "all rows are in one place"
+    return ""
 
 
 def _reasons(config: Config) -> Found:

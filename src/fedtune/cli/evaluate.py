@@ -78,12 +78,13 @@ def evaluate(
     json_output: Annotated[bool, typer.Option("--json", help="Print the scores as JSON.")] = False,
 ) -> None:
     """Evaluate an adapter or a base model; run again, it does only what is missing."""
+    from fedtune.cli import withheld
     from fedtune.cli.progress import TerminalReporter, terminal
     from fedtune.cli.settings import resolve
     from fedtune.cli.tables import scores as table
     from fedtune.experiment.evaluate import evaluate as execute
     from fedtune.io import digest
-    from fedtune.results.schema import Arm
+    from fedtune.results import schema
 
     name, adapter = _base_of(target, base)
     resolved = resolve(None, {"domain": domain, **_layers(name, task, mode, limit, prompt)}, _own(settings or []), data)
@@ -95,12 +96,10 @@ def evaluate(
         import json
 
         typer.echo(json.dumps([s.model_dump(mode="json") for s in found], indent=1))
-    for each in table([Arm(name=Path(target).name, scores=found)]):
+    for each in table([schema.Arm(name=Path(target).name, scores=found)]):
         console.print(each)
     console.print(f"per-sample logs: {folder.resolve()}", soft_wrap=True)
-    withheld = [s for s in found if s.withheld]
-    if withheld:
-        raise DataError(f"{withheld[0].task}: score withheld: {withheld[0].withheld}")
+    withheld.check(schema.withheld(found), len(found))
 
 
 def compare(

@@ -68,7 +68,8 @@ def run(
         seed=seed,
         arm=arm,
     )
-    resolved = resolve(config, chosen, settings or [], data)
+    # a run that goes on was checked when it started, with the arms that it was given then
+    resolved = resolve(config, chosen, settings or [], data, beside=ARMS if resume else extra)
     if print_config:
         _print(resolved)
         return
@@ -98,9 +99,11 @@ def _print(resolved: Settings) -> None:
 
 
 def _execute(resolved: Settings, out: Path | None, resume: bool, force: bool, extra: list[str], as_json: bool) -> None:
+    from fedtune.cli import withheld
     from fedtune.cli.progress import TerminalReporter, terminal
     from fedtune.cli.tables import doubts, scores
     from fedtune.experiment.run import run as execute
+    from fedtune.results import schema
 
     console = terminal(errors=as_json)
     watch = TerminalReporter(console)
@@ -115,3 +118,5 @@ def _execute(resolved: Settings, out: Path | None, resume: bool, force: bool, ex
     for line in doubts(result):
         console.print(line)
     console.print(f"run folder: {folder.resolve()}", soft_wrap=True)
+    own = next(arm.scores for arm in result.arms if arm.name == resolved.config.arm)
+    withheld.check(schema.withheld(own), len(own))

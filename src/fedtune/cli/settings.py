@@ -58,9 +58,14 @@ def _absolute(layer: dict[str, Any]) -> dict[str, Any]:
 
 
 def resolve(
-    file: Path | None, chosen: dict[str, Any], assignments: Sequence[str], folder: Path | None = None
+    file: Path | None,
+    chosen: dict[str, Any],
+    assignments: Sequence[str],
+    folder: Path | None = None,
+    *,
+    beside: Sequence[str] = (),
 ) -> Settings:
-    """Validate file, shortcuts and `-s key=value`, later over earlier.
+    """Validate file, shortcuts and `-s key=value`, later over earlier, for an arm and those `beside` it.
 
     Raises:
         ConfigError: with every problem found.
@@ -69,4 +74,5 @@ def resolve(
     layers += [with_folder(folder), chosen]
     for text in assignments:
         layers.append(parse_assignment(text))
-    return settings.load([_absolute(layer) for layer in layers], title=str(file) if file else "settings")
+    title = str(file) if file else "settings"
+    return settings.load([_absolute(layer) for layer in layers], title, beside=beside)

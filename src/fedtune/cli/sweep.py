@@ -72,6 +72,7 @@ def sweep(
 def _execute(axes: Mapping[str, Sequence[Any]], build: Any, out: Path, *, as_json: bool) -> None:
     import json
 
+    from fedtune.cli import withheld
     from fedtune.cli.progress import TerminalReporter, terminal
     from fedtune.experiment.sweep import points
     from fedtune.experiment.sweep import sweep as execute
@@ -84,6 +85,12 @@ def _execute(axes: Mapping[str, Sequence[Any]], build: Any, out: Path, *, as_jso
         typer.echo(json.dumps(rows, indent=1))
     console.print(_table(rows, axes))
     console.print(f"sweep folder: {out.resolve()}", soft_wrap=True)
+    withheld.check({name: why for row in rows for name, why in row["withheld"].items()}, _asked(rows))
+
+
+def _asked(rows: Sequence[Mapping[str, Any]]) -> int:
+    """Return how many scores all runs were to give."""
+    return sum(row["asked"] for row in rows)
 
 
 def _table(rows: Sequence[Mapping[str, Any]], axes: Mapping[str, Sequence[Any]]) -> Any:

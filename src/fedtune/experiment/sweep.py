@@ -229,14 +229,21 @@ def summary(chosen: Sequence[Point], faults: dict[str, str]) -> list[dict[str, A
 def _row(own: Sequence[Point], results: Sequence[schema.Result]) -> dict[str, Any]:
     main = own[0].settings.config.arm
     values: dict[str, list[float]] = {}
-    for result in results:
-        for score in next(arm for arm in result.arms if arm.name == main).scores:
+    withheld: dict[str, str] = {}
+    asked = 0
+    for point, result in zip(own, results, strict=True):
+        scores = next(arm for arm in result.arms if arm.name == main).scores
+        asked += len(scores)
+        withheld |= {f"{point.name} {key}": why for key, why in schema.withheld(scores).items()}
+        for score in scores:
             if score.score is not None:
                 values.setdefault(f"{score.task}/{score.mode}", []).append(score.score)
     return {
         "where": {k: v for k, v in own[0].where.items() if k != "seed"},
         "seeds": [r.seed for r in results],
         "scores": {key: student(found) for key, found in values.items()},
+        "asked": asked,
+        "withheld": withheld,
         "bytes": statistics.fmean(r.bytes_up + r.bytes_down for r in results),
         "runs": [p.name for p in own],
     }

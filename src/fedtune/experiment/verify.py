@@ -12,7 +12,7 @@ from fedtune.config.load import read_toml
 from fedtune.experiment.report import Reporter
 from fedtune.experiment.run import run
 from fedtune.io import read_lines
-from fedtune.settings import load
+from fedtune.settings import ARMS, load
 from fedtune.types import CancelledError, CorruptFileError, RoundRecord
 
 # another processor or another version sums in another order; a different run differs in the first digit
@@ -99,7 +99,7 @@ def verify(packed: Path, rounds: int, data: str = "", watch: Reporter | None = N
     with TemporaryDirectory() as scratch:
         out = Path(scratch) / "run"
         try:
-            run(load([tree]), out, reporter=_Enough(len(said), watch or Reporter()))
+            run(load([tree], beside=ARMS), out, reporter=_Enough(len(said), watch or Reporter()))
         except CancelledError as err:
             if err.exit_code != _Enough.CODE:  # somebody's own Ctrl-C
                 raise

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -47,6 +48,11 @@ class Score(Document):
     trivial: dict[str, float] = Field(default_factory=dict)
     details: dict[str, float] = Field(default_factory=dict)
     items_sha256: str = ""
+
+
+def withheld(scores: Iterable[Score]) -> dict[str, str]:
+    """Return why scores are withheld, by `task/mode`; nothing of those that are known."""
+    return {f"{s.task}/{s.mode}": s.withheld or "unknown" for s in scores if s.score is None}
 
 
 class Arm(Document):
