@@ -67,7 +67,12 @@ def test_sound_samples_give_their_score(judge: Callable[..., list[str]]) -> None
         ({"strict": False}, "strict is False, it gives True"),
         ({"valid": False}, "valid is False, it gives True"),
         ({"i": "0"}, "has no place in the set"),
-        ({"error": "RuntimeError"}, "an item that raised counts as right"),
+        ({"value": 1.0}, "it has a value, which only programs and solutions have"),
+        (
+            {"error": "RuntimeError", "correct": False, "strict": False, "valid": False},
+            "an item that raised has an answer or counts as right",
+        ),
+        ({"error": "RuntimeError"}, "an item that raised has an answer or counts as right"),
     ],
 )
 def test_a_sample_that_is_not_judged_as_a_run_judges_is_named(

@@ -15,10 +15,10 @@ from fedtune.config.schema import ModelSettings
 from fedtune.domains import TASKS
 from fedtune.domains.base import Item
 from fedtune.evaluation import official
+from fedtune.evaluation.average import mean_score
 from fedtune.evaluation.items import TaskItems
 from fedtune.evaluation.metrics import as_counted
 from fedtune.evaluation.run import _official_sample, evaluate
-from fedtune.experiment.average import mean_score
 from fedtune.io import read_lines, write_lines
 from fedtune.models.load import LoadedModel
 from fedtune.models.load import load as load_model

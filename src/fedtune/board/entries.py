@@ -24,6 +24,8 @@ WEIGHTS = "adapter/adapter_model.safetensors"
 
 def _answers(run: Path, arm: Arm) -> Iterator[tuple[str, Answers]]:
     """Yield which items an arm had right; of tasks with one sample an item, and one model."""
+    if arm.per_client:
+        return
     for score in arm.scores:
         if score.metric == "nats_per_token":
             continue

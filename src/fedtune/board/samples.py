@@ -13,14 +13,18 @@ from fedtune.domains import TASKS
 from fedtune.domains.base import LETTERS, SENTIMENTS, Task
 from fedtune.domains.medical import VERDICTS
 from fedtune.evaluation import again, programs
+from fedtune.evaluation.average import mean_score
 from fedtune.evaluation.extract import official_answer, official_correct, strict_answer
 from fedtune.evaluation.metrics import as_counted, summarise
 from fedtune.results.schema import Arm, Score
 from fedtune.types import FedtuneError
 
 Row = Mapping[str, Any]
+# what a score says beside how many items it is of and why it is withheld
+NUMBERS = ("score", "interval", "strict", "valid_rate", "macro_f1", "trivial", "details")
 # intervals are drawn by the random numbers of one numpy; another may draw others
 TOLERANCE = {"interval": 0.02}
+VALUED = ("program", "solution")
 FIXED = {"sentiment": [*SENTIMENTS], "boolean": [*VERDICTS]}
 
 
@@ -78,7 +82,10 @@ def _reread(row: Row, kind: str, mode: str) -> str:
     if not isinstance(row.get("i"), int):
         return "it has no place in the set"
     if row.get("error"):
-        return "an item that raised counts as right" if any(row.get(k) for k in ("correct", "strict", "value")) else ""
+        counts = any(row.get(k) for k in ("correct", "strict", "value", "valid", "predicted"))
+        return "an item that raised has an answer or counts as right" if counts else ""
+    if "value" in row and kind not in VALUED:
+        return "it has a value, which only programs and solutions have"
     if kind == "program":
         return _program(row)
     if kind == "solution":
@@ -118,60 +125,94 @@ def _different(name: str, got: Any, want: Any) -> bool:
 def _made_again(score: Score, task: Task, rows: Sequence[Row], max_error_rate: float) -> Score:
     if task.kind == "program":
         samples = max((len(r["programs"]) for r in rows), default=1)
-        return programs.summarise(score.task, score.mode, rows, samples, score.items_sha256)
+        return programs.summarise(score.task, score.mode, rows, samples, score.items_sha256, max_error_rate)
     return summarise(score.task, score.mode, task.kind, as_counted(rows), max_error_rate, score.items_sha256)
 
 
 def recomputed(folder: Path, arm: Arm, score: Score, max_error_rate: float = 0.01) -> Iterator[str]:
     """Yield what is wrong with a score, from the samples it stands on.
 
-    Programs that are said to pass are run again where that is possible here (`again.unable` tells).
+    Where each client has a model of its own, every client's score is made again, and then their mean with all its
+    numbers. Programs that are said to pass are run again where that is possible here (`again.unable` tells).
     """
     if score.task not in TASKS:
         yield "is of no task that is known here"
         return
-    if not arm.per_client:
-        yield from _one(folder, arm.name, score, max_error_rate)
-        return
-    rooms = client_rooms(folder, arm.name)
+    rooms = client_rooms(folder, arm.name) if arm.per_client else [arm.name]
     values = arm.per_client.get(f"{score.task}/{score.mode}", [])
-    if len(rooms) != len(values):
+    if arm.per_client and len(rooms) != len(values):
         yield f"{len(values)} clients have a score, {len(rooms)} have samples"
         return
-    for room, value in zip(rooms, values, strict=True):
-        client = score.model_copy(update={"score": value})
-        yield from (f"{room}: {why}" for why in _one(folder, room, client, max_error_rate, only=("score",)))
-    known = [v for v in values if v is not None]
-    if score.score is not None and (not known or _different("score", sum(known) / len(known), score.score)):
-        yield "is not the mean of its clients' scores"
+    yield from against(folder, rooms, score, max_error_rate, values, mean=bool(arm.per_client))
 
 
-def _one(
-    folder: Path, room: str, score: Score, max_error_rate: float, only: Sequence[str] = tuple(Score.model_fields)
+def _unscored(score: Score, path: str) -> Iterator[str]:
+    """Yield what a score says although there are no samples; a task that could not be run only says why."""
+    said = [name for name in NUMBERS if getattr(score, name) not in (None, {})]
+    if said or not score.withheld:
+        yield f"has no samples ({path})"
+
+
+def against(
+    folder: Path,
+    rooms: Sequence[str],
+    score: Score,
+    max_error_rate: float,
+    said: Sequence[float | None] = (),
+    *,
+    mean: bool = False,
 ) -> Iterator[str]:
+    """Yield in what a score differs from the one its samples make.
+
+    Args:
+        folder: the packed run.
+        rooms: where the samples are: of one model, or of each client's.
+        score: as it is told.
+        max_error_rate: above this share of errors it is withheld.
+        said: each client's score as it is told, where it is.
+        mean: the score is the mean of the clients', also of one alone.
+    """
+    logs = [log_path(folder, room, score.task, score.mode) for room in rooms]
+    if not any(log.exists() for log in logs):
+        yield from _unscored(score, str(logs[0].relative_to(folder)) if logs else "of no client")
+        return
+    each = []
+    for place, room in enumerate(rooms):
+        made, wrong = _one(folder, room, score, max_error_rate)
+        prefix = f"{room}: " if mean else ""
+        yield from (f"{prefix}{why}" for why in wrong)
+        if made is None:
+            return
+        if said and _different("score", made.score, said[place]):
+            yield f"{prefix}score is {said[place]}, the samples give {made.score}"
+        each.append(made)
+    yield from _differences(score, mean_score(each, logs) if mean else each[0])
+
+
+def _differences(said: Score, made: Score) -> Iterator[str]:
+    if made.n != said.n:
+        yield f"n = {said.n}, there are {made.n} samples"
+    for name in Score.model_fields:
+        if name != "n" and _different(name, getattr(made, name), getattr(said, name)):
+            yield f"{name} is {getattr(said, name)}, the samples give {getattr(made, name)}"
+
+
+def _one(folder: Path, room: str, score: Score, max_error_rate: float) -> tuple[Score | None, list[str]]:
+    """Return the score that a log makes, if it is sound enough to make one, and what is wrong with its samples."""
     path, task = log_path(folder, room, score.task, score.mode), TASKS[score.task]
     if not path.exists():
-        if score.score is not None or not score.withheld:
-            yield f"has no samples ({path.relative_to(folder)})"
-        return
+        return None, [f"has no samples ({path.relative_to(folder)})"]
     header, *rows = parse_rows(read_text_file(path), str(path.relative_to(folder))) or [{}]
+    found = []
     if (header.get("items"), header.get("task"), header.get("mode")) != (score.items_sha256, score.task, score.mode):
-        yield "its samples are of other items, or of another task or mode"
+        found.append("its samples are of other items, or of another task or mode")
     wrong = [f"item {row.get('i')}: {why}" for row in rows if (why := _reread(row, task.kind, score.mode))]
     if wrong:
-        yield f"{len(wrong)} samples are judged wrongly; the first: {wrong[0]}"
-        return
+        return None, [*found, f"{len(wrong)} samples are judged wrongly; the first: {wrong[0]}"]
     if odd := _places(rows):
-        yield odd
-        return
-    made = _made_again(score, task, rows, max_error_rate)
-    if made.n != score.n:
-        yield f"n = {score.n}, there are {made.n} samples"
-    for name in only:
-        if _different(name, getattr(made, name), getattr(score, name)) and name != "n":
-            yield f"{name} is {getattr(score, name)}, the samples give {getattr(made, name)}"
-    if task.kind == "program":
-        yield from _programs(task, rows)
+        return None, [*found, odd]
+    run_again = _programs(task, rows) if task.kind == "program" else ()
+    return _made_again(score, task, rows, max_error_rate), [*found, *run_again]
 
 
 def _programs(task: Task, rows: Sequence[Row]) -> Iterator[str]:

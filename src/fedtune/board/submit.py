@@ -31,16 +31,24 @@ def _copy(run: Path, out: Path) -> None:
         write_bytes(target.with_suffix(".jsonl.gz"), gzip.compress(log.read_bytes(), mtime=0))
 
 
+def _packable(run: Path, entry: Entry) -> Entry:
+    """Return the entry, or refuse a run that has no joint rounds by which it could be checked."""
+    if entry.config["arm"] == "local-only":
+        beside = "submit a federated run with the baseline beside it (fedtune run --arms local-only)"
+        raise DataError(f"{run}: with arm = local-only each client trained alone, in no joint rounds; {beside}")
+    return entry
+
+
 def pack_one(run: Path, out: Path, team: str, title: str = "", link: str = "") -> Entry:
     """Pack one run into a folder of its own.
 
     Raises:
-        DataError: the run is not complete, or the folder is not empty.
+        DataError: the run is not complete, or has no joint rounds, or the folder is not empty.
         ValueError: a text with markup.
     """
     if out.exists() and any(out.iterdir()):
         raise DataError(f"{out}: is not empty; choose another --out")
-    entry = from_run(run, team, title, link)
+    entry = _packable(run, from_run(run, team, title, link))
     out.mkdir(parents=True, exist_ok=True)
     _copy(run, out)
     card.write(out, entry)
@@ -56,7 +64,7 @@ def pack(runs: Sequence[Path], out: Path, team: str, title: str = "", link: str 
     Raises:
         DataError: a run is not complete, two have one seed, or they are not of one recipe.
     """
-    known = [from_run(run) for run in runs]
+    known = [_packable(run, from_run(run)) for run in runs]
     if len({e.config_sha256 for e in known}) > 1:
         raise DataError("these runs are not of one recipe: they differ in more than the seed (fedtune compare RUN RUN)")
     seeds = [e.seed for e in known]

@@ -11,6 +11,7 @@ from typing import Any
 from fedtune import domains
 from fedtune.board.archive import ENTRY, MAX_FILE, MAX_FILES, MAX_TOTAL, opened
 from fedtune.board.entries import from_run
+from fedtune.board.rooms import curve_problems, room_problems
 from fedtune.board.samples import impossible, recomputed
 from fedtune.board.store import read_entry
 from fedtune.board.wire import byte_problems
@@ -203,7 +204,7 @@ def _logs_fit(folder: Path) -> Iterator[Problem]:
             yield Problem(name, f"unpacks to more than {MAX_LOG:,} bytes")
 
 
-CHECKS = (_hashes, _settings, _evaluated, _made, _scores, _adapter, byte_problems)
+CHECKS = (_hashes, _settings, _evaluated, _made, room_problems, _scores, curve_problems, _adapter, byte_problems)
 
 
 def check_one(folder: Path) -> tuple[Entry | None, list[Problem]]:

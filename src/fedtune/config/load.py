@@ -163,7 +163,9 @@ def changed(config: Config) -> dict[str, Any]:
 
 
 def unranked_reasons(config: Config, protocol: Protocol) -> tuple[str, ...]:
-    """List why a run with these settings cannot be ranked: a protocol that is not, or a locked key changed."""
+    """List why a run with these settings cannot be ranked: its arm, a protocol that is not, or a locked key changed."""
+    if config.arm != "federated":
+        return (f"the arm {config.arm} is a baseline; only federated runs are ranked",)
     if not protocol.ranked:
         return (f"the protocol {protocol.name} is not ranked",)
     if config.attack.kind != "none":

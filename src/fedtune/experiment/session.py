@@ -12,9 +12,9 @@ from torch import Tensor
 
 from fedtune.config import Config, Settings
 from fedtune.domains.base import Task
+from fedtune.evaluation.average import mean_score
 from fedtune.evaluation.run import evaluate_all
 from fedtune.experiment.arms import Arm
-from fedtune.experiment.average import mean_score
 from fedtune.experiment.evaluate import identity
 from fedtune.experiment.folder import RunFolder
 from fedtune.experiment.report import Reporter

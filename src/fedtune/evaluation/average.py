@@ -5,15 +5,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from fedtune.data.files import parse_rows, read_text_file
 from fedtune.evaluation.metrics import as_counted, sample_value
-from fedtune.io import read_lines
 from fedtune.results.schema import Score
 from fedtune.results.stats import mean_interval
 
 
 def _item_means(logs: Sequence[Path]) -> list[float]:
     """Return for each item its mean score over several per-sample logs."""
-    columns = [as_counted(read_lines(log)[1:]) for log in logs]
+    columns = [as_counted(parse_rows(read_text_file(log), str(log))[1:]) for log in logs]
     return [sum(map(sample_value, rows)) / len(rows) for rows in zip(*columns, strict=True)]
 
 
@@ -28,7 +28,7 @@ def mean_score(scores: Sequence[Score], logs: Sequence[Path]) -> Score:
 
     Args:
         scores: one a client, of the same task and mode.
-        logs: their per-sample files; the interval is over items of the clients' mean.
+        logs: their per-sample files, packed or not; the interval is over items of the clients' mean.
     """
     score = _average([s.score for s in scores])
     spread = mean_interval(_item_means(logs)) if score is not None else None
