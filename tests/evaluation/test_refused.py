@@ -1,9 +1,12 @@
 """What cannot be scored is an error that says why: a model of NaN, a prompt that the chat template refuses."""
 
 import json
+import math
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,9 +15,12 @@ from transformers import AutoTokenizer
 from fedtune.config import Settings
 from fedtune.config.schema import ModelSettings
 from fedtune.domains import TASKS
-from fedtune.evaluation import likelihood
+from fedtune.domains.base import Item
+from fedtune.evaluation import likelihood, official
+from fedtune.evaluation.generate import Decoding, complete
 from fedtune.evaluation.items import load
-from fedtune.evaluation.run import evaluate
+from fedtune.evaluation.retry import Failed, batches
+from fedtune.evaluation.run import _sample, evaluate
 from fedtune.experiment.evaluate import evaluate as evaluate_model
 from fedtune.experiment.run import run
 from fedtune.io import read_lines
@@ -92,3 +98,59 @@ def test_a_chat_prompt_is_encoded_as_the_template_wrote_it(
     assert want[0] == tokenizer.bos_token_id
     for candidate in likelihood._candidates(item, "sentiment", tokenizer, config):
         assert list(candidate.ids[: candidate.start]) == want
+
+
+def test_answers_that_all_have_no_likelihood_are_an_error_and_not_the_first_one() -> None:
+    item = Item("x", "x", ("a", "b"), 0)
+    none, some = (_sample(item, [-math.inf, other], "choice", "likelihood") for other in (-math.inf, -9.0))
+    assert none["error"] == "the model's likelihood of every answer is zero"
+    assert (none["correct"], none["valid"], some["predicted"]) == (False, False, "b")
+    assert "error" in _sample(Item("x", "x", ("a",), 0), [-math.inf], "solution", "likelihood")
+
+
+def _refused(tiny_folder: Path, ask: Callable[[Any, Any, list[Item]], Iterator[Any]], **settings: Any) -> None:
+    """One text of three has a token whose embedding is NaN: it is refused, the others have an answer."""
+    base = load_model(ModelSettings(name=str(tiny_folder), dtype="float32"))
+    for name, value in settings.items():
+        setattr(base.model.generation_config, name, value)
+    texts = ["one Answer: ", "two \u00b6 Answer: ", "one Answer: "]
+    first = base.tokenizer("\u00b6")["input_ids"]
+    assert not {*first} & {*base.tokenizer(texts[0])["input_ids"]}
+    items = [Item(text, text, ("maybe", "no"), 0) for text in texts]
+    hook = lambda module, args, output: torch.where(args[0][..., None] == first[0], torch.nan, output)  # noqa: E731
+    base.model.get_input_embeddings().register_forward_hook(hook)
+    found = [
+        row for batch in batches(lambda i, j: ask(base.model, base.tokenizer, items[i:j]), 0, 3, 16) for row in batch
+    ]
+    assert [isinstance(row, Failed) for row in found] == [False, True, False]
+    assert "logits are not numbers" in found[1].text
+    assert found[0] == found[2]
+
+
+@pytest.mark.parametrize("settings", [{}, {"num_beams": 2}, {"no_repeat_ngram_size": 3}, {"do_sample": True}])
+def test_official_answers_from_logits_that_are_no_numbers_are_errors(
+    tiny_folder: Path, settings: dict[str, Any]
+) -> None:
+    _refused(tiny_folder, lambda m, t, items: official.sentiment(m, t, items, 3), **settings)
+
+
+@pytest.mark.parametrize("golds", [("A", "B"), ("maybe", "no")])
+def test_an_official_choice_from_logits_that_are_no_numbers_is_an_error(tiny_folder: Path, golds: Any) -> None:
+    def ask(model: Any, tokenizer: Any, items: list[Item]) -> Iterator[Any]:
+        return official.choose(model, tokenizer, [replace(item, answers=golds) for item in items], "choice")
+
+    _refused(tiny_folder, ask)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.5])
+@pytest.mark.parametrize("batch", [True, False])
+def test_programs_from_logits_that_are_no_numbers_are_errors(
+    tiny_folder: Path, monkeypatch: pytest.MonkeyPatch, temperature: float, batch: bool
+) -> None:
+    monkeypatch.setattr("fedtune.evaluation.alone.batches", lambda model: batch)
+    how = Decoding(temperature=temperature, new_tokens=3)
+
+    def ask(model: Any, tokenizer: Any, items: list[Item]) -> Iterator[Any]:
+        return complete(model, tokenizer, [i.prompt for i in items], [()] * len(items), how, places=[0] * len(items))
+
+    _refused(tiny_folder, ask)

@@ -238,3 +238,11 @@ def test_log_probabilities_in_chunks_are_those_of_the_whole_table(
         found = head.log_probabilities(model, TEXTS, keep, wanted, share_prefix=True)
         table = alone(model, TEXTS)[keep].log_softmax(-1)
     assert torch.allclose(found, torch.stack([table[i, token] for i, token in wanted]), atol=1e-4)
+
+
+def test_logits_of_some_places_are_tried_in_the_pass_that_they_are_asked_of() -> None:
+    """This model gives them for a text alone, and raises in a packed pass."""
+    model = tiny(causal_configs()["got_ocr2"])
+    with torch.no_grad():
+        found = packed_logits(model, TEXTS[:2], [19, 31])
+    assert torch.allclose(found, alone(model, TEXTS[:2])[[19, 31]], atol=1e-4)

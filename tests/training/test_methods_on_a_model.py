@@ -192,25 +192,29 @@ def test_a_mixture_by_similarity_is_each_texts_own(config: Config) -> None:
     model = adapted(config)
     tensors = noisy(model)
     other = {n.replace(".lora_", ".other_"): t for n, t in noisy(model, seed=1).items()}
-    anchors = text_features(model.model, TEXTS[:2])
+    prompts = [e.ids[: e.start] for e in SHARD[:4]]
+    anchors = text_features(model.model, prompts[1:3])
     model.load({**tensors, **other, "mix.anchors": anchors, "mix.weight": torch.tensor(0.5)})
-    packed = logits(model)
+    keeps = [range(len(prompt) - 1, len(text)) for prompt, text in zip(prompts, TEXTS, strict=True)]
+    starts = [sum(map(len, TEXTS[:i])) for i in range(len(TEXTS))]
+    every = [start + i for start, own in zip(starts, keeps, strict=True) for i in own]
     with torch.no_grad():
-        single = torch.cat([packed_logits(model.model, [t], range(len(t))) for t in TEXTS])
+        packed = packed_logits(model.model.eval(), TEXTS, every, share_prefix=True)
+        single = torch.cat([packed_logits(model.model, [t], own) for t, own in zip(TEXTS, keeps, strict=True)])
     assert torch.allclose(packed, single, atol=1e-5)
-    weights = model.sides.similarity(text_features(model.model, TEXTS))
-    assert 0 < float(weights.min()) < float(weights.max()) <= 0.5
+    weights = model.sides.similarity(text_features(model.model, prompts))
+    assert 0 <= float(weights.min()) < float(weights.max()) <= 0.5
     model.load({**tensors, **other, "mix.weight": weights[1]})
     with torch.no_grad():
-        fixed = packed_logits(model.model, [TEXTS[1]], range(len(TEXTS[1])))
-    begin = len(TEXTS[0])
-    assert torch.allclose(packed[begin : begin + len(TEXTS[1])], fixed, atol=1e-5)
+        fixed = packed_logits(model.model, [TEXTS[1]], keeps[1])
+    begin = len(keeps[0])
+    assert torch.allclose(packed[begin : begin + len(keeps[1])], fixed, atol=1e-5)
     tokenizer = model.base.tokenizer
     model.load({**tensors, **other, "mix.anchors": anchors, "mix.weight": torch.tensor(0.5)})
-    prompts, stops = ["What is", "### Response: a longer prompt"], [(), ()]
+    questions, stops = ["What is", "### Response: a longer prompt"], [(), ()]
     decoding = Decoding(new_tokens=6)
-    both = [c for part in complete(model.model, tokenizer, prompts, stops, decoding) for c in part]
-    alone = [c for p in prompts for part in complete(model.model, tokenizer, [p], [()], decoding) for c in part]
+    both = [c for part in complete(model.model, tokenizer, questions, stops, decoding) for c in part]
+    alone = [c for p in questions for part in complete(model.model, tokenizer, [p], [()], decoding) for c in part]
     assert both == alone
 
 

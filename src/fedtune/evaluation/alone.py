@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from fedtune.evaluation.decode import Decoder, Row, Weigh
+from fedtune.evaluation.likeliest import likeliest
 from fedtune.models import sides
 from fedtune.models.interface import inner, plain_pass
 from fedtune.models.proof import far, proof_of, texts_for
@@ -69,7 +70,8 @@ class Alone:
         ids = torch.tensor([list(row.prompt)], device=self._model.device)
 
         def step(seen: Tensor, scores: Tensor) -> Tensor:
-            token = row.choose(scores[0]) if row.choose else int(scores[0].argmax())
+            (best,) = likeliest(scores)
+            token = row.choose(scores[0]) if row.choose else best
             row.new.append(token)
             row.ended = self._done(row)
             return torch.full_like(scores, float("-inf")).index_fill_(-1, torch.tensor(token, device=scores.device), 0)
@@ -135,8 +137,7 @@ def batches(model: Any) -> bool:
     base = inner(model)
     known = getattr(base, _BATCHES, None)
     if known is None:
-        mixer = sides.of(model)
-        with mixer.off() if mixer is not None else contextlib.nullcontext():
+        with sides.without(model):  # they are the rows' own
             known = not proof_of(model).why and _tried(model)
         setattr(base, _BATCHES, known)
     return bool(known)

@@ -17,14 +17,14 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from fedtune.evaluation.likeliest import likeliest
 from fedtune.models.interface import inner
 from fedtune.models.packing import MIN_PREFIX
 
 # tokens guessed at most, and the longest run of last tokens that is looked up
 GUESS, LOOKUP = 12, 3
 REACH = 64  # tokens guessed at most in a row whose guesses keep being right
-# tokens of a pass that hardly take longer than one: memory is what decoding waits for
-BUSY = 32
+BUSY = 32  # tokens of a pass that hardly take longer than one: memory is what decoding waits for
 # columns of the cache that no row uses any more, before they are taken out
 SLACK = 64
 
@@ -221,13 +221,13 @@ class Decoder:
 
     def _add(self, row: Row, logits: Tensor, guessed: Sequence[int]) -> int:
         """Append the tokens a row's logits [tokens, vocabulary] stand for; return how many of its inputs were right."""
-        best = [row.choose(logits[0])] if row.choose else logits.argmax(-1).tolist()
+        best = (row.choose(logits[0]) for _ in likeliest(logits[:1])) if row.choose else likeliest(logits)
         for right, token in enumerate(best, 1):
             row.new.append(token)
             row.ended = self._done(row)
             if row.ended or right > len(guessed) or guessed[right - 1] != token:
                 return right
-        return len(best)
+        return len(logits)
 
     def _join(self, rows: list[Row], cache: Any, mask: Tensor) -> None:
         """Put rows with their cache beside those under way, the shorter ones moved to the right."""

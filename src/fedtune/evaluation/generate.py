@@ -89,11 +89,12 @@ def _mixture(model: Any, rows: Sequence[Row]) -> Weigh | None:
     mixer = sides.of(model)
     if mixer is None or not mixer.per_text or not rows:
         return None
-    known = text_features(model, [row.prompt for row in rows])
-    place = {id(row): i for i, row in enumerate(rows)}
+    prompts = {row.index: row.prompt for row in rows}
+    known = text_features(model, list(prompts.values()))
+    place = {index: i for i, index in enumerate(prompts)}
 
     def weigh(going: Sequence[Row]) -> contextlib.AbstractContextManager[None]:
-        chosen = known[[place[id(row)] for row in going]]
+        chosen = known[[place[row.index] for row in going]]
         return mixer.mixed(lambda: chosen, lambda w: w[:, None, None])
 
     return weigh

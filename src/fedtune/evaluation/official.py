@@ -13,6 +13,7 @@ from fedtune.domains.base import Item, Kind
 from fedtune.evaluation import alone, pinned
 from fedtune.evaluation.decode import Row, run, windowed
 from fedtune.evaluation.extract import ANSWER_MARK
+from fedtune.evaluation.likeliest import check_scores, likeliest
 from fedtune.models import sides
 from fedtune.models.attention import packed_logits, row_weights
 from fedtune.models.proof import proof_of
@@ -77,7 +78,7 @@ def _first_tokens(model: Any, texts: Sequence[Sequence[int]]) -> list[int]:
             for i, text in enumerate(texts)
         ]
         logits = torch.cat(rows)
-    return [int(token) for token in logits.argmax(-1)]
+    return list(likeliest(logits))
 
 
 def _copies(model: Any) -> int:
@@ -97,6 +98,8 @@ def _generate_one(model: Any, tokenizer: Any, text: Sequence[int], new_tokens: i
             top_p=1.0,
             temperature=1.0,
             pad_token_id=tokenizer.eos_token_id,
+            logits_processor=[check_scores],
+            return_dict_in_generate=False,
         )
     return str(tokenizer.decode(made[0][len(text) :], skip_special_tokens=True))
 
@@ -181,7 +184,14 @@ def _generated(model: Any, tokenizer: Any, prompts: list[str], new_tokens: int) 
     rows = zip(tokens["input_ids"].tolist(), tokens["attention_mask"].tolist(), strict=True)
     texts = [[token for token, seen in zip(*row, strict=True) if seen] for row in rows]
     with row_weights(model, texts, _copies(model)), pinned.positions(model):
-        made = model.generate(**tokens, **limit, **stop, eos_token_id=tokenizer.eos_token_id)
+        made = model.generate(
+            **tokens,
+            **limit,
+            **stop,
+            eos_token_id=tokenizer.eos_token_id,
+            logits_processor=[check_scores],
+            return_dict_in_generate=False,
+        )
     return [text.split(ANSWER_MARK)[1] for text in tokenizer.batch_decode(made, skip_special_tokens=True)]
 
 

@@ -85,6 +85,8 @@ def _sample(item: Item, raw: Any, kind: Any, mode: str) -> Sample:
     if mode == "likelihood" and any(math.isnan(score) for score in raw):
         # the largest of several NaNs would be the first answer
         return _error_sample(item, "the model's likelihood of an answer is not a number", kind)
+    if mode == "likelihood" and max(raw) == -math.inf:
+        return _error_sample(item, "the model's likelihood of every answer is zero", kind)
     return _likelihood_sample(item, raw, kind) if mode == "likelihood" else _official_sample(item, raw, kind)
 
 

@@ -16,6 +16,9 @@ from fedtune.models.packing import PackedRow, pack
 from fedtune.models.proof import proof_of
 from fedtune.types import ModelError
 
+# tokens of a pass that only reads the states at the texts' ends
+LOT = 4096
+
 
 def run_row(model: Any, row: PackedRow, module: Any = None, **options: Any) -> Any:
     """Run a row through a causal language model, bare or wrapped by PEFT, or through a part of it.
@@ -31,19 +34,38 @@ def run_row(model: Any, row: PackedRow, module: Any = None, **options: Any) -> A
     return plain_pass(model, row.ids, module, **options)
 
 
+def _lots(texts: Sequence[Sequence[int]]) -> Iterator[list[Sequence[int]]]:
+    """Group neighbouring texts into lots of at most LOT tokens."""
+    lot: list[Sequence[int]] = []
+    size = 0
+    for text in texts:
+        if lot and size + len(text) > LOT:
+            yield lot
+            lot, size = [], 0
+        lot.append(text)
+        size += len(text)
+    yield lot
+
+
 def text_features(model: Any, texts: Sequence[Sequence[int]]) -> Tensor:
     """Return the base model's last hidden state at the end of each text [texts, hidden], adapters left out."""
-    if len(texts) > 1 and not proof_of(model).packs(texts):
-        return torch.cat([text_features(model, [text]) for text in texts])
+    packs = proof_of(model).packs(texts)
+    lots = list(_lots(texts)) if packs else [[text] for text in texts]
+    return torch.cat([_features(model, lot) for lot in lots])
+
+
+def _features(model: Any, texts: Sequence[Sequence[int]]) -> Tensor:
     row = pack(texts)
+    ends = torch.tensor([span.end - 1 for span in row.spans], device=next(model.parameters()).device)
     mixer = sides.of(model)
     with torch.no_grad(), contextlib.ExitStack() as during:
         if mixer is not None:
             during.enter_context(model.disable_adapter())
             during.enter_context(mixer.off())
-        output = run_row(model, row, output_hidden_states=True)
+        few = {"logits_to_keep": ends[-1:]} if proof_of(model).keeps else {}  # none is wanted
+        output = run_row(model, row, output_hidden_states=True, **few)
     last: Tensor = output.hidden_states[-1]
-    return last[0, torch.tensor([span.end - 1 for span in row.spans], device=last.device)]
+    return last[0, ends]
 
 
 def row_logits(model: Any, row: PackedRow, keep: Sequence[int]) -> Tensor:
@@ -57,8 +79,10 @@ def row_logits(model: Any, row: PackedRow, keep: Sequence[int]) -> Tensor:
 
 
 @contextlib.contextmanager
-def text_weights(model: Any, texts: Sequence[Sequence[int]]) -> Iterator[bool]:
+def text_weights(model: Any, texts: Sequence[Sequence[int]], keep: Sequence[int]) -> Iterator[bool]:
     """Weigh a second adapter for each text of a pass, where there is one and its weight depends on the text.
+
+    It depends on the text up to its first kept place, which is where a prompt ends: never on the answer.
 
     Yields whether texts may share what they begin with: not if it differs between them.
     """
@@ -67,7 +91,8 @@ def text_weights(model: Any, texts: Sequence[Sequence[int]]) -> Iterator[bool]:
         yield True
         return
     lengths = torch.tensor([len(t) for t in texts], device=next(model.parameters()).device)
-    with mixer.mixed(lambda: text_features(model, texts), lambda w: w.repeat_interleave(lengths)[None, :, None]):
+    prompts = [text[: own[0] + 1] if own else text for text, own in by_text(texts, keep)]
+    with mixer.mixed(lambda: text_features(model, prompts), lambda w: w.repeat_interleave(lengths)[None, :, None]):
         yield False
 
 
@@ -106,5 +131,5 @@ def packed_logits(
     """
     if len(texts) > 1 and not proof_of(model).packs(texts):
         return torch.cat([packed_logits(model, [text], own) for text, own in by_text(texts, keep) if own])
-    with text_weights(model, texts) as shareable:
+    with text_weights(model, texts, keep) as shareable:
         return row_logits(model, pack(texts, share_prefix=share_prefix and shareable), keep)

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fedtune.models import sides
 from fedtune.models.attention import by_text, row_logits, run_row, text_weights
 from fedtune.models.interface import inner
 from fedtune.models.packing import PackedRow, pack
@@ -92,7 +93,8 @@ def has_plain_head(model: Any) -> bool:
         return False
     known = getattr(base, _PLAIN, None)
     if known is None:
-        known = _tried(base)
+        with sides.without(model):
+            known = _tried(base)
         setattr(base, _PLAIN, known)
     # an adapter may have been put on the head since
     return bool(known) and type(base.get_output_embeddings()) is nn.Linear
@@ -177,7 +179,7 @@ def log_probabilities(
             found += [log_probabilities(model, [text], own, mine)] if mine else []
             start += len(own)
         return torch.cat(found)
-    with text_weights(model, texts) as shareable:
+    with text_weights(model, texts, keep) as shareable:
         row = pack(texts, share_prefix=share_prefix and shareable)
         return _row_log_probabilities(model, row, keep, wanted)
 

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fedtune.models import lean
+from fedtune.models import lean, sides
 from fedtune.models.interface import inner, packed_pass, plain_pass, watched
 from fedtune.models.packing import PackedRow, join, pack
 from fedtune.types import ModelError
@@ -217,17 +217,20 @@ def _random(base: Any) -> bool:
 
 
 @torch.no_grad()
-def _keeps(base: Any, alone: _Alone, dtype: torch.dtype) -> bool:
-    """Tell whether a model gives the logits of some places when it is told which."""
+def _keeps(base: Any, alone: _Alone, dtype: torch.dtype, *, packs: bool) -> bool:
+    """Tell whether a model gives the logits of some places when it is told which, in a packed pass as well."""
     if "logits_to_keep" not in inspect.signature(base.forward).parameters:
         return False
     places = [2, 3, len(alone.text) - 1]
     try:
         index = torch.tensor(places, device=next(base.parameters()).device)
-        logits = plain_pass(base, alone.text, logits_to_keep=index).logits[0].to("cpu", alone.logits.dtype)
+        made = [plain_pass(base, alone.text, logits_to_keep=index)]
+        made += [packed_pass(base, pack([alone.text]), logits_to_keep=index)] if packs else []
     except Exception:  # whatever a model's own code raises, it cannot do this
         return False
-    return logits.shape == (len(places), alone.logits.shape[-1]) and not far(logits, alone.logits[places], dtype)
+    wanted = alone.logits[places]
+    tables = [output.logits[0].to("cpu", wanted.dtype) for output in made]
+    return all(table.shape == wanted.shape and not far(table, wanted, dtype) for table in tables)
 
 
 @contextlib.contextmanager
@@ -268,7 +271,7 @@ def prove(model: Any, what: str = "", *, slim: bool = False) -> Proof:
         why, longest = _packable(base, alone, coarse)
         if why:
             lean.restore(base)
-        found = Proof(why, longest, _random(base), _keeps(base, alone[0], coarse))
+        found = Proof(why, longest, _random(base), _keeps(base, alone[0], coarse, packs=not why))
     setattr(base, _PROOF, found)
     return found
 
@@ -276,4 +279,5 @@ def prove(model: Any, what: str = "", *, slim: bool = False) -> Proof:
 def proof_of(model: Any) -> Proof:
     """Return what is known of a model; it is tried now if it was not when it was loaded."""
     found = getattr(inner(model), _PROOF, None)
-    return found if isinstance(found, Proof) else prove(model)
+    with sides.without(model):
+        return found if isinstance(found, Proof) else prove(model)

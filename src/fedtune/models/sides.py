@@ -165,6 +165,14 @@ class Sides:
         return weight.clamp(0, 1)
 
 
+@contextlib.contextmanager
+def without(model: Any) -> Iterator[None]:
+    """Leave the sides of a model out, if it has any."""
+    found = of(model)
+    with found.off() if found else contextlib.nullcontext():
+        yield
+
+
 def of(model: Any) -> Sides | None:
     """Return the sides of an adapted model, if it has any."""
     found = getattr(model, "fedtune_sides", None)

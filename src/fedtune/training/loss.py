@@ -127,7 +127,7 @@ def joint_loss(
         return torch.stack([total for total, _ in made]).sum(), regrouped([own for _, (own,) in made], parts)
     keep, targets, shares = _labels(parts)
     plain = has_plain_head(model)
-    with text_weights(model, [t for part in parts for t in part.texts]) as shareable:
+    with text_weights(model, [t for part in parts for t in part.texts], keep) as shareable:
         shared = share_prefix and shareable and not (model.training and proof_of(model).random)
         rows = [pack(part.texts, share_prefix=shared) for part in parts]
         if on_rows:
