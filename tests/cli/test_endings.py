@@ -205,3 +205,23 @@ def test_a_container_without_home_or_user_name_is_told_what_to_set(tmp_path: Pat
         words, capture_output=True, text=True, check=False, cwd=tmp_path, env={**bare, "FEDTUNE_CACHE": "c"}
     )
     assert done.returncode == 0, done.stderr
+
+
+def test_ctrl_c_is_a_line_and_130(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    assert ended(monkeypatch, capsys, KeyboardInterrupt()) == (130, "cancelled by Ctrl-C\n")
+
+
+@pytest.mark.parametrize("module", ["typer", "fedtune.evaluation.published"])
+def test_ctrl_c_during_imports_is_a_line_and_130(module: str) -> None:
+    """One module is imported before any command, one by a command."""
+    code = (
+        "import os, runpy, signal, sys\n"
+        "class Stop:\n"
+        "    def find_spec(self, name, path=None, target=None):\n"
+        f"        if name == {module!r}: os.kill(os.getpid(), signal.SIGINT)\n"
+        "sys.meta_path.insert(0, Stop())\n"
+        "sys.argv = ['fedtune', 'score', 'fpb', 'none.json']\n"
+        "runpy.run_module('fedtune', run_name='__main__', alter_sys=True)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (130, "cancelled by Ctrl-C\n")

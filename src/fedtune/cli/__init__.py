@@ -77,6 +77,6 @@ def main() -> None:
     try:
         app()
     except KeyboardInterrupt:
-        sys.exit(130)
+        errors.interrupted()
     except (Exception, CancelledError) as err:
         errors.end(err)

@@ -5,10 +5,11 @@ from __future__ import annotations
 import codecs
 import errno
 import os
+import signal
 import sys
 import traceback
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from typer.core import TyperGroup
 
@@ -44,6 +45,8 @@ class Group(TyperGroup):
         """Run a command."""
         try:
             return super().invoke(ctx)
+        except KeyboardInterrupt:  # the library would end without a word
+            interrupted()
         except EOFError as err:
             raise CorruptFileError(
                 f"a file ends too early ({str(err) or 'nothing more to read'}); is it cut off?"
@@ -94,6 +97,12 @@ def end(err: BaseException) -> None:
     text, code = said(err)
     print(plain(text, 100_000), file=sys.stderr)
     sys.exit(code)
+
+
+def interrupted() -> NoReturn:
+    """Say that Ctrl-C ended a command that keeps nothing to go on from, and exit."""
+    print("cancelled by Ctrl-C", file=sys.stderr)
+    sys.exit(128 + signal.SIGINT)
 
 
 def _shown(err: UnicodeError) -> tuple[str, int]:

@@ -30,18 +30,8 @@ def _layers(base: str, tasks: list[str] | None, mode: str, limit: int, prompt: s
 
 
 # what an evaluation depends on; the rest is about training
-SECTIONS = ("domain", "protocol", "model", "data", "prompt", "eval")
+SECTIONS = ("domain", "protocol", "model", "data.source", "data.path", "prompt", "eval")
 OF_RUNS = ("eval.base", "eval.every")
-
-
-def _own(assignments: list[str]) -> list[str]:
-    """Return `--set` settings, all of which an evaluation takes notice of."""
-    keys = [text.partition("=")[0].strip() for text in assignments]
-    wrong = [key for key in keys if key.split(".")[0] not in SECTIONS or key in OF_RUNS]
-    if wrong:
-        fix = f"these have: {', '.join(SECTIONS)}"
-        raise ConfigError("command line", [Problem(f"--set {k}", "has no effect on an evaluation", fix) for k in wrong])
-    return assignments
 
 
 def _base_of(target: str, base: str | None) -> tuple[str, Path | None]:
@@ -80,14 +70,15 @@ def evaluate(
     """Evaluate an adapter or a base model; run again, it does only what is missing."""
     from fedtune.cli import withheld
     from fedtune.cli.progress import TerminalReporter, terminal
-    from fedtune.cli.settings import resolve
+    from fedtune.cli.settings import resolve, taken
     from fedtune.cli.tables import scores as table
     from fedtune.experiment.evaluate import evaluate as execute
     from fedtune.io import digest
     from fedtune.results import schema
 
     name, adapter = _base_of(target, base)
-    resolved = resolve(None, {"domain": domain, **_layers(name, task, mode, limit, prompt)}, _own(settings or []), data)
+    own = taken(settings or [], SECTIONS, "an evaluation", OF_RUNS)
+    resolved = resolve(None, {"domain": domain, **_layers(name, task, mode, limit, prompt)}, own, data)
     folder = out or Path("evals") / digest([str(Path(target).name), resolved.config.semantic()])[:12]
     console = terminal(errors=json_output)
     insist = base is not None

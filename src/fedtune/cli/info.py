@@ -194,12 +194,32 @@ def ls(
             typer.echo(NOTES[what])
 
 
+# what training rows and their split depend on
+SECTIONS = ("domain", "protocol", "data", "federation.clients")
+PLOTS = (".svg", ".png", ".pdf")
+
+
+def _check_plot(path: Path) -> None:
+    """Raise ConfigError for a plot that could not be written, before any work is done for it."""
+    if path.suffix.lower() not in PLOTS:
+        found = Problem(f"--plot {path}", "is no plot's name", f"it ends in {', '.join(PLOTS)}")
+    elif path.is_dir():
+        found = Problem(f"--plot {path}", "is a folder", "name a file")
+    else:
+        return
+    raise ConfigError("command line", [found])
+
+
 def _plot(counts: list[dict[str, int]], path: Path, title: str) -> None:
-    """Draw rows a client, stacked by natural key, as SVG or PNG by the file's ending."""
+    """Draw rows a client, stacked by natural key, in the format of the file's ending."""
+    import io
+
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
+
+    from fedtune.io import write_bytes
 
     keys = sorted({k for c in counts for k in c})
     figure, axes = plt.subplots(figsize=(max(6, len(counts) * 0.35), 4))
@@ -212,7 +232,9 @@ def _plot(counts: list[dict[str, int]], path: Path, title: str) -> None:
     if 1 < len(keys) <= 12:
         axes.legend(fontsize=8)
     figure.tight_layout()
-    figure.savefig(path)
+    drawn = io.BytesIO()
+    figure.savefig(drawn, format=path.suffix.lower().removeprefix("."))
+    write_bytes(path, drawn.getvalue())
 
 
 def _shares(counts: list[dict[str, int]]) -> None:
@@ -239,15 +261,18 @@ def data(
     protocol: Annotated[str | None, typer.Option(help="Frozen settings.")] = None,
     folder: Annotated[Path | None, typer.Option("--data", help="A folder with train/ files.")] = None,
     settings: Annotated[list[str] | None, typer.Option("--set", "-s", help="Any setting.")] = None,
-    plot: Annotated[Path | None, typer.Option(help="Also draw it: a .svg or .png file.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="Also draw it: a .svg, .png or .pdf file.")] = None,
 ) -> None:
     """Show a domain's training rows: what is wrong with them, and how they are split over the clients."""
-    from fedtune.cli.settings import options, resolve
+    from fedtune.cli.settings import options, resolve, taken
     from fedtune.data.partition import table
     from fedtune.training import workload
 
+    if plot:
+        _check_plot(plot)
     chosen = options(domain=domain, partition=partition, clients=clients, protocol=protocol)
-    config = resolve(None, chosen, settings or [], folder).config
+    own = taken(settings or [], SECTIONS, "training rows and their split")
+    config = resolve(None, chosen, own, folder).config
     loaded = workload.load(config)
     counts = table(loaded.checked.rows, loaded.shards)
     say(f"{loaded.name}: {len(loaded.checked.rows)} rows, partition {config.data.partition}")

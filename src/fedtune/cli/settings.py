@@ -8,7 +8,7 @@ from typing import Any
 
 from fedtune import settings
 from fedtune.config import Settings, parse_assignment
-from fedtune.config.load import merge, read_toml
+from fedtune.config.load import flatten, merge, read_toml
 from fedtune.io import expanded
 from fedtune.models import zoo
 from fedtune.types import ConfigError, Problem
@@ -36,6 +36,30 @@ def options(**named: Any) -> dict[str, Any]:
             layer = {part: layer}
         nested = merge(nested, layer)
     return nested
+
+
+def taken(assignments: Sequence[str], places: Sequence[str], what: str, but: Sequence[str] = ()) -> Sequence[str]:
+    """Return `--set` settings, all of which a command takes notice of.
+
+    Args:
+        assignments: as given.
+        places: sections and keys that have an effect.
+        what: what it is that they have an effect on.
+        but: keys of these sections that have none.
+
+    Raises:
+        ConfigError: with each that has none.
+    """
+    keys = [key for text in assignments for key in flatten(parse_assignment(text))]
+    wrong = [key for key in keys if not _within(key, places) or _within(key, but)]
+    if wrong:
+        fix = f"these have: {', '.join(places)}"
+        raise ConfigError("command line", [Problem(f"--set {k}", f"has no effect on {what}", fix) for k in wrong])
+    return assignments
+
+
+def _within(key: str, places: Sequence[str]) -> bool:
+    return any(key == place or key.startswith(f"{place}.") for place in places)
 
 
 def with_folder(folder: Path | None) -> dict[str, Any]:

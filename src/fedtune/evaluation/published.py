@@ -86,6 +86,18 @@ def read(path: Path, kind: Kind) -> list[dict[str, Any]]:
     return samples
 
 
+def _check_options(kind: Kind, mode: ScoreMode, references: Path | None) -> None:
+    """Raise ConfigError for an option that would change nothing."""
+    problems = []
+    if kind == "program" and mode == "strict":
+        problems.append(Problem("--mode strict", "has no effect: programs pass their tests or do not", "leave it out"))
+    if kind != "program" and references is not None:
+        what = "has no effect: only programs have tests"
+        problems.append(Problem(f"--references {references}", what, "leave it out"))
+    if problems:
+        raise ConfigError("fedtune score", problems)
+
+
 def score(task: str, path: Path, mode: ScoreMode, references: Path | None = None) -> Score:
     """Score a published generation file; programs are run again in the sandbox.
 
@@ -96,7 +108,7 @@ def score(task: str, path: Path, mode: ScoreMode, references: Path | None = None
         references: tests of programs; by default those published beside the generations.
 
     Raises:
-        ConfigError: unknown task.
+        ConfigError: unknown task, or a mode or references that its kind has no use for.
         CorruptFileError: the file cannot be read as generations.
         DataError, SandboxError: programs cannot be run.
     """
@@ -104,6 +116,7 @@ def score(task: str, path: Path, mode: ScoreMode, references: Path | None = None
         fix = nearest(task, SCORED) or f"one of {', '.join(SCORED)}"
         raise ConfigError("fedtune score", [Problem(task, "unknown task", fix)])
     kind = TASKS[task].kind
+    _check_options(kind, mode, references)
     if kind == "program":
         return score_published(TASKS[task], path, references)[0]
     samples = read(path, kind)

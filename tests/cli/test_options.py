@@ -1,0 +1,40 @@
+"""Options that would change nothing, or that cannot be met, are refused before any work."""
+
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from fedtune.cli import app
+from fedtune.types import ConfigError
+
+REFUSED = {
+    "tests of no program": (["score", "mmlu_stem", "x.json", "--references", "t.json"], "--references t.json: has no"),
+    "strict programs": (["score", "humaneval", "x.json", "--mode", "strict"], "--mode strict: has no effect"),
+    "training of rows": (["data", "finance", "-s", "train.max_steps=3"], "train.max_steps: has no effect on training"),
+    "rounds of rows": (["data", "finance", "-s", "federation={rounds=3}"], "federation.rounds: has no effect"),
+    "a text as plot": (["data", "finance", "--plot", "x.txt"], "x.txt: is no plot's name; it ends in .svg, .png, .pdf"),
+    "no ending": (["data", "finance", "--plot", "plot"], "--plot plot: is no plot's name"),
+    "split of items": (
+        ["eval", "m", "--domain", "finance", "-s", "data.partition=iid"],
+        "data.partition: has no effect",
+    ),
+    "a curve of one": (["eval", "m", "--domain", "finance", "-s", "eval={every=1}"], "eval.every: has no effect"),
+}
+
+
+@pytest.mark.parametrize("what", REFUSED)
+def test_an_option_without_effect_is_refused(what: str) -> None:
+    words, told = REFUSED[what]
+    done = CliRunner().invoke(app, words)
+    assert isinstance(done.exception, ConfigError), done.output
+    assert told in str(done.exception)
+
+
+@pytest.mark.parametrize("ending", ["png", "PDF"])
+def test_a_plot_is_drawn_in_the_format_of_its_ending(ending: str, data_folder: Path, tmp_path: Path) -> None:
+    plot = tmp_path / f"new/split.{ending}"
+    words = ["data", "finance", "--data", str(data_folder), "-s", "federation={clients=3}", "--plot", str(plot)]
+    done = CliRunner().invoke(app, words)
+    assert done.exception is None, done.output
+    assert plot.read_bytes().startswith(b"\x89PNG" if ending == "png" else b"%PDF")
