@@ -11,6 +11,7 @@ import torch
 from typer.testing import CliRunner
 
 from fedtune.cli import app
+from fedtune.experiment.aggregate import aggregate, build
 from fedtune.methods import METHODS
 from fedtune.models.folder import read_state
 from fedtune.types import AdapterError, ConfigError, ProblemsError
@@ -379,3 +380,14 @@ def test_a_base_that_the_adapters_do_not_fit_is_named(
     with pytest.raises(AdapterError, match=said):
         _run("--method", "flexlora", "--clients", client, client, "--base", other, "--out", tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_one_client_is_said_to_be_alone_and_none_is_refused(folders: list[Path], tmp_path: Path) -> None:
+    words = ["--method", "fedit", "--out", str(tmp_path / "out"), "--clients", str(folders[0])]
+    done = CliRunner().invoke(app, ["aggregate", *words], catch_exceptions=False)
+    assert "fedit: 1 adapter, with no other to be averaged with, of" in done.output
+    made, own = read_state(tmp_path / "out"), read_state(folders[0])
+    assert all(torch.allclose(made[path].delta(), own[path].delta()) for path in own)
+    for clients, examples in ([], []), ([own], []), ([own], [0]):
+        with pytest.raises(ConfigError, match=r"clients: [01] clients with examples"):
+            aggregate(build("fedit", {}), clients, examples)

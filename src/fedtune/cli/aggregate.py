@@ -113,7 +113,8 @@ def aggregate(
 
 
 def _said(facts: dict[str, Any]) -> list[str]:
-    lines = [f"{facts['method']}: {facts['clients']} adapters of {facts['modules']} layers, rank {facts['rank']}"]
+    many = f"{facts['clients']} adapters" if facts["clients"] > 1 else "1 adapter, with no other to be averaged with,"
+    lines = [f"{facts['method']}: {many} of {facts['modules']} layers, rank {facts['rank']}"]
     lines += [f"  {folder}" for folder in facts["adapters"]]
     if facts["relative_error"] is None:
         lines.append("no global model: each client has its own")

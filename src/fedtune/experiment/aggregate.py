@@ -99,7 +99,13 @@ def aggregate(
         round_: which round it is, for methods that alternate.
         rank: of the result where the method cuts ranks; 0 is the largest of the clients.
         base: layer -> base weight [out, in]; DoRA adapters need it where the method maps them exactly.
+
+    Raises:
+        ConfigError: there is no client, or not one count of examples above 0 for each.
     """
+    if not clients or len(examples) != len(clients) or min(examples) <= 0:
+        what = f"{len(clients)} clients with examples {list(examples)}"
+        raise ConfigError("fedtune aggregate", [Problem("clients", what, "it takes one or more, each with examples")])
     relative: dict[str, Tensor] = {}
     if method.dora == "exact" and any(m.magnitude is not None for m in clients[0].values()):
         if base is None:
