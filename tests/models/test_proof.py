@@ -184,6 +184,16 @@ def test_an_adapter_that_no_gradient_reaches_is_refused_before_training(
     plan(config, adapted, 64, 200.0, LAPTOP)
 
 
+def test_a_model_whose_weights_let_no_gradient_through_is_trained_all_the_same(
+    tiny_folder: Path, settings: Callable[..., Settings]
+) -> None:
+    config = settings().config
+    adapted = attach(load(ModelSettings(name=str(tiny_folder))), config.lora, 0)
+    with torch.no_grad():
+        adapted.model.get_base_model().model.norm.weight.zero_()
+    plan(config, adapted, 64, 200.0, LAPTOP)
+
+
 def test_adapters_that_cannot_stand_side_by_side_are_trained_one_after_the_other(
     tiny_folder: Path, tiny_config: Config
 ) -> None:
