@@ -40,6 +40,8 @@ HARMLESS = {
     "transformers_version",
     "use_cache",
 }
+# more of them for a single token that is asked for without sampling; the penalty is applied
+HARMLESS_ONCE = HARMLESS | {"cache_implementation", "do_sample", "max_new_tokens", "repetition_penalty"}
 
 
 def wrap(prompt: str, kind: str) -> str:
@@ -109,13 +111,15 @@ def choose(model: Any, tokenizer: Any, items: Sequence[Item], kind: Kind) -> Ite
     """Yield the outputs of one official batch of questions after the other.
 
     The number of new tokens is the token length of the first gold answer of the batch: for a letter it is
-    one, and the greedy token is the arg-max of the last logits, so no generation loop is needed.
+    one, and the greedy token is the arg-max of the last logits, so no generation loop is needed; unless the model
+    has generation settings that choose otherwise.
     """
+    plain = not set(model.generation_config.to_diff_dict()) - HARMLESS_ONCE
     for start in range(0, len(items), CHOICE_BATCH):
         batch = items[start : start + CHOICE_BATCH]
         texts = [tokenizer(wrap(item.prompt, kind))["input_ids"] for item in batch]
         new_tokens = len(tokenizer(batch[0].gold_answer, add_special_tokens=False)["input_ids"])
-        if new_tokens == 1:
+        if new_tokens == 1 and plain:
             yield [tokenizer.decode([t], skip_special_tokens=True) for t in _first_tokens(model, texts)]
         else:
             yield [_generate_one(model, tokenizer, text, new_tokens) for text in texts]
