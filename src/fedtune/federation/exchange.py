@@ -82,6 +82,7 @@ def _expected(fed: Federation, cohort: Sequence[int], when: When, state: ServerS
         lambda tensors, client: fed.recipe.flaw(tensors, state, client, round_),
         phase,
         fed.recipe.method.ragged,
+        fed.recipe.growth,
     )
 
 

@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from torch import Tensor
 
 from fedtune.lora.algebra import weighted_mean
-from fedtune.lora.state import PREFIX, B, M
+from fedtune.lora.state import PREFIX, AdapterState, B, M
 
 SMALLEST = 1e-6
 
@@ -42,6 +42,16 @@ def to_wire(payload: Mapping[str, Tensor], norms: Mapping[str, Tensor]) -> dict[
         relative = payload[PREFIX + path + M] / norms[path].to(payload[PREFIX + path + M].dtype)
         sent[PREFIX + path + M] = relative
         sent[PREFIX + path + B] = payload[PREFIX + path + B] * relative[:, None]
+    return sent
+
+
+def on_the_wire(tensors: Mapping[str, Tensor], adapter: AdapterState) -> dict[str, Tensor]:
+    """Return tensors of the server's adapter as a client would send them: B as D * B, by the adapter's own D."""
+    sent = dict(tensors)
+    for path, module in adapter.items():
+        name = PREFIX + path + B
+        if name in sent and module.magnitude is not None:
+            sent[name] = sent[name] * module.magnitude[:, None]
     return sent
 
 

@@ -284,6 +284,12 @@ class Method:
         adapter = to_tensors(self.cut(state.adapter, client))
         return {n: t for n, t in adapter.items() if self.trainable(round_, n)}
 
+    def growth(self, name: str) -> float:
+        """Return by how much the norm of a tensor that a client sends may exceed that of what is expected."""
+        from fedtune.methods.sound import GROWTH
+
+        return GROWTH
+
     def common(self, round_: int, name: str) -> bool:
         """Tell whether a tensor has to be the same in all adapters that are aggregated after a round."""
         return not self.trainable(round_, name)

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 from fedtune.methods.base import ClientUpdate, Method, ServerState, Sizes
 from fedtune.methods.local import Fitted, Local, Tensors
+from fedtune.methods.sound import LOOSE
 from fedtune.types import derive_seed
 
 if TYPE_CHECKING:
@@ -157,6 +158,10 @@ class FedSB(Method):
         adapter = to_tensors(state.adapter)
         probes = [(n, t, i) for n, t in adapter.items() for i in range(1, LEFT + 1)]
         return {f"{n}.{i}": t for n, t, i in probes if n.endswith(_A) or i <= RIGHT}
+
+    def growth(self, name: str) -> float:
+        """Let sketches be of any plausible size: only the directions of their SVD are used."""
+        return super().growth(name) if name.endswith(_R) else LOOSE
 
     def aggregate(
         self, clients: Sequence[AdapterState], examples: Sequence[float], state: ServerState, round_: int, rank: int = 0

@@ -17,6 +17,7 @@ from pydantic import Field
 from fedtune.methods.base import ClientUpdate, ServerState, Sizes
 from fedtune.methods.base_delta import MovesBase, is_kept
 from fedtune.methods.local import Fitted, Local, Tensors
+from fedtune.methods.sound import GROWTH, LOOSE
 from fedtune.types import derive_seed
 
 if TYPE_CHECKING:
@@ -133,15 +134,21 @@ class FedASK(MovesBase):
 
     def expected(self, state: ServerState, client: int, round_: int) -> dict[str, Tensor]:
         """Expect first or second sketches."""
+        from fedtune.lora import product
+
         sent = {}
         for path, m in state.adapter.items():
             out, inner = m.b.shape[0], m.a.shape[1]
             width = self.sketch_width(out, inner, self.scene.rank or m.rank)
             name, shape = (_P + path, (width, inner)) if _Q + path in state.extra else (_Y + path, (out, width))
             # as large as a sketch of the global adapter can be, so that the screening allows for it
-            largest = m.scale * float(m.b.norm()) * float(m.a.norm()) * width**0.5
+            largest = product.size(m) * (1.0 if name.startswith(_P) else width**0.5 * inner**0.5)
             sent[name] = m.a.new_full(shape, largest / (shape[0] * shape[1]) ** 0.5)
         return sent
+
+    def growth(self, name: str) -> float:
+        """Let the first sketch be of any plausible size, for only its directions are used; the second is a product."""
+        return LOOSE if name.startswith(_Y) else GROWTH**2
 
     def aggregate(
         self, clients: Sequence[AdapterState], examples: Sequence[float], state: ServerState, round_: int, rank: int = 0

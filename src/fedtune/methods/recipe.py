@@ -136,10 +136,24 @@ class Recipe:
     def expected(self, state: ServerState, client: int, round_: int) -> dict[str, Tensor]:
         """Return tensors with the names, shapes and dtypes that a client must send, and about the size."""
         up = self.method.expected(state, client, round_)
+        if self.exact_dora:
+            from fedtune.lora import dora
+
+            up = dora.on_the_wire(up, state.adapter)
         if not self.config.drift.scaffold:
             return up
         controls = self._controls(state)
         return up | drift.named({n: controls[n] for n in up})
+
+    def growth(self, name: str) -> float:
+        """Return by how much the norm of a tensor that a client sends may exceed that of what is expected.
+
+        A control is a mean of clipped gradients, with weight decay.
+        """
+        if name.startswith(drift.CONTROL):
+            train = self.config.train
+            return sound.CLIPPED * train.max_grad_norm + sound.GROWTH * train.weight_decay
+        return self.method.growth(name)
 
     def flaw(self, update: Tensors, state: ServerState, client: int, round_: int) -> str:
         """Say what is wrong with an update whose names and dtypes are as expected, or return an empty string."""
@@ -173,13 +187,24 @@ class Recipe:
         Raises:
             UpdateError: the first client whose numbers cannot be taken.
         """
+        before = self._wire(state)
         for update in () if self.streams else updates:
             own = drift.split(update.tensors)[0]
             flaw = sound.unsound(update.tensors, relative=self.exact_dora)
             if not flaw and self.method.comparable and self.method.pairs:
-                flaw = sound.too_strong(self.method.completed(replace(update, tensors=own), state))
+                flaw = sound.too_strong(self.method.completed(replace(update, tensors=own), before), before.adapter)
             if flaw:
                 raise UpdateError(update.client, flaw)
+
+    def _wire(self, state: ServerState) -> ServerState:
+        """Return a state with its adapter in the form in which clients send theirs."""
+        from fedtune.lora import dora
+        from fedtune.lora.state import to_tensors, with_tensors
+
+        if not self.exact_dora:
+            return state
+        sent = dora.on_the_wire(to_tensors(state.adapter), state.adapter)
+        return replace(state, adapter=with_tensors(state.adapter, sent))
 
     def _own(self, state: ServerState) -> dict[str, Tensor]:
         """Return the method's own extra state, without what belongs to what is around it."""

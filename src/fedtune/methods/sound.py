@@ -1,8 +1,11 @@
 """Which numbers of an update a server half takes: finite ones, none absurdly large, and relative magnitudes above 0.
 
 Products of such numbers stay far inside float32's range, so no aggregation overflows, divides by zero or hands NaN to
-LAPACK because of what one client sent. A trained adapter's numbers are below 100. A layer's product is bounded too: an
-SVD makes factors of its size, which the clients of the next round must be able to send.
+LAPACK because of what one client sent. A layer's product may grow by no more than a product of factors that have both
+grown as far as they may: an SVD makes factors of its size, from which the clients of the next round start.
+
+How far a client may go is always counted from what it was sent, so whoever starts from an accepted state and trains
+honestly is never refused for where it started.
 """
 
 from __future__ import annotations
@@ -14,7 +17,15 @@ if TYPE_CHECKING:
     from fedtune.lora.state import AdapterState
     from fedtune.methods.local import Tensors
 
-LARGEST, STRONGEST = 1e9, 1e6
+LARGEST = 1e9
+# how much larger (Frobenius norm) a tensor may be than what the client was sent. Trained factors have norms of 0.1 to
+# 100 in the end, and a step of AdamW moves a tensor of n numbers by about sqrt(n) times the learning rate: a round of
+# FlowerTune's recipe moves a factor by 0.2
+GROWTH = 100.0
+# of what leaves no more than a direction in the model: sketches
+LOOSE = 1e4
+# of SCAFFOLD's controls, in multiples of what gradients are clipped to
+CLIPPED = 10.0
 _MAGNITUDE = ".lora_magnitude_vector"
 
 
@@ -40,16 +51,12 @@ def unsound(tensors: Tensors, *, relative: bool = False) -> str:
     return ""
 
 
-def too_strong(adapter: AdapterState) -> str:
-    """Say which layer's product is larger than a server half takes, or return an empty string."""
+def too_strong(adapter: AdapterState, before: AdapterState) -> str:
+    """Say which layer's product has grown more than a server half takes, or return an empty string."""
     from fedtune.lora.product import size
 
-    sizes = {path: size(module) for path, module in adapter.items()}
-    return next(
-        (
-            f"{p}: the product has norm {s:.3g}; at most {STRONGEST:g} is taken"
-            for p, s in sizes.items()
-            if s > STRONGEST
-        ),
-        "",
-    )
+    for path, module in adapter.items():
+        norm, limit = size(module), size(before[path]) + GROWTH**2
+        if norm > limit:
+            return f"{path}: the product has norm {norm:.3g}; at most {limit:.3g} is taken"
+    return ""

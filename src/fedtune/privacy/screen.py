@@ -17,11 +17,9 @@ import torch
 from torch import Tensor
 
 from fedtune.methods.base import ClientUpdate
+from fedtune.methods.sound import GROWTH
 from fedtune.types import ClientStats, Rejection, last_line, plain
 
-# how much larger (Frobenius norm) a tensor may be than what the client was sent. Trained factors have norms of 0.1 to
-# 100, so no honest update comes near it; and as it is added, not multiplied, a model grows by no more than this a round
-GROWTH = 1e4
 # a count or a loss above is no measurement; sums of such numbers stay finite, and whole
 MOST = 1e15
 
@@ -58,6 +56,7 @@ class Expected:
         flaw: says what else is wrong with an update of a client, or returns an empty string.
         phase: which exchange of the round.
         ragged: an update's shapes are the client's choice, within what `flaw` allows.
+        growth: by how much the Frobenius norm of a tensor may exceed that of the signature's, by name.
     """
 
     run: str
@@ -68,6 +67,7 @@ class Expected:
     flaw: Callable[[Mapping[str, Tensor], int], str] | None = None
     phase: int = 1
     ragged: bool = False
+    growth: Callable[[str], float] = lambda name: GROWTH
 
 
 @dataclass(frozen=True)
@@ -137,15 +137,17 @@ def _norm(tensor: Tensor) -> float:
     return float(torch.linalg.vector_norm(numbers, dtype=torch.promote_types(numbers.dtype, torch.float32)))
 
 
-def _size(got: Mapping[str, Tensor], want: Mapping[str, Tensor]) -> tuple[str, str] | None:
-    """Reject what is not finite, or too large to be a trained tensor."""
+def _size(
+    got: Mapping[str, Tensor], want: Mapping[str, Tensor], growth: Callable[[str], float]
+) -> tuple[str, str] | None:
+    """Reject what is not finite, or too large to come of training from what was sent."""
     for name, tensor in got.items():
         norm = _norm(tensor)
-        if norm <= GROWTH:
+        if norm <= growth(name):
             continue
         if not torch.isfinite(tensor).all():
             return "non_finite", f"{name} has NaN or infinity"
-        limit = GROWTH + _norm(want[name])
+        limit = growth(name) + _norm(want[name])
         if not norm <= limit:
             return "too_large", f"{name} has norm {norm:.3g}, at most {limit:.3g} is accepted"
     return None
@@ -169,7 +171,7 @@ def _reason(reply: Reply, expected: Expected, seen: set[int]) -> tuple[str, str]
         return odd
     flaw = partial(_flaw, got, expected, reply.client)
     shaped = flaw() if expected.ragged else _shapes(got, want)
-    return shaped or _size(got, want) or (None if expected.ragged else flaw()) or _examples(reply)
+    return shaped or _size(got, want, expected.growth) or (None if expected.ragged else flaw()) or _examples(reply)
 
 
 def _judged(reply: Reply, expected: Expected, seen: set[int]) -> tuple[str, str] | None:
