@@ -236,3 +236,9 @@ def test_folders_are_named_from_everywhere(
     )
     assert resolve(file, {}, []).config.data.path == str(data_folder.resolve())
     assert resolve(None, {"domain": "finance", "model": {"name": "some/model"}}, []).config.model.name == "some/model"
+
+
+def test_an_engine_that_is_not_installed_is_refused_before_anything_is_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match=r"engine\.executor.*pip install 'fedtune\[simulation\]'"):
+        load([{"domain": "finance", "engine": {"executor": "ray"}}])

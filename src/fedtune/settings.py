@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from functools import partial
@@ -158,5 +159,11 @@ def places(config: Config) -> Iterable[Problem]:
     yield from zoo.problems(config)
 
 
+def installed(config: Config) -> Iterable[Problem]:
+    """Yield what the settings need that is not installed here."""
+    if config.engine.executor == "ray" and importlib.util.find_spec("ray") is None:
+        yield Problem('engine.executor = "ray"', "Ray is not installed", "pip install 'fedtune[simulation]'")
+
+
 CHECKS = (domains.problems, methods.problems, without_effect, empty, twice)
-PLACES = (places,)
+PLACES = (places, installed)
