@@ -46,6 +46,19 @@ def test_a_zip_with_folders_around_the_runs_is_good(good: Path, tmp_path: Path, 
     assert reasons(zipped(good, tmp_path / "s.zip", prefix)) == ""
 
 
+def test_what_file_managers_leave_behind_is_not_looked_at(good: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(good, tmp_path / "submission")
+    left = (".DS_Store", "Thumbs.db", "seed-1/.DS_Store", "seed-1/adapter/Thumbs.db", "__MACOSX/seed-1/._rounds.jsonl")
+    for name in (*left, "seed-2/._rounds.jsonl", "seed-2/evals/._x.jsonl.gz"):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(b"\0")
+    assert reasons(folder) == ""
+    assert reasons(zipped(folder, tmp_path / "s.zip", "submission/")) == ""
+    # it hides nothing: a file of the run under such a name is a file that is missing
+    shutil.move(folder / "seed-1/rounds.jsonl", folder / "seed-1/._rounds.jsonl")
+    assert "rounds.jsonl: is listed and not there" in reasons(folder)
+
+
 def test_runs_amid_other_files_are_named(good: Path, tmp_path: Path) -> None:
     shutil.copytree(good, tmp_path / "repository/submissions/a-team")
     (tmp_path / "repository/setup.py").write_text("")
@@ -165,11 +178,15 @@ def test_a_strangers_names_do_nothing_to_a_terminal_or_a_runner(good: Path, tmp_
     shutil.copytree(good / "seed-1", tmp_path / "s/seed-1")
     odd = "x\x1b[31m\n::error::owned\u202e.json"
     (tmp_path / "s/seed-1" / odd).write_text("{}")
+    done = CliRunner().invoke(app, ["validate", str(tmp_path / "s")])
+    assert done.exit_code == 4
+    assert not {"\x1b", "\x07", "\u202e"} & set(done.output)
+    assert not [line for line in done.output.splitlines() if line.lstrip().startswith("::")]
+    assert "x\\x1b[31m\\n::error::owned\\u202e.json: is there and not listed" in done.output
     entry = json.loads((tmp_path / "s/seed-1/entry.json").read_text())
     entry["files"] = {"\x1b]0;owned\x07": file_sha256(good / "seed-1/README.md"), **entry["files"]}
     (tmp_path / "s/seed-1/entry.json").write_text(json.dumps(entry))
     done = CliRunner().invoke(app, ["validate", str(tmp_path / "s")])
     assert done.exit_code == 4
     assert not {"\x1b", "\x07", "\u202e"} & set(done.output)
-    assert not [line for line in done.output.splitlines() if line.lstrip().startswith("::")]
-    assert "x\\x1b[31m\\n::error::owned\\u202e.json: is there and not listed" in done.output
+    assert "a name in files: has U+001B" in done.output

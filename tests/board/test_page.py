@@ -213,6 +213,27 @@ def test_the_overall_board_needs_every_domain(page: Any) -> None:
     assert "1 of 2 domains" in page.locator("#board tbody").text_content()
 
 
+def test_the_overall_board_says_of_a_row_what_is_said_of_its_parts(browser: Any, tmp_path: Path) -> None:
+    parts: list[dict[str, Any]] = [
+        {"domain": "code", "state": "re-run"},
+        {"domain": "finance", "state": "flagged", "reasons": ["trained on the test set"]},
+        {"domain": "medical", "unranked": ["a part of a set"], "state": "reported"},
+    ]
+    for part in parts:
+        write_entry(tmp_path / "store", entry(0, **part))
+    build(tmp_path / "store", tmp_path / "out")
+    tab = browser.new_page()
+    tab.goto((tmp_path / "out/index.html").as_uri() + "#board=overall")
+    assert tab.locator("#board tbody td[data-label=State]").text_content() == "flagged"
+    assert tab.locator("#board tbody .state").get_attribute("title") == "finance: trained on the test set"
+    assert tab.locator("#board tbody td[data-label=Rank]").get_attribute("title") == "medical: a part of a set"
+    # the flagged board adds nothing, and an average over the others would not be overall
+    assert "–" in tab.locator("#board tbody td[data-label^=Score]").text_content()
+    tab.locator("#board tbody tr button").first.click()
+    assert "medical: a part of a set" in tab.locator("tr.more").text_content()
+    tab.close()
+
+
 def test_a_thousand_rows_render_at_once(browser: Any, tmp_path: Path) -> None:
     """All rows are in the document when the script has run: nothing is paged, nothing is waited for."""
     for one in many(1000):

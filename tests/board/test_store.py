@@ -1,5 +1,6 @@
 """The store: nothing is overwritten, a flag outlives every later publishing, people write only flags into it."""
 
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +13,7 @@ from fedtune.board.store import by_hand, holds, read_entry, write_entry
 from fedtune.cli import app
 from fedtune.evaluation import again
 from fedtune.io import read_json, write_json
+from fedtune.results.entry import Entry
 from fedtune.types import DataError
 from tests.board.entries import entry
 
@@ -96,10 +98,23 @@ def test_people_write_nothing_but_flags(tmp_path: Path, change: Callable[[Path],
     assert done.exit_code == (4 if said else 0)
 
 
+def test_a_store_that_is_a_link_or_not_there_is_a_problem(tmp_path: Path) -> None:
+    write_entry(tmp_path / "store", entry(0, files=FILES))
+    (tmp_path / "link").symlink_to(tmp_path / "store", target_is_directory=True)
+    (tmp_path / "file").write_text("")
+    for other in ("link", "file", "nothing"):
+        for pair in ((other, "store"), ("store", other)):
+            done = CliRunner().invoke(app, ["board", "by-hand", *(str(tmp_path / name) for name in pair)])
+            assert done.exit_code == 4
+            assert f"{other}: is a link, or no folder" in done.output
+
+
 @pytest.mark.xdist_group("submission")
 def test_one_that_is_refused_keeps_no_other_out(good: Path, tmp_path: Path) -> None:
     (tmp_path / "bad").mkdir()
-    (tmp_path / "bad/entry.json").write_text("[]")
+    # a seed of so many digits is no name of a file
+    sound = read_json(good / "seed-1/entry.json")
+    (tmp_path / "bad/entry.json").write_text(json.dumps({**sound, "seed": 10**300}))
     store = tmp_path / "store"
     done = CliRunner().invoke(app, ["board", "add", str(tmp_path / "bad"), str(good), "--store", str(store)])
     assert done.exit_code == 4
@@ -125,6 +140,22 @@ def test_a_row_says_where_programs_were_not_run_again(
     assert {r for e in found for r in e.reasons} == {
         "fpb: programs not run again here: no sandbox works on this machine"
     }
+
+
+@pytest.mark.xdist_group("submission")
+def test_what_the_disk_refuses_keeps_no_other_out(good: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(store: Path, made: Entry) -> Path:
+        if made.seed == 1:
+            raise OSError("File name too long")
+        return write_entry(store, made)
+
+    monkeypatch.setattr("fedtune.board.store.write_entry", full)
+    store = tmp_path / "store"
+    paths = [str(good / "seed-1"), str(good / "seed-2")]
+    done = CliRunner().invoke(app, ["board", "add", *paths, "--store", str(store)])
+    assert done.exit_code == 4
+    assert "seed-1: File name too long" in done.output
+    assert [read_entry(p).seed for p in store.rglob("*.json")] == [2]
 
 
 class _Program:

@@ -79,11 +79,16 @@ class Place:
         """Make a change on a branch, and run what the workflow runs for a pull request with it."""
         change(author := self.clone())
         self.push(author, f"pr-{self.count}")
+        return self.checked(f"pr-{self.count}")
+
+    def checked(self, branch: str) -> subprocess.CompletedProcess[str]:
+        """Run what the workflow runs for a pull request of a branch."""
+        self.count += 1
         runner = self.root / f"runner-{self.count}"
         runner.mkdir()
         tool(runner)
         git(runner, "clone", "-q", "-b", "main", str(self.remote), "trusted")
-        git(runner, "clone", "-q", "-b", f"pr-{self.count}", str(self.remote), "proposed")
+        git(runner, "clone", "-q", "-b", branch, str(self.remote), "proposed")
         return sh(runner, block("validate", "check"), GITHUB_BASE_REF="main")
 
     def publish(self, runner: Path | None = None) -> tuple[Path, list[subprocess.CompletedProcess[str]]]:
@@ -204,3 +209,26 @@ def test_two_publishers_at_once_lose_nothing(place: Place, good: Path) -> None:
     end = place.clone("end")
     assert len(list(end.rglob("results/**/seed-*.json"))) == 2
     assert (end / "submissions/README.md").read_text() == "# New words\n"
+
+
+def test_a_pull_request_answers_for_its_own_changes_only(place: Place, good: Path) -> None:
+    author = place.clone()
+    (author / "submissions/README.md").write_text("# Better words\n")
+    place.push(author, "slow")
+    # meanwhile main publishes another's entries, under a name that begins with a dot
+    merged = place.clone()
+    submit(good, ".a-team")(merged)
+    place.push(merged, "main")
+    _, steps = place.publish()
+    assert [s.returncode for s in steps] == [0, 0, 0], [s.stderr for s in steps]
+    assert len(list(place.clone("seen").rglob("results/**/seed-*.json"))) == 2
+    done = place.checked("slow")
+    assert done.returncode == 0, done.stdout + done.stderr
+
+    def elsewhere(clone: Path) -> None:
+        shutil.move(clone / "results", clone / "elsewhere")
+        (clone / "results").symlink_to("elsewhere", target_is_directory=True)
+
+    refused = place.pull_request(elsewhere)
+    assert refused.returncode == 1
+    assert "results: is a link" in refused.stderr

@@ -1,5 +1,6 @@
 """Programs of a stranger's log are run again: what is said to pass must pass, with tests that did not come along."""
 
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -15,6 +16,13 @@ WRONG = {"kind": "wrong", "compiled": True, "detail": ""}
 
 def row(i: int, program: str, outcome: dict[str, Any] = PASSED) -> dict[str, Any]:
     return {"i": i, "programs": [program], "outcomes": [outcome]}
+
+
+@pytest.fixture(autouse=True)
+def fresh() -> Iterator[None]:
+    again._unable.cache_clear()
+    yield
+    again._unable.cache_clear()
 
 
 @pytest.fixture
@@ -62,3 +70,12 @@ def test_what_is_too_much_is_not_run() -> None:
 def test_why_programs_cannot_be_run_again_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sandbox, "engine", lambda: None)
     assert "no sandbox works on this machine" in again.unable(TASK)
+
+
+def test_the_answer_is_one_for_all_who_ask(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A sandbox that comes back between two questions makes nothing count as run that was not."""
+    monkeypatch.setattr(sandbox, "engine", lambda: None)
+    first = again.unable(TASK)
+    monkeypatch.undo()
+    assert again.unable(TASK) == first
+    assert first

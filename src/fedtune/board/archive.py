@@ -19,6 +19,14 @@ METHODS = {9: "Deflate64", 12: "bzip2", 14: "LZMA", 93: "Zstandard", 95: "XZ"}
 LINK, FOLDER, FILE = 0xA, 0x4, 0x8
 PACK = "pack a run: fedtune submit RUN --out DIR"
 
+LITTER = (".DS_Store", "Thumbs.db", "desktop.ini")  # what file managers leave behind, as they do in __MACOSX
+
+
+def litter(name: str | PurePosixPath | Path) -> bool:
+    """Tell whether a path is what a file manager left behind: it is no part of a submission, and never looked at."""
+    path = PurePosixPath(name)
+    return path.name in LITTER or path.name.startswith("._") or "__MACOSX" in path.parts
+
 
 def _info_problem(info: zipfile.ZipInfo) -> tuple[str, str]:
     """Say what is wrong with one name of an archive, and what would mend it; empty texts where nothing is."""
@@ -56,6 +64,7 @@ def _look(archive: zipfile.ZipFile, name: str) -> Iterator[Problem]:
         yield Problem(name, f"unpacks to more than {MAX_FILES} files or {MAX_TOTAL:,} bytes")
         return
     told: set[tuple[str, str]] = set()
+    infos = [i for i in infos if not litter(i.filename)]
     for info in infos:
         what, fix = _info_problem(info)
         # what is wrong with the whole archive is said once
@@ -73,7 +82,7 @@ def _unzip(path: Path, folder: Path) -> list[Problem]:
         with zipfile.ZipFile(path) as archive:
             problems = list(_look(archive, path.name))
             if not problems:
-                archive.extractall(folder)
+                archive.extractall(folder, [i for i in archive.infolist() if not litter(i.filename)])
     except zipfile.BadZipFile as err:
         return [
             Problem(path.name, f"is not a zip archive, or a damaged one: {err}", "hand in a folder, or a zip of one")
@@ -95,13 +104,14 @@ def packed_runs(root: Path) -> tuple[list[Path], list[Problem]]:
     links = [p for p in sorted(root.iterdir()) if p.is_symlink()]
     if links:
         return [], [Problem(str(p.relative_to(root)), "is a link", "submit the folder itself") for p in links]
-    found = sorted({p.parent for p in root.rglob(ENTRY) if p.is_file() and not p.is_symlink()})
+    there = [p for p in sorted(root.rglob("*")) if not litter(p.relative_to(root))]
+    found = sorted({p.parent for p in there if p.name == ENTRY and p.is_file() and not p.is_symlink()})
     if not found:
         return [], [Problem(root.name, f"has no {ENTRY}, nor has a folder in it", PACK)]
     if len({run.parent for run in found}) > 1:
         places = ", ".join(sorted({str(run.parent.relative_to(root)) for run in found})[:5])
         return [], [Problem(root.name, f"has packed runs in several folders: {places}", "hand in one of them")]
-    strays = [p for p in sorted(root.rglob("*")) if _stray(p, found)]
+    strays = [p for p in there if _stray(p, found)]
     held = str(found[0].parent.relative_to(root))
     where = "" if held == "." else f"; the packed runs are in {held}, hand in that folder"
     return found, [Problem(str(p.relative_to(root)), f"belongs to no packed run{where}") for p in strays[:5]]

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from fedtune import domains
-from fedtune.board.archive import ENTRY, MAX_FILE, MAX_FILES, MAX_TOTAL, opened
+from fedtune.board.archive import ENTRY, MAX_FILE, MAX_FILES, MAX_TOTAL, litter, opened
 from fedtune.board.entries import from_run
 from fedtune.board.rooms import curve_problems, room_problems
 from fedtune.board.samples import impossible, recomputed
@@ -31,10 +31,14 @@ MAX_LOG = 256 * 1024**2
 ALLOWED = (".json", ".jsonl", ".gz", ".toml", ".md", ".yaml", ".safetensors")
 
 
+def _paths(folder: Path) -> list[Path]:
+    return [p for p in sorted(folder.rglob("*")) if not litter(p.relative_to(folder))]
+
+
 def _layout(folder: Path) -> Iterator[Problem]:
     """Yield what must not be in a submission at all; nothing is opened here."""
     total, count = 0, 0
-    for path in sorted(folder.rglob("*")):
+    for path in _paths(folder):
         name = str(path.relative_to(folder))
         if path.is_symlink():
             yield Problem(name, "is a link; submit the file itself")
@@ -74,7 +78,7 @@ def _changed(path: Path, wanted: str) -> tuple[str, str]:
 
 def _hashes(folder: Path, entry: Entry) -> Iterator[Problem]:
     """Yield files that are missing, changed or not listed; what happened to all alike is said once."""
-    there = {str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file()} - {ENTRY}
+    there = {str(p.relative_to(folder)) for p in _paths(folder) if p.is_file()} - {ENTRY}
     for name in sorted(set(entry.files) - there):
         yield Problem(name, "is listed and not there")
     for name in sorted(there - set(entry.files)):
@@ -191,7 +195,7 @@ def _adapter(folder: Path, entry: Entry) -> Iterator[Problem]:
 
 def _logs_fit(folder: Path) -> Iterator[Problem]:
     """Yield logs that are no gzip, cut off, or unpack to more than a log may be; nothing is kept of them."""
-    for path in sorted(folder.rglob("*.gz")):
+    for path in (p for p in _paths(folder) if p.suffix == ".gz"):
         name, size = str(path.relative_to(folder)), 0
         try:
             with gzip.open(path) as file:

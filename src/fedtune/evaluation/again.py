@@ -42,7 +42,15 @@ def tests_at_hand(task: Task) -> tuple[Item, ...]:
 
 
 def unable(task: Task) -> str:
-    """Say why a task's programs cannot be run again here, or return an empty string."""
+    """Say why a task's programs cannot be run again here, or return an empty string.
+
+    Asked once in a process: what was not run for a reason that is gone a moment later was still not run.
+    """
+    return _unable(task, os.environ.get("FEDTUNE_DATA", ""))
+
+
+@functools.cache
+def _unable(task: Task, _: str) -> str:
     try:
         sandbox.require(programs.LANGUAGES[task.language])
         tests_at_hand(task)

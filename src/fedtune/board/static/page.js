@@ -35,7 +35,8 @@ function span(seconds) {
 }
 const mean = (values) => (values.length && values.every((v) => v !== null) ? values.reduce((a, b) => a + b, 0) / values.length : null);
 
-// one row for each team, base and method that is on several boards
+// one row for each team, base and method that is on several boards; what is flagged adds to no score
+const STATES = ["flagged", "reported", "re-scored", "re-run"];
 function overall() {
   const groups = new Map();
   for (const row of DATA.rows) {
@@ -46,10 +47,17 @@ function overall() {
   return [...groups.values()].map((found) => {
     const first = found[0];
     const domains = [...new Set(found.map((r) => r.domain))];
-    const best = (mode) => domains.map((d) => Math.max(...found.filter((r) => r.domain === d && r.scores[mode] !== null && r.scores[mode] !== undefined).map((r) => r.scores[mode])));
+    // what is said of one row holds for the whole; a fact in which they differ is none of the whole
+    const said = (name) => [...new Set(found.flatMap((r) => r[name].map((t) => r.domain + ": " + t)))];
+    const shared = (name, otherwise) => (found.every((r) => JSON.stringify(r[name]) === JSON.stringify(first[name])) ? first[name] : otherwise);
+    const best = (mode) => domains.map((d) => Math.max(...found.filter((r) => r.domain === d && r.state !== "flagged" && r.scores[mode] !== null && r.scores[mode] !== undefined).map((r) => r.scores[mode])));
     const scores = {};
     for (const mode of DATA.modes) { const known = best(mode).filter(Number.isFinite); scores[mode] = known.length === DATA.domains.length ? mean(known) : null; }
     return { ...first, id: "o-" + first.id, domain: OVERALL, title: domains.length + " of " + DATA.domains.length + " domains", scores, strict: {}, valid: {},
+      state: STATES.find((s) => found.some((r) => r.state === s)), reasons: said("reasons"), unranked: said("unranked"), remarks: said("remarks"),
+      partition: shared("partition", "mixed"), protocol: shared("protocol", "mixed"), budget: shared("budget", "mixed"), privacy: found.every((r) => r.privacy) ? found.map((r) => r.privacy).reduce((a, b) => (b.epsilon > a.epsilon ? b : a)) : null, rank_r: shared("rank_r", null), dora: shared("dora", false),
+      link: shared("link", ""), revision: shared("revision", ""), config: shared("config", ""), commit: shared("commit", ""), dirty: found.some((r) => r.dirty), seeds: shared("seeds", []), rounds: shared("rounds", null),
+      lost: found.reduce((n, r) => n + (r.lost || 0), 0), trainable: shared("trainable", null), adapter: shared("adapter", null), peak: shared("peak", null), energy: mean(found.map((r) => r.energy)), seconds: mean(found.map((r) => r.seconds)),
       tasks: found.flatMap((r) => r.tasks.map((t) => ({ ...t, task: r.domain + ": " + t.task }))), bytes: mean(found.map((r) => r.bytes)), curve: [], losses: [] };
   });
 }
