@@ -9,10 +9,15 @@ from typing import Any
 import pytest
 import safetensors.torch
 import torch
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from transformers import PreTrainedTokenizerFast
 
 from fedtune.config.schema import ModelSettings
+from fedtune.models.checks import check_complete
 from fedtune.models.load import load
 from fedtune.types import CorruptFileError, ModelError
+from tests.architectures import causal_configs, tiny
 from tests.tiny import make_folder
 
 Change = Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]]
@@ -90,6 +95,24 @@ def test_parts_that_are_no_language_model_are_left_out_and_said(
     assert extra in caplog.text
 
 
+@pytest.mark.parametrize(
+    ("kind", "names"),
+    [
+        ("gpt_neo", ("attn.attention.bias", "attn.attention.masked_bias")),
+        ("gptj", ("attn.bias", "attn.masked_bias")),
+        ("codegen", ("attn.causal_mask",)),
+        ("gpt2", ("attn.bias", "attn.masked_bias")),
+        ("gpt_bigcode", ("attn.bias",)),
+    ],
+)
+def test_masks_that_a_checkpoint_keeps_are_no_weights(tmp_path: Path, kind: str, names: tuple[str, ...]) -> None:
+    model = tiny(causal_configs()[kind])
+    info = {"missing_keys": set(), "mismatched_keys": set()}
+    check_complete("it", model, {**info, "unexpected_keys": {f"transformer.h.1.{name}" for name in names}})
+    with pytest.raises(ModelError, match="bias2"):
+        check_complete("it", model, {**info, "unexpected_keys": {"transformer.h.1.mlp.c_proj.bias2"}})
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_weights_that_are_no_numbers_are_named(folder: Path, value: float, dtype: torch.dtype) -> None:
@@ -124,6 +147,35 @@ def test_a_tokenizer_larger_than_the_model_is_refused_and_one_more_pad_is_not(fo
     tokenizer.add_tokens(["<|extra|>"])
     tokenizer.save_pretrained(small)
     _refused(small, rf"1 tokens beyond the model's {size - 1} .*'<\|extra\|>' is number {size}")
+
+
+@pytest.mark.parametrize(
+    ("token", "loads"), [("<image_soft_token>", True), ("<|im_start|>", False), ("<turn>", False), ("<eos>", False)]
+)
+def test_a_special_token_without_a_row_is_let_be_where_no_prompt_has_it(folder: Path, token: str, loads: bool) -> None:
+    """As Gemma 3 has one for images beyond the rows of its small models; a text with it is refused and no other."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    if token == "<|im_start|>":
+        tokenizer = PreTrainedTokenizerFast(
+            tokenizer_object=Tokenizer(WordLevel({"a": 0, "b": 1, "c": 2}, unk_token="a"))
+        )
+    size = len(tokenizer)
+    tokenizer.add_special_tokens({"additional_special_tokens": [token]})
+    if token == "<eos>":
+        tokenizer.eos_token = token
+    tokenizer.chat_template = "<turn>{{ messages }}"
+    small = make_folder(folder.with_name("small"), vocab_size=size)
+    tokenizer.save_pretrained(small)
+    if not loads:
+        _refused(small, rf"1 tokens beyond the model's {size} .*is number {size}")
+        return
+    base = load(ModelSettings(name=str(small)))
+    ids = torch.tensor([base.tokenizer(f"What is this {token}?")["input_ids"]])
+    with pytest.raises(ValueError, match=rf"token {size}, for which the model has none of its {size} rows"):
+        base.model(input_ids=ids)
+    assert base.model(input_ids=ids.clamp(max=size - 1)).logits.isfinite().all()
 
 
 @pytest.mark.parametrize("name", ["generation_config.json", "tokenizer_config.json", "config.json"])

@@ -24,6 +24,11 @@ _INSIDE = {
     "_fsdp_wrapped_module.": "an FSDP wrapper was saved; save its full state dict instead",
 }
 
+# masks that some attentions once saved, as they did the causal one as their "bias"
+MASKS = ("masked_bias", "causal_mask")
+# what the official evaluation writes into every question
+WRITTEN = "<|im_start|><|im_end|>"
+
 
 def _some(names: Iterable[str]) -> str:
     found = sorted(names)
@@ -43,6 +48,13 @@ def _cause(missing: Iterable[str], unexpected: Iterable[str]) -> str:
     return ""
 
 
+def _is_constant(name: str, modules: Mapping[str, Any]) -> bool:
+    """Tell whether a checkpoint's tensor is one that a module makes by itself: a buffer, or an attention's old mask."""
+    home, _, leaf = name.rpartition(".")
+    mask = leaf == "bias" and home.rpartition(".")[2] in ("attn", "attention")
+    return mask or leaf in MASKS or (home in modules and leaf in dict(modules[home].named_buffers(recurse=False)))
+
+
 def _dropped(model: Any, unexpected: Iterable[str]) -> list[str]:
     """Return the tensors that belong inside a module of the model, and so were dropped from what it computes.
 
@@ -55,7 +67,7 @@ def _dropped(model: Any, unexpected: Iterable[str]) -> list[str]:
         parts = name.split(".")
         return next(p for p in (".".join(parts[:i]) for i in range(len(parts) - 1, -1, -1)) if p in modules)
 
-    return [name for name in unexpected if home(name) not in top]
+    return [name for name in unexpected if home(name) not in top and not _is_constant(name, modules)]
 
 
 def check_complete(what: str, model: Any, info: Mapping[str, Any]) -> None:
@@ -115,15 +127,39 @@ def check_finite(what: str, model: Any) -> None:
             raise ModelError(f"{what}: {name} has NaN or infinity; the file is damaged, or was saved from a failed run")
 
 
+def _of_no_text(tokenizer: Any) -> set[str]:
+    """Return special tokens that no prompt has: those that stand for an image, say."""
+    special = {str(t) for t in tokenizer.added_tokens_decoder.values() if t.special}
+    used = {tokenizer.bos_token, tokenizer.eos_token, tokenizer.unk_token, tokenizer.cls_token, tokenizer.sep_token}
+    written = f"{tokenizer.chat_template or ''}{WRITTEN}"
+    return {token for token in special - used if token not in written}
+
+
+def _refuse_beyond(embedding: Any, rows: int) -> None:
+    """Let an embedding say which token it has no row for, before a device is asked for it."""
+
+    def check(module: Any, args: tuple[torch.Tensor, ...]) -> None:
+        largest = int(args[0].max()) if args[0].numel() else 0
+        if largest >= rows:
+            raise ValueError(f"the text has token {largest}, for which the model has none of its {rows} rows")
+
+    embedding.register_forward_pre_hook(check)
+
+
 def check_vocabulary(what: str, model: Any, tokenizer: Any) -> None:
     """Refuse a tokenizer that gives tokens the model has no row for. A token that only pads is never looked up.
+
+    One that no prompt has is let be; a text that has it all the same is refused when the model is to read it.
 
     Raises:
         ModelError: naming the first such token.
     """
-    rows = model.get_input_embeddings().weight.shape[0]
+    embedding = model.get_input_embeddings()
+    rows = embedding.weight.shape[0]
     outside = {t: i for t, i in tokenizer.get_vocab().items() if i >= rows and t != tokenizer.pad_token}
-    if outside:
+    if outside and outside.keys() <= _of_no_text(tokenizer):
+        _refuse_beyond(embedding, rows)
+    elif outside:
         token = min(outside, key=outside.__getitem__)
         raise ModelError(
             f"{what}: its tokenizer has {len(outside)} tokens beyond the model's {rows} (first: {token!r} is number "
