@@ -32,7 +32,8 @@ from fedtune import methods  # noqa: E402
 from fedtune.federation import checkpoint, messages  # noqa: E402
 from fedtune.federation.checkpoint import Progress  # noqa: E402
 from fedtune.federation.local import LocalGrid  # noqa: E402
-from fedtune.federation.rounds import Federation, connect, one_round  # noqa: E402
+from fedtune.federation.nodes import connect  # noqa: E402
+from fedtune.federation.rounds import Federation, one_round  # noqa: E402
 from fedtune.lora.state import LoraModule  # noqa: E402
 from fedtune.methods import ServerState  # noqa: E402
 from fedtune.settings import load  # noqa: E402

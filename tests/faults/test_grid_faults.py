@@ -1,6 +1,6 @@
 """Stragglers, dropouts, clients that never come, empty shards; and that the loop runs on Flower's terms."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +15,17 @@ from fedtune.config import Config, Settings
 from fedtune.config.schema import FaultSettings
 from fedtune.federation.faults import FaultyGrid, planned
 from fedtune.federation.local import LocalGrid
-from fedtune.federation.rounds import able, connect, draw, run_rounds, sample
+from fedtune.federation.nodes import connect
+from fedtune.federation.rounds import able, draw, run_rounds
 from fedtune.methods import Recipe
 from fedtune.methods.base import ServerState
 from fedtune.types import RunFailedError, derive_seed
 from tests.faults.hostile import clients
 from tests.faults.test_bad_updates import federation, start, toy_app
+
+
+def _sample(config: Config, registered: Mapping[int, int], round_: int) -> list[int]:
+    return draw(config, able(registered), round_)
 
 
 def test_planned_faults_are_seeded_and_recorded(settings: Callable[..., Settings], tmp_path: Path) -> None:
@@ -218,7 +223,7 @@ def test_what_a_draw_costs_depends_on_the_cohort_and_the_draws_stay_what_they_we
     for round_ in range(1, 30):
         generator = np.random.default_rng(derive_seed(config.seed, "sample", round_))
         plain = sorted(int(c) for c in generator.choice(whole, size=6, replace=False))
-        assert draw(config, able(registered), round_) == sample(config, registered, round_) == plain
+        assert _sample(config, registered, round_) == plain
 
 
 def test_too_few_clients_with_data_are_refused_not_tolerated(settings: Callable[..., Settings], tmp_path: Path) -> None:
@@ -243,7 +248,7 @@ def test_a_client_alone_that_always_fails_is_an_error_of_its_own(
         calls.append(1)
         raise RuntimeError("always")
 
-    cohorts = [sample(config, dict.fromkeys(range(10), 5), r) for r in range(1, 41)]
+    cohorts = [_sample(config, dict.fromkeys(range(10), 5), r) for r in range(1, 41)]
     counts = {c: sum(c in cohort for cohort in cohorts) for c in range(10)}
     often = max(counts, key=lambda c: counts[c])
     once = next(c for c, n in counts.items() if 0 < n < 3)
@@ -253,7 +258,7 @@ def test_a_client_alone_that_always_fails_is_an_error_of_its_own(
     with pytest.raises(RunFailedError, match=r"no round had enough good updates.*always"):
         run_rounds(federation(config, tmp_path / "b", app, only=frozenset({once})), ServerState(start()))
     short = settings(federation={"clients": 10, "rounds": 1, "fraction": 0.1}).config
-    other = next(c for c in range(10) if c not in sample(short, dict.fromkeys(range(10), 5), 1))
+    other = next(c for c in range(10) if c not in _sample(short, dict.fromkeys(range(10), 5), 1))
     with pytest.raises(RunFailedError, match="not asked in any of 1 rounds"):
         run_rounds(federation(short, tmp_path / "c", toy_app(), only=frozenset({other})), ServerState(start()))
 
@@ -263,14 +268,14 @@ def test_the_cohort_is_drawn_by_partition_and_round_and_never_from_empty_shards(
 ) -> None:
     config = settings(federation={"clients": 50, "fraction": 0.1}).config
     full = dict.fromkeys(range(50), 3)
-    drawn = [sample(config, full, r) for r in range(1, 40)]
-    assert drawn == [sample(config, full, r) for r in range(1, 40)]
+    drawn = [_sample(config, full, r) for r in range(1, 40)]
+    assert drawn == [_sample(config, full, r) for r in range(1, 40)]
     assert all(len(set(c)) == 5 for c in drawn)
     assert len({i for c in drawn for i in c}) > 40
     holes = {**full, **dict.fromkeys(range(0, 50, 2), 0)}
-    assert not {i for r in range(1, 40) for i in sample(config, holes, r)} & set(range(0, 50, 2))
+    assert not {i for r in range(1, 40) for i in _sample(config, holes, r)} & set(range(0, 50, 2))
     few = {**dict.fromkeys(range(50), 0), 7: 1}
-    assert sample(config, few, 1) == [7]
+    assert _sample(config, few, 1) == [7]
 
 
 def test_nobody_with_data_is_an_error(settings: Callable[..., Settings], tmp_path: Path) -> None:

@@ -20,7 +20,8 @@ from fedtune.federation import checkpoint, messages
 from fedtune.federation.checkpoint import Progress
 from fedtune.federation.guard import unsound
 from fedtune.federation.local import LocalGrid
-from fedtune.federation.rounds import Federation, connect, one_round
+from fedtune.federation.nodes import connect
+from fedtune.federation.rounds import Federation, one_round
 from fedtune.lora.state import AdapterState, LoraModule
 from fedtune.methods import METHODS
 from fedtune.methods.sound import GROWTH

@@ -128,9 +128,9 @@ def test_a_target_that_is_no_linear_layer_is_named(tiny_folder: Path, target: st
 def test_a_refused_state_leaves_the_adapter_as_it_was(tiny_folder: Path) -> None:
     adapted = _attach(tiny_folder)
     before = to_tensors(adapted.state())
-    wrong = _attach(tiny_folder, r=8).state()
+    wrong = to_tensors(_attach(tiny_folder, r=8).state())
     with pytest.raises(AdapterError, match="A has rank 8, B 8; this model has room for 4"):
-        adapted.load_state(wrong)
+        adapted.load(wrong)
     assert all(torch.equal(t, before[n]) for n, t in to_tensors(adapted.state()).items())
 
 

@@ -23,7 +23,7 @@ from fedtune.models.load import LoadedModel, load
 from fedtune.models.proof import proof_of, prove
 from fedtune.training.cohort import stacks
 from fedtune.training.executor import backpropagate, training
-from fedtune.training.loss import label_loss
+from fedtune.training.loss import Part, joint_loss
 from fedtune.training.plan import Machine, plan
 from fedtune.types import ModelError
 from tests.architectures import causal_configs, tiny
@@ -139,9 +139,9 @@ def test_a_model_that_drops_by_itself_draws_by_its_step_and_shares_nothing() -> 
     adapted.model.train()
     with torch.no_grad():
         torch.manual_seed(0)
-        shared = label_loss(adapted.model, examples, share_prefix=True)
+        shared = joint_loss(adapted.model, [Part(examples)], share_prefix=True)[0]
         torch.manual_seed(0)
-        assert torch.equal(shared, label_loss(adapted.model, examples, share_prefix=False))
+        assert torch.equal(shared, joint_loss(adapted.model, [Part(examples)])[0])
 
 
 @pytest.fixture(scope="module")

@@ -20,7 +20,7 @@ from fedtune.models.packing import Span, pack
 from fedtune.training import schedule
 from fedtune.training.executor import Limits, Sequential
 from fedtune.training.local import LocalWork
-from fedtune.training.loss import label_loss, micro_batches
+from fedtune.training.loss import Part, joint_loss, micro_batches
 
 
 def _example(seed: int, length: int, labels: int) -> Encoded:
@@ -91,7 +91,8 @@ def test_packed_response_only_loss_and_gradients_are_the_padded_full_ones(config
     adapted = _adapted(config)
     for slot in adapted.slots.values():
         torch.nn.init.normal_(slot, std=0.1)
-    packed, padded = label_loss(adapted.model, SHARD, share_prefix=share), _padded_loss(adapted.model, SHARD)
+    packed, _ = joint_loss(adapted.model, [Part(SHARD)], share_prefix=share)
+    padded = _padded_loss(adapted.model, SHARD)
     assert packed.item() == pytest.approx(padded.item(), rel=1e-5)
     one, two = _gradients(adapted, packed), _gradients(adapted, padded)
     assert torch.norm(one - two) / torch.norm(two) < 1e-5

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import html
-from pathlib import Path
 
-from fedtune.board.entries import from_run
 from fedtune.results.entry import Entry, inert
 from fedtune.results.schema import Arm, Score
 
@@ -167,8 +165,3 @@ def page(entry: Entry) -> str:
         + f"</ul><h2>Training</h2>{''.join(curves)}<h2>What was run</h2>{table(['what', 'value'], fact_rows(entry))}"
         "</main></body></html>\n"
     )
-
-
-def report(run: Path) -> Entry:
-    """Read a finished run for a report. Raises as `entries.from_run` does."""
-    return from_run(run)

@@ -86,9 +86,10 @@ def report(
 ) -> None:
     """Write a one-page report of a run."""
     from fedtune.board import report as reports
+    from fedtune.board.entries import from_run
     from fedtune.io import write_bytes
 
-    entry = reports.report(run)
+    entry = from_run(run)
     target = out or run / ("report.md" if md else "report.html")
     write_bytes(target, (reports.markdown(entry) if md else reports.page(entry)).encode())
     say(str(target))

@@ -23,8 +23,6 @@ from fedtune.methods import Recipe, ServerState
 from fedtune.training.schedule import learning_rate
 from fedtune.types import RoundRecord, RunFailedError, derive_seed, last_line
 
-__all__ = ["Federation", "able", "connect", "draw", "one_round", "run_rounds", "sample"]
-
 
 @dataclass(frozen=True)
 class Federation:
@@ -79,11 +77,6 @@ def draw(config: Config, clients: NDArray[np.int64], round_: int) -> list[int]:
     generator = np.random.default_rng(derive_seed(config.seed, "sample", round_))
     places = generator.choice(len(clients), size=size, replace=False)
     return sorted(int(c) for c in clients[places])
-
-
-def sample(config: Config, registered: Mapping[int, int], round_: int) -> list[int]:
-    """Choose a round's cohort by partition id; clients without examples never."""
-    return draw(config, able(registered), round_)
 
 
 def _cohort(fed: Federation, round_: int) -> list[int]:

@@ -87,10 +87,6 @@ class AdaptedModel:
         """Where the adapter is."""
         return next(iter(self.slots.values())).device
 
-    def load_state(self, adapter: Mapping[str, LoraModule]) -> None:
-        """Copy a state into the model. Raises AdapterError if names or shapes differ; nothing is loaded then."""
-        self.load(to_tensors(adapter))
-
     def row_norms(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return ||W0 + s B A|| of each output row, by layer, for the factors given."""
         norms = {}

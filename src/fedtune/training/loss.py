@@ -147,11 +147,6 @@ def joint_loss(
     return total, [float(own.sum()) for own in split]
 
 
-def label_loss(model: Any, examples: Sequence[Encoded], *, share_prefix: bool = False) -> Tensor:
-    """Return the summed cross-entropy of all labels of some examples, in nats."""
-    return joint_loss(model, [Part(examples)], share_prefix=share_prefix)[0]
-
-
 def keyed(keys: Keys, parts: Sequence[Part], device: torch.device) -> Any:
     """Return the context in which a pass over the parts drops what its keys say."""
     lengths = [[len(e.ids) for e in part.examples] for part in parts]

@@ -25,8 +25,3 @@ def assign(costs: Sequence[float], workers: int) -> list[list[int]]:
         tasks[worker].append(place)
         heapq.heappush(loads, (load + costs[place], worker))
     return tasks
-
-
-def makespan(costs: Sequence[float], workers: int) -> float:
-    """Return the time until the last worker is done, if costs are times."""
-    return max((sum(costs[i] for i in own) for own in assign(costs, workers)), default=0.0)
