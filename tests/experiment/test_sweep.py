@@ -175,3 +175,11 @@ def test_a_sweep_of_nothing_or_of_one_run_twice_is_refused(
 ) -> None:
     with pytest.raises(ConfigError, match=told):
         points(axes, build(settings), tmp_path)
+
+
+def test_a_sweep_over_arms_refuses_what_one_of_them_takes_no_notice_of(tmp_path: Path) -> None:
+    words = ["sweep", "finance", "--out", str(tmp_path / "out"), "--methods", "fedit,flora"]
+    done = CliRunner().invoke(app, [*words, "-g", "arm=federated;centralised"])
+    assert isinstance(done.exception, ConfigError), done.output
+    assert "method.name = 'flora': has no effect: with arm = \"centralised\"" in str(done.exception)
+    assert not (tmp_path / "out").exists()
