@@ -190,6 +190,14 @@ def test_who_starts_from_an_accepted_state_is_accepted(tmp_path: Path, size: flo
             assert used >= set(HONEST if round_ < 6 else range(4)), (method, around, names, record)
 
 
+@pytest.mark.parametrize(("size", "refused"), [(9.9, []), (30.0, ["too_large"]), (9.9e3, ["too_large"])])
+def test_a_control_is_no_larger_than_clipped_gradients_make_it(tmp_path: Path, size: float, refused: list[str]) -> None:
+    scene = Scene("fedit", "scaffold", tmp_path)
+    scene.mutate = lambda reply: _longest(reply, "scaffold", size)
+    record = one_round(scene.fed, 3, scene.before).records[-1]
+    assert [r.reason for r in record.rejected] == refused
+
+
 @pytest.mark.slow
 def test_none_of_five_thousand_replies_ends_a_run(tmp_path: Path) -> None:
     assert _all(5000, 10_000, tmp_path) >= 5000
