@@ -256,3 +256,23 @@ def test_logits_of_some_places_are_tried_in_the_pass_that_they_are_asked_of() ->
     with torch.no_grad():
         found = packed_logits(model, TEXTS[:2], [19, 31])
     assert torch.allclose(found, alone(model, TEXTS[:2])[[19, 31]], atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes", "found"),
+    [
+        ("phimoe", {}, True),
+        ("mixtral", {"router_jitter_noise": 0.02}, True),
+        ("mixtral", {}, False),
+        ("mamba", {}, False),
+        ("llama", {}, False),
+    ],
+)
+def test_a_model_that_routes_by_chance_is_random_as_one_that_drops_is(
+    kind: str, changes: dict[str, Any], found: bool
+) -> None:
+    model = tiny(causal_configs()[kind], **changes)
+    state = torch.random.get_rng_state()
+    assert prove(model).random is found
+    assert torch.equal(torch.random.get_rng_state(), state)
+    assert not model.training

@@ -16,9 +16,10 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from fedtune.models import lean, sides
+from fedtune.models.chance import draws
 from fedtune.models.interface import inner, packed_pass, plain_pass, watched
 from fedtune.models.packing import PackedRow, join, pack
 from fedtune.types import ModelError
@@ -41,7 +42,7 @@ class Proof:
     Attributes:
         why: why texts pass through the model one at a time; empty where several may lie in one row.
         longest: tokens of a text up to which they may.
-        random: the model itself drops numbers at random while it trains.
+        random: the model itself draws random numbers while it trains.
         keeps: `logits_to_keep` gives the logits at some places.
     """
 
@@ -203,19 +204,6 @@ def _original_length(config: Any) -> int | None:
     return min((int(n) for n in lengths), default=None)
 
 
-def _random(base: Any) -> bool:
-    """Tell whether a model drops numbers, or layers, at random while it trains."""
-    drops = (
-        value
-        for module in base.modules()
-        for name, value in vars(module).items()
-        if "drop" in name and isinstance(value, float)
-    )
-    return any(p > 0 for p in drops) or any(
-        m.p > 0 for m in base.modules() if isinstance(m, nn.modules.dropout._DropoutNd)
-    )
-
-
 @torch.no_grad()
 def _keeps(base: Any, alone: _Alone, dtype: torch.dtype, *, packs: bool) -> bool:
     """Tell whether a model gives the logits of some places when it is told which, in a packed pass as well."""
@@ -271,7 +259,7 @@ def prove(model: Any, what: str = "", *, slim: bool = False) -> Proof:
         why, longest = _packable(base, alone, coarse)
         if why:
             lean.restore(base)
-        found = Proof(why, longest, _random(base), _keeps(base, alone[0], coarse, packs=not why))
+        found = Proof(why, longest, draws(base, alone[0].text), _keeps(base, alone[0], coarse, packs=not why))
     setattr(base, _PROOF, found)
     return found
 

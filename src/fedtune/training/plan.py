@@ -113,7 +113,7 @@ def _cohort(config: Config, known: Machine, flops: float, layers: int, found: Pr
     """
     asked, most = config.engine, config.federation.cohort_size
     if found.why or found.random:
-        return 1, "the model drops numbers at random by itself" if found.random else "its texts pass one at a time"
+        return 1, "the model draws random numbers by itself" if found.random else "its texts pass one at a time"
     if asked.executor == "sequential":
         return 1, "asked for"
     if asked.side_by_side:
