@@ -9,12 +9,16 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from typer.testing import CliRunner
 
+from fedtune.board import sets
 from fedtune.board.entries import from_run
+from fedtune.board.store import twin, write_entry
 from fedtune.board.submit import pack
 from fedtune.board.validate import check, impossible
+from fedtune.board.wire import adapter_problems, byte_problems
 from fedtune.cli import app
 from fedtune.config import Settings
 from fedtune.experiment.run import run
@@ -247,6 +251,61 @@ def hidden_reason(packed: Path) -> None:
     relist(packed)
 
 
+def _remake(packed: Path) -> None:
+    """Make the entry again from the files, as a careful cheat would."""
+    files = {str(p.relative_to(packed)) for p in packed.rglob("*") if p.is_file()} - {"entry.json"}
+    entry = from_run(packed).model_copy(update={"files": {n: file_sha256(packed / n) for n in files}})
+    (packed / "entry.json").write_text(json.dumps(entry.model_dump(mode="json")))
+
+
+def bits_by_a_value(packed: Path) -> None:
+    _rewrite_log(packed, lambda r: r.update(value=1.0))
+    _remake(packed)
+
+
+def no_adapter(packed: Path) -> None:
+    shutil.rmtree(packed / "adapter")
+    _remake(packed)
+
+
+def small_adapter(packed: Path) -> None:
+    from safetensors.numpy import save_file
+
+    names = [f"base_model.model.x.lora_{factor}.weight" for factor in "AB"]
+    save_file({n: np.zeros((1, 1), np.float32) for n in names}, packed / "adapter/adapter_model.safetensors")
+    _remake(packed)
+
+
+def _rounds(packed: Path, change: Callable[[list[Any]], None]) -> None:
+    lines = [json.loads(line) for line in (packed / "rounds.jsonl").read_text().splitlines()]
+    change(lines)
+    (packed / "rounds.jsonl").write_text("".join(json.dumps(x) + "\n" for x in lines))
+
+
+def bytes_below_zero(packed: Path) -> None:
+    def moved(lines: list[Any]) -> None:
+        lines[1]["bytes_up"] += lines[0]["bytes_up"] + 10**6
+        lines[0]["bytes_up"] = -(10**6)
+
+    _rounds(packed, moved)
+    _remake(packed)
+
+
+def hidden_skip(packed: Path) -> None:
+    _rounds(packed, lambda lines: lines[0].update(status="skipped"))
+    _remake(packed)
+
+
+def client_twice(packed: Path) -> None:
+    _rounds(packed, lambda lines: lines[0].update(cohort=[0, 1, 1]))
+    _remake(packed)
+
+
+def other_size(packed: Path) -> None:
+    _json(packed / "result.json", lambda r: r.update(trainable_parameters=7))
+    _remake(packed)
+
+
 def not_json(packed: Path) -> None:
     (packed / "entry.json").write_text("{")
 
@@ -278,6 +337,13 @@ ATTACKS = [
     (turned_bits, "entry.answers: is"),
     (hidden_reason, "does not say that this makes it unranked"),
     (not_json, "entry.json"),
+    (bits_by_a_value, "it has a value, which only programs and solutions have"),
+    (no_adapter, "adapter_model.safetensors: is missing; fedit leaves an adapter"),
+    (small_adapter, "has a layer of rank 1, the settings say 4"),
+    (bytes_below_zero, "round 1: its bytes are no count"),
+    (hidden_skip, "says 0, 1 rounds were skipped"),
+    (client_twice, "round 1: a client is there twice"),
+    (other_size, "trainable_parameters: is 7, its layers have"),
 ]
 
 
@@ -294,6 +360,40 @@ def test_an_attack_is_refused_with_its_reason(copy: Path, attack: Callable[[Path
 def test_the_same_run_twice_is_found(copy: Path) -> None:
     shutil.copytree(copy / "seed-1", copy / "seed-9")
     assert "has the seed or the samples of" in reasons(copy)
+
+
+def test_the_same_samples_packed_anew_are_found(copy: Path, tmp_path: Path) -> None:
+    one, two = copy / "seed-1", copy / "seed-2"
+    for path in (one / "evals").rglob("*.gz"):
+        raw = gzip.compress(gzip.decompress(path.read_bytes()), compresslevel=1, mtime=7)
+        (two / path.relative_to(one)).write_bytes(raw)
+    arms = json.loads((one / "result.json").read_text())["arms"]
+    _json(two / "result.json", lambda r: r.update(arms=arms))
+    _remake(two)
+    assert "has the seed or the samples of seed-1" in reasons(copy)
+    write_entry(tmp_path / "store", from_run(one))
+    assert twin(tmp_path / "store", from_run(two)) is not None
+
+
+def test_a_base_model_on_a_part_of_the_set_has_no_rank(good: Path) -> None:
+    entry = from_run(good / "seed-1")
+    base, whole = (arm.model_copy(update={"name": name}) for arm, name in ((entry.arms[0], "base"), (entry.main, "x")))
+    assert "base model: fpb (likelihood): 24 items, the whole set has" in " ".join(
+        sets.reasons(good / "seed-1", "finance", [whole.model_copy(update={"scores": []}), base])
+    )
+
+
+def test_another_hash_of_the_items_does_not_keep_runs_from_being_paired(copy: Path) -> None:
+    before = from_run(copy / "seed-1").answers
+    _json(copy / "seed-1/result.json", lambda r: [s.update(items_sha256="0" * 64) for s in r["arms"][-1]["scores"]])
+    assert from_run(copy / "seed-1").answers == before
+
+
+def test_an_adapter_of_the_zoo_has_the_layers_of_its_base_model(good: Path) -> None:
+    known = from_run(good / "seed-1").model_copy(update={"base": "HuggingFaceTB/SmolLM2-135M-Instruct"})
+    found = [str(p) for p in adapter_problems(good / "seed-1", known)]
+    assert any("layers are not the 60 that the settings adapt" in line for line in found)
+    assert any("takes at least" in str(p) for p in byte_problems(good / "seed-1", known))
 
 
 @pytest.mark.parametrize("name", ["../outside.json", "/etc/evil.json", "a/../../b.json"])

@@ -89,8 +89,7 @@ def _task(recipe: Recipe, score: Score) -> dict[str, Any]:
         "chance": score.trivial.get("majority"),
         "claimed": recipe.first.claims.get(score.task),
         "clients": [v for v in recipe.first.main.per_client.get(f"{score.task}/{score.mode}", []) if v is not None],
-        "items": score.items_sha256,
-        "bits": _bits(recipe, score),
+        **_bits(recipe, score),
     }
 
 
@@ -99,11 +98,15 @@ def _score(arm: Arm | None, like: Score) -> Score | None:
     return found[0] if found else None
 
 
-def _bits(recipe: Recipe, score: Score) -> list[str] | None:
-    """Return which items each seed had right, for paired tests here and in the page; None where a seed does not say."""
+def _bits(recipe: Recipe, score: Score) -> dict[str, Any]:
+    """Return which items each seed had right, and of what items, for paired tests here and in the page.
+
+    The bits are None where a seed does not say, or is of other items than the first one.
+    """
     known = [e.answers.get(f"{e.main.name}/{score.task}/{score.mode}") for e in recipe.entries]
-    same = [a.bits for a in known if a and a.n == score.n and a.items_sha256 == score.items_sha256]
-    return same if len(same) == len(known) else None
+    items = known[0].items_sha256 if known[0] else score.items_sha256
+    same = [a.bits for a in known if a and a.n == score.n and a.items_sha256 == items]
+    return {"items": items, "bits": same if len(same) == len(known) else None}
 
 
 def _config(entry: Entry, *path: str) -> Any:

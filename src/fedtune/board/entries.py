@@ -11,6 +11,8 @@ from pydantic import ValidationError
 from fedtune.board import sets
 from fedtune.board.sets import samples
 from fedtune.config.load import read_toml
+from fedtune.domains import TASKS
+from fedtune.evaluation.known import samples_sha256
 from fedtune.evaluation.metrics import as_counted, sample_value
 from fedtune.io import read_json, read_lines, reading
 from fedtune.models.zoo import zoo
@@ -27,12 +29,14 @@ def _answers(run: Path, arm: Arm) -> Iterator[tuple[str, Answers]]:
     if arm.per_client:
         return
     for score in arm.scores:
-        if score.metric == "nats_per_token":
+        if score.metric == "nats_per_token" or score.task not in TASKS:
             continue
         with reading(run / "evals" / arm.name / f"{score.task}.{score.mode}.jsonl"):
-            values = [sample_value(r) for r in as_counted(samples(run, arm.name, score.task, score.mode))]
+            rows = samples(run, arm.name, score.task, score.mode)
+            values = [sample_value(r) for r in as_counted(rows)]
         if values and set(values) <= {0.0, 1.0}:
-            packed = Answers.pack([v == 1 for v in values], score.items_sha256)
+            # paired by what the samples hold, not by the hash that a submitter says
+            packed = Answers.pack([v == 1 for v in values], samples_sha256(rows, TASKS[score.task].kind))
             yield f"{arm.name}/{score.task}/{score.mode}", packed
 
 
@@ -86,6 +90,7 @@ def _read(run: Path, texts: dict[str, str]) -> Entry:
     known = zoo().get(result.model)
     answers = dict(pair for arm in result.arms for pair in _answers(run, arm))
     main = next((a for a in result.arms if a.name == "federated"), result.arms[-1])
+    arms = [main, *(a for a in result.arms if a.name == "base" and a is not main)]
     with reading(run / "rounds.jsonl"):
         losses = [_loss(line) for line in read_lines(run / "rounds.jsonl")]
     return Entry(
@@ -102,12 +107,13 @@ def _read(run: Path, texts: dict[str, str]) -> Entry:
         protocol_sha256=result.protocol_sha256,
         # the manifest knows of a run that was continued although something had changed
         unranked=list(
-            dict.fromkeys([*result.unranked, *manifest.get("unranked", ()), *sets.reasons(run, result.domain, main)])
+            dict.fromkeys([*result.unranked, *manifest.get("unranked", ()), *sets.reasons(run, result.domain, arms)])
         ),
         arms=result.arms,
         answers=answers,
         curve=_curve(run),
         losses=losses,
+        samples_sha256=sets.fingerprints(run, main, losses),
         rounds=result.rounds,
         lost_clients=result.lost_clients,
         skipped_rounds=result.skipped_rounds,

@@ -9,6 +9,7 @@ from typing import Any
 from fedtune.data.files import parse_rows, read_text_file
 from fedtune.domains import DOMAINS, TASKS
 from fedtune.evaluation import known
+from fedtune.io import digest
 from fedtune.results.schema import Arm, Score
 
 
@@ -42,13 +43,48 @@ def missing_tasks(domain: str, scores: Sequence[Score]) -> Iterator[str]:
             yield f"{mode}: not evaluated on {', '.join(lacking)}"
 
 
-def reasons(run: Path, domain: str, arm: Arm) -> Iterator[str]:
-    """Yield why an arm's scores are not those of the benchmark's whole sets.
+# what of a sample is the model's own, and not how it was judged or written down
+ANSWERED = ("i", "gold", "scores", "value", "output", "programs")
+
+
+def fingerprints(run: Path, arm: Arm, losses: Sequence[float | None]) -> dict[str, str]:
+    """Return a hash of what an arm's models answered, by task and mode; however the logs are packed, it is the same.
+
+    Two seeds never have the same likelihoods of a whole set, but may well give the same texts: those are hashed
+    together with the losses.
 
     Raises:
         CorruptFileError: a damaged log.
     """
-    yield from missing_tasks(domain, arm.scores)
+    found = {}
+    for score in arm.scores:
+        rooms = client_rooms(run, arm.name) if arm.per_client else [arm.name]
+        logs = [samples(run, room, score.task, score.mode) for room in rooms]
+        if any(logs):
+            rows = [[[row.get(key) for key in ANSWERED] for row in log] for log in logs]
+            found[f"{score.task}/{score.mode}"] = digest(rows if score.mode == "likelihood" else [rows, list(losses)])
+    return found
+
+
+def reasons(run: Path, domain: str, arms: Sequence[Arm]) -> Iterator[str]:
+    """Yield why the scores of the ranked arm, or of the base model beside it, are not those of the whole sets.
+
+    Args:
+        run: the folder, packed or not.
+        domain: whose sets.
+        arms: the ranked one first; only that one must have all tasks.
+
+    Raises:
+        CorruptFileError: a damaged log.
+    """
+    yield from missing_tasks(domain, arms[0].scores)
+    ranked, *others = ([*_of_part(run, arm)] for arm in arms)
+    yield from ranked
+    yield from (f"base model: {why}" for other in others for why in other if why not in ranked)
+
+
+def _of_part(run: Path, arm: Arm) -> Iterator[str]:
+    """Yield which of an arm's scores are of a part of a set, or of another."""
     rooms = client_rooms(run, arm.name) if arm.per_client else [arm.name]
     for score in arm.scores:
         task = TASKS.get(score.task)

@@ -14,7 +14,7 @@ from fedtune.board.entries import from_run
 from fedtune.board.rooms import curve_problems, room_problems
 from fedtune.board.samples import impossible, recomputed
 from fedtune.board.store import read_entry
-from fedtune.board.wire import byte_problems
+from fedtune.board.wire import adapter_problems, byte_problems
 from fedtune.config import Config, read_protocol
 from fedtune.config.load import read_toml
 from fedtune.domains import TASKS
@@ -208,7 +208,8 @@ def _logs_fit(folder: Path) -> Iterator[Problem]:
             yield Problem(name, f"unpacks to more than {MAX_LOG:,} bytes")
 
 
-CHECKS = (_hashes, _settings, _evaluated, _made, room_problems, _scores, curve_problems, _adapter, byte_problems)
+OF_MODELS = (room_problems, _scores, curve_problems, _adapter, adapter_problems)
+CHECKS = (_hashes, _settings, _evaluated, _made, *OF_MODELS, byte_problems)
 
 
 def check_one(folder: Path) -> tuple[Entry | None, list[Problem]]:
@@ -275,11 +276,6 @@ def _twins(name: str, entry: Entry | None, found: list[tuple[str, Entry | None, 
     """Return which other packed run says the same seed, is of another recipe, or has the very same samples."""
     if entry is None:
         return []
-    logs = {k: v for k, v in entry.files.items() if k.startswith("evals/federated")}
     others = [(other, its) for other, its, _ in found if other != name and its]
-    twins = [
-        other
-        for other, its in others
-        if its.seed == entry.seed or (logs and logs == {k: its.files.get(k) for k in logs})
-    ]
+    twins = [other for other, its in others if its.seed == entry.seed or entry.same_samples(its)]
     return [Problem(name, f"has the seed or the samples of {twins[0]}")] if twins else []

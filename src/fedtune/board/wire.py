@@ -9,27 +9,79 @@ from typing import Any
 from fedtune.io import read_lines
 from fedtune.methods import METHODS
 from fedtune.methods.base import Sizes
+from fedtune.models.zoo import zoo
 from fedtune.results.entry import Entry
 from fedtune.tensors import tensor_header
 from fedtune.types import Problem
 
 # what a method may save below its own reckoning: ranks a client pruned, a first round that only sketches
 LEEWAY = 0.25
+ADAPTER = "adapter/adapter_model.safetensors"
 
 
-def _modules(folder: Path) -> list[tuple[int, int]]:
-    """Return (in, out) of each adapted layer, from the saved adapter's header."""
-    header = tensor_header(folder / "adapter/adapter_model.safetensors")
+Shapes = list[tuple[int, int]]
+
+
+def _saved(folder: Path) -> tuple[Shapes, int]:
+    """Return (in, out) of each adapted layer and the smallest rank, from the saved adapter's header."""
+    header = tensor_header(folder / ADAPTER)
     shapes = {name: entry["shape"] for name, entry in header.items()}
     factors = [n for n in shapes if n.endswith(".lora_A.weight")]
-    return [(shapes[n][1], shapes[n.replace(".lora_A.", ".lora_B.")][0]) for n in factors]
+    pairs = [(shapes[n], shapes[n.replace(".lora_A.", ".lora_B.")]) for n in factors]
+    return sorted((a[1], b[0]) for a, b in pairs), min((min(a[0], b[1]) for a, b in pairs), default=0)
 
 
-def _least(folder: Path, entry: Entry, clients: int) -> tuple[float, float]:
+def _of_base(entry: Entry) -> Shapes | None:
+    """Return (in, out) of each layer of the base model that the settings adapt; None where they are not known here."""
+    base = zoo().get(entry.base)
+    targets = entry.config["lora"]["target_modules"] or (base.targets if base else ())
+    try:
+        each = [base.linear(name) for name in targets] if base else []
+    except KeyError:
+        return None
+    return sorted((i, o) for o, i in each) * base.layers if base and each else None
+
+
+def _kept(entry: Entry) -> bool:
+    """Tell whether a run of these settings leaves one adapter for all."""
+    return entry.config["arm"] != "federated" or METHODS[entry.method].global_adapter
+
+
+def adapter_problems(folder: Path, entry: Entry) -> Iterator[Problem]:
+    """Yield an adapter that lacks, or that the settings do not make of the base model: its layers and ranks."""
+    if not (folder / ADAPTER).is_file():
+        if _kept(entry):
+            yield Problem(ADAPTER, f"is missing; {entry.method} leaves an adapter")
+        return
+    if not _kept(entry):
+        yield Problem(ADAPTER, f"is of no model that was evaluated; {entry.method} leaves none")
+        return
+    (layers, rank), wanted, lora = _saved(folder), _of_base(entry), entry.config["lora"]
+    if wanted is not None and layers != sorted(wanted):
+        yield Problem(ADAPTER, f"its {len(layers)} layers are not the {len(wanted)} that the settings adapt")
+    if rank < min(lora["ranks"] or [lora["r"]]) and not METHODS[entry.method].ragged:
+        yield Problem(ADAPTER, f"has a layer of rank {rank}, the settings say {lora['r']}")
+    trained = sum(lora["r"] * (i + o) + (o if lora["dora"] else 0) for i, o in layers)
+    if entry.costs.trainable_parameters != trained:
+        said = entry.costs.trainable_parameters
+        yield Problem("entry.costs.trainable_parameters", f"is {said}, its layers have {trained}")
+
+
+def _least(layers: Shapes, entry: Entry, clients: int) -> tuple[float, float]:
     """Return the bytes (up, down) a client exchanges in a round by the method's own reckoning, headers left out."""
     rank, kind = int(entry.config["lora"]["r"]), METHODS[entry.method]
-    each = [kind.traffic(Sizes(i * rank, o * rank, rank, clients)) for i, o in _modules(folder)]
+    each = [kind.traffic(Sizes(i * rank, o * rank, rank, clients)) for i, o in layers]
     return 4 * sum(up for up, _ in each), 4 * sum(down for _, down in each)
+
+
+def _round_problems(line: dict[str, Any], clients: int) -> Iterator[Problem]:
+    """Yield what a round cannot have been: bytes below zero, a client twice, one that was not asked."""
+    cohort, answered = line["cohort"], [c["client"] for c in line["clients"]]
+    if any(type(line[name]) is not int or line[name] < 0 for name in ("bytes_up", "bytes_down")):
+        yield Problem("rounds.jsonl", f"round {line['round']}: its bytes are no count")
+    twice = len(set(cohort)) < len(cohort) or len(set(answered)) < len(answered)
+    if twice or not set(answered) <= set(cohort) <= set(range(clients)):
+        yield Problem("rounds.jsonl", f"round {line['round']}: a client is there twice, or was not asked")
 
 
 def byte_problems(folder: Path, entry: Entry) -> Iterator[Problem]:
@@ -47,14 +99,20 @@ def byte_problems(folder: Path, entry: Entry) -> Iterator[Problem]:
         counted = sum(r[name] for r in rounds)
         if counted != said:
             yield Problem(f"entry.costs.{name}", f"says {said:,}, the rounds add up to {counted:,}")
-    if (folder / "adapter").exists() and entry.method in METHODS and not entry.config["lora"].get("ranks"):
-        yield from _too_few(folder, entry, rounds)
+    skipped = sum(r["status"] == "skipped" for r in rounds)
+    if skipped != entry.skipped_rounds:
+        yield Problem("entry.skipped_rounds", f"says {entry.skipped_rounds}, {skipped} rounds were skipped")
+    for line in rounds:
+        yield from _round_problems(line, entry.config["federation"]["clients"])
+    layers = _of_base(entry) or (_saved(folder)[0] if (folder / ADAPTER).is_file() else [])
+    if layers and entry.config["arm"] == "federated" and not entry.config["lora"].get("ranks"):
+        yield from _too_few(layers, entry, rounds)
 
 
-def _too_few(folder: Path, entry: Entry, rounds: list[dict[str, Any]]) -> Iterator[Problem]:
+def _too_few(layers: Shapes, entry: Entry, rounds: list[dict[str, Any]]) -> Iterator[Problem]:
     asked, answered = sum(len(r["cohort"]) for r in rounds), sum(len(r["clients"]) for r in rounds)
     most = max((len(r["cohort"]) for r in rounds), default=1)
-    up, down = _least(folder, entry, most)
+    up, down = _least(layers, entry, most)
     stateful = METHODS[entry.method].private or METHODS[entry.method].keeps_base
     share = LEEWAY if stateful or METHODS[entry.method].ragged else 1.0
     for name, said, least in (

@@ -54,7 +54,7 @@ class Answers(Document):
     """Which items of a task were right, so that two entries can be compared item by item.
 
     Attributes:
-        items_sha256: of the items; only equal ones may be paired.
+        items_sha256: of the items' places and right answers; only equal ones may be paired.
         n: items.
         bits: one bit an item, most significant first, base64.
     """
@@ -119,6 +119,7 @@ class Entry(Document):
         answers: `arm/task/mode` -> which items were right.
         losses: mean training loss of each round.
         lost_clients, skipped_rounds: what went wrong on the way.
+        samples_sha256: `task/mode` -> of what the ranked arm's models answered; an equal one is of the same run.
         claims: scores as the maker published them, by task, where they are not ours.
     """
 
@@ -155,6 +156,7 @@ class Entry(Document):
     machine: dict[str, str | int | None] = Field(default_factory=dict)
     claims: dict[str, float] = Field(default_factory=dict)
     files: dict[str, str] = Field(default_factory=dict)
+    samples_sha256: dict[str, str] = Field(default_factory=dict)
 
     @field_validator("team", "title", "base", "method", "revision", "link", "domain", "protocol")
     @classmethod
@@ -182,6 +184,10 @@ class Entry(Document):
     def main(self) -> Arm:
         """The arm that is ranked."""
         return self.arm("federated") or self.arms[-1]
+
+    def same_samples(self, other: Entry) -> bool:
+        """Tell whether two entries have the very same samples of a task."""
+        return bool(self.samples_sha256.items() & other.samples_sha256.items())
 
     def place(self) -> Path:
         """Return the entry's path in the store: domain/base@revision/method/config/seed-n.json."""
