@@ -197,7 +197,7 @@ class RoundRecord:
     @staticmethod
     def from_json(line: Mapping[str, Any]) -> RoundRecord:
         """Read back what `as_json` wrote. Raises ValueError where a value is missing, or of another kind."""
-        # as JSON, in which a list is a tuple and nothing else is anything else
+        # JSON mode: lists become tuples; no other type is converted
         return _record_reader().validate_json(json.dumps(line), strict=True)
 
 

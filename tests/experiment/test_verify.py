@@ -1,12 +1,17 @@
 """What a run that is made again is held against."""
 
 import copy
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from fedtune.experiment import verify
+from fedtune.experiment.report import Reporter
 from fedtune.experiment.verify import differences
-from fedtune.types import CorruptFileError
+from fedtune.io import write_lines
+from fedtune.types import CancelledError, CorruptFileError, RoundRecord
 
 
 def rounds(loss: float | None = 2.0, **changes: Any) -> list[dict[str, Any]]:
@@ -43,3 +48,25 @@ def test_what_is_no_record_of_rounds_is_said_to_be_none(line: Any) -> None:
 def test_a_loss_that_is_no_number_is_refused() -> None:
     with pytest.raises(CorruptFileError, match="no record of rounds"):
         differences(rounds("2.0"), rounds(2.0))  # type: ignore[arg-type]
+
+
+class _Stopped(Reporter):
+    def round(self, record: RoundRecord) -> None:
+        raise CancelledError(0)
+
+
+def test_a_replay_stops_after_its_rounds_and_passes_on_a_stop_that_is_not_its_own(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def run(settings: Any, out: Path, reporter: Reporter) -> None:
+        write_lines(out / "rounds.jsonl", rounds())
+        reporter.round(SimpleNamespace(round=1))  # type: ignore[arg-type]
+        raise AssertionError("went on after the last round")
+
+    monkeypatch.setattr(verify, "run", run)
+    monkeypatch.setattr(verify, "load", lambda layers, **options: None)
+    (tmp_path / "config.toml").write_text("seed = 1\n")
+    write_lines(tmp_path / "rounds.jsonl", rounds())
+    assert verify.verify(tmp_path, 1) == []
+    with pytest.raises(CancelledError):
+        verify.verify(tmp_path, 1, watch=_Stopped())

@@ -1,4 +1,7 @@
-"""From what somebody hands in (a folder, or a zip of one) to the packed runs in it; nothing is unpacked unlooked at."""
+"""From what somebody hands in (a folder, or a zip of one) to the packed runs in it.
+
+An archive is checked before it is unpacked.
+"""
 
 from __future__ import annotations
 

@@ -39,7 +39,7 @@ _REMEDIES = {
 
 
 class Group(TyperGroup):
-    """The commands. What ends before its time is a file that is cut off: the library would take it for Ctrl-D."""
+    """The commands. EOFError means a truncated file here; click would report Ctrl-D."""
 
     def invoke(self, ctx: Any) -> Any:
         """Run a command."""

@@ -197,7 +197,9 @@ def _further(tree: Mapping[str, Any], places: Sequence[Sequence[str | int]], che
 
 
 def validated(layers: Sequence[Mapping[str, Any]], checks: Sequence[Check], title: str) -> Settings:
-    """Validate settings by the schema and by what other rooms know; `fedtune.settings.load` names them all.
+    """Validate settings by the schema and by checks from methods, domains and models.
+
+    `fedtune.settings.load` names them all.
 
     Args:
         layers: nested tables: a file's content, then the command line's.

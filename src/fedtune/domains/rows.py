@@ -63,7 +63,7 @@ def number(row: Row, column: str) -> float:
 
 
 def label(row: Row, column: str, least: int, most: int) -> int:
-    """Return a whole number from `least` to `most`. Raises ValueError; -1 is what published sets hide answers by."""
+    """Return a whole number from `least` to `most`. Raises ValueError; published sets mark hidden answers by -1."""
     made = number(row, column)
     if made.is_integer() and least <= made <= most:
         return int(made)

@@ -58,7 +58,7 @@ def _is_constant(name: str, modules: Mapping[str, Any]) -> bool:
 def _dropped(model: Any, unexpected: Iterable[str]) -> list[str]:
     """Return the tensors that belong inside a module of the model, and so were dropped from what it computes.
 
-    A whole part that a language model does not have (a vision tower, a value head) is none of its modules' business.
+    A whole part that a language model does not have (a vision tower, a value head) is not counted.
     """
     modules = dict(model.named_modules())
     top = {"", str(model.base_model_prefix)}

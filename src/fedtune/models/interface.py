@@ -6,6 +6,7 @@ At all other times a model computes with the attention that transformers chose f
 from __future__ import annotations
 
 import contextlib
+import functools
 import inspect
 from collections.abc import Iterator, Sequence
 from contextvars import ContextVar
@@ -106,8 +107,9 @@ def _mask(*args: Any, local_size: int | None = None, use_vmap: bool = False, **k
         watch.masks.add(local_size)
 
 
+@functools.cache
 def register() -> str:
-    """Make the attention known to transformers (again and again is fine) and return its name."""
+    """Make the attention known to transformers, once, and return its name."""
     from transformers import AttentionInterface, AttentionMaskInterface
 
     AttentionInterface.register(NAME, _attention)
@@ -171,10 +173,15 @@ def packed_pass(model: Any, row: PackedRow, module: Any = None, **options: Any) 
         )
 
 
+@functools.cache
+def _takes_cache(kind: type[Any]) -> bool:
+    """Tell whether models of a class have an option `use_cache`."""
+    return "use_cache" in inspect.signature(kind.forward).parameters
+
+
 def plain_pass(model: Any, ids: Sequence[int], module: Any = None, **options: Any) -> Any:
     """Run one text alone through a model, or through a part of it, as transformers would."""
     device, run = next(model.parameters()).device, module or model
-    known = inspect.signature(inner(run).forward).parameters
-    cache = {"use_cache": False} if "use_cache" in known else {}
+    cache = {"use_cache": False} if _takes_cache(type(inner(run))) else {}
     with attending(model, packed=False):
         return run(input_ids=torch.tensor([list(ids)], device=device), **cache, **options)
