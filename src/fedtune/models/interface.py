@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
@@ -174,14 +174,14 @@ def packed_pass(model: Any, row: PackedRow, module: Any = None, **options: Any) 
 
 
 @functools.cache
-def _takes_cache(kind: type[Any]) -> bool:
-    """Tell whether models of a class have an option `use_cache`."""
-    return "use_cache" in inspect.signature(kind.forward).parameters
+def _takes_cache(forward: Callable[..., Any]) -> bool:
+    """Tell whether the pass of a class of models has an option `use_cache`."""
+    return "use_cache" in inspect.signature(forward).parameters
 
 
 def plain_pass(model: Any, ids: Sequence[int], module: Any = None, **options: Any) -> Any:
     """Run one text alone through a model, or through a part of it, as transformers would."""
     device, run = next(model.parameters()).device, module or model
-    cache = {"use_cache": False} if _takes_cache(type(inner(run))) else {}
+    cache = {"use_cache": False} if _takes_cache(type(inner(run)).forward) else {}
     with attending(model, packed=False):
         return run(input_ids=torch.tensor([list(ids)], device=device), **cache, **options)
