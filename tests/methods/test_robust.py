@@ -103,7 +103,7 @@ def gauge(tensors: dict[str, Tensor], size: float, seed: int) -> dict[str, Tenso
 
 
 ATTACKS = ["gauge", "boost", "sign-flip", "fill", "one number", "noise", "hidden"]
-SIZES = [1e-6, 1e-3, 10.0, 1e3, 1e4, 1e5, 1e8, 1e20, 3e38]
+SIZES = [1e-6, 1e-3, 10.0, 300.0, 1e3, 1e4, 1e5, 1e8, 1e20, 3e38]
 
 
 def attacked(
@@ -170,7 +170,7 @@ def test_without_a_rule_the_same_attacks_do_move_the_model() -> None:
     state = started(made)
     updates = [ClientUpdate(c, _trained(made, state, c, 2), 10.0) for c in range(CLIENTS)]
     want = model(made.server_step(updates, state, 2))
-    for kind, size in (("boost", 1e3), ("noise", 1e2), ("fill", 1e2)):
+    for kind, size in (("boost", 300.0), ("noise", 10.0), ("fill", 10.0)):
         sent = made.method.expected(state, 2, 2)
         bad = replace(updates[2], tensors=attacked(kind, size, dict(updates[2].tensors), sent, 1))
         got = model(stepped(made, [*updates[:2], bad, *updates[3:]], state, 2))
