@@ -306,6 +306,12 @@ def other_size(packed: Path) -> None:
     _remake(packed)
 
 
+def arm_elsewhere(packed: Path) -> None:
+    name = f"../../{packed.name}/evals/base"
+    _json(packed / "result.json", lambda r: r["arms"].insert(0, {**r["arms"][0], "name": name}))
+    _remake(packed)
+
+
 def not_json(packed: Path) -> None:
     (packed / "entry.json").write_text("{")
 
@@ -343,6 +349,7 @@ ATTACKS = [
     (bytes_below_zero, "round 1: its bytes are no count"),
     (hidden_skip, "says 0, 1 rounds were skipped"),
     (client_twice, "round 1: a client is there twice"),
+    (arm_elsewhere, "/evals/base' is no arm of a run"),
     (other_size, "trainable_parameters: is 7, its layers have"),
 ]
 

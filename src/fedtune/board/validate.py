@@ -165,6 +165,8 @@ def _evaluated(folder: Path, entry: Entry) -> Iterator[Problem]:
     names = [arm.name for arm in entry.arms]
     for name in {*(["base"] if config.eval.base else []), config.arm} - set(names):
         yield Problem(name, "is missing, the settings evaluate it")
+    for name in sorted(set(names) - {"base", "federated", "local-only", "centralised"}):
+        yield Problem("entry.arms", f"{_short(name)} is no arm of a run")
     if len(set(names)) < len(names):
         yield Problem("entry.arms", "has one arm twice")
 
