@@ -4,6 +4,7 @@ import dataclasses
 import json
 import shutil
 import warnings
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,10 @@ from transformers import AutoModelForCausalLM
 from fedtune.config.schema import ModelSettings
 from fedtune.experiment.aggregate import build
 from fedtune.experiment.clients import read_clients
+from fedtune.models import trained
 from fedtune.models.adapter_config import KNOWN, read_config
 from fedtune.models.load import LoadedModel, load
+from fedtune.models.patterns import try_patterns
 from fedtune.models.source import CONFIG, WEIGHTS
 from fedtune.models.trained import load_folder
 from fedtune.types import AdapterError, CorruptFileError, FedtuneError, ProblemsError
@@ -196,6 +199,8 @@ def test_a_field_of_a_later_release_that_is_off_changes_nothing(folder: Path, of
         ("rank_pattern", {"v_proj": 0}),
         ("rank_pattern", {"v_proj": "2"}),
         ("rank_pattern", {"[": 2}),
+        ("rank_pattern", {"(?i)v_proj": 2}),
+        ("layers_pattern", "(?P<idx>layers)"),
         ("alpha_pattern", {"v_proj": None}),
         ("use_dora", "yes"),
         ("use_rslora", 1),
@@ -244,6 +249,24 @@ def test_whatever_stands_in_the_file_is_read_or_refused(tmp_path: Path, fields: 
 def test_a_pattern_that_peft_refuses_is_an_error_of_the_folder(tiny_folder: Path, folder: Path) -> None:
     _edited(folder, target_modules="q_proj", layers_to_transform=[1])
     with pytest.raises(AdapterError, match=r"adapter: .*layers_to_transform"):
+        load_folder(load(ModelSettings(name=str(tiny_folder))), folder)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"target_modules": "(((.*)*)*)*!"},
+        {"target_modules": "q_proj", "exclude_modules": r"([\w.]+)+!"},
+        {"target_modules": ["q_proj"], "rank_pattern": {"(.*.*.*.*.*.*.*.*)*!": 2}},
+        {"target_modules": ["q_proj"], "layers_pattern": ["((.*)*)*!"], "layers_to_transform": [0]},
+    ],
+)
+def test_a_pattern_that_would_take_for_ever_is_refused(
+    tiny_folder: Path, folder: Path, monkeypatch: pytest.MonkeyPatch, fields: dict[str, Any]
+) -> None:
+    monkeypatch.setattr(trained, "try_patterns", partial(try_patterns, seconds=1.0))
+    _edited(folder, **fields)
+    with pytest.raises(AdapterError, match=r"adapter: its patterns cannot be applied to the names of \d+ layers"):
         load_folder(load(ModelSettings(name=str(tiny_folder))), folder)
 
 

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from reprlib import repr as short
-from typing import Annotated, Any
+from typing import Annotated, Any, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from fedtune.io import read_json
+from fedtune.models.patterns import Pattern, malformed
 from fedtune.models.source import CONFIG
 from fedtune.types import AdapterError
 
@@ -59,15 +59,23 @@ class AdapterConfig(BaseModel):
     base_model_name_or_path: str | None = None
     revision: str | None = None
 
-    @field_validator("target_modules", "exclude_modules", "layers_pattern", "rank_pattern", "alpha_pattern")
-    @classmethod
-    def _patterns(cls, value: Any) -> Any:
-        for text in [value] if isinstance(value, str) else value or ():
-            try:
-                re.compile(text)
-            except re.error as err:
-                raise ValueError(f"{text!r} is not a pattern: {err}") from err
-        return value
+    @model_validator(mode="after")
+    def _patterns(self) -> Self:
+        if wrong := malformed(self.patterns):
+            raise ValueError(wrong)
+        return self
+
+    @property
+    def patterns(self) -> list[Pattern]:
+        """All regular expressions in the settings, as PEFT makes them."""
+        found = []
+        for field in ("target_modules", "exclude_modules"):
+            if isinstance(text := getattr(self, field), str):
+                found.append(Pattern(field, text, text, whole=True))
+        for field in ("rank_pattern", "alpha_pattern"):
+            found += [Pattern(field, text, rf"(.*\.)?({text})$") for text in getattr(self, field) or ()]
+        layers = [self.layers_pattern] if isinstance(self.layers_pattern, str) else self.layers_pattern or []
+        return found + [Pattern("layers_pattern", t, rf"(?:^|.*?\.){t}\.(?P<idx>\d+)\.") for t in layers]
 
     @property
     def base(self) -> str:
@@ -114,5 +122,5 @@ def read_config(folder: Path) -> AdapterConfig:
     try:
         return AdapterConfig.model_validate({k: v for k, v in config.items() if k in AdapterConfig.model_fields})
     except ValidationError as err:
-        said = [f"{'.'.join(map(str, e['loc'][:1]))}: {e['msg']}" for e in err.errors()]
+        said = [": ".join([*map(str, e["loc"][:1]), e["msg"].removeprefix("Value error, ")]) for e in err.errors()]
         raise AdapterError(f"{folder}: {CONFIG}: {'; '.join(dict.fromkeys(said))}") from err

@@ -15,6 +15,7 @@ from fedtune.models.adapter import AdaptedModel, attach_as, detach, load_tensors
 from fedtune.models.adapter_config import MERGE, AdapterConfig
 from fedtune.models.folder import read_folder
 from fedtune.models.load import LoadedModel
+from fedtune.models.patterns import try_patterns
 from fedtune.types import AdapterError, ModelError
 
 log = logging.getLogger("fedtune")
@@ -53,8 +54,9 @@ def load_folder(base: LoadedModel, folder: Path, *, insist: bool = False) -> Ada
     _check_base(folder, config, base, insist)
     own = _without_base(folder, base, tensors)
     try:
+        try_patterns(config.patterns, [name for name, _ in base.model.named_modules()])
         adapted = attach_as(base, LoraConfig(**config.for_peft(), task_type="CAUSAL_LM"), seed=0)
-    except (ModelError, ValueError, TypeError) as err:
+    except (AdapterError, ModelError, ValueError, TypeError) as err:
         raise AdapterError(f"{folder}: {err}") from err
     try:
         load_tensors(adapted.slots, own)
