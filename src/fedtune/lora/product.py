@@ -93,10 +93,16 @@ def split(product: Product, rank: int) -> tuple[Product, Product]:
     The first is padded with zeros if the product has less rank; the second has as many columns as it needs.
     """
     u, s, vh = svd(product)
-    missing, needed = max(0, rank - s.shape[0]), int((s > s.max() * torch.finfo(s.dtype).eps).sum())
-    left = torch.cat([u[:, :rank] * s[:rank], u.new_zeros(u.shape[0], missing)], dim=1)
-    right = torch.cat([vh[:rank], vh.new_zeros(missing, vh.shape[1])], dim=0)
-    return Product(left, right), Product(u[:, rank:needed] * s[rank:needed], vh[rank:needed])
+    needed = int((s > s.max() * torch.finfo(s.dtype).eps).sum())
+    best = padded(Product(u[:, :rank] * s[:rank], vh[:rank]), rank)
+    return best, Product(u[:, rank:needed] * s[rank:needed], vh[rank:needed])
+
+
+def padded(product: Product, rank: int) -> Product:
+    """Return the same product with zeros up to a rank; a layer narrower than the rank has fewer directions than it."""
+    missing = max(0, rank - product.inner)
+    left = torch.cat([product.left, product.left.new_zeros(product.left.shape[0], missing)], dim=1)
+    return Product(left, torch.cat([product.right, product.right.new_zeros(missing, product.right.shape[1])], dim=0))
 
 
 def truncate(product: Product, rank: int) -> Product:

@@ -123,9 +123,10 @@ class FedSB(Method):
             basis, triangle = torch.linalg.qr(probe.T @ core)
             inner = _solved(triangle, basis.T @ left)
             u, _, vh = product.svd(product.Product(core, inner))
-            extra[_BASIS + path] = u[:, : module.rank].contiguous()
+            bases = product.padded(product.Product(u[:, : module.rank], vh[: module.rank]), module.rank)
+            extra[_BASIS + path] = bases.left.contiguous()
             extra[PREFIX + path + _R] = module.a.new_zeros(module.rank, module.rank)
-            adapter[path] = replace(module, a=vh[: module.rank].contiguous(), b=torch.zeros_like(module.b))
+            adapter[path] = replace(module, a=bases.right.contiguous(), b=torch.zeros_like(module.b))
         return replace(state, adapter=adapter, round=round_, extra=extra)
 
     def _product(self, state: ServerState, extra: Tensors) -> AdapterState:

@@ -44,13 +44,13 @@ class FedSVD(Method):
         return replace(merged, adapter={path: self.orthogonalise(m) for path, m in merged.adapter.items()})
 
     def orthogonalise(self, module: LoraModule) -> LoraModule:
-        """Return the same product with orthonormal rows of A; an all-zero product keeps its factors."""
-        from fedtune.lora.product import of, svd
+        """Return the same product with orthonormal rows of A; an all-zero product keeps its factors.
+
+        A layer narrower than the rank has fewer such rows than A: the others are 0, in B as well.
+        """
+        from fedtune.lora.product import of, truncate
 
         if not module.b.any():
             return module
-        u, s, vh = svd(of(module))
-        rank = module.rank  # at most this many are not zero, also where the layer is narrower
-        return replace(
-            module, b=(u[:, :rank] * s[:rank] / module.scale).to(module.b.dtype), a=vh[:rank].to(module.a.dtype)
-        )
+        whole = truncate(of(module), module.rank)
+        return replace(module, b=(whole.left / module.scale).to(module.b.dtype), a=whole.right.to(module.a.dtype))
