@@ -1,10 +1,14 @@
 """Whatever stands in a submission is shown as letters: by the card, the report, and what Markdown is made of it."""
 
+import html
 import json
 import re
 from typing import Any
 
 import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
+from markdown_it import MarkdownIt
 from pydantic import ValidationError
 
 from fedtune.board import card, report
@@ -36,6 +40,42 @@ def test_the_hostile_text_is_markup() -> None:
     assert len(markup(HOSTILE)) == 3
     assert markup(inert(HOSTILE)) == []
     assert "\n" not in inert(HOSTILE)
+
+
+WORDS = [
+    "_",
+    "__",
+    "#",
+    "# ",
+    "!",
+    "$",
+    "`",
+    "*",
+    "~~",
+    "[",
+    "](x)",
+    "<b>",
+    "&lt;",
+    "|",
+    "\\",
+    "- ",
+    "1. ",
+    "=",
+    "+ ",
+    ":",
+]
+WORDS += ["https://", "www.", "WWW.x.org", "@", "#1", "mailto:", ":smile:", "a", "7", " ", "\n", "---", ")"]
+
+
+@given(st.lists(st.sampled_from(WORDS), max_size=8).map("".join))
+@example("__base__ _x_ https://evil.example/a www.evil.example @admin a@b.org #1 :smile: $x$")
+@example("1. x")
+@example("- x")
+def test_any_text_is_shown_as_it_is_and_linked_by_nobody(text: str) -> None:
+    made = MarkdownIt("commonmark").enable(["table", "strikethrough"]).render(inert(text)).strip()
+    shown = html.unescape(re.sub(r"^<p>|</p>$", "", made))
+    assert shown.replace("\u200b", "") == " ".join(text.split())
+    assert not re.search(r"://|www\.|@\S|#\w|:\w+:|mailto:\w", re.sub("\u200b", " ", shown), re.I)
 
 
 def test_a_report_shows_letters() -> None:

@@ -19,12 +19,22 @@ __all__ = ["Answers", "Arm", "Costs", "Entry", "Point", "Privacy", "State", "ine
 
 State = Literal["reported", "re-scored", "re-run", "flagged"]
 _SAFE = re.compile(r"[^A-Za-z0-9._@-]+")
-_MARKDOWN = re.compile(r"([\\`*\[\]<>&|~])")
+_MARKDOWN = re.compile(r"([\\`*_\[\]<>&|~#!$])|^([-+=]|\d+(?=[.)]))")
+# what readers of Markdown link or replace although it is escaped: addresses, names, numbers of threads, emoji
+_LINKED = re.compile(r"(?<=:)(?=[\w/+-])|(?<=@)(?=\S)|(?<=#)(?=\w)|(?<=www)(?=\.)", re.I)
+_BREAK = "&#8203;"  # of no width
+
+
+def _escaped(found: re.Match[str]) -> str:
+    return found[0] + "\\" if found[0].isdigit() else "\\" + found[0]
 
 
 def inert(value: str) -> str:
-    """Return a text so that Markdown and the HTML in it show it as it is, on one line: no link, image, code or tag."""
-    return _MARKDOWN.sub(r"\\\1", " ".join(value.split()))
+    """Return a text so that Markdown and the HTML in it show it as it is, on one line: no link, image, code or tag.
+
+    Addresses, names after `@` and numbers after `#` get a space of no width, since they are linked wherever they stand.
+    """
+    return _LINKED.sub(_BREAK, _MARKDOWN.sub(_escaped, " ".join(value.split())))
 
 
 class Costs(Document):
