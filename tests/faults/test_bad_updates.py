@@ -53,7 +53,7 @@ def toy_app(bad: Answer | None = None) -> ClientApp:
         assert isinstance(order, ConfigRecord)
         client = int(context.node_config["partition-id"])
         tensors = honest(client, messages.unpack(message.content.array_records[messages.ADAPTER]))
-        metrics = {"examples": 10.0 + client, "tokens": 5.0, "steps": 1.0, "loss": 2.0}
+        metrics = {"examples": 4.0 + client, "tokens": 5.0, "steps": 1.0, "loss": 2.0}
         answer = messages.train_answer(order, tensors, metrics, in_process=True)
         if bad and client == BAD:
             changed = bad(answer, tensors, metrics)
@@ -172,12 +172,46 @@ def test_one_bad_client_changes_nothing_but_the_record(config: Config, tmp_path:
     assert all(torch.equal(want[n], got[n]) for n in want)
 
 
-def test_more_examples_than_registered_are_capped_and_recorded(config: Config, tmp_path: Path) -> None:
-    capped = run_rounds(federation(config, tmp_path / "a", toy_app(_metric(examples=1e12))), ServerState(start()))
-    assert capped.records[0].clients[BAD].examples == 50
-    assert capped.records[0].notes == (f"client {BAD}: 1000000000000 examples capped to its 50 registered",)
-    same = run_rounds(federation(config, tmp_path / "b", toy_app(_metric(examples=50.0))), ServerState(start()))
+@pytest.mark.parametrize(("claimed", "registered", "used"), [(1e12, 50, 8), (50.0, 50, 8), (8.0, 3, 3)])
+def test_more_examples_than_the_steps_of_the_round_have_are_capped_and_recorded(
+    config: Config, tmp_path: Path, claimed: float, registered: int, used: int
+) -> None:
+    """Two steps of four rows use eight, or the whole of a smaller shard: no client weighs by what it only owns."""
+    sizes = {**dict.fromkeys(range(4), 50), BAD: registered}
+
+    def after(name: str, claim: float) -> Any:
+        app = toy_app(_metric(examples=claim))
+        return run_rounds(federation(config, tmp_path / name, app, registered=sizes), ServerState(start()))
+
+    capped, same = after("a", claimed), after("b", used)
+    assert capped.records[0].clients[BAD].examples == used
+    assert capped.records[0].notes == (f"client {BAD}: {claimed:.0f} examples capped to the {used} of its steps",)
+    assert same.records[0].notes == ()
     assert torch.equal(capped.state.adapter["layer.q"].a, same.state.adapter["layer.q"].a)
+
+
+@pytest.mark.parametrize(
+    ("said", "kept"),
+    [
+        ({"steps": 3.0}, {"steps": 0}),
+        ({"steps": 2.0}, {"steps": 2}),
+        ({"tokens": 1025.0}, {"tokens": 0}),
+        ({"tokens": 1024.0}, {"tokens": 1024}),
+        ({"loss": -0.1}, {"loss": None}),
+        ({"loss": 10001.0}, {"loss": None}),
+        ({"loss": 9.0}, {"loss": 9.0}),
+        ({"loss": -1e15, "tokens": 1e15, "steps": 1e15}, {"loss": None, "tokens": 0, "steps": 0}),
+    ],
+)
+def test_what_a_round_of_training_cannot_come_to_is_left_out_and_noted(
+    config: Config, tmp_path: Path, said: dict[str, float], kept: dict[str, Any]
+) -> None:
+    """Two steps of four texts of at most 128 tokens, and losses of at least 0."""
+    record = run_rounds(federation(config, tmp_path, toy_app(_metric(**said))), ServerState(start())).records[0]
+    assert record.clients[BAD] == replace(record.clients[BAD], **kept)
+    noted = [name for name in said if kept[name] in (0, None)]
+    assert len(record.notes) == len(noted)
+    assert all(any(f"client {BAD}: {name} = " in note for note in record.notes) for name in noted)
 
 
 def test_extra_metrics_are_ignored_and_missing_ones_are_null(config: Config, tmp_path: Path) -> None:

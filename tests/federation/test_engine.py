@@ -80,6 +80,19 @@ def test_adding_up_as_they_come_gives_what_all_at_once_gives(
     assert all(torch.allclose(added[n], together[n], rtol=1e-6, atol=1e-8) for n in together)
 
 
+@pytest.mark.parametrize(("name", "own"), [*((n, {}) for n in METHODS), ("fedkseed", {"steps": 5})])
+def test_what_honest_clients_report_is_what_the_plan_allows(
+    settings: Callable[..., Settings], tmp_path: Path, name: str, own: dict[str, Any]
+) -> None:
+    config = settings(federation={"clients": 2, "rounds": 2}, method={"name": name, **own}).config
+    for record in arms.train(arm(config, tmp_path, 2)).records:
+        assert record.notes == ()
+        assert record.rejected == ()
+        assert all(
+            (c.examples, c.tokens > 0, c.steps > 0, c.loss is not None) == (2, *[True] * 3) for c in record.clients
+        )
+
+
 def test_what_compares_updates_gets_them_all(settings: Callable[..., Settings]) -> None:
     for changes in (
         {"robust": {"rule": "trimmed"}, "method": {"name": "ffa_lora"}},

@@ -15,7 +15,8 @@ from fedtune.federation.guard import aggregated
 from fedtune.lora.algebra import RunningMean
 from fedtune.methods import ClientUpdate, ServerState
 from fedtune.models.budget import message_bytes
-from fedtune.privacy.screen import Expected, Screened, Screening
+from fedtune.privacy.screen import Expected, Most, Screened, Screening
+from fedtune.training import schedule
 from fedtune.types import Rejection
 
 if TYPE_CHECKING:
@@ -71,6 +72,14 @@ class _Signatures(Mapping[int, Mapping[str, Tensor]]):
         return len(self._cohort)
 
 
+def _most(fed: Federation, client: int, round_: int) -> Most:
+    """Return what a client can have done in a round: the server knows the rows of its steps as well as it does."""
+    train, size = fed.config.train, fed.registered[client]
+    plan = schedule.batches(train, size, fed.config.seed, client, round_)
+    steps = fed.recipe.method.losses(len(plan))
+    return Most(schedule.distinct(plan), steps, steps * train.batch * train.max_length)
+
+
 def _expected(fed: Federation, cohort: Sequence[int], when: When, state: ServerState) -> Expected:
     round_, phase = when
     return Expected(
@@ -78,6 +87,7 @@ def _expected(fed: Federation, cohort: Sequence[int], when: When, state: ServerS
         round_,
         _Signatures(cohort, lambda client: fed.recipe.expected(state, client, round_)),
         fed.registered,
+        lambda client: _most(fed, client, round_),
         fed.config.federation.weights,
         lambda tensors, client: fed.recipe.flaw(tensors, state, client, round_),
         phase,

@@ -22,10 +22,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class ClientUpdate:
-    """One client's screened update: the tensors it sent, by name, and how many examples stand behind them.
-
-    `examples` is the update's weight; a robust rule may have changed it.
-    """
+    """One client's screened update: the tensors it sent, by name, and its weight: examples, or what a rule gives it."""
 
     client: int
     tensors: Tensors
@@ -91,18 +88,14 @@ class Method:
         keeps_base: it moves the base model by low-rank side adapters.
         stateful: the server keeps `extra` state.
         private: clients keep tensors of their own between rounds.
-        dora: "" (not defined for DoRA), "mean" (magnitudes averaged like factors), "exact" (through the exact
-            map of `lora.dora`).
-        factors: what is trained is the global adapter's own tensors, in coordinates that stay, so server optimisers
-            and control variates mean something.
+        dora: "" (not defined for DoRA), "mean" (magnitudes averaged like factors), "exact" (by the map of `lora.dora`).
+        factors: what is trained is the global adapter's own tensors, in coordinates that stay (for server optimisers).
         comparable: an update stands for a model, so it can be compared with others and with the ideal update.
-        by_product: of an update, no more than its product reaches the model, and with the weight it has; so what a
-            robust rule promises of the products holds of the model.
+        by_product: only an update's product, with its weight, reaches the model; so robust rules hold of the model.
         pairs: a client sends both factors of a layer, so it is free to choose their gauge.
         optimises: clients make optimiser steps.
         ragged: the shapes a client sends are its own choice, within what `flaw` allows.
-        running: the server step sees no more of the updates than their weighted mean, so whole adapters can be
-            added up one after the other, in memory that does not grow with their number.
+        running: the server step needs only the updates' weighted mean, so they are added up one after the other.
         by_client: the server step also uses whose update has which weight, so a run keeps updates apart even then.
         phases: exchanges a round.
     """
@@ -190,6 +183,10 @@ class Method:
         """Return what a client sends after its local training."""
         return {name: t for name, t in tensors.items() if self.trainable(round_, name)}
 
+    def losses(self, steps: int) -> int:
+        """Return how many losses a client takes in a round whose plan has so many steps, at most."""
+        return steps
+
     # server half
 
     def rank_of(self, client: int) -> int | None:
@@ -240,8 +237,7 @@ class Method:
         """Aggregate whole adapters, as clients would send them after a round that started from `state`.
 
         Args:
-            clients: their adapters, of one rank; a lazily read sequence is read once, one adapter at a time.
-                Scales may differ: B takes up the difference.
+            clients: their adapters, of one rank; read once, one at a time. B takes up a difference of scales.
             examples: of each.
             state: the server's before.
             round_: which round.

@@ -61,6 +61,10 @@ class FedSB(Method):
         new = {n: t for n, t in {**kept, **download}.items() if n != _HOLDERS}
         return new or to_tensors(layout)
 
+    def losses(self, steps: int) -> int:
+        """Count the steps, or one loss for each sketch."""
+        return max(steps, LEFT + RIGHT)
+
     def fit(self, local: Local, start: Tensors) -> Fitted:
         """Send sketches of the gradient while there are no bases, then train R."""
         if not any(n.endswith(_R) for n in start):

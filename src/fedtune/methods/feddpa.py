@@ -56,6 +56,10 @@ class FedDPA(Method):
         start = {**super().begin(layout, download, {}, round_), **kept}
         return {**start, MIX: torch.tensor(self._own.local_weight)} if kept else start
 
+    def losses(self, steps: int) -> int:
+        """Count both trainings: of the global adapter, and of the local one."""
+        return 2 * steps
+
     def fit(self, local: Local, start: Tensors) -> Fitted:
         """Train the global adapter, then the local one; send the first, keep the second."""
         import torch

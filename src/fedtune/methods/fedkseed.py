@@ -79,6 +79,10 @@ class FedKSeed(Method):
 
         return self.replay(to_tensors(layout), download[_SCALARS])
 
+    def losses(self, steps: int) -> int:
+        """Count the steps of the walk."""
+        return self._own.steps or steps
+
     def fit(self, local: Local, start: Tensors) -> Fitted:
         """Walk along random directions; send what was found for each."""
         import torch

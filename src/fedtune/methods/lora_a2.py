@@ -69,6 +69,10 @@ class LoRAA2(Method):
         share = cast("LoRAA2.Parameters", self.parameters).share
         return own * len(adapter) if own else max(1, int(share * ranks))
 
+    def losses(self, steps: int) -> int:
+        """Count both trainings: of all ranks, and of those chosen."""
+        return 2 * steps
+
     def fit(self, local: Local, start: Tensors) -> Fitted:
         """Score all ranks, train the best again, and send those."""
         names = [n for n in start if self.trainable(local.round, n)]

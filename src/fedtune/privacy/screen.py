@@ -20,8 +20,10 @@ from fedtune.methods.base import ClientUpdate
 from fedtune.methods.sound import GROWTH
 from fedtune.types import ClientStats, Rejection, last_line, plain
 
-# a count or a loss above is no measurement; sums of such numbers stay finite, and whole
+# a count above is no measurement; it stays whole as a float
 MOST = 1e15
+# no cross-entropy of a model is larger, in nats
+STEEPEST = 1e4
 
 
 @dataclass(frozen=True)
@@ -44,6 +46,15 @@ class Reply:
 
 
 @dataclass(frozen=True)
+class Most:
+    """What a client can have done in a round at most: different examples used, losses taken, tokens in them."""
+
+    examples: int
+    steps: int
+    tokens: int
+
+
+@dataclass(frozen=True)
 class Expected:
     """What a good reply of this round looks like.
 
@@ -52,6 +63,7 @@ class Expected:
         round: the round's number.
         signature: for each client asked, tensors with the right names, shapes and dtypes.
         registered: for each client, how many examples its shard has.
+        most: what a client can have done, by the round's own plan of its steps.
         weights: whether examples used or the whole shard weigh.
         flaw: says what else is wrong with an update of a client, or returns an empty string.
         phase: which exchange of the round.
@@ -63,6 +75,7 @@ class Expected:
     round: int
     signature: Mapping[int, Mapping[str, Tensor]]
     registered: Mapping[int, int]
+    most: Callable[[int], Most]
     weights: str = "examples-used"
     flaw: Callable[[Mapping[str, Tensor], int], str] | None = None
     phase: int = 1
@@ -183,36 +196,39 @@ def _judged(reply: Reply, expected: Expected, seen: set[int]) -> tuple[str, str]
     return (odd[0], plain(odd[1])) if odd else None
 
 
-def _count(metrics: Mapping[str, float], name: str) -> int:
-    value = metrics.get(name, 0.0)
-    return int(value) if 0 <= value <= MOST else 0
+def _within(metrics: Mapping[str, float], name: str, most: float, notes: list[str]) -> float | None:
+    """Return a number that a client reports; None where it reports none, or, with a note, one that cannot be."""
+    value = metrics.get(name, math.nan)
+    if math.isnan(value) or 0 <= value <= most:
+        return None if math.isnan(value) else value
+    notes.append(f"{name} = {value:g} cannot be (at most {most:g}), left out")
+    return None
 
 
-def _accept(reply: Reply, expected: Expected) -> tuple[ClientUpdate, ClientStats, str]:
-    """Turn a reply that passed into an update; more examples than the client registered are capped."""
+def _accept(reply: Reply, expected: Expected) -> tuple[ClientUpdate, ClientStats, list[str]]:
+    """Turn a reply that passed into an update; more examples than the round's steps have are capped."""
     client, tensors = reply.client, reply.tensors
     if client is None or tensors is None:
         raise ValueError("only screened replies are accepted")
-    claimed, registered = int(reply.metrics["examples"]), expected.registered[client]
-    used = min(claimed, registered)
-    note = f"client {client}: {claimed} examples capped to its {registered} registered" if claimed > used else ""
-    loss = reply.metrics.get("loss")
+    most, claimed = expected.most(client), int(reply.metrics["examples"])
+    used = min(claimed, most.examples)
+    notes = [f"{claimed} examples capped to the {used} of its steps"] if claimed > used else []
     stats = ClientStats(
         client=client,
         examples=used,
-        tokens=_count(reply.metrics, "tokens"),
-        steps=_count(reply.metrics, "steps"),
-        loss=loss if loss is not None and abs(loss) <= MOST else None,
+        tokens=int(_within(reply.metrics, "tokens", most.tokens, notes) or 0),
+        steps=int(_within(reply.metrics, "steps", most.steps, notes) or 0),
+        loss=_within(reply.metrics, "loss", STEEPEST, notes),
     )
-    weight = registered if expected.weights == "shard-size" else used
-    return ClientUpdate(client, tensors, weight), stats, note
+    weight = expected.registered[client] if expected.weights == "shard-size" else used
+    return ClientUpdate(client, tensors, weight), stats, [f"client {client}: {note}" for note in notes]
 
 
 class Screening:
     """Sorts the replies of one exchange as they come.
 
     A client that was asked and has no reply at all is rejected as `no_reply`. Metrics nobody asked for are ignored; a
-    loss that is missing or no possible one becomes None, such a count 0.
+    loss that is missing or cannot be becomes None, such a count 0; what cannot be is noted.
     """
 
     def __init__(self, expected: Expected) -> None:
@@ -231,9 +247,9 @@ class Screening:
         if odd:
             self._rejected.append(Rejection(-1 if reply.client is None else reply.client, *odd))
             return None
-        update, stats, note = _accept(reply, self._expected)
+        update, stats, notes = _accept(reply, self._expected)
         self._stats[update.client] = stats
-        self._notes += [note] if note else []
+        self._notes += notes
         return update
 
     @property

@@ -61,7 +61,7 @@ class LocalWork:
     @property
     def examples(self) -> int:
         """How many different examples the round's steps have."""
-        return len({i for rows in self.plan for i in rows})
+        return schedule.distinct(self.plan)
 
     def _examples(self, step: int) -> list[Encoded]:
         return [self._shard[i] for i in self.plan[step]]

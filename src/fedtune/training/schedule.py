@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import torch
 
@@ -67,3 +67,8 @@ def batches(train: TrainSettings, size: int, seed: int, client: int, round_: int
         return _repeated(size, batch, train.max_steps)
     rows = _stream(size, seed, client, (round_ - 1) * train.max_steps * batch)
     return [[next(rows) for _ in range(batch)] for _ in range(train.max_steps)]
+
+
+def distinct(plan: Iterable[Iterable[int]]) -> int:
+    """Return how many different rows the steps of a round have."""
+    return len({row for rows in plan for row in rows})
