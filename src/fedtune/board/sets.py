@@ -9,7 +9,7 @@ from typing import Any
 from fedtune.data.files import parse_rows, read_text_file
 from fedtune.domains import DOMAINS, TASKS
 from fedtune.evaluation import known
-from fedtune.io import digest
+from fedtune.io import digest, reading
 from fedtune.results.schema import Arm, Score
 
 
@@ -62,7 +62,9 @@ def fingerprints(run: Path, arm: Arm, losses: Sequence[float | None]) -> dict[st
         logs = [samples(run, room, score.task, score.mode) for room in rooms]
         if any(logs):
             rows = [[[row.get(key) for key in ANSWERED] for row in log] for log in logs]
-            found[f"{score.task}/{score.mode}"] = digest(rows if score.mode == "likelihood" else [rows, list(losses)])
+            with reading(run / "evals" / arm.name / f"{score.task}.{score.mode}.jsonl"):  # a number may be infinite
+                made = digest(rows if score.mode == "likelihood" else [rows, list(losses)])
+            found[f"{score.task}/{score.mode}"] = made
     return found
 
 

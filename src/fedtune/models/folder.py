@@ -84,7 +84,10 @@ class FolderState(Mapping[str, LoraModule]):
         shapes = {name: tuple(entry["shape"]) for name, entry in header.items()}
         # shapes alone, so that a wrong file is refused before a number of it is read
         empty = {n: torch.empty(shape, device="meta") for n, shape in shapes.items()}
-        state = from_tensors(empty, self.config.lora_alpha)
+        try:
+            state = from_tensors(empty, self.config.lora_alpha)
+        except AdapterError as err:
+            raise AdapterError(f"{self.folder / WEIGHTS}: {err}") from err
         self._paths = sorted(state)
         self.dora = all(m.magnitude is not None for m in state.values())
         wrong = [path for path, module in state.items() if module.rank != self.config.r]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import functools
 import tomllib
 from collections.abc import Iterable
@@ -85,7 +86,12 @@ def zoo() -> dict[str, BaseModel]:
 
 def is_local(name: str) -> bool:
     """Tell whether a model's name is a folder here."""
-    return expanded(name).is_dir()
+    try:
+        return expanded(name).is_dir()
+    except OSError as err:
+        if err.errno == errno.ENAMETOOLONG:  # no folder can have that name
+            return False
+        raise
 
 
 def problems(config: Config) -> Iterable[Problem]:
