@@ -2,6 +2,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -126,3 +127,57 @@ def test_a_second_process_is_told_who_holds_the_folder(tmp_path: Path) -> None:
     after = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert after.stdout.strip() == "got it"
     assert issubclass(LockedError, Exception)
+
+
+def _link(path: Path, target: Path) -> None:
+    path.symlink_to(target)
+
+
+def _fifo(path: Path, target: Path) -> None:
+    os.mkfifo(path)
+
+
+@pytest.mark.parametrize("put", [_link, _fifo])
+def test_what_is_written_in_place_is_a_file_that_lies_there(tmp_path: Path, put: Callable[[Path, Path], None]) -> None:
+    mine = tmp_path / "thesis.txt"
+    mine.write_text("years of work")
+    folder = tmp_path / "run"
+    folder.mkdir()
+    for name in ("lock", "rounds.jsonl"):
+        put(folder / name, mine)
+    with pytest.raises(CorruptFileError, match=r"lock: is (a link|neither)"), io.folder_lock(folder):
+        pass
+    with pytest.raises(CorruptFileError, match=r"rounds\.jsonl: is (a link|neither)"):
+        io.append_lines(folder / "rounds.jsonl", [{"round": 1}])
+    assert mine.read_text() == "years of work"
+
+
+@pytest.mark.parametrize("name", ["deep/down/x.json", ".hidden", "deep/down"])
+def test_a_folder_with_a_link_anywhere_is_refused_and_one_behind_a_link_is_not(tmp_path: Path, name: str) -> None:
+    folder = tmp_path / "run"
+    (folder / "deep").mkdir(parents=True)
+    (folder / "deep/file.json").write_text("{}")
+    (tmp_path / "behind").symlink_to(folder)
+    io.only_files(tmp_path / "behind")
+    (folder / name).parent.mkdir(exist_ok=True)
+    (folder / name).symlink_to(tmp_path)
+    for way in (folder, tmp_path / "behind"):
+        with pytest.raises(CorruptFileError, match=f"{name}: is a link"):
+            io.only_files(way)
+
+
+def test_a_fifo_or_a_device_is_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "fifo.json")
+    (tmp_path / "zero.json").symlink_to("/dev/zero")
+    for name in ("fifo.json", "zero.json"):
+        for read in (io.read_json, io.read_lines, io.read_text):
+            with pytest.raises(CorruptFileError, match=f"{name}: is neither a file nor a folder"):
+                read(tmp_path / name)
+
+
+def test_a_pipe_that_a_shell_gives_is_read(tmp_path: Path) -> None:
+    read = "import fedtune.io as io, pathlib; print(io.read_text(pathlib.Path('/dev/stdin'), 9))"
+    done = subprocess.run([sys.executable, "-c", read], input="settings", capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "settings"
+    long = subprocess.run([sys.executable, "-c", read], input="x" * 99, capture_output=True, text=True, check=False)
+    assert "more than the 9 this file may have" in long.stderr

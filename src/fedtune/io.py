@@ -9,6 +9,7 @@ import json
 import math
 import os
 import socket
+import stat
 import threading
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -124,14 +125,24 @@ def parse_json(text: str, where: str) -> Any:
         raise CorruptFileError(f"{where}: {err}") from err
 
 
+# what a shell puts in a file's place: fedtune run --config <(cat settings.toml)
+_GIVEN_PIPES = ("/dev/stdin", "/dev/fd/", "/proc/self/fd/")
+
+
 def _read_bytes(path: Path, max_bytes: int) -> bytes:
+    """Read a file that is one: a FIFO that lies in its place would be waited for, a device be read without end."""
     try:
-        size = path.stat().st_size
-        if size > max_bytes:
-            raise CorruptFileError(f"{path}: {size} bytes, more than the {max_bytes} this file may have")
-        return path.read_bytes()
+        found = path.stat()
+        given = str(path).startswith(_GIVEN_PIPES)
+        if not (given or stat.S_ISREG(found.st_mode) or stat.S_ISDIR(found.st_mode)):
+            raise CorruptFileError(f"{path}: is neither a file nor a folder")
+        with open(path, "rb") as handle:
+            raw = handle.read(max_bytes + 1) if given else b"" if found.st_size > max_bytes else handle.read()
     except OSError as err:
         raise CorruptFileError(f"{path}: {err.strerror or err}") from err
+    if (size := max(len(raw), found.st_size)) > max_bytes:
+        raise CorruptFileError(f"{path}: {size} bytes, more than the {max_bytes} this file may have")
+    return raw
 
 
 def decoded(raw: bytes, where: str) -> str:
@@ -175,10 +186,46 @@ def _lines(rows: Sequence[Any]) -> bytes:
     return "".join(json.dumps(finite(r), allow_nan=False) + "\n" for r in rows).encode("ascii")
 
 
-def append_lines(path: Path, rows: Sequence[Any]) -> None:
-    """Append JSON lines and force them to disk."""
+def only_files(folder: Path, which: str = "**/*") -> None:
+    """Refuse a folder in which something is a link, a FIFO or a device.
+
+    Whatever is read from somebody's folder, or written into it, then stays in it.
+
+    Args:
+        folder: which may itself be a link to one.
+        which: a pattern of the names that matter.
+
+    Raises:
+        CorruptFileError: with the first of them.
+    """
+    for path in sorted(folder.glob(which)):
+        _check_kind(path)
+
+
+def _check_kind(path: Path) -> None:
+    mode = path.lstat().st_mode
+    if stat.S_ISLNK(mode):
+        raise CorruptFileError(f"{path}: is a link, which is not followed here; put the file itself in its place")
+    if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
+        raise CorruptFileError(f"{path}: is neither a file nor a folder")
+
+
+def _open_own(path: Path, flags: int) -> int:
+    """Open a file for writing where it lies: what a link in its place leads to is somebody else's.
+
+    Raises:
+        CorruptFileError: it is a link, or no file.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "ab") as handle:
+    if os.path.lexists(path):
+        _check_kind(path)
+    # O_NOFOLLOW, O_NONBLOCK: whatever is put there after the look at it
+    return os.open(path, flags | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)
+
+
+def append_lines(path: Path, rows: Sequence[Any]) -> None:
+    """Append JSON lines and force them to disk. Raises CorruptFileError where the file is a link, or none."""
+    with open(_open_own(path, os.O_WRONLY | os.O_APPEND), "ab") as handle:
         handle.write(_lines(rows))
         handle.flush()
         os.fsync(handle.fileno())
@@ -235,9 +282,9 @@ def folder_lock(folder: Path) -> Iterator[None]:
 
     Raises:
         LockedError: naming the pid and host of the owner.
+        CorruptFileError: its lock is a link, or no file.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / "lock", "a+", encoding="utf-8") as handle:
+    with open(_open_own(folder / "lock", os.O_RDWR | os.O_APPEND), "a+", encoding="utf-8") as handle:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as err:

@@ -265,6 +265,7 @@ def test_resume_finds_the_last_unfinished_run(short: Settings, tmp_path: Path, u
     again = [sys.executable, "-m", "fedtune", "run", "--resume"]
     done = subprocess.run(again, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+    assert "continuing runs/mine\n" in done.stderr
     _same(out, uninterrupted)
     nothing = subprocess.run(again, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert nothing.returncode == ResumeError.exit_code

@@ -14,7 +14,7 @@ from fedtune.config.load import read_toml
 from fedtune.domains import TASKS
 from fedtune.evaluation.known import samples_sha256
 from fedtune.evaluation.metrics import as_counted, sample_value
-from fedtune.io import read_json, read_lines, reading
+from fedtune.io import only_files, read_json, read_lines, reading
 from fedtune.models.zoo import zoo
 from fedtune.results.entry import Answers, Costs, Entry, Point
 from fedtune.results.schema import Arm, Result
@@ -34,9 +34,10 @@ def _answers(run: Path, arm: Arm) -> Iterator[tuple[str, Answers]]:
         with reading(run / "evals" / arm.name / f"{score.task}.{score.mode}.jsonl"):
             rows = samples(run, arm.name, score.task, score.mode)
             values = [sample_value(r) for r in as_counted(rows)]
-        if values and set(values) <= {0.0, 1.0}:
             # paired by what the samples hold, not by the hash that a submitter says
-            packed = Answers.pack([v == 1 for v in values], samples_sha256(rows, TASKS[score.task].kind))
+            items = samples_sha256(rows, TASKS[score.task].kind)
+        if values and set(values) <= {0.0, 1.0}:
+            packed = Answers.pack([v == 1 for v in values], items)
             yield f"{arm.name}/{score.task}/{score.mode}", packed
 
 
@@ -67,9 +68,10 @@ def from_run(run: Path, team: str = "", title: str = "", link: str = "") -> Entr
 
     Raises:
         DataError: the run is not complete.
-        CorruptFileError: a file of it is damaged.
+        CorruptFileError: a file of it is damaged, or a link.
         ValidationError: team, title or link is not plain text.
     """
+    only_files(run)
     try:
         return _read(run, {"team": team, "title": title, "link": link})
     except ValidationError as err:

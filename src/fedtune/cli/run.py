@@ -85,6 +85,8 @@ def _continued(out: Path | None, config: Path | None) -> tuple[Path, Path]:
         raise ResumeError("there is no unfinished run under runs/; name one with --out")
     if not (folder / SETTINGS).exists():
         raise ResumeError(f"{folder} holds no run to continue")
+    if out is None:
+        say(f"continuing {folder}", err=True)
     return folder, config or folder / SETTINGS
 
 

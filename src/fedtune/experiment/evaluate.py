@@ -9,7 +9,7 @@ from fedtune import domains
 from fedtune.config import Config
 from fedtune.evaluation.run import evaluate_all
 from fedtune.experiment.report import Reporter
-from fedtune.io import digest, folder_lock
+from fedtune.io import digest, folder_lock, only_files
 from fedtune.models import load
 from fedtune.models.folder import checked
 from fedtune.models.load import LoadedModel
@@ -43,6 +43,7 @@ def evaluate(
     watch = reporter or Reporter()
     tasks = domains.chosen_tasks(config)
     with folder_lock(folder):
+        only_files(folder, "*.jsonl")
         if adapter is not None:
             checked(adapter)  # says why it is refused before the base model is loaded
         base = load.load(config.model)

@@ -24,7 +24,7 @@ from fedtune.experiment.resident import Resident
 from fedtune.experiment.session import Session
 from fedtune.federation.checkpoint import Progress, rounds_of, together
 from fedtune.federation.faults import kill_point
-from fedtune.io import folder_lock, read_lines, write_json, write_lines
+from fedtune.io import folder_lock, only_files, read_lines, write_json, write_lines
 from fedtune.methods.base import ServerState
 from fedtune.models import adapter as adapters
 from fedtune.models import budget, zoo
@@ -251,6 +251,8 @@ def run(
     config = settings.config
     path = out or folder.fresh_folder(config)
     again = f"continue with: fedtune run --resume --out {path}"
+    if resume:
+        only_files(path)  # somebody else may have made it
     with folder_lock(path), cancellable(again) if resident is None else contextlib.nullcontext():
         data = workload.load(arms.derive(config, config.arm))
         tasks = domains.chosen_tasks(config)

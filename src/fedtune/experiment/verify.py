@@ -12,7 +12,7 @@ from typing import Any
 from fedtune.config.load import read_toml
 from fedtune.experiment.report import Reporter
 from fedtune.experiment.run import run
-from fedtune.io import read_lines
+from fedtune.io import only_files, read_lines
 from fedtune.settings import ARMS, load
 from fedtune.types import CancelledError, CorruptFileError, RoundRecord
 
@@ -92,6 +92,7 @@ def verify(packed: Path, rounds: int, data: str = "", watch: Reporter | None = N
     Raises:
         FedtuneError: the run cannot be made here.
     """
+    only_files(packed)
     tree = read_toml(packed / "config.toml")
     if data:
         tree["data"] = {**tree.get("data", {}), "path": data}
