@@ -20,6 +20,7 @@ from fedtune.config.schema import ModelSettings
 from fedtune.experiment.aggregate import build
 from fedtune.experiment.clients import read_clients
 from fedtune.models import trained
+from fedtune.models.adapter import shapes_as
 from fedtune.models.adapter_config import KNOWN, read_config
 from fedtune.models.load import LoadedModel, load
 from fedtune.models.patterns import try_patterns
@@ -268,6 +269,33 @@ def test_a_pattern_that_would_take_for_ever_is_refused(
     _edited(folder, **fields)
     with pytest.raises(AdapterError, match=r"adapter: its patterns cannot be applied to the names of \d+ layers"):
         load_folder(load(ModelSettings(name=str(tiny_folder))), folder)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"r": 4096, "target_modules": "all-linear"},
+        {"rank_pattern": {"v_proj": 4096}},
+        {"target_modules": ["q_proj", "v_proj", "lm_head"]},
+        {"r": 4096, "target_modules": ["q_proj", "v_proj", "embed_tokens"]},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("dora", [False, True])
+def test_settings_that_ask_for_more_than_the_file_has_are_refused_before_it_is_made(
+    base: LoadedModel, folder: Path, monkeypatch: pytest.MonkeyPatch, fields: dict[str, Any], dora: bool
+) -> None:
+    monkeypatch.setattr(trained, "attach_as", lambda *_, **__: pytest.fail("an adapter was made"))
+    before = [name for name, _ in base.model.named_modules()]
+    with pytest.raises(AdapterError, match=r"this model needs|tensors missing|only linear layers"):
+        load_folder(base, _edited(folder, use_dora=dora, **fields))
+    assert [name for name, _ in base.model.named_modules()] == before
+
+
+def test_shapes_take_no_memory(base: LoadedModel) -> None:
+    shapes = shapes_as(base, LoraConfig(r=10**12, target_modules="all-linear", use_dora=True))
+    assert shapes["base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"] == (10**12, 32)
+    assert shapes["base_model.model.model.layers.0.self_attn.q_proj.lora_magnitude_vector"] == (32,)
 
 
 @pytest.mark.parametrize("target", ["embed_tokens", "norm"])

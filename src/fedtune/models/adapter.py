@@ -20,6 +20,7 @@ from fedtune.lora.state import (
     AdapterState,
     B,
     LoraModule,
+    M,
     to_tensors,
     with_tensors,
 )
@@ -126,21 +127,30 @@ def _padded(name: str, tensor: Tensor, slot: Tensor) -> Tensor:
     return torch.cat([tensor, tensor.new_zeros(missing)], dim=axis)
 
 
+def check_shapes(wanted: Mapping[str, tuple[int, ...]], tensors: Mapping[str, Tensor]) -> None:
+    """Make sure that tensors have all the names and shapes that are wanted, and no others.
+
+    Raises:
+        AdapterError: with both values of the first difference.
+    """
+    if set(wanted) != set(tensors):
+        missing, extra = sorted(set(wanted) - set(tensors)), sorted(set(tensors) - set(wanted))
+        raise AdapterError(
+            "the adapter belongs to another model or has other targets: "
+            f"{len(missing)} tensors missing (first: {missing[:1]}), {len(extra)} unknown (first: {extra[:1]})"
+        )
+    for name, shape in wanted.items():
+        if shape != tensors[name].shape:
+            raise AdapterError(f"{name}: shape {tuple(tensors[name].shape)}, this model needs {shape}")
+
+
 def load_tensors(slots: Mapping[str, torch.nn.Parameter], tensors: Mapping[str, Tensor]) -> None:
     """Copy tensors into parameters, strictly: all names, all shapes.
 
     Raises:
         AdapterError: with both values of the first difference.
     """
-    if set(slots) != set(tensors):
-        missing, extra = sorted(set(slots) - set(tensors)), sorted(set(tensors) - set(slots))
-        raise AdapterError(
-            "the adapter belongs to another model or has other targets: "
-            f"{len(missing)} tensors missing (first: {missing[:1]}), {len(extra)} unknown (first: {extra[:1]})"
-        )
-    for name, slot in slots.items():
-        if slot.shape != tensors[name].shape:
-            raise AdapterError(f"{name}: shape {tuple(tensors[name].shape)}, this model needs {tuple(slot.shape)}")
+    check_shapes({name: tuple(slot.shape) for name, slot in slots.items()}, tensors)
     with torch.no_grad():
         for name, slot in slots.items():
             slot.copy_(tensors[name])
@@ -200,36 +210,59 @@ def attach(base: LoadedModel, settings: LoraSettings, seed: int) -> AdaptedModel
     return attach_as(base, config, seed)
 
 
+def _with_peft(base: LoadedModel, config: Any) -> tuple[Any, dict[str, torch.nn.Parameter], dict[str, Any]]:
+    """Return PEFT's model with a fresh adapter, the adapter's parameters and its layers, as `AdaptedModel` has them."""
+    from peft import get_peft_model
+
+    with warnings.catch_warnings():
+        # of merging a head that is tied to the embedding, which is never done here
+        warnings.filterwarnings("ignore", message=".*tie_word_embeddings")
+        try:
+            model = get_peft_model(base.model, config)
+        except ValueError as err:
+            raise ModelError(f"{base.name}: {err}; name the layers in lora.target_modules") from err
+    slots = {_file_name(n): p for n, p in model.named_parameters() if p.requires_grad}
+    layers = {path: m for path, m in model.get_base_model().named_modules() if hasattr(m, "lora_A")}
+    if odd := [path for path, layer in layers.items() if not _is_linear(layer)]:
+        kind = type(layers[odd[0]].get_base_layer()).__name__
+        model.unload()
+        raise ModelError(f"{base.name}: the target {odd[0]} is of the kind {kind}; only linear layers are adapted")
+    return model, slots, layers
+
+
 def attach_as(base: LoadedModel, config: Any, seed: int) -> AdaptedModel:
     """Put a fresh adapter with the settings of a PEFT LoraConfig on a base model.
 
     Raises:
         ModelError: a target the model does not have, or that is no linear layer.
     """
-    from peft import get_peft_model
-
-    with torch.random.fork_rng(), warnings.catch_warnings():
-        # of merging a head that is tied to the embedding, which is never done here
-        warnings.filterwarnings("ignore", message=".*tie_word_embeddings")
+    with torch.random.fork_rng():
         torch.manual_seed(seed)
-        try:
-            model = get_peft_model(base.model, config)
-        except ValueError as err:
-            raise ModelError(f"{base.name}: {err}; name the layers in lora.target_modules") from err
-    slots = {_file_name(n): p for n, p in model.named_parameters() if p.requires_grad}
+        model, slots, layers = _with_peft(base, config)
     model.peft_config["default"].base_model_name_or_path = base.name
     model.peft_config["default"].revision = base.revision
-    layers = {path: m for path, m in model.get_base_model().named_modules() if hasattr(m, "lora_A")}
-    if odd := [path for path, layer in layers.items() if not _is_linear(layer)]:
-        kind = type(layers[odd[0]].get_base_layer()).__name__
-        model.unload()
-        raise ModelError(f"{base.name}: the target {odd[0]} is of the kind {kind}; only linear layers are adapted")
     sides, keys = Sides(layers), Keys()
     model.fedtune_sides = sides
     if config.lora_dropout:
         for number, layer in enumerate(layers.values()):
             layer.lora_dropout["default"] = KeyedDropout(config.lora_dropout, number, keys)
     return AdaptedModel(base, model, slots, _layout(layers, slots, config), layers, sides, keys)
+
+
+def shapes_as(base: LoadedModel, config: Any) -> dict[str, tuple[int, ...]]:
+    """Return the names and shapes of the adapter that `attach_as` would put on a base model; nothing of it is made.
+
+    Raises:
+        ModelError: as `attach_as`.
+    """
+    # the start of DoRA's magnitudes is computed from the weights, which are not on the meta device
+    with torch.device("meta"):
+        model, slots, _ = _with_peft(base, replace(config, use_dora=False))
+    shapes = {name: tuple(slot.shape) for name, slot in slots.items()}
+    model.unload()
+    if config.use_dora:
+        shapes |= {n.removesuffix(B) + M: shape[:1] for n, shape in shapes.items() if n.endswith(B)}
+    return shapes
 
 
 def _is_linear(layer: Any) -> bool:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fedtune.lora.state import PREFIX
-from fedtune.models.adapter import AdaptedModel, attach_as, detach, load_tensors
+from fedtune.models.adapter import AdaptedModel, attach_as, check_shapes, load_tensors, shapes_as
 from fedtune.models.adapter_config import MERGE, AdapterConfig
 from fedtune.models.folder import read_folder
 from fedtune.models.load import LoadedModel
@@ -54,15 +54,14 @@ def load_folder(base: LoadedModel, folder: Path, *, insist: bool = False) -> Ada
     _check_base(folder, config, base, insist)
     own = _without_base(folder, base, tensors)
     try:
+        settings = LoraConfig(**config.for_peft(), task_type="CAUSAL_LM")
         try_patterns(config.patterns, [name for name, _ in base.model.named_modules()])
-        adapted = attach_as(base, LoraConfig(**config.for_peft(), task_type="CAUSAL_LM"), seed=0)
+        # before it is attached: a few bytes of settings can ask for more memory than there is
+        check_shapes(shapes_as(base, settings), own)
+        adapted = attach_as(base, settings, seed=0)
     except (AdapterError, ModelError, ValueError, TypeError) as err:
         raise AdapterError(f"{folder}: {err}") from err
-    try:
-        load_tensors(adapted.slots, own)
-    except AdapterError as err:
-        detach(adapted)
-        raise AdapterError(f"{folder}: {err}") from err
+    load_tensors(adapted.slots, own)
     return adapted
 
 
