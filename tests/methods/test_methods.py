@@ -305,6 +305,8 @@ def _steady(method: Method, state: ServerState, number: int) -> tuple[list[int],
                     n: t if n.endswith("chosen") else torch.randn(t.shape, generator=generator, dtype=torch.float64)
                     for n, t in expected.items()
                 }
+                # a sketch has no more directions than the rank
+                noise = {n: t[:, :1] * t[:1] if n.startswith("fedask/Y") else t for n, t in noise.items()}
                 sent.append(ClientUpdate(client, noise, 1.0))
             if phase < method.phases:
                 state = method.middle(sent, state, round_)

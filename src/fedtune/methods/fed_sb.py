@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 from fedtune.methods.base import ClientUpdate, Method, ServerState, Sizes
 from fedtune.methods.local import Fitted, Local, Tensors
+from fedtune.methods.sketches import evened
 from fedtune.methods.sound import LOOSE
 from fedtune.types import derive_seed
 
@@ -101,9 +102,10 @@ class FedSB(Method):
         """Find the bases in the first round; average R from then on."""
         import torch
 
-        mean = self.combine(updates, state)
         if _HOLDERS not in state.extra:
-            return self._founded(mean, state, round_)
+            even = evened(updates, lambda name: name.rsplit(".lora_", 1)[0])
+            return self._founded(self.combine(even, state), state, round_)
+        mean = self.combine(updates, state)
         holders = {int(c) for c in state.extra[_HOLDERS]} | {u.client for u in updates}
         extra = {**state.extra, **mean, _HOLDERS: torch.tensor(sorted(holders), dtype=torch.int64)}
         return replace(state, adapter=self._product(state, extra), round=round_, extra=extra)

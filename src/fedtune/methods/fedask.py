@@ -17,8 +17,9 @@ from pydantic import Field
 from fedtune.methods.base import ClientUpdate, ServerState, Sizes
 from fedtune.methods.base_delta import MovesBase, is_kept
 from fedtune.methods.local import Fitted, Local, Tensors
+from fedtune.methods.sketches import evened, exceeds
 from fedtune.methods.sound import GROWTH, LOOSE
-from fedtune.types import derive_seed
+from fedtune.types import UpdateError, derive_seed
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -104,10 +105,20 @@ class FedASK(MovesBase):
         return {_P + p: (bases[p].to(w.left.dtype).T @ w.left) @ w.right for p, w in products.items()}
 
     def middle(self, updates: Sequence[ClientUpdate], state: ServerState, round_: int) -> ServerState:
-        """Return the state with an orthonormal basis of the summed first sketches."""
+        """Return the state with an orthonormal basis of the summed first sketches.
+
+        Raises:
+            UpdateError: a client's sketch has more directions than its rank, and would leave none to the others.
+        """
         import torch
 
-        mean = self.combine(updates, state)
+        for update in updates:
+            for name, sketch in update.tensors.items():
+                rank = self.rank_of(update.client) or state.adapter[name.removeprefix(_Y)].rank
+                if exceeds(sketch, rank):
+                    raise UpdateError(update.client, f"{name} has more directions than its rank of {rank}")
+        # at the full width there is room for everybody, and scales would move the sum out of the mean's own directions
+        mean = self.combine(evened(updates, lambda name: name) if self._own.width else updates, state)
         bases = {_Q + n.removeprefix(_Y): torch.linalg.qr(t)[0] for n, t in mean.items()}
         return replace(state, extra={**state.extra, **bases})
 

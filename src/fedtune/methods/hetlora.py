@@ -1,6 +1,7 @@
 """HetLoRA: truncated adapters, zero-padded and weighted by the norm of their product; clients prune (arXiv 2401.06432).
 
-Client i's weight in a layer is its examples times ||B_i A_i||_F. Its loss has lambda ||B[:, c:]|| ||A[c:]|| with c =
+Client i's weight in a layer is its examples times ||B_i A_i||_F, of which no more than twice the round's median counts:
+the norm is what a client says it is. Its loss has lambda ||B[:, c:]|| ||A[c:]|| with c =
 gamma r_i; if that tail has shrunk at the end of the round, the client cuts its rank to c and keeps it so.
 """
 
@@ -17,6 +18,7 @@ from fedtune.config.schema import Section
 from fedtune.methods.base import ClientUpdate, ServerState
 from fedtune.methods.local import Fitted, Local, Tensors
 from fedtune.methods.rbla import RBLA
+from fedtune.methods.sound import capped
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -137,6 +139,7 @@ class HetLoRA(RBLA):
 
         from fedtune.lora.product import size
 
-        known = [w * size(m) for w, m in zip(weights, clients, strict=True)]
+        norms = capped([size(m) for m in clients])
+        known = [w * norm for w, norm in zip(weights, norms, strict=True)]
         used = known if sum(known) > 0 else list(weights)
         return torch.tensor(used, dtype=torch.float64)[:, None].expand(-1, rank)

@@ -11,6 +11,8 @@ honestly is never refused for where it started.
 from __future__ import annotations
 
 import math
+import statistics
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -26,6 +28,8 @@ GROWTH = 100.0
 LOOSE = 1e4
 # of SCAFFOLD's controls, in multiples of what gradients are clipped to
 CLIPPED = 10.0
+# in medians of a round: how much of a client's own norm counts where that norm would set its weight
+OUTLYING = 2.0
 _MAGNITUDE = ".lora_magnitude_vector"
 
 
@@ -60,3 +64,9 @@ def too_strong(adapter: AdapterState, before: AdapterState) -> str:
         if norm > limit:
             return f"{path}: the product has norm {norm:.3g}; at most {limit:.3g} is taken"
     return ""
+
+
+def capped(norms: Sequence[float]) -> list[float]:
+    """Return the norms of a round's clients, none more than `OUTLYING` times their median."""
+    most = OUTLYING * statistics.median(norms)
+    return [min(norm, most) for norm in norms]

@@ -1,0 +1,50 @@
+"""What methods share whose clients send sketches: sums of which only the directions are used.
+
+The largest of them would choose the directions for everybody, so no client's counts for more than `sound.OUTLYING`
+times the median of the round. Where none is larger nothing is changed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from fedtune.methods.base import ClientUpdate
+from fedtune.methods.sound import capped
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+# how much of a sketch, relative to its norm, may lie outside the directions a client has: far above rounding
+SURPLUS = 1e-3
+
+
+def evened(updates: Sequence[ClientUpdate], layer_of: Callable[[str], str]) -> list[ClientUpdate]:
+    """Return the updates with each layer's sketches scaled down together where they are larger than the others'.
+
+    Args:
+        updates: of a round, with the same names.
+        layer_of: the layer of a tensor's name.
+    """
+    changed = [dict(u.tensors) for u in updates]
+    for layer in {layer_of(name) for name in changed[0]}:
+        names = [n for n in changed[0] if layer_of(n) == layer]
+        factors = [1.0] * len(changed)
+        for name in names:
+            norms = [float(t[name].double().norm()) for t in changed]
+            own = zip(factors, norms, capped(norms), strict=True)
+            factors = [min(f, most / norm) if most < norm else f for f, norm, most in own]
+        for tensors, factor in zip(changed, factors, strict=True):
+            if factor < 1:  # all of a layer's together: they are of one gradient
+                tensors.update({n: tensors[n] * factor for n in names})
+    return [replace(u, tensors=t) for u, t in zip(updates, changed, strict=True)]
+
+
+def exceeds(sketch: Tensor, rank: int) -> bool:
+    """Tell whether a sketch has more directions than a rank, beyond what rounding adds."""
+    import torch
+
+    wide = sketch.double() if sketch.shape[0] >= sketch.shape[1] else sketch.double().T
+    squares = torch.linalg.eigvalsh(wide.T @ wide).clamp(min=0)  # ascending
+    return bool(squares[: max(0, len(squares) - rank)].sum() > SURPLUS**2 * squares.sum())
