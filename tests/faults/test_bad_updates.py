@@ -418,6 +418,40 @@ def test_a_round_with_too_few_updates_for_its_rule_is_skipped_and_says_so(
     assert line["notes"] == ['robust.rule = "krum" with malicious = 1 needs 5 updates a round; 4 came']
 
 
+@pytest.mark.parametrize(("rule", "clients"), [("krum", 5), ("multi-krum", 5), ("trimmed", 3), ("dnc", 3)])
+def test_a_reply_that_is_refused_is_one_of_the_malicious(
+    settings: Callable[..., Settings], tmp_path: Path, rule: str, clients: int
+) -> None:
+    """A cohort of exactly the minimum goes on without the client that sent rubbish, as one without any malicious."""
+    tree = {"method": {"name": "flexlora"}, "robust": {"rule": rule}}
+    config = settings(**tree, federation={"clients": clients, "rounds": 2}).config
+    app = toy_app(_put(A, lambda t: t * math.nan))
+    for record in run_rounds(federation(config, tmp_path, app), ServerState(start())).records:
+        assert (record.status, len(record.clients)) == ("ok", clients - 1)
+        assert "1 refused of the 1 malicious: robust.malicious = 0 here" in record.notes
+
+
+def test_without_a_rule_a_round_in_which_nobody_was_good_speaks_of_none(
+    settings: Callable[..., Settings], tmp_path: Path
+) -> None:
+    config = settings(federation={"clients": 3, "rounds": 1}).config
+    silent = federation(config, tmp_path, toy_app(_raise), only=frozenset({BAD}))
+    with pytest.raises(RunFailedError, match="no round had enough good updates"):
+        run_rounds(silent, ServerState(start()))
+    (line,) = read_lines(tmp_path / "rounds.jsonl")
+    assert (line["status"], line["notes"]) == ("skipped", [])
+
+
+def test_the_record_names_whom_a_rule_left_out(settings: Callable[..., Settings], tmp_path: Path) -> None:
+    tree = {"method": {"name": "flexlora"}, "robust": {"rule": "krum"}}
+    config = settings(**tree, federation={"clients": 5, "rounds": 1}).config
+    run_rounds(federation(config, tmp_path, toy_app()), ServerState(start()))
+    (line,) = read_lines(tmp_path / "rounds.jsonl")
+    (note,) = line["notes"]
+    assert note.startswith('robust.rule = "krum" gave no weight to the updates of clients ')
+    assert len(note.rpartition("clients ")[2].split(", ")) == 4
+
+
 def test_a_rule_that_no_round_could_satisfy_ends_the_run_before_it_starts(
     settings: Callable[..., Settings], tmp_path: Path
 ) -> None:

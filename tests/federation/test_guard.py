@@ -13,7 +13,7 @@ from fedtune.lora.base_delta import Piece
 from fedtune.lora.product import Product
 from fedtune.lora.state import LoraModule
 from fedtune.methods import ClientUpdate, ServerState
-from fedtune.types import UpdateError
+from fedtune.types import RunFailedError, UpdateError
 
 
 def update(client: int, size: float = 1.0) -> ClientUpdate:
@@ -88,6 +88,21 @@ def test_a_step_that_fails_whoever_is_left_out_is_no_step() -> None:
     assert done.rejected == ()
     assert done.note == "the server step failed, whoever was left out: ValueError: [/always] \\x1b"
     assert len(step.calls) <= 17, "the search does not grow with the cohort"
+
+
+def test_too_few_updates_for_a_rule_are_not_made_fewer() -> None:
+    tried: list[int] = []
+
+    def step(updates: Sequence[ClientUpdate]) -> ServerState:
+        tried.append(len(updates))
+        if len(updates) == 4:
+            raise UpdateError(0, "too strong")
+        raise RunFailedError("needs 5 updates a round; 3 came")
+
+    found = aggregated(step, [update(c) for c in range(4)])
+    assert (found.state, [r.client for r in found.rejected]) == (None, [0])
+    assert found.note == "needs 5 updates a round; 3 came"
+    assert tried == [4, 3]
 
 
 def test_a_client_nobody_sent_cannot_be_blamed_and_a_sum_is_not_taken_apart() -> None:

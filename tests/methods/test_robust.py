@@ -144,9 +144,10 @@ def attacked(
     st.sampled_from(SIZES),
     st.integers(0, CLIENTS - 1),
     st.integers(0, 99),
+    st.sampled_from([1.0, 10.0, 1e6]),
 )
 def test_one_of_five_clients_cannot_move_the_model_beyond_what_the_rule_promises(
-    name: str, chosen: dict[str, Any], kind: str, size: float, bad: int, seed: int
+    name: str, chosen: dict[str, Any], kind: str, size: float, bad: int, seed: int, claimed: float
 ) -> None:
     made = create(config(name, chosen))
     assert not list(problems(made.config))
@@ -154,7 +155,8 @@ def test_one_of_five_clients_cannot_move_the_model_beyond_what_the_rule_promises
     sent = made.method.expected(state, bad, 2)
     updates = [ClientUpdate(c, _trained(made, state, c, 2), 10.0) for c in range(CLIENTS)]
     honest = torch.stack([alone(made, state, u, 2) for u in updates if u.client != bad])
-    updates[bad] = replace(updates[bad], tensors=attacked(kind, size, dict(updates[bad].tensors), sent, seed))
+    lie = attacked(kind, size, dict(updates[bad].tensors), sent, seed)
+    updates[bad] = ClientUpdate(bad, lie, claimed if "rule" in chosen else 10.0)
     after = stepped(made, updates, state, 2)
     got, centre = model(after), honest.mean(0)
     # krum: 2 distances of honest clients; the median's breakdown bound at one in five: 2.7; a cut in rank: one more
@@ -211,11 +213,44 @@ def test_a_rule_that_could_not_hold_is_refused(change: dict[str, Any], said: str
 def test_too_few_updates_are_an_error_and_never_a_weaker_rule(chosen: dict[str, Any]) -> None:
     made = create(config("flexlora", chosen))
     state = made.initial(adapter(0))
-    updates = [ClientUpdate(c, _trained(made, state, c, 1), 10.0) for c in range(made.fewest)]
+    fewest = robust.fewest(made.config.robust)
+    updates = [ClientUpdate(c, _trained(made, state, c, 1), 10.0) for c in range(fewest)]
     made.server_step(updates, state, 1)
-    if made.fewest > 1:
-        with pytest.raises(RunFailedError, match=f"needs {made.fewest} updates a round; {made.fewest - 1} came"):
+    if fewest > 1:
+        with pytest.raises(RunFailedError, match=f"needs {fewest} updates a round; {fewest - 1} came"):
             made.server_step(updates[1:], state, 1)
+
+
+@pytest.mark.parametrize("rule", robust.RULES)
+def test_a_rule_counts_clients_and_not_the_examples_that_they_claim(rule: str) -> None:
+    made = create(config("flexlora", {"rule": rule}))
+    state = started(made)
+    updates = [ClientUpdate(c, _trained(made, state, c, 2), 10.0) for c in range(CLIENTS)]
+    claiming = [replace(u, examples=10.0 ** (3 * u.client)) for u in updates]
+    assert torch.equal(model(made.server_step(updates, state, 2)), model(made.server_step(claiming, state, 2)))
+
+
+@pytest.mark.parametrize(("rule", "least"), [("krum", 3), ("multi-krum", 3), ("trimmed", 1), ("geometric-median", 1)])
+def test_a_refused_reply_is_one_of_the_malicious_where_the_others_are_too_few(rule: str, least: int) -> None:
+    def left(updates: int, refused: int, malicious: int = 2) -> int:
+        chosen = config("flexlora", {"rule": rule, "malicious": malicious}).robust
+        return robust.remaining(chosen, updates, refused).malicious
+
+    enough = least + 4
+    assert left(enough, 0) == left(enough, 1) == left(enough, 9) == 2
+    assert left(enough - 1, 1) == left(enough - 2, 1) == left(enough - 1, 2) == 1
+    assert left(enough - 3, 2) == left(enough - 3, 9) == 0
+    assert left(enough - 1, 0) == left(0, 0) == 2
+    assert (left(enough - 3, 1), left(0, 1)) == (1, 1)  # one too few for what may be left: still too few
+
+
+def test_a_rule_names_whom_it_leaves_out() -> None:
+    made = create(config("flexlora", {"rule": "trimmed"}))
+    state = started(made)
+    updates = [ClientUpdate(c, _trained(made, state, c, 2, 3.0 if c == 3 else 0.05), 10.0) for c in range(CLIENTS)]
+    notes: list[str] = []
+    made.server_step(updates, state, 2, note=notes.append)
+    assert notes == ['robust.rule = "trimmed" gave no weight to the updates of clients 3']
 
 
 RANKS = sorted(set(itertools.permutations([1, 2, 4, 4, 3])))

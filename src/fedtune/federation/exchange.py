@@ -15,7 +15,7 @@ from fedtune.federation.guard import aggregated
 from fedtune.lora.algebra import RunningMean
 from fedtune.methods import ClientUpdate, ServerState
 from fedtune.models.budget import message_bytes
-from fedtune.privacy.screen import Expected, Most, Screened, Screening
+from fedtune.privacy.screen import CONTENT, Expected, Most, Screened, Screening
 from fedtune.training import schedule
 from fedtune.types import Rejection
 
@@ -98,23 +98,33 @@ def _expected(fed: Federation, cohort: Sequence[int], when: When, state: ServerS
 
 @dataclass(frozen=True)
 class Exchange:
-    """One exchange's screened replies, whose were good, its bytes (down, up), and how many good ones are enough."""
+    """One exchange's screened replies, whose were good, its bytes (down, up), and the federation that made it."""
 
     screened: Screened
     good: tuple[int, ...]
     bytes: tuple[int, int]
-    needed: int
+    fed: Federation
+
+    @property
+    def refused(self) -> int:
+        """How many clients' replies were refused for what they hold."""
+        return len({r.client for r in self.screened.rejected if r.reason in CONTENT})
+
+    @property
+    def shortage(self) -> str:
+        """Why the good updates are too few for a robust rule; empty if they are not."""
+        return self.fed.recipe.shortage(len(self.good), self.refused)
 
     @property
     def enough(self) -> bool:
         """Whether there are enough good updates to go on."""
-        return len(self.good) >= self.needed
+        return len(self.good) >= self.fed.needed and not self.shortage
 
     def failed(self) -> Exchange:
         """Return the exchange with no update that could be used."""
         return replace(self, screened=replace(self.screened, stats=()), good=())
 
-    def without(self, rejected: Sequence[Rejection], note: str = "") -> Exchange:
+    def without(self, rejected: Sequence[Rejection], *notes: str) -> Exchange:
         """Return the exchange without clients that could not be aggregated, and with what went wrong."""
         lost = {r.client for r in rejected}
         screened = replace(
@@ -122,7 +132,7 @@ class Exchange:
             updates=tuple(u for u in self.screened.updates if u.client not in lost),
             stats=tuple(s for s in self.screened.stats if s.client not in lost),
             rejected=(*self.screened.rejected, *rejected),
-            notes=(*self.screened.notes, *([note] if note else [])),
+            notes=(*self.screened.notes, *(note for note in notes if note)),
         )
         return replace(self, screened=screened, good=tuple(c for c in self.good if c not in lost))
 
@@ -160,9 +170,7 @@ def _exchange(fed: Federation, cohort: Sequence[int], when: When, state: ServerS
             updates.add(update)
     kill_point(when[0], "screen")
     good, screened = tuple(screening.good), screening.close(updates.close())
-    if cohort and (short := fed.recipe.shortage(len(good))):
-        screened = replace(screened, notes=(*screened.notes, short))
-    return Exchange(screened, good, (orders.bytes, up), fed.needed)
+    return Exchange(screened, good, (orders.bytes, up), fed)
 
 
 def all_exchanges(

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fedtune.lora.state import to_tensors
 from fedtune.methods import ClientUpdate, ServerState, sound
-from fedtune.types import Rejection, UpdateError, last_line
+from fedtune.types import Rejection, RunFailedError, UpdateError, last_line
 
 # no step that can be taken apart leaves a tensor of a larger Frobenius norm: far above any trained model, and so far
 # below what the methods refuse of a client that those who start from it are never refused for its sake
@@ -89,6 +89,8 @@ def aggregated(step: Step, updates: Sequence[ClientUpdate]) -> Aggregated:
         found = _tried(step, left)
         if not isinstance(found, Exception):
             return Aggregated(found, tuple(rejected))
+        if isinstance(found, RunFailedError):  # too few updates, and nothing gets better with fewer
+            return Aggregated(None, tuple(rejected), last_line(str(found)))
         if not isinstance(found, UpdateError) or found.client not in {u.client for u in left} or len(left) == 1:
             break
         rejected.append(Rejection(found.client, "aggregation", last_line(found.detail)))

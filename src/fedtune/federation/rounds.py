@@ -19,7 +19,7 @@ from fedtune.federation.exchange import Exchange, all_exchanges
 from fedtune.federation.faults import kill_point
 from fedtune.federation.guard import aggregated
 from fedtune.federation.nodes import connect
-from fedtune.methods import Recipe, ServerState
+from fedtune.methods import ClientUpdate, Recipe, ServerState
 from fedtune.training.schedule import learning_rate
 from fedtune.types import RoundRecord, RunFailedError, derive_seed, last_line
 
@@ -61,9 +61,8 @@ class Federation:
 
     @property
     def needed(self) -> int:
-        """How many good updates a round needs; a client on its own is enough for itself."""
-        asked_for = self.config.federation.min_clients if self.only is None else 1
-        return max(asked_for, self.recipe.fewest)
+        """How many good updates a round needs, whatever the method; a client on its own is enough for itself."""
+        return self.config.federation.min_clients if self.only is None else 1
 
 
 def able(registered: Mapping[int, int]) -> NDArray[np.int64]:
@@ -89,11 +88,18 @@ def _stepped(
 ) -> tuple[Exchange, ServerState]:
     """Return a round's outcome and the state after it: the one before, where there are too few good updates."""
     if not done.enough:
-        return done, before
-    found = aggregated(lambda updates: fed.recipe.server_step(updates, asked, round_), done.screened.updates)
-    done = done.without(found.rejected, found.note)
+        return done.without((), done.shortage if done.screened.rejected else ""), before
+    good, notes = done.screened.updates, list[str]()
+
+    def step(updates: Sequence[ClientUpdate]) -> ServerState:
+        notes.clear()
+        refused = done.refused + len(good) - len(updates)
+        return fed.recipe.server_step(updates, asked, round_, refused, notes.append)
+
+    found = aggregated(step, good)
     if found.state is None:
-        return done.failed(), before
+        return done.without(found.rejected, found.note).failed(), before
+    done = done.without(found.rejected, found.note, *notes)
     return done, found.state if done.enough else before
 
 

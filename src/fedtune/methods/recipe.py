@@ -6,13 +6,14 @@ server: DoRA's map, robust weights, the method's step, the server optimiser, SCA
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from fedtune.config import Config
 from fedtune.methods import sound
 from fedtune.methods.around import attack, drift, optimizer, robust
+from fedtune.methods.around.weighing import reweighed
 from fedtune.methods.base import ClientUpdate, Method, ServerState
 from fedtune.methods.local import Fitted, Local, Tensors
 from fedtune.types import RunFailedError, UpdateError, derive_seed
@@ -20,11 +21,14 @@ from fedtune.types import RunFailedError, UpdateError, derive_seed
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from fedtune.lora.product import Product
     from fedtune.lora.state import AdapterState
 
 _SERVER = "server/"
-NOBODY = -1  # stands for no client: the model as it was
+Note = Callable[[str], object]
+
+
+def _unheard(text: str) -> None:
+    """Take a note that nobody reads."""
 
 
 @dataclass(frozen=True)
@@ -53,14 +57,15 @@ class Recipe:
         alone = self.method.running and not self.method.by_client
         return alone and plain and not self.exact_dora and not self.config.drift.scaffold
 
-    @property
-    def fewest(self) -> int:
-        """How many updates a round needs for its robust rule to mean anything; with fewer it is skipped."""
-        return robust.fewest(self.config.robust)
+    def shortage(self, updates: int, refused: int = 0) -> str:
+        """Say that there are too few updates for the robust rule to mean anything, or return an empty string.
 
-    def shortage(self, updates: int) -> str:
-        """Say that a number of updates is too small for the robust rule, or return an empty string."""
-        return f"{robust.needs(self.config.robust)}; {updates} came" if updates < self.fewest else ""
+        Args:
+            updates: of the round that can be used.
+            refused: how many more were refused for what they hold.
+        """
+        left = robust.remaining(self.config.robust, updates, refused)
+        return f"{robust.needs(left)}; {updates} came" if updates < robust.fewest(left) and robust.counts(left) else ""
 
     @property
     def phases(self) -> int:
@@ -165,17 +170,33 @@ class Recipe:
         self._check(updates, replace(state, round=round_ - 1))
         return self.method.middle(updates, state, round_)
 
-    def server_step(self, updates: Sequence[ClientUpdate], state: ServerState, round_: int) -> ServerState:
-        """Return the state after a round; `updates` is not empty and sorted by client.
+    def server_step(
+        self,
+        updates: Sequence[ClientUpdate],
+        state: ServerState,
+        round_: int,
+        refused: int = 0,
+        note: Note = _unheard,
+    ) -> ServerState:
+        """Return the state after a round.
+
+        Args:
+            updates: not empty, and sorted by client.
+            state: before it.
+            round_: which.
+            refused: how many more replies of the round were refused for what they hold.
+            note: told what a robust rule did, for the round's record.
 
         Raises:
             UpdateError: a client's numbers cannot be aggregated; without it the others' can.
             RunFailedError: fewer updates than a robust rule needs.
         """
-        self._check(updates, replace(state, round=round_ - 1))
+        # a method may draw what is frozen from the round's number, and rounds may have been skipped since the last step
+        before = replace(state, round=round_ - 1)
+        self._check(updates, before)
         changes = {u.client: drift.split(u.tensors)[1] for u in updates}
         updates = [replace(u, tensors=drift.split(u.tensors)[0]) for u in updates]
-        updates = self._reweighed(updates, state, round_)
+        updates = self._reweighed(updates, before, refused, note)
         updates, relative = self._divided(updates)
         after = self.method.server_step(updates, replace(state, extra=self._own(state)), round_)
         after = self._optimised(state, after, round_)
@@ -219,66 +240,24 @@ class Recipe:
         tensors, relative = dora.divided([u.tensors for u in updates], self.method.weights(updates))
         return [replace(u, tensors=t) for u, t in zip(updates, tensors, strict=True)], relative
 
-    def _changes(self, updates: Sequence[ClientUpdate], state: ServerState) -> list[dict[str, Product]]:
-        """Return each update's change of the model as products: what it claims minus what it was sent."""
-        from fedtune.lora import product
-
-        before = {path: product.minus(product.precise(m)) for path, m in state.adapter.items()}
-        return [
-            {p: product.total(product.precise(m), before[p]) for p, m in self.method.completed(u, state).items()}
-            for u in updates
-        ]
-
-    def _balanced(self, update: ClientUpdate, state: ServerState) -> ClientUpdate:
-        """Return an update with both factors of a layer made from their product, in float64; one alone stays.
-
-        How a client splits its product, and what cancels in it, then reaches neither the rule nor the model.
-        """
-        from fedtune.lora.product import balanced
-        from fedtune.lora.state import to_tensors
-
-        whole = self.method.completed(update, state)
-        factors = {path: to_tensors({path: module}) for path, module in whole.items()}
-        split = {
-            path: balanced(whole[path]) for path, names in factors.items() if names.keys() <= update.tensors.keys()
-        }
-        return replace(update, tensors={**update.tensors, **to_tensors(split)})
-
-    def _reweighed(self, updates: Sequence[ClientUpdate], state: ServerState, round_: int) -> list[ClientUpdate]:
+    def _reweighed(
+        self, updates: Sequence[ClientUpdate], state: ServerState, refused: int, note: Note
+    ) -> list[ClientUpdate]:
         """Return the updates with the weights a robust rule gives them; those without any are left out.
 
         Raises:
             RunFailedError: fewer updates than the rule needs.
         """
-        import torch
-
-        from fedtune.lora.product import gram
-
         settings = self.config.robust
         if settings.rule == "none" and settings.clip_norm == "none":
             return list(updates)
-        if short := self.shortage(len(updates)):
+        if short := self.shortage(len(updates), refused):
             raise RunFailedError(short)
-        # a method may draw what is frozen from the round's number, and rounds may have been skipped since the last step
-        before = replace(state, round=round_ - 1)
-        kinds = [{n: t.dtype for n, t in u.tensors.items()} for u in updates]
-        updates = [self._balanced(u, before) for u in updates]
-        table = gram(self._changes(updates, before))
-        weights = torch.tensor([float(u.examples) for u in updates], dtype=table.dtype)
-        if settings.rule != "none":
-            weights = robust.RULES[settings.rule](table, weights, settings)
-        rest = 0.0
-        if settings.clip_norm != "none":
-            limit = 0.0 if settings.clip_norm == "median" else float(settings.clip_norm)
-            weights, rest = robust.clip_shares(table, weights, limit)
-        kept = [
-            replace(u, tensors={n: t.to(kind[n]) for n, t in u.tensors.items()}, examples=float(w))
-            for u, kind, w in zip(updates, kinds, weights, strict=True)
-            if float(w) > 0
-        ]
-        if rest > 0:  # what was clipped off counts for the unchanged model, of the global rank
-            kept.append(ClientUpdate(NOBODY, self.method.expected(state, NOBODY, round_), rest))
-        return kept
+        left = robust.remaining(settings, len(updates), refused)
+        if left.malicious < settings.malicious:
+            caught = settings.malicious - left.malicious
+            note(f"{caught} refused of the {settings.malicious} malicious: robust.malicious = {left.malicious} here")
+        return reweighed(self.method, updates, state, left, note)
 
     def _optimised(self, before: ServerState, after: ServerState, round_: int) -> ServerState:
         from fedtune.lora.state import to_tensors, with_tensors

@@ -22,6 +22,10 @@ from fedtune.types import ClientStats, Rejection, last_line, plain
 
 # a count above is no measurement; it stays whole as a float
 MOST = 1e15
+# reasons that lie in what a reply holds: not in that it came late, twice, of nobody who was asked, or as an error
+CONTENT = frozenset(
+    ("malformed", "keys", "dtype", "rank", "shape", "values", "non_finite", "too_large", "examples", "aggregation")
+)
 # no cross-entropy of a model is larger, in nats
 STEEPEST = 1e4
 

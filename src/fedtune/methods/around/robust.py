@@ -1,8 +1,8 @@
 """Robust rules in product space, as weights: they see only the Gram matrix of the updates.
 
 With G_ij = <dW_i - dW, dW_j - dW> all pairwise distances are known, without a dense matrix and whatever gauge a
-client chose. A rule turns the clients' weights into others. What it promises of the products holds of the model only
-where the model is made of the products: a method that averages factors can be moved anywhere by factors whose product
+client chose. A rule turns equal weights of the clients into others. What it promises of the products holds of the model
+only where that is made of the products: a method that averages factors can be moved anywhere by factors whose product
 looks honest, and is refused. Rules on single coordinates (median, trimmed mean) cannot be had from the Gram matrix;
 `trimmed` drops whole clients. `foolsgold` is after clients that are alike, and does not bound what one of them does.
 """
@@ -29,7 +29,26 @@ def fewest(settings: RobustSettings) -> int:
     f = settings.malicious
     if settings.rule in ("krum", "multi-krum"):
         return 2 * f + 3
-    return 2 * f + 1 if settings.rule in COUNTING or settings.clip_norm == "median" else 1
+    return 2 * f + 1 if counts(settings) else 1
+
+
+def counts(settings: RobustSettings) -> bool:
+    """Tell whether a number of malicious clients, and so of updates, matters to the settings."""
+    return settings.rule in COUNTING or settings.clip_norm == "median"
+
+
+def remaining(settings: RobustSettings, updates: int, refused: int) -> RobustSettings:
+    """Return the settings with as many malicious clients as may be among the updates that are left.
+
+    A reply that is refused for what it holds comes from one of the malicious clients, so each leaves one fewer; but
+    that is only made use of where the updates would be too few otherwise.
+    """
+    least = max(0, settings.malicious - refused)
+    for malicious in range(settings.malicious, least, -1):
+        tried = settings.model_copy(update={"malicious": malicious})
+        if updates >= fewest(tried):
+            return tried
+    return settings.model_copy(update={"malicious": least})
 
 
 def needs(settings: RobustSettings) -> str:

@@ -1,0 +1,93 @@
+"""What a robust rule and a clip make of a round's updates: the same updates with other weights, or without any."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from fedtune.methods.around import robust
+from fedtune.methods.base import ClientUpdate, Method, ServerState
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from fedtune.config.schema import RobustSettings
+    from fedtune.lora.product import Product
+
+NOBODY = -1  # stands for no client: the model as it was
+
+
+def _changes(method: Method, updates: Sequence[ClientUpdate], state: ServerState) -> list[dict[str, Product]]:
+    """Return each update's change of the model as products: what it claims minus what it was sent."""
+    from fedtune.lora import product
+
+    before = {path: product.minus(product.precise(m)) for path, m in state.adapter.items()}
+    return [
+        {p: product.total(product.precise(m), before[p]) for p, m in method.completed(u, state).items()}
+        for u in updates
+    ]
+
+
+def _balanced(method: Method, update: ClientUpdate, state: ServerState) -> ClientUpdate:
+    """Return an update with both factors of a layer made from their product, in float64; one alone stays.
+
+    How a client splits its product, and what cancels in it, then reaches neither the rule nor the model.
+    """
+    from fedtune.lora.product import balanced
+    from fedtune.lora.state import to_tensors
+
+    whole = method.completed(update, state)
+    factors = {path: to_tensors({path: module}) for path, module in whole.items()}
+    split = {path: balanced(whole[path]) for path, names in factors.items() if names.keys() <= update.tensors.keys()}
+    return replace(update, tensors={**update.tensors, **to_tensors(split)})
+
+
+def _weights(table: Tensor, updates: Sequence[ClientUpdate], settings: RobustSettings) -> tuple[Tensor, float]:
+    """Return the updates' weights, and that of the unchanged model, from their inner products.
+
+    Under a rule every client counts as one: an example count is a client's own word, and a rule that took it would let
+    one client be a majority.
+    """
+    ruled = settings.rule != "none"
+    weights = table.new_tensor([1.0 if ruled else float(u.examples) for u in updates])
+    if ruled:
+        weights = robust.RULES[settings.rule](table, weights, settings)
+    if settings.clip_norm == "none":
+        return weights, 0.0
+    return robust.clip_shares(table, weights, 0.0 if settings.clip_norm == "median" else float(settings.clip_norm))
+
+
+def reweighed(
+    method: Method,
+    updates: Sequence[ClientUpdate],
+    state: ServerState,
+    settings: RobustSettings,
+    note: Callable[[str], object],
+) -> list[ClientUpdate]:
+    """Return the updates with the weights that the settings give them; those without any are left out, with a note.
+
+    Args:
+        method: whose updates they are.
+        updates: of the round, enough of them for the rule.
+        state: before the round.
+        settings: the rule, the clip, and how many of these updates may be malicious.
+        note: told who was left out.
+    """
+    from fedtune.lora.product import gram
+
+    kinds = [{n: t.dtype for n, t in u.tensors.items()} for u in updates]
+    updates = [_balanced(method, u, state) for u in updates]
+    weights, rest = _weights(gram(_changes(method, updates, state)), updates, settings)
+    kept = [
+        replace(u, tensors={n: t.to(kind[n]) for n, t in u.tensors.items()}, examples=float(w))
+        for u, kind, w in zip(updates, kinds, weights, strict=True)
+        if float(w) > 0
+    ]
+    used = {u.client for u in kept}
+    if out := [str(u.client) for u in updates if u.client not in used]:
+        which = f'rule = "{settings.rule}"' if settings.rule != "none" else f'clip_norm = "{settings.clip_norm}"'
+        note(f"robust.{which} gave no weight to the updates of clients {', '.join(out)}")
+    if rest > 0:  # what was clipped off counts for the unchanged model, of the global rank
+        kept.append(ClientUpdate(NOBODY, method.expected(state, NOBODY, state.round + 1), rest))
+    return kept
