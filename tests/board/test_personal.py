@@ -8,12 +8,16 @@ from typing import Any
 
 import pytest
 
+from fedtune.board import samples
 from fedtune.board.entries import from_run
+from fedtune.board.sets import client_rooms
 from fedtune.board.submit import pack
 from fedtune.board.validate import check
 from fedtune.config import Settings
+from fedtune.evaluation.average import mean_score
 from fedtune.experiment.run import run
 from fedtune.io import file_sha256
+from fedtune.results.schema import Score
 from fedtune.types import DataError
 
 pytestmark = pytest.mark.xdist_group("submission")
@@ -103,6 +107,46 @@ def test_samples_of_no_client_are_refused_and_give_no_answers(copy: Path) -> Non
     assert "evals/federated/fpb.official.jsonl.gz: belongs to no score" in said
     assert "evals/federated/client-0007: is of no client that has rows" in said
     assert from_run(copy).answers == {}
+
+
+def _counted(packed: Path) -> None:
+    """Make the arm's means and clients from the samples that are there, as a careful cheat would."""
+    rooms = client_rooms(packed, "federated")
+
+    def remake(document: dict[str, Any]) -> None:
+        arm = federated(document)
+        for place, told in enumerate(arm["scores"]):
+            score = Score.model_validate(told)
+            made = [samples._one(packed, room, score, 0.01)[0] for room in rooms]
+            logs = [samples.log_path(packed, room, score.task, score.mode) for room in rooms]
+            arm["scores"][place] = mean_score([m for m in made if m], logs).model_dump(mode="json")
+            arm["per_client"][f"{score.task}/{score.mode}"] = [m.score for m in made if m]
+
+    _result(packed, remake)
+
+
+@pytest.mark.parametrize("other", ["client-00001", "client-1", "client-000000001", "client-٠٠٠١", "client-0001 "])
+def test_a_client_is_spelled_and_counted_once(copy: Path, other: str) -> None:
+    shutil.copytree(copy / "evals/federated/client-0001", copy / "evals/federated" / other)
+    _counted(copy)
+    assert f"evals/federated/{other}/fpb.official.jsonl.gz: belongs to no score, client or round" in reasons(copy)
+    assert [len(v) for v in from_run(copy).main.per_client.values()] == [2, 2]
+
+
+def test_a_client_that_answered_has_a_model(copy: Path) -> None:
+    shutil.rmtree(copy / "evals/federated/client-0001")
+    _counted(copy)
+    _result(copy, lambda r: federated(r).update(failed={"1": "CUDA out of memory"}))
+    assert "federated: failed: only where each client trains alone" in reasons(copy)
+
+
+def test_a_client_that_was_asked_has_rows(copy: Path) -> None:
+    shutil.rmtree(copy / "evals/federated/client-0001")
+    _counted(copy)
+    _result(copy, lambda r: r["data"].update(clients=[r["data"]["clients"][0], 0]))
+    assert "round 1: the clients [1] were asked, and have no rows" in reasons(copy)
+    _result(copy, lambda r: r["data"].update(clients=r["data"]["clients"][:1]))
+    assert "are of 1 clients, the settings say 2" in reasons(copy)
 
 
 def test_one_model_is_not_passed_off_as_many(copy: Path) -> None:

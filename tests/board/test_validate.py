@@ -23,7 +23,7 @@ from fedtune.cli import app
 from fedtune.config import Settings
 from fedtune.experiment.run import run
 from fedtune.io import file_sha256
-from fedtune.types import ConfigError, DataError
+from fedtune.types import ConfigError, CorruptFileError, DataError
 from tests.board.entries import score
 
 # one worker makes the runs, once
@@ -301,6 +301,35 @@ def client_twice(packed: Path) -> None:
     _remake(packed)
 
 
+def nobody_asked(packed: Path) -> None:
+    empty = {"cohort": [], "clients": [], "bytes_up": 0, "bytes_down": 0}
+    _rounds(packed, lambda lines: [line.update(empty) for line in lines])
+    _json(packed / "result.json", lambda r: r.update(bytes_up=0, bytes_down=0, lost_clients=0))
+    _remake(packed)
+
+
+def one_asked(packed: Path) -> None:
+    _rounds(packed, lambda lines: lines[1].update(cohort=[0], clients=lines[1]["clients"][:1]))
+    _remake(packed)
+
+
+def no_round_counts(packed: Path) -> None:
+    _rounds(packed, lambda lines: [line.update(status="skipped") for line in lines])
+    _json(packed / "result.json", lambda r: r.update(skipped_rounds=2))
+    _remake(packed)
+
+
+def nobody_answered(packed: Path) -> None:
+    _rounds(packed, lambda lines: lines[0].update(clients=[]))
+    _json(packed / "result.json", lambda r: r.update(lost_clients=2))
+    _remake(packed)
+
+
+def uneven_shards(packed: Path) -> None:
+    _json(packed / "result.json", lambda r: r["data"].update(clients=[1, r["data"]["rows"] - 1]))
+    _remake(packed)
+
+
 def other_size(packed: Path) -> None:
     _json(packed / "result.json", lambda r: r.update(trainable_parameters=7))
     _remake(packed)
@@ -309,6 +338,39 @@ def other_size(packed: Path) -> None:
 def arm_elsewhere(packed: Path) -> None:
     name = f"../../{packed.name}/evals/base"
     _json(packed / "result.json", lambda r: r["arms"].insert(0, {**r["arms"][0], "name": name}))
+    _remake(packed)
+
+
+def second_log(packed: Path) -> None:
+    log = packed / "evals/federated/fpb.official.jsonl.gz"
+    (packed / "evals/federated/fpb.official.jsonl").write_bytes(gzip.decompress(log.read_bytes()))
+    _remake(packed)
+
+
+def unpacked_log(packed: Path) -> None:
+    log = packed / "evals/federated/fpb.official.jsonl.gz"
+    log.with_suffix("").write_bytes(gzip.decompress(log.read_bytes()))
+    log.unlink()
+    _remake(packed)
+
+
+def log_of_nothing(packed: Path) -> None:
+    (packed / "evals/federated/more").mkdir()
+    (packed / "evals/federated/more/fpb.official.jsonl.gz").write_bytes(gzip.compress(b"{}"))
+    _remake(packed)
+
+
+def base_without_samples(packed: Path) -> None:
+    shutil.rmtree(packed / "evals/base")
+
+    def withheld(result: Any) -> None:
+        for s in result["arms"][0]["scores"]:
+            kept = {key: s[key] for key in ("task", "mode", "metric", "n", "items_sha256")}
+            s.clear()
+            s.update(kept, score=None, withheld="out of time")
+
+    _json(packed / "result.json", withheld)
+    assert any("base model: fpb (likelihood): has no score: out of" in reason for reason in from_run(packed).unranked)
     _remake(packed)
 
 
@@ -350,6 +412,14 @@ ATTACKS = [
     (hidden_skip, "says 0, 1 rounds were skipped"),
     (client_twice, "round 1: a client is there twice"),
     (arm_elsewhere, "/evals/base' is no arm of a run"),
+    (unpacked_log, "fpb.official.jsonl: is not packed"),
+    (log_of_nothing, "more/fpb.official.jsonl.gz: belongs to no score, client or round"),
+    (base_without_samples, "base/fpb (likelihood): has no samples"),
+    (nobody_asked, "round 1: 0 clients answered; without 1 a round is skipped"),
+    (one_asked, "[1, 2] clients were asked in a round, the settings ask 2"),
+    (no_round_counts, "in no round did the model change"),
+    (nobody_answered, "round 1: 0 clients answered"),
+    (uneven_shards, "are no equal shards"),
     (other_size, "trainable_parameters: is 7, its layers have"),
 ]
 
@@ -362,6 +432,13 @@ def test_an_attack_is_refused_with_its_reason(copy: Path, attack: Callable[[Path
     assert done.exit_code == 4
     assert any(r["problems"] for r in json.loads(done.output))
     assert not next(r["problems"] for r in json.loads(done.output) if r["run"] == "seed-2")
+
+
+def test_two_logs_of_one_evaluation_are_never_both_read(copy: Path) -> None:
+    with pytest.raises(CorruptFileError, match=r"fpb\.official\.jsonl: stands beside fpb\.official\.jsonl\.gz"):
+        second_log(copy / "seed-1")
+    relist(copy / "seed-1")
+    assert "fpb.official.jsonl: stands beside" in reasons(copy)
 
 
 def test_the_same_run_twice_is_found(copy: Path) -> None:

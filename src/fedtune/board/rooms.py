@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from fedtune.board.archive import litter
 from fedtune.board.samples import against
-from fedtune.board.sets import client_rooms, samples
+from fedtune.board.sets import client_rooms, named_logs, samples
 from fedtune.domains import TASKS
 from fedtune.io import read_json, read_lines
 from fedtune.methods import METHODS
 from fedtune.results.entry import Entry
 from fedtune.results.schema import Arm, Score
 from fedtune.types import Problem
-
-_CLIENT = re.compile(r"client-(\d{4,})")
 
 
 def _personal(entry: Entry, arm: str) -> bool:
@@ -27,14 +25,14 @@ def _personal(entry: Entry, arm: str) -> bool:
 
 def room_problems(folder: Path, entry: Entry) -> Iterator[Problem]:
     """Yield scores and samples of single clients that an arm should not have, and those that it lacks."""
+    yield from _strays(folder, entry)
     for arm in entry.arms:
-        personal, where = _personal(entry, arm.name), folder / "evals" / arm.name
+        personal = _personal(entry, arm.name)
         if personal != bool(arm.per_client):
             kept = "has a model of its own" if personal else "has no model of its own"
             yield Problem(f"{arm.name}: per_client", f"each client {kept} in this arm")
-        stray = where.glob("*.jsonl.gz") if personal else where.glob("client-*")
-        for path in sorted(stray):
-            yield Problem(str(path.relative_to(folder)), "belongs to no score")
+        if arm.failed and arm.name != "local-only":
+            yield Problem(f"{arm.name}: failed", "only where each client trains alone can one be left without a model")
         if wrong := arm.per_client.keys() ^ {f"{s.task}/{s.mode}" for s in arm.scores} if personal else set():
             yield Problem(f"{arm.name}: per_client", f"and the scores are not of the same tasks: {sorted(wrong)}")
         # with another main arm the clients' rows are not those of the entry
@@ -42,17 +40,27 @@ def room_problems(folder: Path, entry: Entry) -> Iterator[Problem]:
             yield from _clients(folder, entry, arm)
 
 
+def _strays(folder: Path, entry: Entry) -> Iterator[Problem]:
+    """Yield files beside the logs that the scores and the curve stand on: nobody reads them, so they say nothing."""
+    there = {p for p in (folder / "evals").rglob("*") if not p.is_dir() and not litter(p.relative_to(folder))}
+    for path in sorted(there - named_logs(folder, entry.arms, entry.curve)):
+        yield Problem(str(path.relative_to(folder)), "belongs to no score, client or round")
+    for path in sorted(p for p in there if p.suffix != ".gz"):
+        yield Problem(str(path.relative_to(folder)), "is not packed; fedtune submit packs it as .jsonl.gz")
+
+
 def _clients(folder: Path, entry: Entry, arm: Arm) -> Iterator[Problem]:
     """Yield clients with rows but without samples, and the other way round."""
     rows = dict(enumerate(entry.data["clients"]))
-    found = {room: _CLIENT.fullmatch(room.rpartition("/")[2]) for room in client_rooms(folder, arm.name)}
-    for room in sorted(room for room, name in found.items() if name is None or not rows.get(int(name[1]))):
-        yield Problem(f"evals/{room}", "is of no client that has rows")
-    have = {int(name[1]) for name in found.values() if name} | arm.failed.keys()
-    missing = {client for client, n in rows.items() if n} - have
+    have = {int(room.rpartition("-")[2]) for room in client_rooms(folder, arm.name)}
+    for client in sorted(client for client in have if not rows.get(client)):
+        yield Problem(f"evals/{arm.name}/client-{client:04d}", "is of no client that has rows")
+    if both := have & arm.failed.keys():
+        yield Problem(f"{arm.name}: failed", f"the clients {sorted(both)[:10]} have samples")
+    missing = {client for client, n in rows.items() if n} - have - arm.failed.keys()
     trained = {c["client"] for line in read_lines(folder / "rounds.jsonl") for c in line["clients"]}
     # a client whose rows all have no label left is never asked
-    masked = len(read_json(folder / "data.json")["masked_rows"])
+    masked = len(set(read_json(folder / "data.json")["masked_rows"]))
     if missing & trained or sum(rows[client] for client in missing) > masked:
         yield Problem(
             f"evals/{arm.name}", f"has no samples of the clients {sorted(missing)[:10]}; the mean is over all"

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from fedtune.board.sets import client_rooms
+from fedtune.board.sets import client_rooms, log_path
 from fedtune.data.files import parse_rows, read_text_file
 from fedtune.domains import TASKS
 from fedtune.domains.base import LETTERS, SENTIMENTS, Task
@@ -26,11 +26,6 @@ NUMBERS = ("score", "interval", "strict", "valid_rate", "macro_f1", "trivial", "
 TOLERANCE = {"interval": 0.02}
 VALUED = ("program", "solution")
 FIXED = {"sentiment": [*SENTIMENTS], "boolean": [*VERDICTS]}
-
-
-def log_path(folder: Path, room: str, task: str, mode: str) -> Path:
-    """Return where a packed run keeps the samples of a task; `room` is an arm, or one client's part of it."""
-    return folder / "evals" / room / f"{task}.{mode}.jsonl.gz"
 
 
 def _options(row: Row, kind: str) -> str:
@@ -147,9 +142,9 @@ def recomputed(folder: Path, arm: Arm, score: Score, max_error_rate: float = 0.0
 
 
 def _unscored(score: Score, path: str) -> Iterator[str]:
-    """Yield what a score says although there are no samples; a task that could not be run only says why."""
+    """Yield what a score says although there are no samples; programs that could not be run here only say why."""
     said = [name for name in NUMBERS if getattr(score, name) not in (None, {})]
-    if said or not score.withheld:
+    if said or not score.withheld or TASKS[score.task].kind != "program":
         yield f"has no samples ({path})"
 
 

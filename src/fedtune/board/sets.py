@@ -10,12 +10,51 @@ from fedtune.data.files import parse_rows, read_text_file
 from fedtune.domains import DOMAINS, TASKS
 from fedtune.evaluation import known
 from fedtune.io import digest, reading
+from fedtune.results.entry import Point
 from fedtune.results.schema import Arm, Score
+from fedtune.types import CorruptFileError
 
 
 def client_rooms(folder: Path, arm: str) -> list[str]:
-    """Return the parts of an arm's logs, one for each client, where each has a model of its own."""
-    return sorted(f"{arm}/{p.name}" for p in (folder / "evals" / arm).glob("client-*"))
+    """Return the parts of an arm's logs, one for each client, where each has a model of its own; in their order."""
+    numbers = {int(p.name[7:]) for p in (folder / "evals" / arm).glob("client-*") if p.name[7:].isdecimal()}
+    rooms = [f"{arm}/client-{number:04d}" for number in sorted(numbers)]
+    # a client's number is spelled in one way only; any other spelling is no client's
+    return [room for room in rooms if (folder / "evals" / room).exists()]
+
+
+def log_path(folder: Path, room: str, task: str, mode: str) -> Path:
+    """Return where the samples of a task are, in a run folder or a packed one; there may be none.
+
+    Args:
+        folder: of the run.
+        room: an arm, or one client's part of it.
+        task, mode: which.
+
+    Raises:
+        CorruptFileError: there are two logs of it, so that nobody can tell which one counts.
+    """
+    plain = folder / "evals" / room / f"{task}.{mode}.jsonl"
+    packed = plain.with_name(f"{plain.name}.gz")
+    if plain.exists() and packed.exists():
+        raise CorruptFileError(f"{plain}: stands beside {packed.name}; one log of an evaluation is wanted, remove one")
+    return plain if plain.exists() else packed
+
+
+def named_logs(folder: Path, arms: Sequence[Arm], curve: Sequence[Point]) -> set[Path]:
+    """Return every log that a score, a client or a round of the curve names, as `log_path` does; any other is a stray.
+
+    Raises:
+        CorruptFileError: as `log_path`.
+    """
+    named = [(arm.name, score.task, score.mode, bool(arm.per_client)) for arm in arms for score in arm.scores]
+    each = any(arm.per_client for arm in arms if arm.name == "federated")
+    named += [(f"round-{p.round:06d}", p.task, p.mode, each) for p in curve]
+    return {
+        log_path(folder, room, task, mode)
+        for where, task, mode, personal in named
+        for room in (client_rooms(folder, where) if personal else [where])
+    }
 
 
 def samples(run: Path, room: str, task: str, mode: str) -> list[dict[str, Any]]:
@@ -29,9 +68,8 @@ def samples(run: Path, room: str, task: str, mode: str) -> list[dict[str, Any]]:
     Raises:
         CorruptFileError: a damaged log.
     """
-    log = run / "evals" / room / f"{task}.{mode}.jsonl"
-    path = next((p for p in (log, log.with_suffix(".jsonl.gz")) if p.exists()), None)
-    return parse_rows(read_text_file(path), str(path.relative_to(run)))[1:] if path else []
+    path = log_path(run, room, task, mode)
+    return parse_rows(read_text_file(path), str(path.relative_to(run)))[1:] if path.exists() else []
 
 
 def missing_tasks(domain: str, scores: Sequence[Score]) -> Iterator[str]:
@@ -43,6 +81,7 @@ def missing_tasks(domain: str, scores: Sequence[Score]) -> Iterator[str]:
             yield f"{mode}: not evaluated on {', '.join(lacking)}"
 
 
+MOST = 500  # letters of a reason that an entry keeps
 # what of a sample is the model's own, and not how it was judged or written down
 ANSWERED = ("i", "gold", "scores", "value", "output", "programs")
 
@@ -83,6 +122,8 @@ def reasons(run: Path, domain: str, arms: Sequence[Arm]) -> Iterator[str]:
     ranked, *others = ([*_of_part(run, arm)] for arm in arms)
     yield from ranked
     yield from (f"base model: {why}" for other in others for why in other if why not in ranked)
+    for score in (score for arm in arms[1:] for score in arm.scores if score.score is None):
+        yield f"base model: {score.task} ({score.mode}): has no score: {score.withheld or 'unknown'}"[:MOST]
 
 
 def _of_part(run: Path, arm: Arm) -> Iterator[str]:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from fedtune.board import card
 from fedtune.board.entries import from_run
+from fedtune.board.sets import named_logs
 from fedtune.io import file_sha256, write_bytes, write_json
 from fedtune.results.entry import Entry
 from fedtune.types import DataError
@@ -17,7 +18,7 @@ ENTRY = "entry.json"
 KEPT = ("config.toml", "manifest.json", "result.json", "rounds.jsonl", "data.json", "curve.jsonl")
 
 
-def _copy(run: Path, out: Path) -> None:
+def _copy(run: Path, out: Path, entry: Entry) -> None:
     for name in KEPT:
         if (run / name).exists():
             shutil.copyfile(run / name, out / name)
@@ -25,10 +26,13 @@ def _copy(run: Path, out: Path) -> None:
         if path.suffix in (".json", ".safetensors"):
             (out / "adapter").mkdir(exist_ok=True)
             shutil.copyfile(path, out / "adapter" / path.name)
-    for log in sorted((run / "evals").rglob("*.jsonl")):
-        target = out / "evals" / log.relative_to(run / "evals")
+    for log in sorted(named_logs(run, entry.arms, entry.curve)):
+        target = out / log.relative_to(run)
         # without a time stamp, so that the same log has the same hash
-        write_bytes(target.with_suffix(".jsonl.gz"), gzip.compress(log.read_bytes(), mtime=0))
+        if log.suffix == ".jsonl":
+            write_bytes(target.with_name(f"{log.name}.gz"), gzip.compress(log.read_bytes(), mtime=0))
+        elif log.exists():
+            write_bytes(target, log.read_bytes())
 
 
 def _packable(run: Path, entry: Entry) -> Entry:
@@ -50,7 +54,7 @@ def pack_one(run: Path, out: Path, team: str, title: str = "", link: str = "") -
         raise DataError(f"{out}: is not empty; choose another --out")
     entry = _packable(run, from_run(run, team, title, link))
     out.mkdir(parents=True, exist_ok=True)
-    _copy(run, out)
+    _copy(run, out, entry)
     card.write(out, entry)
     files = {str(p.relative_to(out)): file_sha256(p) for p in sorted(out.rglob("*")) if p.is_file()}
     entry = entry.model_copy(update={"files": files})

@@ -14,6 +14,7 @@ from fedtune.board.entries import from_run
 from fedtune.board.rooms import curve_problems, room_problems
 from fedtune.board.samples import impossible, recomputed
 from fedtune.board.store import read_entry
+from fedtune.board.turns import round_problems
 from fedtune.board.wire import adapter_problems, byte_problems
 from fedtune.config import Config, read_protocol
 from fedtune.config.load import read_toml
@@ -211,7 +212,7 @@ def _logs_fit(folder: Path) -> Iterator[Problem]:
 
 
 OF_MODELS = (room_problems, _scores, curve_problems, _adapter, adapter_problems)
-CHECKS = (_hashes, _settings, _evaluated, _made, *OF_MODELS, byte_problems)
+CHECKS = (_hashes, _settings, _evaluated, _made, *OF_MODELS, round_problems, byte_problems)
 
 
 def check_one(folder: Path) -> tuple[Entry | None, list[Problem]]:

@@ -74,16 +74,6 @@ def _least(layers: Shapes, entry: Entry, clients: int) -> tuple[float, float]:
     return 4 * sum(up for up, _ in each), 4 * sum(down for _, down in each)
 
 
-def _round_problems(line: dict[str, Any], clients: int) -> Iterator[Problem]:
-    """Yield what a round cannot have been: bytes below zero, a client twice, one that was not asked."""
-    cohort, answered = line["cohort"], [c["client"] for c in line["clients"]]
-    if any(type(line[name]) is not int or line[name] < 0 for name in ("bytes_up", "bytes_down")):
-        yield Problem("rounds.jsonl", f"round {line['round']}: its bytes are no count")
-    twice = len(set(cohort)) < len(cohort) or len(set(answered)) < len(answered)
-    if twice or not set(answered) <= set(cohort) <= set(range(clients)):
-        yield Problem("rounds.jsonl", f"round {line['round']}: a client is there twice, or was not asked")
-
-
 def byte_problems(folder: Path, entry: Entry) -> Iterator[Problem]:
     """Yield rounds that do not add up to the entry, lost uplinks it does not own to, and bytes that are too few."""
     rounds: list[dict[str, Any]] = read_lines(folder / "rounds.jsonl")
@@ -102,8 +92,6 @@ def byte_problems(folder: Path, entry: Entry) -> Iterator[Problem]:
     skipped = sum(r["status"] == "skipped" for r in rounds)
     if skipped != entry.skipped_rounds:
         yield Problem("entry.skipped_rounds", f"says {entry.skipped_rounds}, {skipped} rounds were skipped")
-    for line in rounds:
-        yield from _round_problems(line, entry.config["federation"]["clients"])
     layers = _of_base(entry) or (_saved(folder)[0] if (folder / ADAPTER).is_file() else [])
     if layers and entry.config["arm"] == "federated" and not entry.config["lora"].get("ranks"):
         yield from _too_few(layers, entry, rounds)
