@@ -19,6 +19,7 @@ from fedtune.federation.nodes import connect
 from fedtune.federation.rounds import able, draw, run_rounds
 from fedtune.methods import Recipe
 from fedtune.methods.base import ServerState
+from fedtune.training.meeting import Meeting
 from fedtune.types import RunFailedError, derive_seed
 from tests.faults.hostile import clients
 from tests.faults.test_bad_updates import federation, start, toy_app
@@ -120,23 +121,58 @@ def test_a_client_may_be_lost_between_the_exchanges_of_a_round(
     assert not [key for key in asked if drawn[key] in ("dropout", "error")]
 
 
-def test_replies_after_the_deadline_are_not_waited_for(settings: Callable[..., Settings], tmp_path: Path) -> None:
-    import time
+class Watched:
+    """A clock that clients turn on themselves, so that no test waits."""
 
-    config = settings(federation={"clients": 4, "rounds": 1, "deadline": 0.15}).config
-    app = ClientApp()
-    honest = toy_app()
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.now = 100.0
+        monkeypatch.setattr("time.monotonic", lambda: self.now)
+
+
+@pytest.mark.parametrize("crew", [None, 2, 4])
+def test_a_slow_client_misses_the_deadline_and_nobody_else_does(
+    settings: Callable[..., Settings], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, crew: int | None
+) -> None:
+    watch, honest, app = Watched(monkeypatch), toy_app(), ClientApp()
 
     @app.train()
-    def slow(message: Message, context: Context) -> Message:
-        time.sleep(0.1)
+    def train(message: Message, context: Context) -> Message:
+        watch.now += 1.3 if context.node_config["partition-id"] == 1 else 0.9
         return honest(message, context)
 
-    done = run_rounds(federation(config, tmp_path, app), ServerState(start()))
-    assert done.records[0].status == "ok"
-    late = [r.client for r in done.records[0].rejected if r.reason == "no_reply"]
-    assert late
-    assert len(late) + len(done.records[0].clients) == 4
+    config = settings(federation={"clients": 4, "rounds": 2, "deadline": 1.0}).config
+    grid = LocalGrid(app, 4, crew=Together(crew) if crew else None)
+    for record in run_rounds(federation(config, tmp_path, app, grid=grid), ServerState(start())).records:
+        assert [c.client for c in record.clients] == [0, 2, 3]
+        assert [(r.client, r.reason) for r in record.rejected] == [(1, "no_reply")]
+
+
+class Together(Meeting):
+    """A crew whose calls take turns."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__(list)
+        self.size = size
+
+
+def test_a_call_is_charged_its_own_work_and_its_share_of_the_joint_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    watch = Watched(monkeypatch)
+
+    def answer(questions: list[float]) -> list[float]:
+        watch.now += 10.0
+        return questions
+
+    meeting = Meeting(answer)
+
+    def call(own: float) -> float:
+        begun = meeting.clock()
+        watch.now += own
+        meeting.ask(own)
+        watch.now += own
+        return meeting.clock() - begun
+
+    spent = meeting.together([lambda own=own: call(own) for own in (1.0, 2.0, 7.0, 0.0)])
+    assert spent == pytest.approx([4.5, 6.5, 16.5, 2.5])
 
 
 class Lonely(LocalGrid):

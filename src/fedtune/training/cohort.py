@@ -122,6 +122,10 @@ class Cohort:
         """Run calls that may ask for work, each in its turn, and do what they ask for at once."""
         return self._meeting.together(calls)
 
+    def clock(self) -> float:
+        """Return seconds of a call's own work."""
+        return self._meeting.clock()
+
     def run_all(self, works: Sequence[Work]) -> list[dict[str, Tensor] | BaseException]:
         """Make the steps of several clients; a client that fails alone gets its error alone."""
         found: dict[int, dict[str, Tensor] | BaseException] = {}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -117,6 +118,10 @@ class Executor(Protocol):
 
     def together(self, calls: Sequence[Callable[[], Any]]) -> list[Any]:
         """Run calls that may ask for work, and return their results in order; what they ask may be done at once."""
+        ...
+
+    def clock(self) -> float:
+        """Return seconds, of which differences count: inside a call only those of its own work."""
         ...
 
     @property
@@ -258,3 +263,7 @@ class Sequential:
     def together(self, calls: Sequence[Callable[[], Any]]) -> list[Any]:
         """Run calls one after the other."""
         return [call() for call in calls]
+
+    def clock(self) -> float:
+        """Return seconds; the call is alone."""
+        return time.monotonic()

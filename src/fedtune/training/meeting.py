@@ -7,6 +7,7 @@ never do two of them run at the same time: there is nothing to lock, and the ord
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -25,6 +26,8 @@ class _Caller:
     answer: Any = None
     error: BaseException | None = None
     children: list[_Caller] = field(default_factory=list)
+    spent: float = 0.0
+    since: float = 0.0
 
     def outcome(self) -> Any:
         """Return what the call, or its last question, came to, or raise what went wrong."""
@@ -57,6 +60,11 @@ class Meeting:
         caller.asked = question
         self._pause(caller)
         return caller.outcome()
+
+    def clock(self) -> float:
+        """Return seconds, of which differences count: inside a call only its own work, and its share of the joint."""
+        caller, now = self._current, time.monotonic()
+        return now if caller is None else caller.spent + now - caller.since
 
     def together(self, calls: Sequence[Callable[[], Any]]) -> list[Any]:
         """Run calls and return their results in order; may be used inside a call, whose meeting the new ones join.
@@ -117,10 +125,10 @@ class Meeting:
         self._callers, self.stopped_by = [], None
 
     def _let(self, caller: _Caller) -> None:
-        self._current = caller
+        self._current, caller.since = caller, time.monotonic()
         caller.go.release()
         self._stopped.acquire()
-        self._current = None
+        self._current, caller.spent = None, caller.spent + time.monotonic() - caller.since
         parent = caller.parent
         if caller.done and parent is not None and all(c.done for c in parent.children):
             parent.children, parent.ready = [], True
@@ -129,11 +137,14 @@ class Meeting:
         asking = [c for c in self._callers if c.asked is not None]
         if not asking:
             return
+        since = time.monotonic()
         try:
             answers = list(self._answer([c.asked for c in asking]))
         except BaseException as err:  # every call learns of it, cleans up and ends
             answers = [err] * len(asking)
+        share = (time.monotonic() - since) / len(asking)
         for caller, found in zip(asking, answers, strict=True):
+            caller.spent += share
             caller.asked, caller.ready = None, True
             caller.error = found if isinstance(found, BaseException) else None
             caller.answer = None if caller.error else found
