@@ -2,8 +2,10 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import safetensors.torch
@@ -11,10 +13,10 @@ import torch
 from typer.testing import CliRunner
 
 from fedtune.cli import app
-from fedtune.experiment.aggregate import aggregate, build
-from fedtune.methods import METHODS
+from fedtune.experiment.aggregate import Aggregated, aggregate, build, dense_update, write
+from fedtune.methods import METHODS, ServerState
 from fedtune.models.folder import read_state
-from fedtune.types import AdapterError, ConfigError, ProblemsError
+from fedtune.types import AdapterError, ConfigError, FedtuneError, ProblemsError
 from tests.tiny import make_folder
 
 
@@ -391,3 +393,94 @@ def test_one_client_is_said_to_be_alone_and_none_is_refused(folders: list[Path],
     for clients, examples in ([], []), ([own], []), ([own], [0]):
         with pytest.raises(ConfigError, match=r"clients: [01] clients with examples"):
             aggregate(build("fedit", {}), clients, examples)
+
+
+def _spoilt(
+    folder: Path, out: Path, value: float | None = None, kind: torch.dtype | None = None, **fields: Any
+) -> Path:
+    """Copy an adapter with another value everywhere, another dtype, or other settings."""
+    shutil.copytree(folder, out)
+    config = json.loads((out / "adapter_config.json").read_text())
+    (out / "adapter_config.json").write_text(json.dumps({**config, **fields}))
+    tensors = safetensors.torch.load_file(out / "adapter_model.safetensors")
+    tensors = {n: t if value is None else torch.full_like(t, value) for n, t in tensors.items()}
+    safetensors.torch.save_file(
+        {n: t.to(kind or t.dtype) for n, t in tensors.items()}, out / "adapter_model.safetensors"
+    )
+    return out
+
+
+@pytest.mark.parametrize(
+    ("value", "fields", "said"),
+    [
+        (3e38, {}, r"lora_A.weight: norm .*, at most 1e\+09"),
+        (1e20, {}, r"lora_A.weight: norm .*, at most 1e\+09"),
+        (1e5, {"lora_alpha": 1e6}, r"alpha and the factors of .*q_proj: norm .*, at most 1e\+09"),
+        (None, {"lora_alpha": 1e308}, "lora_alpha: .*less than or equal to 1000000"),
+        (None, {"lora_alpha": 1e-320}, "lora_alpha: .*greater than or equal to 0.000001"),
+    ],
+)
+@pytest.mark.parametrize("method", ["fedit", "flexlora"])
+@pytest.mark.parametrize("first", [False, True])
+def test_absurd_numbers_are_refused_with_the_folder_they_are_in(
+    method: str,
+    first: bool,
+    value: float | None,
+    fields: dict[str, Any],
+    said: str,
+    folders: list[Path],
+    tmp_path: Path,
+) -> None:
+    bad = _spoilt(folders[0], tmp_path / "bad", value, **fields)
+    clients = [bad, *folders[1:]] if first else [*folders[1:], bad]
+    with pytest.raises(ProblemsError, match=f"bad: .*{said}"):
+        _run("--method", method, "--out", tmp_path / "out", "--clients", *clients)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("spoilt", ["shared", "own", "dense"])
+def test_what_is_not_finite_is_not_written(spoilt: str, folders: list[Path], tmp_path: Path) -> None:
+    good = read_state(folders[0])
+    bad = {path: replace(module, b=module.b * torch.inf) for path, module in good.items()}
+    made = Aggregated(ServerState(bad if spoilt != "own" else good, 1), [good, bad], (0.5, 0.5), 0.0)
+    with pytest.raises(AdapterError, match="would have NaN or infinity; nothing is written"):
+        dense_update(made) if spoilt == "dense" else write(made, folders[0], tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("err", [torch.linalg.LinAlgError("did not\nconverge"), OverflowError("too large")])
+def test_a_step_that_fails_on_numbers_is_an_error_of_the_adapters(
+    err: Exception, folders: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    method = build("flexlora", {})
+    monkeypatch.setattr(type(method), "aggregate", Mock(side_effect=err))
+    with pytest.raises(
+        AdapterError, match=r"flexlora cannot aggregate these adapters' numbers: (did not conv|too lar)"
+    ):
+        aggregate(method, [read_state(folders[0])], [1])
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("value", [1e5, 1e-25, 0.0])
+def test_numbers_within_the_bounds_give_numbers_or_a_named_error(
+    method: str, value: float, folders: list[Path], tmp_path: Path
+) -> None:
+    bad = _spoilt(folders[0], tmp_path / "bad", value, lora_alpha=1e-3)
+    words = ["aggregate", "--method", method, "--out", str(tmp_path / "out"), "--clients", str(bad), str(bad)]
+    done = CliRunner().invoke(app, [*words, str(folders[1] if method in ("fedit", "flexlora") else bad)])
+    if done.exception and not isinstance(done.exception, SystemExit):
+        assert isinstance(done.exception, FedtuneError), done.exception
+        assert not (tmp_path / "out").exists()
+    else:
+        files = list((tmp_path / "out").rglob("*.safetensors"))
+        assert files
+        assert all(bool(torch.isfinite(t).all()) for f in files for t in safetensors.torch.load_file(f).values())
+
+
+@pytest.mark.parametrize(
+    "words", [("--examples", "1,1," + "9" * 400), ("-s", "round=" + "9" * 400), ("-s", "rank=99999")]
+)
+def test_counts_are_bounded(words: tuple[str, str], folders: list[Path], tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"at most|from . to") as caught:
+        _run("--method", "flexlora", "--out", tmp_path / "out", "--clients", *folders, *words)
+    assert len(str(caught.value)) < 400

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from fedtune.cli.say import say
+from fedtune.results.bounds import LARGEST_INT
 from fedtune.types import ConfigError, Problem
 
 if TYPE_CHECKING:
@@ -22,19 +23,18 @@ def _examples(text: str | None, clients: int) -> list[int]:
         counts = [int(part) for part in text.split(",")]
     except ValueError:
         counts = []
-    if len(counts) != clients or min(counts, default=0) <= 0:
-        what = f"must be {clients} whole numbers above 0, one a client"
-        raise ConfigError("command line", [Problem(f"--examples {text}", what, "for example 10,20,30")])
+    if len(counts) != clients or not all(0 < n <= LARGEST_INT for n in counts):
+        what = f"must be {clients} whole numbers above 0, one a client, at most {LARGEST_INT:,}"
+        raise ConfigError("command line", [Problem(f"--examples {text:.100}", what, "for example 10,20,30")])
     return counts
 
 
-def _whole(chosen: dict[str, Any], name: str, default: int, least: int) -> int:
+def _whole(chosen: dict[str, Any], name: str, default: int, least: int, most: int) -> int:
     """Take a whole number out of the settings."""
     value = chosen.pop(name, default)
-    if type(value) is not int or value < least:
-        raise ConfigError(
-            "command line", [Problem(f"--set {name}={value}", f"must be a whole number, {least} or more")]
-        )
+    if type(value) is not int or not least <= value <= most:
+        what = f"must be a whole number from {least} to {most:,}"
+        raise ConfigError("command line", [Problem(f"--set {name}={value!s:.40}", what)])
     return value
 
 
@@ -45,7 +45,7 @@ def _settings(assignments: list[str]) -> tuple[dict[str, Any], int, int]:
     chosen: dict[str, Any] = {}
     for text in assignments:
         chosen.update(parse_assignment(text))
-    round_, rank = _whole(chosen, "round", 1, 1), _whole(chosen, "rank", 0, 0)
+    round_, rank = _whole(chosen, "round", 1, 1, 10**6), _whole(chosen, "rank", 0, 0, 4096)
     return chosen, round_, rank
 
 

@@ -34,7 +34,7 @@ class LoraSettings(Section):
     """
 
     r: int = Field(16, ge=1, le=4096)
-    alpha: float = Field(32.0, gt=0)
+    alpha: float = Field(32.0, ge=1e-6, le=1e6)
     dropout: float = Field(0.0, ge=0, lt=1)
     target_modules: tuple[str, ...] = ()
     rslora: bool = False

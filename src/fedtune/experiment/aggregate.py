@@ -6,6 +6,7 @@ import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from reprlib import repr as short
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from fedtune.lora.base_delta import as_adapter, effective
 from fedtune.lora.state import AdapterState, LoraModule, rescaled, to_tensors, with_tensors
 from fedtune.methods import METHODS, Method, ServerState, unknown
 from fedtune.models.source import CONFIG, WEIGHTS
+from fedtune.results.bounds import LARGEST_INT
 from fedtune.types import AdapterError, ConfigError, Problem, nearest
 
 
@@ -102,19 +104,25 @@ def aggregate(
 
     Raises:
         ConfigError: there is no client, or not one count of examples above 0 for each.
+        AdapterError: the method cannot aggregate these numbers.
     """
-    if not clients or len(examples) != len(clients) or min(examples) <= 0:
-        what = f"{len(clients)} clients with examples {list(examples)}"
+    if not clients or len(examples) != len(clients) or not all(0 < n <= LARGEST_INT for n in examples):
+        what = f"{len(clients)} clients with examples {short(list(examples))}"
         raise ConfigError("fedtune aggregate", [Problem("clients", what, "it takes one or more, each with examples")])
     relative: dict[str, Tensor] = {}
     if method.dora == "exact" and any(m.magnitude is not None for m in clients[0].values()):
         if base is None:
             raise ValueError("DoRA adapters need the base model's weights")
         clients, relative = _divided(clients, examples, base)
-    after = method.aggregate(clients, examples, ServerState(dict(start or clients[0]), round_ - 1), round_, rank)
     weights = tuple(n / sum(examples) for n in examples)
-    personal = method.personal(clients, examples, after)
-    error = None if not method.global_adapter else relative_error(after, clients, weights)
+    try:
+        after = method.aggregate(clients, examples, ServerState(dict(start or clients[0]), round_ - 1), round_, rank)
+        personal = method.personal(clients, examples, after)
+        error = None if not method.global_adapter else relative_error(after, clients, weights)
+    except (torch.linalg.LinAlgError, ArithmeticError) as err:  # type: ignore[attr-defined]
+        raise AdapterError(
+            f"{method.name} cannot aggregate these adapters' numbers: {' '.join(str(err).split())}"
+        ) from err
     if relative and base is not None:
         after = replace(after, adapter=_with_magnitudes(after.adapter, relative, base))
     return Aggregated(after, None if personal is None else list(personal), weights, error, base)
@@ -155,27 +163,40 @@ def write(result: Aggregated, like: Path, out: Path, base: str | None = None) ->
 
     Returns:
         The folders to load: the global adapter's, or each client's.
+
+    Raises:
+        AdapterError: it is not finite; nothing is written then.
     """
-    _write_one(result.adapter, like, out, base)
-    if result.personal is None:
-        return [out]
-    folders = [out / f"client-{i}" for i in range(len(result.personal))]
-    for adapter, folder in zip(result.personal, folders, strict=True):
-        _write_one(adapter, like, folder, base)
-    return folders
+    adapters = {out: result.adapter}
+    adapters |= {out / f"client-{i}": adapter for i, adapter in enumerate(result.personal or [])}
+    # all before any of them is written
+    files = {folder: _file(adapter, folder) for folder, adapter in adapters.items()}
+    for folder, adapter in adapters.items():
+        _write_one(adapter, files[folder], like, folder, base)
+    return [out] if result.personal is None else list(adapters)[1:]
 
 
-def _write_one(adapter: AdapterState, like: Path, out: Path, base: str | None) -> None:
+def _finite(tensors: Mapping[str, Tensor], where: str) -> None:
+    if wrong := next((name for name, t in tensors.items() if not bool(torch.isfinite(t).all())), None):
+        raise AdapterError(f"{where}: {wrong} would have NaN or infinity; nothing is written")
+
+
+def _file(adapter: AdapterState, folder: Path) -> dict[str, Tensor]:
+    """Return the tensors of an adapter's file, all on one scale: a file has a single alpha."""
+    first = next(iter(adapter.values()))
+    tensors = to_tensors({path: rescaled(m, first) for path, m in adapter.items()})
+    _finite(tensors, str(folder))
+    return {n: t.contiguous() for n, t in tensors.items()}
+
+
+def _write_one(adapter: AdapterState, tensors: dict[str, Tensor], like: Path, out: Path, base: str | None) -> None:
     import safetensors.torch
 
     first = next(iter(adapter.values()))
     scale = {"r": first.rank, "lora_alpha": first.alpha, "use_rslora": first.rslora}
     named = {"base_model_name_or_path": base, "revision": None} if base else {}
     write_json(out / CONFIG, {**read_json(like / CONFIG), **named, **scale})
-    # all on one scale: a file has a single alpha
-    tensors = to_tensors({path: rescaled(m, first) for path, m in adapter.items()})
-    plain = {n: t.contiguous() for n, t in tensors.items()}
-    write_bytes(out / WEIGHTS, safetensors.torch.save(plain, metadata={"format": "pt"}))
+    write_bytes(out / WEIGHTS, safetensors.torch.save(tensors, metadata={"format": "pt"}))
 
 
 def dense_update(result: Aggregated) -> dict[str, Tensor]:
@@ -183,6 +204,7 @@ def dense_update(result: Aggregated) -> dict[str, Tensor]:
 
     Raises:
         ConfigError: the method has no single global model, or magnitudes need the base model.
+        AdapterError: it is not finite.
     """
     if result.error is None:
         what = "the method has no single global model"
@@ -193,6 +215,7 @@ def dense_update(result: Aggregated) -> dict[str, Tensor]:
         if module.magnitude is not None:
             delta = _dora_update(path, module, delta, result.base)
         dense[path] = (delta.T if module.conv1d else delta).contiguous()
+    _finite(dense, "--effective")
     return dense
 
 

@@ -8,12 +8,15 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from fedtune.lora.state import to_tensors
+from fedtune.lora.state import LoraModule, to_tensors
 from fedtune.methods import METHODS, Method
 from fedtune.models.folder import FolderState
 from fedtune.types import ConfigError, FedtuneError, Problem, ProblemsError
 
 Weights = Callable[[str], Tensor]
+
+# of a layer's factors, magnitudes and update; their products, squares and sums over clients are finite in float32
+LARGEST_NORM = 1e9
 
 
 def check_out(out: Path, inputs: Sequence[Path], effective: Path | None = None) -> None:
@@ -65,10 +68,22 @@ def _odd(state: FolderState, first: FolderState, method: Method, base: Weights |
     return _odd_layers(state, first)
 
 
+def _absurd(path: str, module: LoraModule) -> str:
+    """Say which number of a layer is larger than that of any trained adapter, or return an empty text."""
+    norms = {n: float(torch.linalg.vector_norm(t.double())) for n, t in to_tensors({path: module}).items()}
+    a, b = list(norms.values())[:2]
+    norms[f"alpha and the factors of {path}"] = module.scale * a * b
+    return next(
+        (f"{n}: norm {norm:.1e}, at most {LARGEST_NORM:g}" for n, norm in norms.items() if not norm <= LARGEST_NORM), ""
+    )
+
+
 def _odd_layers(state: FolderState, first: FolderState) -> list[Problem]:
     found = []
     for path, module in state.items():
         like = first[path]
+        if absurd := _absurd(path, module):
+            found.append(Problem(str(state.folder), absurd, "leave it out: nothing can be added to such numbers"))
         if (module.a.shape[1], module.b.shape[0]) != (like.a.shape[1], like.b.shape[0]):
             shape = f"{module.b.shape[0]} x {module.a.shape[1]}"
             found.append(Problem(str(state.folder), f"{path} is {shape}, another base model?"))

@@ -15,7 +15,7 @@ from fedtune.models.source import CONFIG
 from fedtune.types import AdapterError
 
 Rank = Annotated[int, Field(ge=1, le=4096)]
-Alpha = Annotated[float, Field(gt=0)]
+Alpha = Annotated[float, Field(ge=1e-6, le=1e6)]
 
 # about a file, or read by PEFT only where another field is set
 DESCRIBES = {"auto_mapping", "peft_version", "inference_mode", "runtime_config"}
