@@ -129,8 +129,12 @@ def parse_json(text: str, where: str) -> Any:
 _GIVEN_PIPES = ("/dev/stdin", "/dev/fd/", "/proc/self/fd/")
 
 
-def _read_bytes(path: Path, max_bytes: int) -> bytes:
-    """Read a file that is one: a FIFO that lies in its place would be waited for, a device be read without end."""
+def read_bytes(path: Path, max_bytes: int) -> bytes:
+    """Read a file that is one: a FIFO that lies in its place would be waited for, a device be read without end.
+
+    Raises:
+        CorruptFileError: missing, neither file nor folder, or of more than `max_bytes`.
+    """
     try:
         found = path.stat()
         given = str(path).startswith(_GIVEN_PIPES)
@@ -159,7 +163,7 @@ def read_text(path: Path, max_bytes: int = MAX_JSON_BYTES) -> str:
     Raises:
         CorruptFileError: missing, too large, or not UTF-8 (with the byte).
     """
-    return decoded(_read_bytes(path, max_bytes), str(path))
+    return decoded(read_bytes(path, max_bytes), str(path))
 
 
 def read_json(path: Path) -> Any:
@@ -243,7 +247,7 @@ def read_lines(path: Path, *, torn_tail: bool = False) -> list[Any]:
     """
     if not path.exists():
         return []
-    lines = _read_bytes(path, MAX_JSON_BYTES).split(b"\n")
+    lines = read_bytes(path, MAX_JSON_BYTES).split(b"\n")
     rows: list[Any] = []
     for number, line in enumerate(lines, 1):
         if not line.strip():

@@ -1,4 +1,5 @@
 import gzip
+import os
 from pathlib import Path
 from typing import Any
 
@@ -158,3 +159,12 @@ def test_two_files_of_one_set_are_refused_and_what_a_folder_has_is_listed(tmp_pa
     (tmp_path / "finance_a.v2.jsonl.gz").touch()
     with pytest.raises(DataError, match=r"a\.v2\.csv and .*a\.v2\.jsonl\.gz are two files of one set"):
         files.find(tmp_path, "finance_*")
+
+
+@pytest.mark.parametrize("name", ["x.jsonl", "x.csv.gz", "x.parquet"])
+def test_a_device_or_a_fifo_is_no_file_of_rows(tmp_path: Path, name: str) -> None:
+    (tmp_path / f"device-{name}").symlink_to("/dev/zero")
+    os.mkfifo(tmp_path / f"fifo-{name}")
+    for kind in ("device", "fifo"):
+        with pytest.raises(CorruptFileError, match=r"is neither a file|is not a file"):
+            files.read_rows(tmp_path / f"{kind}-{name}")

@@ -1,11 +1,13 @@
 import gzip
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from fedtune.evaluation.programs import MOST_BYTES
 from fedtune.evaluation.published import score
 from fedtune.types import ConfigError, CorruptFileError
 
@@ -112,3 +114,23 @@ def test_an_output_that_is_not_a_text_is_refused(tmp_path: Path) -> None:
     path.write_text(json.dumps([{"gold": "B", "output": ["B"]}]))
     with pytest.raises(CorruptFileError, match="row 1: output is a list, not a text"):
         score("mmlu_stem", path, "official")
+
+
+@pytest.mark.parametrize("task", ["fpb", "mmlu_stem", "humaneval"])
+def test_no_file_takes_more_than_its_bounds(tmp_path: Path, task: str) -> None:
+    device, fifo, bomb = (tmp_path / name for name in ("device.jsonl", "fifo.jsonl", "bomb.jsonl.gz"))
+    device.symlink_to("/dev/zero")
+    os.mkfifo(fifo)
+    bomb.write_bytes(gzip.compress(b'{"gold":"A","output":"A"}\n' * (MOST_BYTES // 26 + 1), 9))
+    assert bomb.stat().st_size < 200_000
+    for path, said in (
+        (device, "neither a file"),
+        (fifo, "neither a file"),
+        (bomb, "unzipped, more than the 67108864"),
+    ):
+        with pytest.raises(CorruptFileError, match=said):
+            score(task, path, "official")
+    small = tmp_path / "small.jsonl"
+    small.write_text("{}\n" * 100_001)
+    with pytest.raises(CorruptFileError, match=r"100001 lines, it may have 100000|Extra data"):
+        score(task, small, "official")

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fedtune.io import parse_json
+from fedtune.io import parse_json, read_bytes
 from fedtune.types import CorruptFileError, DataError
 
 MAX_FILE_BYTES = 4 * 1024**3
@@ -48,19 +48,23 @@ def kind_of(value: Any) -> str:
     return "null" if value is None else _KINDS.get(type(value), type(value).__name__)
 
 
-def read_text_file(path: Path) -> str:
+def read_text_file(path: Path, max_bytes: int = MAX_FILE_BYTES) -> str:
     """Read a UTF-8 text file, gunzipped where its content (not its name) is gzip.
+
+    Args:
+        path: the file; a device or a FIFO is none.
+        max_bytes: it may have, as it lies there and unzipped. No more are read.
 
     Raises:
         CorruptFileError: unreadable, cut off, too large, or not UTF-8.
     """
     try:
-        raw = path.read_bytes()
+        raw = read_bytes(path, max_bytes)
         if raw[:2] == b"\x1f\x8b":
             with gzip.open(io.BytesIO(raw)) as handle:
-                raw = handle.read(MAX_FILE_BYTES + 1)
-        if len(raw) > MAX_FILE_BYTES:
-            raise CorruptFileError(f"{path}: more than {MAX_FILE_BYTES} bytes")
+                raw = handle.read(max_bytes + 1)
+            if len(raw) > max_bytes:
+                raise CorruptFileError(f"{path}: unzipped, more than the {max_bytes} bytes this file may have")
         if raw[:2] in _UTF_16 or b"\0" in raw[:2]:
             raise CorruptFileError(f"{path}: byte 0 is not UTF-8 but looks like UTF-16; save it as UTF-8")
         return raw.decode("utf-8-sig")
@@ -72,15 +76,17 @@ def read_text_file(path: Path) -> str:
         raise CorruptFileError(f"{path}: {err.strerror or err}") from err
 
 
-def parse_rows(text: str, where: str) -> list[Row]:
+def parse_rows(text: str, where: str, most: int | None = None) -> list[Row]:
     """Parse one JSON array or one JSON object a line, whichever the text is.
 
     Raises:
-        CorruptFileError: with the line that is wrong.
+        CorruptFileError: with the line that is wrong, or more than `most` lines.
     """
     if text.lstrip()[:1] == "[":
         rows = parse_json(text, where)
     else:
+        if most is not None and (count := text.count("\n")) > most:
+            raise CorruptFileError(f"{where}: {count} lines, it may have {most}")
         # not splitlines(): U+2028 and friends stand raw inside JSON strings
         lines = text.split("\n")
         try:
@@ -129,6 +135,8 @@ def _read_parquet(path: Path) -> list[Row]:
     import pyarrow
     import pyarrow.parquet
 
+    if path.exists() and not path.is_file():
+        raise CorruptFileError(f"{path}: is not a file")
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
             columns = dict(_parquet_columns(file, path.name))

@@ -21,6 +21,7 @@ from fedtune.types import CorruptFileError, DataError
 
 LANGUAGES: dict[str, Language] = {"python": PYTHON, "javascript": JAVASCRIPT, "c++": CPP}
 Sample = dict[str, Any]
+MOST_BYTES = 64 * 1024**2  # of a published file, unzipped; the largest known one has 4 MB
 GENERATIONS = (
     "wanted is a JSON array with a list for each problem, in the set's order, of whole programs (prompt and completion)"
 )
@@ -131,7 +132,7 @@ def outcome_rows(programs: Sequence[Sequence[str]], outcomes: Sequence[Outcome])
 
 def _read(path: Path, wanted: str) -> list[Any]:
     try:
-        document = parse_json(read_text_file(path), str(path))
+        document = parse_json(read_text_file(path, MOST_BYTES), str(path))
     except CorruptFileError as err:
         raise CorruptFileError(f"{err}; {wanted}") from err
     if not isinstance(document, list) or not document:
