@@ -190,3 +190,10 @@ def test_a_strangers_names_do_nothing_to_a_terminal_or_a_runner(good: Path, tmp_
     assert done.exit_code == 4
     assert not {"\x1b", "\x07", "\u202e"} & set(done.output)
     assert "a name in files: has U+001B" in done.output
+
+
+def test_a_submission_has_the_seeds_of_one_recipe_and_no_more(tmp_path: Path) -> None:
+    for number in range(21):
+        (tmp_path / f"s/seed-{number}").mkdir(parents=True)
+        (tmp_path / f"s/seed-{number}/entry.json").write_text("{}")
+    assert "has 21 packed runs, at most 20 seeds of one recipe are taken" in reasons(tmp_path / "s")

@@ -70,6 +70,15 @@ def test_answers_survive_packing() -> None:
         Answers(items_sha256="x", n=200, bits="AAAA").unpack()
 
 
+def test_answers_are_measured_before_they_are_unpacked(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ValueError, match="at most 1000000 characters"):
+        Answers(items_sha256="", n=0, bits="A" * 1_000_004)
+    with pytest.raises(ValueError, match="24 bits for 25 items"):
+        Answers(items_sha256="", n=25, bits="AAAA")
+    monkeypatch.setattr(Answers, "unpack", lambda self: pytest.fail("unpacked"))
+    assert Answers(items_sha256="", n=24, bits="AAAA").n == 24
+
+
 def _row(right: int, number: int, **changes: Any) -> dict[str, Any]:
     return row(group([entry(number, right, **changes)])[0])
 

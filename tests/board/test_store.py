@@ -10,6 +10,7 @@ import pytest
 from typer.testing import CliRunner
 
 from fedtune.board.store import by_hand, holds, read_entry, write_entry
+from fedtune.board.validate import check
 from fedtune.cli import app
 from fedtune.evaluation import again
 from fedtune.io import read_json, write_json
@@ -158,5 +159,25 @@ def test_what_the_disk_refuses_keeps_no_other_out(good: Path, tmp_path: Path, mo
     assert [read_entry(p).seed for p in store.rglob("*.json")] == [2]
 
 
+@pytest.mark.xdist_group("submission")
+@pytest.mark.parametrize("fault", [MemoryError(), RecursionError("too deep"), KeyError("x"), ZeroDivisionError()])
+def test_whatever_one_raises_keeps_no_other_out(
+    good: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: Exception
+) -> None:
+    def dies(path: Path) -> Any:
+        if path.name == "seed-1":
+            raise fault
+        return check(path)
+
+    monkeypatch.setattr("fedtune.board.validate.check", dies)
+    store = tmp_path / "store"
+    paths = [str(good / "seed-1"), str(good / "seed-2")]
+    done = CliRunner().invoke(app, ["board", "add", *paths, "--store", str(store)])
+    assert done.exit_code == 4
+    assert f"seed-1: cannot be checked ({type(fault).__name__}" in done.output
+    assert [read_entry(p).seed for p in store.rglob("*.json")] == [2]
+
+
 class _Program:
     kind = "program"
+    n = 0

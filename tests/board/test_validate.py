@@ -203,6 +203,23 @@ def bomb(packed: Path) -> None:
     (packed / "evals/bomb.jsonl.gz").write_bytes(gzip.compress(bytes(300 * 1024**2), compresslevel=9))
 
 
+def empty_rows(packed: Path) -> None:
+    log = packed / "evals/federated/fpb.official.jsonl.gz"
+    log.write_bytes(gzip.compress(b"{}\n" * 2000, compresslevel=9))
+    relist(packed)
+
+
+def wide_row(packed: Path) -> None:
+    log = packed / "evals/federated/fpb.official.jsonl.gz"
+    log.write_bytes(gzip.compress(b"[" + b"{}," * 23_000_000 + b"{}]", compresslevel=1))
+    relist(packed)
+
+
+def large_entry(packed: Path) -> None:
+    with open(packed / "entry.json", "a") as file:
+        file.write(" " * (17 * 1024**2))
+
+
 def other_base(packed: Path) -> None:
     _json(packed / "adapter/adapter_config.json", lambda c: c.update(base_model_name_or_path="mistralai/Mistral-7B"))
     relist(packed)
@@ -393,8 +410,11 @@ ATTACKS = [
     (markup, "write plain text"),
     (pickle_inside, "never a pickle"),
     (link_outside, "is a link"),
-    (giant, "at most 536,870,912 are taken"),
+    (giant, "at most 16,777,216 are taken"),
     (bomb, "unpacks to more than"),
+    (empty_rows, "unpacks to more lines than the 1,212 items that the set has"),
+    (wide_row, "unpacks to more than 67,108,864 bytes"),
+    (large_entry, "entry.json: 17,"),
     (other_base, "was made for 'mistralai/Mistral-7B'"),
     (cut_adapter, "cut off"),
     (spoilt_adapter, "has NaN or infinity"),
@@ -432,6 +452,11 @@ def test_an_attack_is_refused_with_its_reason(copy: Path, attack: Callable[[Path
     assert done.exit_code == 4
     assert any(r["problems"] for r in json.loads(done.output))
     assert not next(r["problems"] for r in json.loads(done.output) if r["run"] == "seed-2")
+
+
+def test_all_logs_of_a_run_have_a_bound(good: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fedtune.board.validate.MAX_LOGS", 1000)
+    assert "seed-1: its logs unpack to more than 1,000 bytes in all" in reasons(good)
 
 
 def test_two_logs_of_one_evaluation_are_never_both_read(copy: Path) -> None:

@@ -16,6 +16,8 @@ from tempfile import TemporaryDirectory
 from fedtune.types import Problem
 
 MAX_FILES, MAX_FILE, MAX_TOTAL = 2_000, 512 * 1024**2, 1024**3
+MAX_RUNS = 20  # of one submission: the seeds of a recipe
+MAX_TEXT = 16 * 1024**2  # of a file that is parsed whole: what it makes takes some thirty times the room
 ENTRY = "entry.json"
 INSIDE = (".zip", ".tar", ".tgz", ".7z", ".rar", ".tar.gz")
 METHODS = {9: "Deflate64", 12: "bzip2", 14: "LZMA", 93: "Zstandard", 95: "XZ"}
@@ -114,6 +116,10 @@ def packed_runs(root: Path) -> tuple[list[Path], list[Problem]]:
     if len({run.parent for run in found}) > 1:
         places = ", ".join(sorted({str(run.parent.relative_to(root)) for run in found})[:5])
         return [], [Problem(root.name, f"has packed runs in several folders: {places}", "hand in one of them")]
+    if len(found) > MAX_RUNS:
+        return [], [
+            Problem(root.name, f"has {len(found)} packed runs, at most {MAX_RUNS} seeds of one recipe are taken")
+        ]
     strays = [p for p in there if _stray(p, found)]
     held = str(found[0].parent.relative_to(root))
     where = "" if held == "." else f"; the packed runs are in {held}, hand in that folder"

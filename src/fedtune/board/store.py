@@ -9,7 +9,8 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from fedtune.io import read_json, write_json
+from fedtune.board.archive import MAX_TEXT
+from fedtune.io import parse_json, read_json, read_text, write_json
 from fedtune.results.entry import Entry
 from fedtune.types import CorruptFileError, DataError, FedtuneError, Problem, plain
 
@@ -21,10 +22,10 @@ def read_entry(path: Path) -> Entry:
     """Read an entry.
 
     Raises:
-        CorruptFileError: not JSON, or not an entry; with the first reason.
+        CorruptFileError: not JSON, too large, or not an entry; with the first reason.
     """
     try:
-        return Entry.model_validate(read_json(path))
+        return Entry.model_validate(parse_json(read_text(path, MAX_TEXT), str(path)))
     except ValidationError as err:
         first = err.errors()[0]
         where = ".".join(map(str, first["loc"])) or "the document"

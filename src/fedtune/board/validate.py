@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from fedtune import domains
-from fedtune.board.archive import ENTRY, MAX_FILE, MAX_FILES, MAX_TOTAL, litter, opened
+from fedtune.board.archive import ENTRY, MAX_FILE, MAX_FILES, MAX_RUNS, MAX_TEXT, MAX_TOTAL, litter, opened
 from fedtune.board.entries import from_run
 from fedtune.board.rooms import curve_problems, room_problems
 from fedtune.board.samples import impossible, recomputed
@@ -28,7 +28,8 @@ from fedtune.results.entry import Entry
 from fedtune.settings import load
 from fedtune.types import FedtuneError, Problem, ProblemsError
 
-MAX_LOG = 256 * 1024**2
+MAX_LOG, MAX_LOGS = 64 * 1024**2, 256 * 1024**2  # bytes of one log, and of all of a run, unpacked
+MAX_ROWS = 20_000  # of a set whose size is not known
 ALLOWED = (".json", ".jsonl", ".gz", ".toml", ".md", ".yaml", ".safetensors")
 
 
@@ -51,8 +52,9 @@ def _layout(folder: Path) -> Iterator[Problem]:
             continue
         size, count = path.stat().st_size, count + 1
         total += size
-        if size > MAX_FILE:
-            yield Problem(name, f"{size:,} bytes, at most {MAX_FILE:,} are taken")
+        most = MAX_FILE if path.suffix in (".gz", ".safetensors") else MAX_TEXT
+        if size > most:
+            yield Problem(name, f"{size:,} bytes, at most {most:,} are taken")
         if path.suffix not in ALLOWED:
             yield Problem(name, "is not a kind of file a submission has", f"only {', '.join(ALLOWED)}; never a pickle")
     if count > MAX_FILES:
@@ -198,17 +200,27 @@ def _adapter(folder: Path, entry: Entry) -> Iterator[Problem]:
 
 def _logs_fit(folder: Path) -> Iterator[Problem]:
     """Yield logs that are no gzip, cut off, or unpack to more than a log may be; nothing is kept of them."""
+    total = 0
     for path in (p for p in _paths(folder) if p.suffix == ".gz"):
-        name, size = str(path.relative_to(folder)), 0
+        name, size, ends = str(path.relative_to(folder)), 0, 0
+        # a line for each item of the set, one before them, and no more
+        task = TASKS.get(path.name.partition(".")[0])
+        most = (task.n if task else 0) or MAX_ROWS
         try:
             with gzip.open(path) as file:
-                while size <= MAX_LOG and (chunk := file.read(1 << 20)):
-                    size += len(chunk)
+                while size <= MAX_LOG and ends <= most + 1 and (chunk := file.read(1 << 20)):
+                    size, ends = size + len(chunk), ends + chunk.count(b"\n")
         # zlib.error, EOFError, BadGzipFile: whatever gzip makes of a damaged file
         except Exception as err:
             yield Problem(name, f"is not a whole gzip file: {err}")
+        total += size
         if size > MAX_LOG:
             yield Problem(name, f"unpacks to more than {MAX_LOG:,} bytes")
+        if ends > most + 1:
+            yield Problem(name, f"unpacks to more lines than the {most:,} items that the set has")
+        if total > MAX_LOGS:
+            yield Problem(folder.name, f"its logs unpack to more than {MAX_LOGS:,} bytes in all")
+            return
 
 
 OF_MODELS = (room_problems, _scores, curve_problems, _adapter, adapter_problems)
@@ -256,8 +268,9 @@ def not_run_again(entry: Entry) -> list[str]:
 
 def listed(path: Path) -> list[Entry]:
     """Return the entries of a folder's packed runs as they stand, unchecked; none where one cannot be read."""
+    there = [p for p in sorted(path.glob(f"*/{ENTRY}")) if p.is_file() and not p.is_symlink()]
     try:
-        return [read_entry(p) for p in sorted(path.glob(f"*/{ENTRY}"))]
+        return [read_entry(p) for p in there] if len(there) <= MAX_RUNS else []
     except FedtuneError:
         return []
 

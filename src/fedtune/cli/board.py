@@ -142,7 +142,10 @@ def _added_or_said(path: Path, store: Path, state: str) -> bool:
         return _added(path, store, state)
     except (FedtuneError, OSError) as err:
         say(f"{path}: {err}", err=True)
-        return False
+    # no memory left, or what nobody thought of: the next submission is not to suffer for it
+    except Exception as err:
+        say(f"{path}: cannot be checked ({type(err).__name__}: {' '.join(str(err).split())[:300]})", err=True)
+    return False
 
 
 @board.command("add")

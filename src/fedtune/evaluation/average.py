@@ -13,8 +13,9 @@ from fedtune.results.stats import mean_interval
 
 def _item_means(logs: Sequence[Path]) -> list[float]:
     """Return for each item its mean score over several per-sample logs."""
-    columns = [as_counted(parse_rows(read_text_file(log), str(log))[1:]) for log in logs]
-    return [sum(map(sample_value, rows)) / len(rows) for rows in zip(*columns, strict=True)]
+    # of each log no more than its values is kept: there may be hundreds
+    columns = [[*map(sample_value, as_counted(parse_rows(read_text_file(log), str(log))[1:]))] for log in logs]
+    return [sum(values) / len(values) for values in zip(*columns, strict=True)]
 
 
 def _average(values: Sequence[float | None]) -> float | None:

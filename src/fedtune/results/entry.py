@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from fedtune.results.bounds import LARGEST, LARGEST_INT, Amount, Count, plain_text, unbounded
+from fedtune.results.bounds import LARGEST, LARGEST_INT, MOST_TEXT, Amount, Count, plain_text, unbounded
 from fedtune.results.schema import Arm, Document
 
 __all__ = ["Answers", "Arm", "Costs", "Entry", "Point", "Privacy", "State", "inert", "plain_text"]
@@ -71,11 +71,11 @@ class Answers(Document):
 
     items_sha256: str
     n: Count
-    bits: str
+    bits: str = Field(max_length=100 * MOST_TEXT)
 
     @model_validator(mode="after")
     def _enough(self) -> Answers:
-        self.unpack()
+        self._raw()
         return self
 
     @classmethod
@@ -92,10 +92,14 @@ class Answers(Document):
         Raises:
             ValueError: fewer bits than items.
         """
-        flags = [bool(byte >> shift & 1) for byte in base64.b64decode(self.bits) for shift in range(7, -1, -1)]
-        if len(flags) < self.n:
-            raise ValueError(f"{len(flags)} bits for {self.n} items")
+        flags = [bool(byte >> shift & 1) for byte in self._raw() for shift in range(7, -1, -1)]
         return flags[: self.n]
+
+    def _raw(self) -> bytes:
+        raw = base64.b64decode(self.bits)
+        if 8 * len(raw) < self.n:
+            raise ValueError(f"{8 * len(raw)} bits for {self.n} items")
+        return raw
 
 
 class Point(Document):
