@@ -1,6 +1,6 @@
 """Every setting of a run's training and of what is around a method changes some number, or is refused by name."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import cache
 from typing import Any
 
@@ -16,7 +16,7 @@ from fedtune.methods import METHODS, ClientUpdate, ServerState, create, problems
 from fedtune.methods.around import robust
 from fedtune.training import schedule
 from fedtune.training.executor import Extras, optimizer
-from fedtune.types import derive_seed
+from fedtune.types import UpdateError, derive_seed
 
 CLIENTS, ROUNDS = 5, 3
 BASE: dict[str, Any] = {
@@ -112,6 +112,16 @@ def layout(config: Config) -> AdapterState:
     return {"l.q": LoraModule(a, b, lora.alpha, lora.rslora, torch.linspace(1, 2, 6) if lora.dora else None)}
 
 
+def _stepped(
+    step: Callable[..., ServerState], sent: list[ClientUpdate], state: ServerState, round_: int
+) -> ServerState:
+    """Make a step as the loop does: an attacker that is named by an error is left out."""
+    try:
+        return step(sent, state, round_)
+    except UpdateError as err:
+        return step([u for u in sent if u.client != err.client], state, round_)
+
+
 @cache
 def _outcome(text: str) -> list[Tensor]:
     config = Config.model_validate_json(text)
@@ -126,7 +136,7 @@ def _outcome(text: str) -> list[Tensor]:
                 fitted = made.fit(Toy(config, client, round_, phase, kept[client]), made.view(state, client))
                 kept[client] = fitted.kept or kept[client]
                 sent.append(ClientUpdate(client, fitted.payload, 10.0 + client))
-            state = (made.middle if phase < made.phases else made.server_step)(sent, state, round_)
+            state = _stepped(made.middle if phase < made.phases else made.server_step, sent, state, round_)
     begun = made.begin(made.method.cut(layout(config), 0), made.view(state, 0), kept[0], ROUNDS + 1)
     whole = [p.dense() for p in effective(state.adapter, state.base).values()]
     return [*whole, *begun.values(), *kept[0].values(), *(t for u in sent for t in u.tensors.values())]
@@ -181,6 +191,7 @@ def test_every_attack_and_its_scale_have_an_effect_or_are_refused(name: str) -> 
         if changed:
             around["attack"]["kind"] = kind
             assert has_effect(name, "attack.scale", 3.0, around) is (kind != "label-flip")
+            assert has_effect(name, "attack.scale", 1.0, around) is (kind in ("sign-flip", "random"))
     assert not has_effect(name, "attack.scale", 3.0)
 
 
@@ -215,11 +226,26 @@ def test_every_number_of_a_rule_has_an_effect_or_is_refused(rule: str) -> None:
     around = {"robust": {"rule": rule}}
     if rule != "trimmed":  # that needs no more of the centre than who is farthest from it
         assert has_effect("flexlora", "robust.iterations", 1, around) is (rule == "geometric-median")
+    if rule in ("multi-krum", "trimmed", "dnc"):
+        assert not has_effect("flexlora", "robust.malicious", 0, around)  # nobody would be dropped
+    if rule in ("trimmed", "dnc"):
+        assert has_effect("flexlora", "robust.malicious", 2, around)
     if rule in ("krum", "geometric-median"):  # the count also says how many updates a round needs
         tree = merge(merge(BASE, {"method": {"name": "flexlora"}}), merge(around, {"robust": {"malicious": 0}}))
         assert robust.fewest(Config.model_validate(tree).robust) < 5
-    else:
-        assert has_effect("flexlora", "robust.malicious", 0, around) is (rule not in ("none", "foolsgold"))
+    if rule in ("none", "foolsgold"):
+        assert not has_effect("flexlora", "robust.malicious", 0, around)
+    if rule != "none":
+        assert not has_effect("flexlora", "federation.weights", "shard-size", around)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"), [("rule", "foolsgold"), ("rule", "geometric-median"), ("clip_norm", "median")]
+)
+def test_nothing_compares_one_client_with_itself(key: str, value: str) -> None:
+    tree = merge(BASE, {"method": {"name": "flexlora"}, "federation": {"clients": 1}})
+    said = list(problems(Config.model_validate(merge(tree, {"robust": {key: value, "malicious": 0}}))))
+    assert any(p.where == f"robust.{key} = {value!r}" and "one client is asked" in p.what for p in said), said
 
 
 def test_one_round_has_the_smallest_rate_only() -> None:

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator
 
 from fedtune.config import Config
 from fedtune.config.load import changed
-from fedtune.methods.around.robust import COUNTING
+from fedtune.methods.around.robust import COUNTING, DROPPING
 from fedtune.methods.base import Method
 from fedtune.types import Problem
 
@@ -60,11 +60,20 @@ def _of_rules(config: Config) -> Found:
         yield "robust.iterations", f'only geometric-median and trimmed iterate, and robust.rule = "{robust.rule}"'
     if robust.rule not in COUNTING and robust.clip_norm != "median":
         yield "robust.malicious", f'no count of clients is needed with robust.rule = "{robust.rule}"'
+    if robust.rule in DROPPING and not robust.malicious:
+        yield "robust.malicious", f'robust.rule = "{robust.rule}" drops as many clients, so it drops none'
+    if config.federation.cohort_size == 1:
+        alone = "one client is asked a round, so there is nothing to compare it with"
+        yield from (("robust.rule", alone), *((("robust.clip_norm", alone),) if robust.clip_norm == "median" else ()))
+    if robust.rule != "none":
+        yield "federation.weights", "a robust rule counts clients and not examples"
 
 
 def _of_attackers(config: Config, kind: type[Method]) -> Found:
     if config.attack.kind in ("none", "label-flip"):
         yield "attack.scale", f'attack.kind = "{config.attack.kind}" has no size'
+    if config.attack.kind in ("boost", "gauge") and config.attack.scale == 1:
+        yield "attack.scale", f'attack.kind = "{config.attack.kind}" multiplies by it, and an attacker would be honest'
     if config.attack.kind == "gauge" and not kind.pairs:
         yield "attack.kind", f"a client of {kind.name} does not send both factors of a layer, so it has no gauge"
 

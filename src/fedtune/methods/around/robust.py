@@ -138,6 +138,7 @@ def dnc(gram: Tensor, weights: Tensor, settings: RobustSettings) -> Tensor:
 
 
 COUNTING = ("krum", "multi-krum", "geometric-median", "trimmed", "dnc")  # rules that `malicious` is a count for
+DROPPING = ("multi-krum", "trimmed", "dnc")  # rules that drop so many clients and take the others as they are
 RULES: dict[str, Rule] = {
     "krum": krum,
     "multi-krum": multi_krum,
