@@ -118,5 +118,6 @@ def test_no_part_of_a_state_may_be_unsound() -> None:
     assert not unsound(good)
     assert "q" in unsound(state(math.nan))
     assert "momentum" in unsound(ServerState(good.adapter, 1, {"momentum": torch.tensor([math.inf])}))
-    moved = (Piece(1, {"q": Product(torch.ones(1, 1), torch.tensor([[math.nan]]))}),)
-    assert "base q" in unsound(ServerState(good.adapter, 1, {}, moved))
+    whole, spoilt = torch.ones(1, 1), torch.tensor([[math.nan]])
+    for moved in (Product(whole, spoilt), Product(spoilt, whole)):
+        assert "base q" in unsound(ServerState(good.adapter, 1, {}, (Piece(1, {"q": moved}),)))

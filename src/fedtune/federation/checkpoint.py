@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import os
 import re
 import shutil
@@ -15,8 +16,10 @@ import safetensors.torch
 from torch import Tensor
 
 from fedtune.federation.faults import kill_point
+from fedtune.federation.guard import unsound
 from fedtune.io import (
     append_lines,
+    file_sha256,
     read_json,
     read_lines,
     reading,
@@ -27,6 +30,7 @@ from fedtune.io import (
 from fedtune.lora.base_delta import Piece
 from fedtune.lora.product import Product
 from fedtune.lora.state import to_tensors, with_tensors
+from fedtune.methods import sound
 from fedtune.methods.base import ServerState
 from fedtune.tensors import tensor_header
 from fedtune.types import CorruptFileError, ResumeError, RoundRecord, last_line
@@ -136,11 +140,12 @@ def save(run: Path, progress: Progress, run_id: str, keep: int) -> None:
     target = _folder(run, progress.round)
     fresh = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     shutil.rmtree(fresh, ignore_errors=True)
-    write_bytes(fresh / TENSORS, safetensors.torch.save(_tensors(progress.state)))
+    write_bytes(fresh / TENSORS, tensors := safetensors.torch.save(_tensors(progress.state)))
     kill_point(progress.round, "half")
     document = {
         "run_id": run_id,
         "round": progress.round,
+        "sha256": hashlib.sha256(tensors).hexdigest(),
         "state_round": progress.state.round,
         "skipped": progress.skipped,
         "record": progress.records[-1].as_json(),
@@ -157,23 +162,57 @@ def save(run: Path, progress: Progress, run_id: str, keep: int) -> None:
         shutil.rmtree(old)
 
 
+def _unfit(state: ServerState, start: ServerState) -> str:
+    """Say what makes a checkpoint's state one that this run cannot have reached, or return an empty text."""
+    wanted, had = to_tensors(start.adapter), to_tensors(state.adapter)
+    for name, tensor in had.items():
+        if (tensor.shape, tensor.dtype) != (wanted[name].shape, wanted[name].dtype):
+            kinds = [f"{str(t.dtype).removeprefix('torch.')} {tuple(t.shape)}" for t in (tensor, wanted[name])]
+            return f"{name} is {kinds[0]}, this run has {kinds[1]}"
+    for piece in state.base:
+        for path, p in piece.products.items():
+            ends = (p.left.shape[0], p.right.shape[1])
+            if path not in start.adapter or p.left.shape[1:] != p.right.shape[:1] or ends != _ends(start, path):
+                return f"the change of the base model at {path} is none of this model"
+    # every piece is the newest of some state; the rest was looked at as part of the whole
+    states = (state, *(ServerState({}, base=(piece,)) for piece in state.base[:-1]))
+    return next((flaw for s in states if (flaw := unsound(s, sound.LARGEST))), "")
+
+
+def _ends(start: ServerState, path: str) -> tuple[int, int]:
+    return start.adapter[path].b.shape[0], start.adapter[path].a.shape[1]
+
+
+def _stands(records: Sequence[RoundRecord]) -> tuple[int, int]:
+    """Return the last round that changed the model, and how many were skipped since."""
+    last = max((r.round for r in records if r.status == "ok"), default=0)
+    return last, sum(r.status == "skipped" for r in records[last:])
+
+
 def _read(folder: Path, run: Path, start: ServerState, run_id: str) -> Progress:
-    """Read one checkpoint, or raise if any part of it is not whole."""
+    """Read one checkpoint, or raise if any part of it is not whole, or not of this run."""
     document = read_json(folder / STATE)
     if document["run_id"] != run_id:
         raise CorruptFileError(f"{folder}: belongs to run {document['run_id']}, this is {run_id}")
     tensor_header(folder / TENSORS)
+    if document["sha256"] != file_sha256(folder / TENSORS):
+        raise CorruptFileError(f"{folder / TENSORS}: is not the file that was saved (sha256 differs)")
     tensors = safetensors.torch.load_file(folder / TENSORS)
-    state = _state(tensors, start, int(document["state_round"]))
-    round_ = int(document["round"])
-    records = rounds_of(run)[: round_ - 1]
-    records.append(RoundRecord.from_json(document["record"]))
+    state, round_ = _state(tensors, start, document["state_round"]), document["round"]
     if folder.name != _folder(run, round_).name:
         raise CorruptFileError(f"{folder}: is of round {round_}")
+    records = [*rounds_of(run)[: round_ - 1], RoundRecord.from_json(document["record"])]
     if [r.round for r in records] != list(range(1, round_ + 1)):
         raise CorruptFileError(f"{run / ROUNDS}: has rounds {[r.round for r in records]}, checkpoint is {round_}")
-    timing = {str(k): float(v) for k, v in document.get("timing", {}).items()}
-    return Progress(state, records, int(document["skipped"]), timing)
+    stands = (document["state_round"], document["skipped"])
+    if stands != _stands(records):
+        raise CorruptFileError(f"{folder / STATE}: stands at {stands}, its rounds make {_stands(records)}")
+    if flaw := _unfit(state, start):
+        raise CorruptFileError(f"{folder / TENSORS}: {flaw}")
+    timing = {str(k): float(v) for k, v in document["timing"].items()}
+    if timing.get("round", round_) != round_:
+        raise CorruptFileError(f"{folder / STATE}: has the timing of round {timing['round']:g}")
+    return Progress(state, records, document["skipped"], timing if "round" in timing else {})
 
 
 def _put_aside(folder: Path) -> Path:

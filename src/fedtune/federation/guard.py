@@ -40,7 +40,12 @@ class Aggregated:
 def unsound(state: ServerState, largest: float = LARGEST) -> str:
     """Say what makes a state one that must not be accepted: NaN, infinity, or absurdly large numbers; else nothing."""
     newest = state.base[-1:]  # the pieces before were looked at when they were new
-    products = {f"base {path}": t for piece in newest for path, p in piece.products.items() for t in (p.left, p.right)}
+    products = {
+        f"base {path} ({end})": getattr(p, end)
+        for piece in newest
+        for path, p in piece.products.items()
+        for end in ("left", "right")
+    }
     for name, tensor in {**to_tensors(state.adapter), **products}.items():
         norm = float(torch.linalg.vector_norm(tensor.float()))
         if not (norm <= largest and norm < math.inf):
