@@ -1,13 +1,16 @@
 import re
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
+import tomli_w
 
 from fedtune import domains, methods
 from fedtune.cli.settings import resolve
 from fedtune.config import Config, Settings, parse_assignment, protocol_names, read_protocol
-from fedtune.config.load import flatten, merge
+from fedtune.config.depth import DEEPEST, parsed, too_deep
+from fedtune.config.load import flatten, merge, read_toml
 from fedtune.settings import load
 from fedtune.types import ConfigError
 
@@ -172,3 +175,65 @@ def test_create_builds_the_method_with_its_settings(settings: Callable[..., Sett
     method = methods.create(settings(method={"name": "lora_fair", "ridge": 0.25}).config).method
     assert isinstance(method, methods.METHODS["lora_fair"])
     assert method.parameters.model_dump() == {"ridge": 0.25}
+
+
+DEEP = ".a" * 600
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        *(f"a{DEEP} = 1", f"[a{DEEP}]", f"[[a{DEEP}]]", f"x = {{a{DEEP} = 1}}", "a" + ' . "a.b"' * 600 + " = 1"),
+        *(f"x = 'a'  # '\na{DEEP} = 1", f'x = "\\""\na{DEEP} = 1', f"x = '''\n'''\na{DEEP} = 1"),
+    ],
+)
+def test_a_key_of_hundreds_of_parts_is_refused_before_it_is_read(line: str, tmp_path: Path) -> None:
+    (tmp_path / "run.toml").write_text(f'domain = "finance"\n{line}\n')
+    with pytest.raises(ConfigError, match=rf"run\.toml.*has more than {DEEPEST} parts"):
+        read_toml(tmp_path / "run.toml")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        f"a{DEEP}",
+        f"# a{DEEP} = 1",
+        'it\'s "quoted" \\ and # not a comment',
+        f'"""\na{DEEP} = 1\n"""',
+        f"'''a{DEEP}'''",
+        "\\" * 9 + '"',
+    ],
+)
+def test_dots_in_texts_and_comments_are_no_keys(text: str) -> None:
+    settings = {"prompt": {"system": text}, "data": {"path": text}}
+    assert parsed(tomli_w.dumps(settings)) == settings
+    assert parsed(tomli_w.dumps(settings, multiline_strings=True)) == settings
+    assert parsed(f"x = 1  # {text}\n" if "\n" not in text else "x = 1") == {"x": 1}
+    assert parse_assignment(f"model.name={text}")["model"]["name"]
+
+
+@pytest.mark.parametrize("value", [{"a": 1}, [1], (1,)], ids=str)
+def test_settings_inside_each_other_without_end_are_refused(value: Any) -> None:
+    for _ in range(DEEPEST - 3):
+        value = {"a": value} if isinstance(value, dict) else [value]
+    layer = {"domain": "finance", "method": {"name": "fedit", "x": value}}
+    assert not too_deep(layer)
+    assert "method.x: unknown key" in _problems(layer)
+    for _ in range(600):
+        value = {"a": value} if isinstance(value, dict) else [value]
+    text = _problems({"domain": "finance", "method": {"name": "fedit", "x": value}})
+    assert re.search(rf"method\.x\S*: lies more than {DEEPEST} tables or lists deep", text)
+
+
+def test_an_assignment_of_hundreds_of_parts_is_refused() -> None:
+    with pytest.raises(ConfigError, match=f"more than {DEEPEST} parts"):
+        parse_assignment(f"method.x{DEEP}=1")
+
+
+def test_of_very_many_mistakes_the_first_are_told() -> None:
+    text = _problems({"domain": "finance", **{f"key{i}": 1 for i in range(5000)}})
+    assert "key0: unknown key" in text
+    assert "settings: 4900 more are wrong" in text
+    assert len(text.splitlines()) == 102
+    of_a_method = _problems({"domain": "finance", "method": {"name": "fedit", **{f"k{i}": 1 for i in range(5000)}}})
+    assert len(of_a_method.splitlines()) <= 102

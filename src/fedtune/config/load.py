@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
-import tomllib
+import contextlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
+from fedtune.config.depth import DEEPEST, parsed, too_deep
 from fedtune.config.protocol import Protocol, protocol_names, read_protocol
 from fedtune.config.schema import Config
 from fedtune.io import canonical, read_text
 from fedtune.types import ConfigError, Problem, nearest
 
 Check = Callable[[Config], Iterable[Problem]]
+MOST_TOLD = 100  # problems
 
 
 @dataclass(frozen=True)
@@ -37,17 +40,18 @@ def parse_assignment(text: str) -> dict[str, Any]:
     """Turn `train.max_steps=10` into nested settings; the value is TOML, and a bare word is a string.
 
     Raises:
-        ConfigError: no `=` in it.
+        ConfigError: no `=` in it, or a key of too many parts.
     """
     key, sign, value = text.partition("=")
     if not sign or not key.strip():
         raise ConfigError("command line", [Problem(text, "is not key=value", "for example -s train.max_steps=10")])
-    try:
-        parsed = tomllib.loads(f"value = {value}")["value"]
-    except (ValueError, RecursionError):
-        parsed = value
-    nested: Any = parsed
-    for part in reversed(key.strip().split(".")):
+    parts = key.strip().split(".")
+    if len(parts) > DEEPEST:
+        raise ConfigError("command line", [Problem(key.strip()[:60], f"has more than {DEEPEST} parts")])
+    nested: Any = value
+    with contextlib.suppress(ValueError):
+        nested = parsed(f"value = {value}")["value"]
+    for part in reversed(parts):
         nested = {part: nested}
     return dict(nested)
 
@@ -89,13 +93,13 @@ def read_toml(path: Path) -> dict[str, Any]:
     """Read a settings file.
 
     Raises:
-        ConfigError: not TOML (with line and column).
+        ConfigError: not TOML (with line and column), or a key of too many parts.
         CorruptFileError: missing, oversized, or not UTF-8.
     """
     try:
-        return tomllib.loads(read_text(path, max_bytes=1024**2))
-    except (ValueError, RecursionError) as err:  # not TOML, a number of thousands of digits, or brackets without end
-        raise ConfigError(str(path), [Problem(str(path), f"is not TOML: {err}")]) from err
+        return parsed(read_text(path, max_bytes=1024**2))
+    except ValueError as err:  # also for a number of thousands of digits
+        raise ConfigError(str(path), [Problem(str(path), f"is not TOML that can be read: {err}")]) from err
 
 
 def _section(path: Sequence[str | int]) -> type[BaseModel] | None:
@@ -193,7 +197,21 @@ def _further(tree: Mapping[str, Any], places: Sequence[Sequence[str | int]], che
         config = Config.model_validate(_without(tree, places))
     except ValidationError:
         return []
-    return [p for check in checks for p in check(config)]
+    return _first(p for check in checks for p in check(config))
+
+
+def _first(problems: Iterable[Problem]) -> list[Problem]:
+    """Return the first problems there are: a settings file of a megabyte can make a hundred thousand."""
+    return list(islice(problems, MOST_TOLD))
+
+
+def _told(tree: Mapping[str, Any], err: ValidationError, checks: Sequence[Check]) -> list[Problem]:
+    """Return the problems of wrong settings; where there are very many, what each was meant to be is not looked for."""
+    errors = err.errors()
+    found = [_problem(dict(e)) for e in errors[:MOST_TOLD]]
+    if len(errors) > MOST_TOLD:
+        return [*found, Problem("settings", f"{len(errors) - MOST_TOLD} more are wrong")]
+    return found + _further(tree, [e["loc"] for e in errors], checks)
 
 
 def validated(layers: Sequence[Mapping[str, Any]], checks: Sequence[Check], title: str) -> Settings:
@@ -207,15 +225,16 @@ def validated(layers: Sequence[Mapping[str, Any]], checks: Sequence[Check], titl
         title: what to call the source in an error.
 
     Raises:
-        ConfigError: with every problem found.
+        ConfigError: with every problem found, or the first `MOST_TOLD` of them.
     """
+    if deep := next(filter(None, map(too_deep, layers)), ""):
+        raise ConfigError(title, [Problem(deep, f"lies more than {DEEPEST} tables or lists deep")])
     protocol, tree = _assemble(layers)
     try:
         config = Config.model_validate(tree)
     except ValidationError as err:
-        found = [_problem(dict(e)) for e in err.errors()]
-        raise ConfigError(title, found + _further(tree, [e["loc"] for e in err.errors()], checks)) from err
-    problems = [p for check in checks for p in check(config)]
+        raise ConfigError(title, _told(tree, err, checks)) from err
+    problems = _first(p for check in checks for p in check(config))
     if problems:
         raise ConfigError(title, problems)
     return Settings(config, protocol, unranked_reasons(config, protocol))

@@ -1,0 +1,46 @@
+"""How deep settings may go: reading a key costs the square of its parts, and no setting has more than a few."""
+
+from __future__ import annotations
+
+import re
+import tomllib
+from collections.abc import Mapping
+from typing import Any
+
+DEEPEST = 8
+
+# comments and texts, so that what is left has dots in keys and numbers only. One that does not end goes to the end of
+# the line, or of the file, where reading it fails anyway
+_APART = re.compile(
+    r"""#[^\n]*+|\"{3}(?:[^\\]|\\.?)*?(?:\"{3}|\Z)|'{3}.*?(?:'{3}|\Z)|"(?:[^"\\\n]|\\.)*+(?:"|$)|'[^'\n]*+(?:'|$)""",
+    re.DOTALL | re.MULTILINE,
+)
+_DEEP = re.compile(rf"(?:[\w-]++[ \t]*+\.[ \t]*+){{{DEEPEST}}}")
+
+
+def parsed(text: str) -> dict[str, Any]:
+    """Parse TOML in a time that grows with its length, however deep its keys go.
+
+    Raises:
+        ValueError: not TOML, or a key of more than `DEEPEST` parts.
+    """
+    rest = _APART.sub(lambda found: "" if found[0][0] == "#" else "x", text)
+    if deep := _DEEP.search(rest):
+        raise ValueError(f"the key {deep[0][:40]}... has more than {DEEPEST} parts")
+    try:
+        return tomllib.loads(text)
+    except RecursionError as err:
+        raise ValueError("brackets stand inside each other without end") from err
+
+
+def too_deep(tree: Any) -> str:
+    """Name the first value that lies deeper than any setting, or return an empty text."""
+    level = [("", tree)]
+    for _ in range(DEEPEST):
+        level = [
+            (f"{place}.{key}"[:200], inner)
+            for place, value in level
+            for key, inner in (value.items() if isinstance(value, Mapping) else enumerate(value))
+            if isinstance(inner, (Mapping, list, tuple))
+        ]
+    return level[0][0][1:] if level else ""
