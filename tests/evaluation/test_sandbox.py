@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from fedtune.evaluation import confine, sandbox
+from fedtune.evaluation import confine, memory, sandbox
+from fedtune.evaluation.memory import can_bound
 from fedtune.evaluation.sandbox import CPP, JAVASCRIPT, PYTHON, Limits, Outcome, execute
 
 needs_sandbox = pytest.mark.skipif(
@@ -174,6 +175,60 @@ def test_its_own_tmp_is_small() -> None:
     assert "No space left" in ended.detail
 
 
+SMALL = replace(PYTHON, limits=Limits(3.0, memory=256 * confine.MEBIBYTE))
+FORKS = """
+import os, time
+kids = []
+for _ in range(4):
+    kid = os.fork()
+    if kid == 0:
+        held = bytearray(200 * 2**20)
+        time.sleep(2)
+        os._exit(0)
+    kids.append(kid)
+assert any(os.WIFSIGNALED(os.waitpid(kid, 0)[1]) for kid in kids), "nobody was stopped"
+"""
+SHARED = """
+import ctypes
+libc, n = ctypes.CDLL(None, use_errno=True), 64 * 2**20
+libc.shmat.restype = ctypes.c_void_p
+for _ in range(12):
+    place = libc.shmat(libc.shmget(0, n, 0o1600), None, 0)
+    ctypes.memset(place, 1, n)
+    libc.shmdt(ctypes.c_void_p(place))
+"""
+
+
+@pytest.mark.skipif(not can_bound(), reason="this user may make no control group that bounds memory")
+def test_all_processes_together_and_what_they_share_have_the_memory_of_one() -> None:
+    assert execute(FORKS, SMALL).kind == "passed"
+    assert execute(SHARED, SMALL).kind == "killed"
+    assert execute("held = bytearray(200 * 2**20)", SMALL).kind == "passed"
+    assert not list(Path("/sys/fs/cgroup").glob(f"**/fedtune-{os.getpid()}-*"))
+
+
+def test_without_a_control_group_programs_run_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory, "_parent", lambda: None)
+    assert execute("assert True", PYTHON) == Outcome("passed")
+
+
+@pytest.mark.skipif(not shutil.which("g++"), reason="g++ is not installed")
+def test_a_compiled_program_has_the_same_small_tmp() -> None:
+    body = """#include <cstdio>
+#include <string>
+int main() {
+    std::string block(4000000, 'x');
+    for (int i = 0; i < 100; i++) {
+        FILE *made = fopen(("/tmp/" + std::to_string(i)).c_str(), "wb");
+        if (!made || fwrite(block.data(), 1, block.size(), made) != block.size() || fclose(made)) return fprintf(stderr, "stopped at %d", i), 7;
+    }
+    return 9;
+}"""
+    ended = execute(body, CPP)
+    assert "stopped at " in ended.detail
+    assert int(ended.detail.rsplit(" ", 1)[1]) < 17
+
+
 @pytest.mark.parametrize(
     "cheat",
     [
@@ -258,6 +313,10 @@ def test_a_container_is_entered_with_nothing_it_does_not_need(tmp_path: Path, mo
     ):
         assert flag in text
     assert f"-v {tmp_path}/work:/job:ro" in text
+    assert str(tmp_path / "tmp") not in text
+    assert f"--tmpfs /tmp:rw,exec,nosuid,mode=1777,size={confine.TMP_BYTES}" in text
+    compiling = confine.command(CPP.compile, CPP.limits, True, tmp_path / "work", tmp_path / "tmp", keep=True)
+    assert f"{tmp_path}/tmp:/tmp" in compiling
     after = words[words.index(confine.IMAGE) + 1 :]
     assert after[:4] == ["timeout", "-s", "KILL", "32"]
     assert after[-4:] == ["python3", "-B", "/job/runner.py", "{token}"]

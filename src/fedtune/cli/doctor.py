@@ -29,6 +29,17 @@ def _telemetry() -> str:
     return "off" if not on else "NOT OFF: " + ", ".join(f"{name}={os.environ.get(name)}" for name in on)
 
 
+def _sandbox() -> str:
+    from fedtune.evaluation.memory import can_bound
+    from fedtune.evaluation.sandbox import engine
+
+    name = engine()
+    if name is None:
+        return "none: generated code is never run (apt install bubblewrap)"
+    whole = name != "bwrap" or can_bound()
+    return f"{name}, memory bounded " + ("as a whole" if whole else "for each process only (no control group)")
+
+
 def doctor() -> None:
     """Say what this machine has, what would leave it, and what is missing for which job."""
     from fedtune.data.packages import index_url
@@ -36,9 +47,6 @@ def doctor() -> None:
 
     for name, version in versions().items():
         typer.echo(f"{name:16} {version}")
-    from fedtune.evaluation.sandbox import engine
-
-    sandbox = engine()
     offline = os.environ.get("HF_HUB_OFFLINE", "") not in ("", "0")
     facts = {
         "accelerator": _cuda(),
@@ -50,7 +58,7 @@ def doctor() -> None:
         "4/8-bit": "bitsandbytes found"
         if importlib.util.find_spec("bitsandbytes")
         else "pip install 'fedtune[quantization]'",
-        "code sandbox": sandbox or "none: generated code is never run (apt install bubblewrap)",
+        "code sandbox": _sandbox(),
     }
     for name, fact in facts.items():
         typer.echo(f"{name:16} {fact}")

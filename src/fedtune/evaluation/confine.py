@@ -42,7 +42,7 @@ class Limits:
     Attributes:
         seconds: processor time of each process. The clock gives `PATIENCE` times as much, so that what else runs on
             the machine does not decide which programs pass; only what waits for nothing is stopped by it.
-        memory: bytes a process may map (for node: allocate).
+        memory: bytes a process may map (for node: allocate), and, where that can be bounded, all of them together.
         processes: processes and threads of the whole sandbox.
         output: bytes of standard output and error each, and of any file.
     """
@@ -98,13 +98,15 @@ def _nobody() -> list[str]:
     return [*words, "--inh-caps=-all", "--bounding-set=-all"]
 
 
-def _container(name: str, folder: Path, scratch: Path, limits: Limits) -> list[str]:
+def _container(name: str, folder: Path, scratch: Path | None, limits: Limits) -> list[str]:
     """Return the command that enters a container; it ends by itself, since killing the client would not end it."""
+    in_memory = ["--tmpfs", f"/tmp:rw,exec,nosuid,mode=1777,size={TMP_BYTES}"]  # noqa: S108
     words = [name, "run", "--rm", "-i", "--pull", "never", "--network", "none", "--read-only", "--cap-drop", "ALL"]
     words += ["--security-opt", "no-new-privileges", "--user", "65534:65534", "--pids-limit", str(limits.processes)]
     words += ["--memory", str(limits.memory), "--memory-swap", str(limits.memory)]
     words += ["--workdir", "/tmp", "--env", "HOME=/tmp", "--env", "PYTHONHASHSEED=0"]  # noqa: S108
-    words += ["-v", f"{scratch}:/tmp", "-v", f"{folder}:/job:ro", IMAGE]
+    words += ["-v", f"{scratch}:/tmp"] if scratch else in_memory
+    words += ["-v", f"{folder}:/job:ro", IMAGE]
     return [*words, "timeout", "-s", "KILL", str(int(limits.clock) + 2)]
 
 
@@ -122,7 +124,7 @@ def engine() -> str | None:
         if shutil.which("bwrap") and _works([*_bubblewrap(Path(empty), None), *_nobody(), "true"]):
             return "bwrap"
         for name in ("docker", "podman"):
-            if shutil.which(name) and _works([*_container(name, Path(empty), Path(empty), Limits(30.0)), "true"]):
+            if shutil.which(name) and _works([*_container(name, Path(empty), None, Limits(30.0)), "true"]):
                 return name
     return None
 
@@ -134,7 +136,7 @@ def has_tool(tool: str) -> bool:
     if name in (None, "bwrap"):
         return shutil.which(tool) is not None
     with tempfile.TemporaryDirectory() as empty:
-        inside = _container(str(name), Path(empty), Path(empty), Limits(30.0))
+        inside = _container(str(name), Path(empty), None, Limits(30.0))
         return _works([*inside, "sh", "-c", f"command -v {tool}"])
 
 
@@ -161,8 +163,9 @@ def command(
     if name is None:
         raise SandboxError(f"no sandbox works on this machine: {MISSING}")
     limited = _limited(limits, map_limit)
+    written = scratch if keep else None
     if name == "bwrap":
-        return [*_bubblewrap(folder, scratch if keep else None), *limited, *_nobody(), *words]
+        return [*_bubblewrap(folder, written), *limited, *_nobody(), *words]
     # the image has a Python of its own
     own = ["python3" if word == sys.executable else word for word in words]
-    return [*_container(name, folder, scratch, limits), *limited, *own]
+    return [*_container(name, folder, written, limits), *limited, *own]

@@ -1,4 +1,4 @@
-"""Run programs nobody has read: no network, nothing to read or write, limits on everything, nothing left behind.
+"""Run programs nobody has read: no network, nothing to read or write, limits on what they use, nothing left behind.
 
 Bubblewrap where it works, else docker or podman, else nothing is run. It stops harm, not cheating: a program
 that looks for the secret of its own test run can find it, so verified scores need regenerated programs.
@@ -19,7 +19,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from fedtune.evaluation.confine import MEBIBYTE, MISSING, Limits, SandboxError, command, engine, has_tool
+from fedtune.evaluation.confine import MEBIBYTE, MISSING, TMP_BYTES, Limits, SandboxError, command, engine, has_tool
+from fedtune.evaluation.memory import bounded
 from fedtune.machine import cores
 
 __all__ = [
@@ -36,6 +37,8 @@ __all__ = [
     "execute_all",
     "require",
 ]
+
+SLACK = 64 * MEBIBYTE  # for what enters the sandbox and for the kernel, so that one process has all of its memory
 
 Kind = Literal["passed", "wrong", "error", "timeout", "out-of-memory", "killed", "no-sandbox"]
 
@@ -83,9 +86,9 @@ JAVASCRIPT = Language(
 CPP = Language(
     "c++",
     "program.cpp",
-    ("/tmp/program",),  # noqa: S108 - private to the sandbox
+    ("/job/program",),
     Limits(15.0),
-    compile=("g++", "-std=c++17", "-o", "/tmp/program", "/job/program.cpp"),  # noqa: S108
+    compile=("g++", "-std=c++17", "-o", "/tmp/program", "/job/program.cpp"),  # noqa: S108 - of the sandbox
     tool="g++",
 )
 
@@ -133,9 +136,10 @@ def _tail(path: Path, most: int) -> str:
 def _call(command: Sequence[str], limits: Limits, logs: Path) -> _Ended:
     """Run one command; output goes to files, which the file-size limit bounds. A None code is a timeout."""
     out, err = logs / "out", logs / "err"
-    with open(out, "wb") as out_handle, open(err, "wb") as err_handle:
+    whole = limits.memory + TMP_BYTES + SLACK
+    with open(out, "wb") as out_handle, open(err, "wb") as err_handle, bounded(whole) as enter:
         process = subprocess.Popen(  # noqa: S603
-            command, stdin=subprocess.DEVNULL, stdout=out_handle, stderr=err_handle, start_new_session=True
+            [*enter, *command], stdin=subprocess.DEVNULL, stdout=out_handle, stderr=err_handle, start_new_session=True
         )
         try:
             code: int | None = process.wait(limits.clock)
@@ -175,6 +179,8 @@ def _compile(language: Language, folder: Path, scratch: Path, logs: Path) -> Out
     limits = Limits(language.limits.seconds, output=64 * MEBIBYTE)
     ended = _call(command(language.compile, limits, True, folder, scratch, keep=True), limits, logs)
     if ended.code == 0:
+        # what runs may not write where the compiler did, which is the host's disk
+        os.replace(scratch / "program", folder / "program")
         return None
     slow = ended.code in (None, 128 + signal.SIGXCPU)
     return Outcome("timeout" if slow else "error", ended.err[-2000:], compiled=False)
@@ -207,8 +213,7 @@ def execute(program: str, language: Language, finish: str = "") -> Outcome:
         if failed := _compile(language, folder, scratch, logs):
             return failed
         words = [word.replace("{token}", token) for word in language.run]
-        kept = bool(language.compile)
-        entered = command(words, language.limits, language.map_limit, folder, scratch, keep=kept)
+        entered = command(words, language.limits, language.map_limit, folder, scratch)
         return _judge(_call(entered, language.limits, logs), token)
 
 
