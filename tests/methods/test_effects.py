@@ -268,12 +268,31 @@ def test_a_client_sends_both_factors_where_a_method_says_so() -> None:
         ("lora_a2", "method.share", 0.25, {"lora": {"ranks": [1, 2, 3, 4, 4]}}),
         ("hetlora", "method.gamma", 0.5, {"lora": {"r": 1}}),
         ("fedex_lora", "method.residual_rank", 16, {}),
+        ("fedask", "method.width", 20, {}),
+        ("fedask", "method.width", 10**9, {}),
+        *((name, "method.base_rank", 10**9, {}) for name in METHODS if METHODS[name].keeps_base),
+        *((name, "lora.ranks", [4] * 5, {}) for name in METHODS if METHODS[name].mixed_ranks and name != "lora_a2"),
+        ("flexlora", "lora.ranks", {4: 1.0}, {}),
+        ("hetlora", "lora.ranks", {2: 0.01, 4: 0.99}, {}),
     ],
 )
 def test_a_methods_own_setting_that_another_one_overrules_is_refused(
     name: str, key: str, value: Any, around: dict[str, Any]
 ) -> None:
     assert not has_effect(name, key, value, around)
+
+
+@pytest.mark.parametrize(
+    ("name", "key", "value"),
+    [
+        ("fedask", "method.width", 3),
+        ("flora", "method.base_rank", 5),
+        ("lora_a2", "lora.ranks", [4] * 5),
+        *((name, "lora.ranks", [2, 4, 4, 4, 4]) for name in METHODS if METHODS[name].mixed_ranks),
+    ],
+)
+def test_what_is_below_the_limit_has_an_effect(name: str, key: str, value: Any) -> None:
+    assert has_effect(name, key, value)
 
 
 def test_what_a_protocol_says_is_taken_by_every_method() -> None:

@@ -499,13 +499,14 @@ def test_side_adapters_reach_every_client_whatever_rounds_it_missed(name: str, c
         assert fewer <= sum(t.numel() for t in method.view(state, 7).values())
 
 
-def test_compression_without_a_cap_loses_nothing() -> None:
+@pytest.mark.parametrize("cap", [0, 10**9])
+def test_compression_without_a_cap_that_cuts_loses_nothing(cap: int) -> None:
     wide = product.stack([adapter(s)[NAME] for s in range(8)], [1.0] * 8)
-    pieces = base_delta.append((), 1, {NAME: wide})
+    pieces = base_delta.append((), 1, {NAME: wide}, cap)
     assert len(pieces) == 1
     assert base_delta.join(pieces)[NAME].inner == min(OUT, IN)
     assert torch.allclose(base_delta.join(pieces)[NAME].dense(), wide.dense(), atol=1e-10)
-    more = base_delta.append(pieces, 2, {NAME: wide})
+    more = base_delta.append(pieces, 2, {NAME: wide}, cap)
     assert torch.allclose(base_delta.join(more)[NAME].dense(), 2 * wide.dense(), atol=1e-10)
 
 

@@ -34,12 +34,12 @@ def append(base: Sequence[Piece], round_: int, products: Mapping[str, Product], 
         base: so far.
         round_: the round of the new piece, and of a compressed one.
         products: the new piece; empty products are left out.
-        cap: most columns of a layer; 0 is the layer's own full rank, so that nothing is lost.
+        cap: most columns of a layer; 0, and more than the layer's own full rank, is that rank: nothing is lost.
     """
     new = {path: p for path, p in products.items() if p.inner}
     pieces = (*base, Piece(round_, new)) if new else tuple(base)
     joined = join(pieces)
-    if not any(p.inner > (cap or min(p.left.shape[0], p.right.shape[1])) for p in joined.values()):
+    if not any(p.inner > min(p.left.shape[0], p.right.shape[1], cap or p.inner) for p in joined.values()):
         return pieces
     return (Piece(round_, {path: product.compressed(p, cap) for path, p in joined.items()}),)
 

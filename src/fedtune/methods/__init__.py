@@ -123,6 +123,9 @@ def _combination(config: Config, kind: type[Method]) -> Iterable[Problem]:
         have, need = len(config.lora.ranks), config.federation.clients
         if have != need:
             yield Problem("lora.ranks", f"has {have} ranks for {need} clients", "or shares: {4 = 0.5, 16 = 0.5}")
+    # of LoRA-A2 a rank is a budget, which is another without one
+    if set(client_ranks(config).values()) == {config.lora.r} and name != "lora_a2":
+        yield Problem("lora.ranks", f"has no effect: every client has r = {config.lora.r} without it", "leave it out")
     if config.lora.ranks and config.lora.dora:
         yield Problem("lora.ranks", "mixed ranks are not defined together with DoRA")
     if config.server.optimizer != "none" and not kind.factors:

@@ -47,7 +47,10 @@ class MovesBase(Method):
     factors: ClassVar[bool] = False
 
     class Parameters(Section):
-        """`base_rank`: most columns of a layer's side adapters before they are compressed; 0 loses nothing."""
+        """`base_rank`: most columns of a layer's side adapters before they are compressed.
+
+        0 is the layer's full rank, which loses nothing.
+        """
 
         base_rank: int = Field(0, ge=0)
 

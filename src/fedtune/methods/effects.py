@@ -84,6 +84,24 @@ def _of_the_method(config: Config, kind: type[Method]) -> Found:
         yield "method.share", "lora.ranks gives every client a budget of its own"
     if kind.name == "hetlora" and max(ranks) == 1:
         yield from ((f"method.{key}", "a client of rank 1 has nothing to prune") for key in ("regulariser", "gamma"))
-    limit, most = config.method.parameters.get("residual_rank"), (config.federation.cohort_size - 1) * config.lora.r
-    if kind.name == "fedex_lora" and isinstance(limit, int) and limit >= max(most, 1):
-        yield "method.residual_rank", f"the residual of a round has a rank of at most {most}"
+    yield from _of_limits(config, kind)
+
+
+def _of_limits(config: Config, kind: type[Method]) -> Found:
+    """Yield each limit on columns that no round, or no run, can reach."""
+    asked, rank, rounds = config.federation.cohort_size, config.lora.r, config.federation.rounds
+    own = config.method.parameters
+    reached: dict[str, tuple[int, str]] = {}
+    if kind.name == "fedex_lora":
+        reached["residual_rank"] = max((asked - 1) * rank, 1), "the residual of a round has a rank of at most"
+    if kind.name == "fedask":
+        reached["width"] = (
+            asked * rank,
+            "the mean of a round, which the default is wide enough for, has a rank of at most",
+        )
+    if kind.keeps_base:  # the unchanged model may stand beside a round's clients, where their changes are clipped
+        reached["base_rank"] = rounds * (asked + 1) * rank, f"in {rounds} rounds a layer's side adapters have at most"
+    for key, (most, why) in reached.items():
+        limit = own.get(key)
+        if isinstance(limit, int) and limit >= most:
+            yield f"method.{key}", f"{why} {most}{' columns' if key == 'base_rank' else ''}"
