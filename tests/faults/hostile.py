@@ -62,7 +62,9 @@ class Toy:
         return [float(self._noise(torch.zeros(()))) + 1 for _ in points]
 
 
-def clients(recipe: Recipe, start: AdapterState, bad: int, mutate: Callable[[Message], Any]) -> ClientApp:
+def clients(
+    recipe: Recipe, start: AdapterState, bad: int, mutate: Callable[[Message], Any], kind: type[Toy] = Toy
+) -> ClientApp:
     """Return honest clients of any recipe; what client `bad` would have sent goes through `mutate`."""
     app, private = ClientApp(), PrivateStore(None)
 
@@ -71,7 +73,7 @@ def clients(recipe: Recipe, start: AdapterState, bad: int, mutate: Callable[[Mes
         client = int(str(context.node_config["partition-id"]))
         order = message.content.config_records[messages.ORDER]
         when = int(str(order["round"])), int(str(order["phase"]))
-        local = Toy(client, *when, recipe.method.cut(start, client), private.load(client, when))
+        local = kind(client, *when, recipe.method.cut(start, client), private.load(client, when))
         fitted = recipe.fit(local, messages.unpack(message.content.array_records[messages.ADAPTER]))
         private.save(client, when, fitted.kept)
         metrics = {"examples": 8.0, "tokens": 80.0, "steps": 2.0, "loss": 1.0}

@@ -20,7 +20,7 @@ from torch import Tensor
 from fedtune import methods
 from fedtune.config import Config, Settings
 from fedtune.federation import messages
-from fedtune.federation.guard import unsound
+from fedtune.federation.guard import state_problem
 from fedtune.federation.local import LocalGrid
 from fedtune.federation.rounds import Federation, run_rounds
 from fedtune.io import read_lines
@@ -345,7 +345,7 @@ def test_numbers_that_no_server_step_survives_cost_their_client(
     done = run_rounds(federation(config, tmp_path, app), recipe.initial(adapter))
     record = done.records[0]
     assert (record.status, [r.client for r in record.rejected]) == ("ok", [BAD]), record
-    assert not unsound(done.state)
+    assert not state_problem(done.state)
 
 
 def test_an_update_may_be_larger_than_what_was_sent_by_a_bounded_amount(config: Config, tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from fedtune import methods
 from fedtune.config import Config
 from fedtune.federation import checkpoint, messages
 from fedtune.federation.checkpoint import Progress
-from fedtune.federation.guard import unsound
+from fedtune.federation.guard import state_problem
 from fedtune.federation.local import LocalGrid
 from fedtune.federation.nodes import connect
 from fedtune.federation.rounds import Federation, one_round
@@ -114,7 +114,7 @@ def _check(scene: Scene, seed: int, label: str) -> None:
     assert record.status == "ok", where
     assert used >= set(HONEST), where
     assert (BAD in used) != (BAD in {r.client for r in record.rejected}), where
-    assert not unsound(done.state), where
+    assert not state_problem(done.state), where
     # a mean of four, of which one is allowed GROWTH more; products of two such factors
     assert _largest(done) <= GROWTH**2, where
     assert len(json.dumps(record.as_json(), allow_nan=False).encode()) < 20_000, where
@@ -165,8 +165,8 @@ def _longest(reply: Any, names: str, size: float) -> Any:
             sent[name] = torch.zeros_like(tensor)
             sent[name].view(-1)[:: max(1, tensor.shape[-1] if tensor.dim() else 1)] = 1.0
             sent[name] *= share / max(1.0, float(sent[name].norm()))
-        elif "magnitude" in name:
-            sent[name] = torch.full_like(tensor, max(1e-6, size / tensor.numel() ** 0.5) if names in name else 1.0)
+        elif names in name:  # nearly as far as a magnitude may go
+            sent[name] = tensor * (1.8 if size else 0.55)
     reply.content[messages.ADAPTER] = messages.pack(sent, in_process=True)
     return reply
 

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import pytest
 import torch
 
-from fedtune.federation.guard import LARGEST, aggregated, unsound
+from fedtune.federation.guard import LARGEST, aggregated, state_problem
 from fedtune.lora.base_delta import Piece
 from fedtune.lora.product import Product
 from fedtune.lora.state import LoraModule
@@ -115,9 +115,9 @@ def test_a_client_nobody_sent_cannot_be_blamed_and_a_sum_is_not_taken_apart() ->
 
 def test_no_part_of_a_state_may_be_unsound() -> None:
     good = state(1.0)
-    assert not unsound(good)
-    assert "q" in unsound(state(math.nan))
-    assert "momentum" in unsound(ServerState(good.adapter, 1, {"momentum": torch.tensor([math.inf])}))
+    assert not state_problem(good)
+    assert "q" in state_problem(state(math.nan))
+    assert "momentum" in state_problem(ServerState(good.adapter, 1, {"momentum": torch.tensor([math.inf])}))
     whole, spoilt = torch.ones(1, 1), torch.tensor([[math.nan]])
     for moved in (Product(whole, spoilt), Product(spoilt, whole)):
-        assert "base q" in unsound(ServerState(good.adapter, 1, {}, (Piece(1, {"q": moved}),)))
+        assert "base q" in state_problem(ServerState(good.adapter, 1, {}, (Piece(1, {"q": moved}),)))

@@ -1,5 +1,6 @@
 """Finite but absurd numbers: a server half names the client or returns a finite model, and raises nothing else."""
 
+import re
 from dataclasses import replace
 from typing import Any
 
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from fedtune.config import Config
 from fedtune.lora.base_delta import effective
-from fedtune.lora.state import AdapterState, LoraModule
+from fedtune.lora.state import AdapterState, LoraModule, to_tensors
 from fedtune.methods import METHODS, ClientUpdate, Recipe, ServerState, create, sound
 from fedtune.types import UpdateError
 
@@ -69,6 +70,9 @@ def advanced(made: Recipe, state: ServerState, round_: int, bad: tuple[float, in
         if bad is not None and BAD in members:
             place = members.index(BAD)
             sent[place] = replace(sent[place], tensors=spoiled(dict(sent[place].tensors), *bad))
+            if made.config.lora.dora and made.flaw(sent[place].tensors, state, BAD, round_):
+                members.remove(BAD)  # such a reply is rejected as it comes
+                sent.pop(place)
         act = made.middle if phase < made.phases else made.server_step
         try:
             state = act(sent, state, round_)
@@ -123,12 +127,17 @@ def test_nor_a_rule(rule: str, value: float, where: int) -> None:
     assert finite(after)
 
 
-@pytest.mark.parametrize("magnitude", [-100.0, 0.0, 1e-9])
-def test_a_magnitude_that_nothing_can_be_divided_by_is_its_clients_fault(magnitude: float) -> None:
-    tree = {"domain": "finance", "method": {"name": "ffa_lora"}, "lora": {"r": 4, "alpha": 8.0, "dora": True}}
+@pytest.mark.parametrize("name", ["fedit", *EXACT_DORA])
+@pytest.mark.parametrize("factor", [-100.0, -1.0, 0.0, 1e-9, 0.49, 2.01, 1e4, float("nan"), float("inf")])
+def test_a_magnitude_moves_by_no_more_than_a_factor_of_two_in_a_round(name: str, factor: float) -> None:
+    tree = {"domain": "finance", "method": {"name": name}, "lora": {"r": 4, "alpha": 8.0, "dora": True}}
     made = create(Config.model_validate(tree))
     state = made.initial(layout(True))
-    sent = [ClientUpdate(c, payload(made, state, c, 1), 10.0) for c in range(4)]
-    bad = {n: torch.full_like(t, magnitude) if "magnitude" in n else t for n, t in sent[BAD].tensors.items()}
-    with pytest.raises(UpdateError, match=r"the update of client 3 cannot be aggregated: .*relative magnitude of"):
-        made.server_step([*sent[:BAD], replace(sent[BAD], tensors=bad)], state, 1)
+    sent = payload(made, state, BAD, 1)
+    assert not made.flaw(sent, state, BAD, 1)
+    last = [n for n in sent if "magnitude" in n][-1]
+    for inside in (0.5, 2.0):
+        sent[last] = to_tensors(state.adapter)[last].clone() * torch.tensor([1.0, 1, 1, 1, 1, inside])
+        assert not made.flaw(sent, state, BAD, 1)
+    sent[last][5] *= factor / 2
+    assert re.match(r"l1\.q: row 5 has a magnitude of .*; from .* to .* is taken", made.flaw(sent, state, BAD, 1))

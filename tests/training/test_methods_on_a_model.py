@@ -297,9 +297,10 @@ def test_dora_through_the_map_is_the_mean_of_the_clients_weights(config: Config,
     assert all(torch.allclose(fixed[p], effective[0][p] * 4, atol=1e-5) for p in fixed) or not exact
 
 
-def test_a_vanishing_relative_magnitude_is_refused() -> None:
-    with pytest.raises(ValueError, match="mean relative magnitude falls to 0"):
-        dora.divided([{PREFIX + "q.lora_magnitude_vector": torch.zeros(3)}], [1.0])
+@pytest.mark.parametrize(("value", "said"), [(0.0, "0"), (float("nan"), "nan")])
+def test_a_vanishing_relative_magnitude_is_refused(value: float, said: str) -> None:
+    with pytest.raises(ValueError, match=f"mean relative magnitude falls to {said}"):
+        dora.divided([{PREFIX + "q.lora_magnitude_vector": torch.full((3,), value)}], [1.0])
 
 
 @pytest.mark.parametrize("name", ["fedalt", "feddpa", "fedsa_lora"])

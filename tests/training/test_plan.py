@@ -16,9 +16,9 @@ from fedtune.models.adapter import AdaptedModel, attach
 from fedtune.models.load import load
 from fedtune.models.packing import CALL
 from fedtune.training.cohort import Cohort
-from fedtune.training.executor import Sequential
+from fedtune.training.executor import Limits, Sequential, rehearse
 from fedtune.training.plan import Machine, Plan, executor, plan
-from fedtune.types import ConfigError
+from fedtune.types import ConfigError, ModelError
 
 LAPTOP = Machine("cpu", 2, 8 * 2**30, 2.4e11)
 GPU = Machine("cuda", 16, 130 * 2**30, 7.9e14)
@@ -100,3 +100,23 @@ def test_measures_of_this_machine_are_of_a_sensible_size() -> None:
     assert cores() >= 1
     assert 2**26 < measure.free_memory(torch.device("cpu")) < 2**50
     assert 0 < measure.gemm_rate(64, 64, 64, torch.float32, torch.device("cpu"), 0.01) < float("inf")
+
+
+def test_a_row_of_zeros_under_dora_is_named_before_anything_is_trained(settings: Callable[..., Settings]) -> None:
+    config = settings(lora={"dora": True}).config
+    base = load(ModelSettings(name=config.model.name))
+    with torch.no_grad():
+        base.model.model.layers[1].self_attn.v_proj.weight[3] = 0
+    zeroed = attach(base, config.lora.model_copy(update={"target_modules": ("q_proj", "v_proj")}), 0)
+    with pytest.raises(ModelError, match=r"row 3 of model\.layers\.1\.self_attn\.v_proj is all zeros \(1 of 16 rows"):
+        planned(lambda **_: settings(lora={"dora": True}), zeroed, LAPTOP)
+    rehearse(attach(load(ModelSettings(name=config.model.name)), config.lora, 0), Limits(), exact=True)
+
+
+def test_a_gradient_that_is_no_number_is_named_before_anything_is_trained(settings: Callable[..., Settings]) -> None:
+    config = settings().config
+    base = load(ModelSettings(name=config.model.name))
+    with torch.no_grad():
+        base.model.model.norm.weight.fill_(3e38)
+    with pytest.raises(ModelError, match=r"the gradient of base_model.* has NaN or infinity"):
+        rehearse(attach(base, config.lora, 0), Limits(), exact=True)

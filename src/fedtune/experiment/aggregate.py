@@ -143,7 +143,10 @@ def _divided(
         dora.to_wire(to_tensors(client), {path: _norms(path, m, base) for path, m in client.items()})
         for client in clients
     ]
-    changed, relative = dora.divided(sent, list(examples))
+    try:
+        changed, relative = dora.divided(sent, list(examples))
+    except ValueError as err:
+        raise AdapterError(f"DoRA adapters that cannot be averaged: {err}; look at their magnitudes") from err
     return [with_tensors(c, t) for c, t in zip(clients, changed, strict=True)], relative
 
 

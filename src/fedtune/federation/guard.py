@@ -37,7 +37,7 @@ class Aggregated:
     note: str = ""
 
 
-def unsound(state: ServerState, largest: float = LARGEST) -> str:
+def state_problem(state: ServerState, largest: float = LARGEST) -> str:
     """Say what makes a state one that must not be accepted: NaN, infinity, or absurdly large numbers; else nothing."""
     newest = state.base[-1:]  # the pieces before were looked at when they were new
     products = {
@@ -61,7 +61,7 @@ def _tried(step: Step, updates: Sequence[ClientUpdate]) -> ServerState | Excepti
     except Exception as err:  # LAPACK's, torch's, memory's: whatever one client's numbers can lead to
         return err
     # the sum of all cannot be taken apart; how far it reaches is bounded by what the screening lets in
-    flaw = unsound(state, LARGEST if len(updates) > 1 else math.inf)
+    flaw = state_problem(state, LARGEST if len(updates) > 1 else math.inf)
     return ValueError(flaw) if flaw else state
 
 

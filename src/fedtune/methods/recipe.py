@@ -91,37 +91,47 @@ class Recipe:
     def fit(self, local: Local, download: Tensors) -> Fitted:
         """Do a client's work of one exchange."""
         sent, controls = drift.split(download)
-        start = self._started(local, sent) if local.phase == 1 else sent
+        begun = self.begin(local.layout, sent, local.kept, local.round) if local.phase == 1 else dict(sent)
+        start = self._started(local, begun)
         own = drift.believed(drift.split(local.kept)[1], controls)
         corrected = drift.Corrected(
             local, self.config.drift.proximal_mu, (controls, own) if self.config.drift.scaffold else None
         )
         fitted = self.method.fit(corrected, start)
-        payload = self._mapped(local, fitted.payload, start)
+        payload = self._mapped(local, fitted.payload, start, begun)
         kept = dict(fitted.kept)
         if corrected.changes:
             payload |= drift.named(corrected.changes)
             kept |= drift.named(drift.keeping(own, corrected.changes, local.round))
-        return Fitted(self._tampered(local, payload, start), kept)
+        return Fitted(self._tampered(local, payload, start, begun), kept)
 
-    def _tampered(self, local: Local, payload: dict[str, Tensor], start: Tensors) -> dict[str, Tensor]:
-        """Return what a client sends; an attacker compares it with its start in the form that is sent."""
+    def _tampered(self, local: Local, payload: dict[str, Tensor], start: Tensors, begun: Tensors) -> dict[str, Tensor]:
+        """Return what a client sends; an attacker compares it with its start in the form that is sent.
+
+        Its magnitudes are those it would have sent or, where no server takes these, the nearest.
+        """
         if local.client not in self.config.attack.clients:
             return payload
+        from fedtune.lora import dora
+
         seed = derive_seed(self.config.seed, "attack", local.client, local.round)
-        was = self._mapped(local, dict(start), start)
-        return attack.tampered(payload, was, self.config.attack, local.client, seed)
+        was = self._mapped(local, dict(start), start, begun)
+        bad = attack.tampered(payload, was, self.config.attack, local.client, seed)
+        return dora.clamped(bad, begun) if self.config.lora.dora else bad
 
-    def _started(self, local: Local, sent: Tensors) -> dict[str, Tensor]:
+    def _started(self, local: Local, begun: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Return a client's tensors with the magnitudes as PEFT has them."""
         from fedtune.lora import dora
 
-        start = self.begin(local.layout, sent, local.kept, local.round)
-        return dora.to_magnitudes(start, local.row_norms(start)) if self.exact_dora else start
+        return dora.to_magnitudes(begun, local.row_norms(begun)) if self.exact_dora else begun
 
-    def _mapped(self, local: Local, payload: dict[str, Tensor], start: Tensors) -> dict[str, Tensor]:
+    def _mapped(self, local: Local, payload: dict[str, Tensor], start: Tensors, begun: Tensors) -> dict[str, Tensor]:
+        """Return trained tensors as they are sent; no magnitude is further from `begun` than is accepted."""
         from fedtune.lora import dora
 
-        return dora.to_wire(payload, local.row_norms({**start, **payload})) if self.exact_dora else payload
+        if self.exact_dora:
+            return dora.to_wire(payload, local.row_norms({**start, **payload}), begun)
+        return dora.clamped(payload, begun) if self.config.lora.dora else payload
 
     # server half
 
@@ -141,10 +151,6 @@ class Recipe:
     def expected(self, state: ServerState, client: int, round_: int) -> dict[str, Tensor]:
         """Return tensors with the names, shapes and dtypes that a client must send, and about the size."""
         up = self.method.expected(state, client, round_)
-        if self.exact_dora:
-            from fedtune.lora import dora
-
-            up = dora.on_the_wire(up, state.adapter)
         if not self.config.drift.scaffold:
             return up
         controls = self._controls(state)
@@ -153,8 +159,11 @@ class Recipe:
     def growth(self, name: str) -> float:
         """Return by how much the norm of a tensor that a client sends may exceed that of what is expected.
 
-        A control is a mean of clipped gradients, with weight decay.
+        A control is a mean of clipped gradients, with weight decay. Of DoRA's magnitudes, and of B where it comes
+        multiplied by them, `flaw` has bounds of its own.
         """
+        if self.config.lora.dora and name.endswith((".lora_magnitude_vector", ".lora_B.weight")[: 1 + self.exact_dora]):
+            return sound.LARGEST
         if name.startswith(drift.CONTROL):
             train = self.config.train
             return sound.CLIPPED * train.max_grad_norm + sound.GROWTH * train.weight_decay
@@ -162,8 +171,9 @@ class Recipe:
 
     def flaw(self, update: Tensors, state: ServerState, client: int, round_: int) -> str:
         """Say what is wrong with an update whose names and dtypes are as expected, or return an empty string."""
-        low = sound.unsound(update, relative=True) if self.exact_dora else ""
-        return low or (self.method.flaw(drift.split(update)[0], state, client, round_) if self.method.ragged else "")
+        own = drift.split(update)[0]
+        odd = sound.magnitude_problem(own, state.adapter, relative=self.exact_dora) if self.config.lora.dora else ""
+        return odd or (self.method.flaw(own, state, client, round_) if self.method.ragged else "")
 
     def middle(self, updates: Sequence[ClientUpdate], state: ServerState, round_: int) -> ServerState:
         """Return the state for the next exchange of the same round."""
@@ -208,25 +218,20 @@ class Recipe:
         Raises:
             UpdateError: the first client whose numbers cannot be taken.
         """
-        before = self._wire(state)
         for update in () if self.streams else updates:
-            own = drift.split(update.tensors)[0]
-            flaw = sound.unsound(update.tensors, relative=self.exact_dora)
+            flaw = sound.number_problem(update.tensors)
             # where only means of factors are taken, the bounds on those are enough
             if not flaw and self.method.comparable and self.method.pairs and not self.method.running:
-                flaw = sound.too_strong(self.method.completed(replace(update, tensors=own), before), before.adapter)
+                flaw = sound.product_problem(self.method.completed(self._plain(update), state), state.adapter)
             if flaw:
                 raise UpdateError(update.client, flaw)
 
-    def _wire(self, state: ServerState) -> ServerState:
-        """Return a state with its adapter in the form in which clients send theirs."""
+    def _plain(self, update: ClientUpdate) -> ClientUpdate:
+        """Return an update of the method's own tensors, B as it is in a model."""
         from fedtune.lora import dora
-        from fedtune.lora.state import to_tensors, with_tensors
 
-        if not self.exact_dora:
-            return state
-        sent = dora.on_the_wire(to_tensors(state.adapter), state.adapter)
-        return replace(state, adapter=with_tensors(state.adapter, sent))
+        own = drift.split(update.tensors)[0]
+        return replace(update, tensors=dora.from_wire(own) if self.exact_dora else own)
 
     def _own(self, state: ServerState) -> dict[str, Tensor]:
         """Return the method's own extra state, without what belongs to what is around it."""
@@ -260,6 +265,7 @@ class Recipe:
         return reweighed(self.method, updates, state, left, note)
 
     def _optimised(self, before: ServerState, after: ServerState, round_: int) -> ServerState:
+        from fedtune.lora import dora
         from fedtune.lora.state import to_tensors, with_tensors
 
         if self.config.server.optimizer == "none":
@@ -273,6 +279,8 @@ class Recipe:
             round_,
             lambda name: self.method.trainable(round_, name),
         )
+        if self.config.lora.dora:
+            stepped = dora.clamped(stepped, to_tensors(before.adapter))
         extra = {**after.extra, **{_SERVER + n: t for n, t in memory.items()}}
         return replace(after, adapter=with_tensors(after.adapter, stepped), extra=extra)
 

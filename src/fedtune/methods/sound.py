@@ -1,4 +1,4 @@
-"""Which numbers of an update a server half takes: finite ones, none absurdly large, and relative magnitudes above 0.
+"""Which numbers of an update a server half takes: finite ones, none absurdly large, and magnitudes near those before.
 
 Products of such numbers stay far inside float32's range, so no aggregation overflows, divides by zero or hands NaN to
 LAPACK because of what one client sent. A layer's product may grow by no more than a product of factors that have both
@@ -30,19 +30,11 @@ LOOSE = 1e4
 CLIPPED = 10.0
 # in medians of a round: how much of a client's own norm counts where that norm would set its weight
 OUTLYING = 2.0
-_MAGNITUDE = ".lora_magnitude_vector"
 
 
-def unsound(tensors: Tensors, *, relative: bool = False) -> str:
-    """Say which tensor has a number that no server half takes, or return an empty string.
-
-    Args:
-        tensors: what a client sent.
-        relative: magnitudes are DoRA's relative ones, by which the server divides.
-    """
+def number_problem(tensors: Tensors) -> str:
+    """Say which tensor has a number that is not finite or absurdly large, or return an empty string."""
     import torch
-
-    from fedtune.lora.dora import SMALLEST
 
     for name, tensor in tensors.items():
         if not tensor.is_floating_point() or not tensor.numel():
@@ -50,12 +42,31 @@ def unsound(tensors: Tensors, *, relative: bool = False) -> str:
         largest = float(torch.linalg.vector_norm(tensor, math.inf))
         if not largest <= LARGEST:
             return f"{name} has a number of size {largest:.3g}; at most {LARGEST:g} is taken"
-        if relative and name.endswith(_MAGNITUDE) and float(tensor.min()) < SMALLEST:
-            return f"{name} has a relative magnitude of {float(tensor.min()):.3g}; it must be at least {SMALLEST:g}"
     return ""
 
 
-def too_strong(adapter: AdapterState, before: AdapterState) -> str:
+def magnitude_problem(tensors: Tensors, adapter: AdapterState, *, relative: bool) -> str:
+    """Say which of DoRA's magnitudes has moved further than a round may move it, or return an empty string.
+
+    Args:
+        tensors: what a client sent.
+        adapter: what it was sent.
+        relative: magnitudes are relative, and B comes multiplied by them; it is bounded without.
+    """
+    from fedtune.lora import dora
+    from fedtune.lora.state import B, to_tensors
+
+    if (odd := dora.outside(tensors, adapter)) or not relative:
+        return odd
+    plain, before = dora.from_wire(tensors), to_tensors(adapter)
+    for name in (n for n in plain if n.endswith(B)):
+        norm, limit = float(plain[name].norm()), float(before[name].norm()) + GROWTH
+        if not norm <= limit:
+            return f"{name} has norm {norm:.3g} without its magnitudes; at most {limit:.3g} is taken"
+    return ""
+
+
+def product_problem(adapter: AdapterState, before: AdapterState) -> str:
     """Say which layer's product has grown more than a server half takes, or return an empty string."""
     from fedtune.lora.product import size
 

@@ -214,6 +214,7 @@ def rehearse(adapted: AdaptedModel, limits: Limits, *, exact: bool) -> None:
     Raises:
         ModelError: this model cannot be trained with this adapter; before anything was.
     """
+    _rows_have_directions(adapted)
     base = inner(adapted.model)
     text = texts_for(base)[-1]
     chosen = place(adapted, to_tensors(adapted.layout), list(adapted.slots))
@@ -222,6 +223,7 @@ def rehearse(adapted: AdaptedModel, limits: Limits, *, exact: bool) -> None:
             backpropagate(adapted, [Encoded(tuple(text), 1)], limits.tokens, exact=exact)
         # a gradient of zeros has reached it, and is what some weights give
         reached = any(p.grad is not None for p in chosen.values())
+        broken = [n for n, p in chosen.items() if p.grad is not None and not p.grad.isfinite().all()]
     except ModelError:
         raise
     except Exception as err:  # whatever a model's own code raises
@@ -234,6 +236,27 @@ def rehearse(adapted: AdaptedModel, limits: Limits, *, exact: bool) -> None:
             parameter.grad = None
     if not reached:
         raise ModelError(f"{adapted.base.name} cannot be trained: no gradient reaches the adapter")
+    if broken:
+        what = f"the gradient of {broken[0]} has NaN or infinity"
+        raise ModelError(
+            f"{adapted.base.name} cannot be trained with this adapter: {what} ({len(broken)} of {len(chosen)} have)"
+        )
+
+
+def _rows_have_directions(adapted: AdaptedModel) -> None:
+    """Look for rows of zeros under DoRA, which has each row as a magnitude times a direction.
+
+    Raises:
+        ModelError: a row of a base weight has no direction.
+    """
+    for path, module in adapted.layout.items():
+        rows = [] if module.magnitude is None else torch.nonzero(module.magnitude == 0).flatten().tolist()
+        if rows:
+            what = f"row {rows[0]} of {path} is all zeros ({len(rows)} of {len(module.b)} rows are)"
+            raise ModelError(
+                f"{adapted.base.name} cannot be trained with DoRA: {what} and has no direction; "
+                "set lora.dora = false, or leave the layer out of lora.target_modules"
+            )
 
 
 class Sequential:
