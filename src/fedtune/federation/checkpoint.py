@@ -16,7 +16,7 @@ import safetensors.torch
 from torch import Tensor
 
 from fedtune.federation.faults import kill_point
-from fedtune.federation.guard import unsound
+from fedtune.federation.guard import state_problem
 from fedtune.io import (
     append_lines,
     file_sha256,
@@ -176,7 +176,7 @@ def _unfit(state: ServerState, start: ServerState) -> str:
                 return f"the change of the base model at {path} is none of this model"
     # every piece is the newest of some state; the rest was looked at as part of the whole
     states = (state, *(ServerState({}, base=(piece,)) for piece in state.base[:-1]))
-    return next((flaw for s in states if (flaw := unsound(s, sound.LARGEST))), "")
+    return next((flaw for s in states if (flaw := state_problem(s, sound.LARGEST))), "")
 
 
 def _ends(start: ServerState, path: str) -> tuple[int, int]:
