@@ -139,8 +139,10 @@ class Quadratic:
         now = {n: t.clone() for n, t in start.items()}
         for _ in range(self.steps):
             for name in names:
-                gradient = self.pull * (now[name] - self.target) + (correction or {}).get(name, 0.0)
-                now[name] -= self.rate * gradient
+                gradient = self.pull * (now[name] - self.target)
+                if correction is not None:
+                    correction.count(name, gradient)
+                now[name] -= self.rate * (gradient + (correction or {}).get(name, 0.0))
         return now
 
 
@@ -331,6 +333,46 @@ def test_scaffolds_controls_are_the_mean_of_the_gradients_that_steps_are_made_of
     work = drift.Corrected(Clipped(), 0.0, (server, own))  # type: ignore[arg-type]
     work.train(start, ["p"])
     assert torch.allclose(own["p"] + work.changes["p"], slope / slope.norm() * limit, atol=1e-5)
+
+
+@pytest.mark.parametrize("rate", [0.1, 1e-3, 5e-5])
+@pytest.mark.parametrize("kind", [torch.float64, torch.float32])
+def test_scaffolds_controls_have_their_digits_at_any_rate(kind: torch.dtype, rate: float) -> None:
+    """They are option II's c_i - c + (x - y) / (K lr) in float64; in float32 x - y would have lost them at a small rate."""
+    from fedtune.config.schema import TrainSettings
+    from fedtune.training.executor import Extras
+    from fedtune.training.executor import optimizer as made_by
+
+    seen: list[Tensor] = []
+
+    class Bowl:
+        client, round, phase, steps, kept, layout = 0, 1, 1, 20, {}, START
+
+        def __init__(self) -> None:
+            self.rate = rate
+
+        def train(self, begun: Any, names: Any, term: Any = None, masks: Any = None, correction: Any = None) -> Any:
+            parameter = torch.nn.Parameter(begun["p"].clone())
+            stepper = made_by([([parameter], rate)], TrainSettings(optimizer="sgd", weight_decay=1e-3))
+            for _ in range(self.steps):
+                stepper.zero_grad(set_to_none=True)
+                (0.01 * (parameter - 3.0).square().sum()).backward()  # type: ignore[no-untyped-call]
+                raw = 0.02 * (parameter.detach().double() - 3.0)
+                seen.append(raw * min(1.0, 0.05 / float(raw.norm())) + 1e-3 * parameter.detach().double())
+                Extras(term, masks, correction).step({"p": parameter}, [parameter], 0.05, stepper)
+            return {"p": parameter.detach()}
+
+    begun, own = {"p": torch.tensor([40.0, -7.0], dtype=kind)}, {"p": torch.tensor([0.3, -0.2], dtype=kind)}
+    for _ in range(12):
+        seen.clear()
+        server = {"p": 0.5 * own["p"]}
+        work = drift.Corrected(Bowl(), 0.0, (server, own))  # type: ignore[arg-type]
+        after = work.train(begun, ["p"])
+        told = own["p"] - server["p"] + (begun["p"] - after["p"]) / (20 * rate)
+        own = {"p": own["p"] + work.changes["p"]}
+        assert float((own["p"] - torch.stack(seen).mean(0)).norm()) < 1e-5 * float(own["p"].norm())
+        if kind == torch.float64:
+            assert torch.allclose(own["p"], told, rtol=1e-8)
 
 
 @pytest.mark.parametrize("kind", ["boost", "sign-flip", "random"])

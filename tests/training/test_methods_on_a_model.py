@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +21,11 @@ from fedtune.lora import base_delta, dora
 from fedtune.lora.product import Product
 from fedtune.lora.state import PREFIX, fresh, to_tensors, with_rank, with_tensors
 from fedtune.methods import ClientUpdate, ServerState
+from fedtune.methods.local import Correction
 from fedtune.models.adapter import AdaptedModel, attach, base_weight, save
 from fedtune.models.attention import packed_logits, text_features
 from fedtune.models.load import load
+from fedtune.training.cohort import Cohort
 from fedtune.training.local import LocalWork
 from fedtune.types import AdapterError
 from tests.training.test_local import SHARD, _stock_training
@@ -344,6 +347,25 @@ def test_masks_and_corrections_act_on_gradients(config: Config) -> None:
     for name in names:
         moved = (plain[name] - pushed[name]).mean()
         assert float(moved) == pytest.approx(first.rate * first.steps, rel=0.05)
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_a_correction_learns_the_gradients_that_steps_are_made_of(config: Config, size: int) -> None:
+    """Alone and beside another client: what the parameters moved by is their sum, and the correction."""
+    model, train = adapted(config), {"optimizer": "sgd", "weight_decay": 0.01, "max_grad_norm": 0.05}
+    sgd = config.model_copy(update={"train": config.train.model_copy(update=train)})
+    start = {n: t + 0.01 if "lora_B" in n else t for n, t in to_tensors(model.layout).items()}
+    names = [n for n in start if "lora_B" in n]
+    cohort = Cohort(model, size)
+    works = [LocalWork(model, SHARD, model.layout, {}, sgd, (c, 1, 1), executor=cohort) for c in range(2)]
+    pushes = [Correction({n: torch.full_like(start[n], 1e-3 * (c + 1)) for n in names}) for c in range(2)]
+    calls = [partial(w.train, start, names, correction=p) for w, p in zip(works, pushes, strict=True)]
+    for work, push, after in zip(works, pushes, cohort.together(calls), strict=True):
+        for name in names:
+            told = (start[name] - after[name]) / work.rate - work.steps * push[name]
+            assert push.sums[name].norm() > 0
+            assert float((push.sums[name].cpu() - told).norm()) < 1e-3 * float(told.norm())
+    assert bool(cohort.stacked) is (size > 1)
 
 
 def test_the_rest_of_a_fresh_adapter_is_the_layouts(config: Config) -> None:

@@ -15,6 +15,22 @@ Tensors = Mapping[str, "Tensor"]
 Term = Callable[[Tensors], "Tensor | None"]
 
 
+class Correction(dict[str, "Tensor"]):
+    """What is added to the clipped gradients of every step, by name; it also sums up the gradients before that.
+
+    Attributes:
+        sums: by name, the sum over the steps so far of clipped gradients with weight decay.
+    """
+
+    def __init__(self, terms: Tensors) -> None:
+        super().__init__(terms)
+        self.sums: dict[str, Tensor] = {}
+
+    def count(self, name: str, gradient: Tensor) -> None:
+        """Add one step's gradient."""
+        self.sums[name] = self.sums[name] + gradient if name in self.sums else gradient.clone()
+
+
 @dataclass(frozen=True)
 class Fitted:
     """What a client has after a round.
@@ -62,7 +78,8 @@ class Local(Protocol):
             names: those to train.
             term: added to each step's loss.
             masks: by name, multiplied into gradients (1 trains, 0 freezes: what is frozen stays bit for bit).
-            correction: by name, added to the clipped gradients before the step (SCAFFOLD's c - c_i).
+            correction: by name, added to the clipped gradients before the step (SCAFFOLD's c - c_i); a `Correction`
+                also learns what they were.
         """
         ...
 

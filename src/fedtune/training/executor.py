@@ -14,7 +14,7 @@ from torch import Tensor
 from fedtune.config.schema import TrainSettings
 from fedtune.data.encode import Encoded
 from fedtune.lora.state import to_tensors
-from fedtune.methods.local import Tensors, Term
+from fedtune.methods.local import Correction, Tensors, Term
 from fedtune.models.adapter import AdaptedModel
 from fedtune.models.interface import attending, inner
 from fedtune.models.proof import proof_of, texts_for
@@ -50,6 +50,8 @@ class Extras:
             extra.backward()  # type: ignore[no-untyped-call]
         self._change(chosen, self.masks, torch.Tensor.mul_)
         torch.nn.utils.clip_grad_norm_(owners, limit)
+        if isinstance(self.correction, Correction):
+            self._count(self.correction, chosen, made.param_groups[0]["weight_decay"])
         self._change(chosen, self.correction, torch.Tensor.add_)
         frozen = {n: chosen[n].detach().clone() for n in self.masks or {} if n in chosen}
         made.step()
@@ -57,6 +59,13 @@ class Extras:
             for name, was in frozen.items():
                 kept = (self.masks or {})[name].to(was.device) == 0
                 chosen[name].copy_(torch.where(kept, was, chosen[name]))
+
+    @staticmethod
+    def _count(correction: Correction, chosen: Slots, decay: float) -> None:
+        for name in correction:
+            grad = chosen[name].grad if name in chosen else None
+            if grad is not None:
+                correction.count(name, grad.detach() + decay * chosen[name].detach())
 
     @staticmethod
     def _change(chosen: Slots, table: Tensors | None, how: Callable[[Tensor, Tensor], Tensor]) -> None:

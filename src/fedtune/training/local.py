@@ -11,7 +11,7 @@ from torch import Tensor
 from fedtune.config import Config
 from fedtune.data.encode import Encoded
 from fedtune.lora.state import AdapterState
-from fedtune.methods.local import Tensors, Term
+from fedtune.methods.local import Correction, Tensors, Term
 from fedtune.models.adapter import AdaptedModel
 from fedtune.models.attention import text_features
 from fedtune.training import schedule
@@ -82,6 +82,8 @@ class LocalWork:
         def again() -> None:
             del self.losses_seen[before[0] :]
             self.tokens = before[1]
+            if isinstance(correction, Correction):
+                correction.sums.clear()
 
         work = Work(
             start,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from fedtune.methods.local import Local, Tensors, Term
+from fedtune.methods.local import Correction, Local, Tensors, Term
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -72,19 +72,19 @@ class Corrected:
     ) -> dict[str, Tensor]:
         """Train with the corrections (option II of SCAFFOLD: c_i+ = c_i - c + (x - y_i) / (K lr)).
 
-        That is the mean of the gradients the client's steps were made of, clipped and with weight decay. A round with
-        a rate of 0 makes no steps and tells nothing of gradients: the controls stay.
+        That is the mean of the gradients the client's steps were made of, clipped and with weight decay, and is made of
+        their sum: at a small rate x - y_i has hardly a digit left in float32. A round with a rate of 0 makes no steps:
+        the controls stay.
         """
         if self._controls is None:
             return self._local.train(start, names, self._term(start, term), masks, correction)
         server, own = self._controls
-        drift = {n: server[n] - own[n] if n in own else server[n] for n in names if n in server}
+        drift = Correction({n: server[n] - own[n] if n in own else server[n] for n in names if n in server})
         trained = self._local.train(start, names, self._term(start, term), masks, drift)
-        taken = self.steps * self.rate
-        self.changes = {
-            n: (start[n] - trained[n]) / taken - server[n] if taken else start[n].new_zeros(start[n].shape)
-            for n in drift
-        }
+        for name in drift:
+            zero = start[name].new_zeros(start[name].shape)
+            mean = drift.sums[name].to(zero.device, zero.dtype) / self.steps if name in drift.sums else zero
+            self.changes[name] = mean - own.get(name, zero) if self.rate else zero
         return trained
 
     def gradients(self, at: Tensors, names: Sequence[str]) -> dict[str, Tensor]:
