@@ -207,6 +207,20 @@ def test_all_processes_together_and_what_they_share_have_the_memory_of_one() -> 
     assert not list(Path("/sys/fs/cgroup").glob(f"**/fedtune-{os.getpid()}-*"))
 
 
+@pytest.mark.skipif(not can_bound(), reason="this user may make no control group that bounds memory")
+def test_the_empty_groups_of_who_was_killed_are_removed() -> None:
+    parent = memory._parent()
+    assert parent
+    dead, own = parent / f"fedtune-{2**22 + 1}-x", parent / f"fedtune-{os.getpid()}-x"
+    dead.mkdir()
+    own.mkdir()
+    try:
+        memory._sweep(parent)
+        assert (dead.exists(), own.exists()) == (False, True)
+    finally:
+        own.rmdir()
+
+
 def test_without_a_control_group_programs_run_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(memory, "_parent", lambda: None)
     assert execute("assert True", PYTHON) == Outcome("passed")

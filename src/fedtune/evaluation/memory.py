@@ -68,6 +68,14 @@ def _remove(folder: Path) -> None:
             time.sleep(0.01)
 
 
+def _sweep(parent: Path) -> None:
+    """Remove the empty groups of processes that were killed."""
+    for folder in parent.glob("fedtune-*-*"):
+        if not Path("/proc", folder.name.split("-")[1]).exists():
+            with contextlib.suppress(OSError):
+                folder.rmdir()
+
+
 @cache
 def _parent() -> Path | None:
     """Return where groups can be made and entered by this process, having tried it."""
@@ -78,6 +86,7 @@ def _parent() -> Path | None:
                     [*enter, "cat", "/proc/self/cgroup"], capture_output=True, text=True, timeout=10, check=True
                 )
                 if Path(enter[-1]).parent.name in inside.stdout:
+                    _sweep(parent)
                     return parent
         except (OSError, subprocess.SubprocessError):
             continue
