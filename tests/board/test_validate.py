@@ -14,11 +14,12 @@ import pytest
 from typer.testing import CliRunner
 
 from fedtune.board import sets
+from fedtune.board.adapter import adapter_problems, of_base
 from fedtune.board.entries import from_run
 from fedtune.board.store import twin, write_entry
 from fedtune.board.submit import pack
 from fedtune.board.validate import check, impossible
-from fedtune.board.wire import adapter_problems, byte_problems
+from fedtune.board.wire import byte_problems
 from fedtune.cli import app
 from fedtune.config import Settings
 from fedtune.experiment.run import run
@@ -293,6 +294,65 @@ def small_adapter(packed: Path) -> None:
     _remake(packed)
 
 
+def _tensors(packed: Path, change: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
+    from safetensors.numpy import load_file, save_file
+
+    path = packed / "adapter/adapter_model.safetensors"
+    save_file({n: np.ascontiguousarray(t) for n, t in change(load_file(path)).items()}, path)
+    _remake(packed)
+
+
+def whole_weights(packed: Path) -> None:
+    _tensors(packed, lambda t: {**t, "base_model.model.lm_head.weight": np.ones((300, 32), np.float32)})
+
+
+def weights_beside(packed: Path) -> None:
+    shutil.copy(packed / "adapter/adapter_model.safetensors", packed / "adapter/model.safetensors")
+    _remake(packed)
+
+
+def factors_that_do_not_multiply(packed: Path) -> None:
+    _tensors(packed, lambda t: {n: np.repeat(v, 1 + n.endswith("B.weight"), axis=1) for n, v in t.items()})
+
+
+def one_factor(packed: Path) -> None:
+    _tensors(packed, lambda t: dict(sorted(t.items())[1:]))
+
+
+def large_rank(packed: Path) -> None:
+    _tensors(packed, lambda t: {n: np.repeat(v, 16, axis=int(n.endswith("B.weight"))) for n, v in t.items()})
+    _json(packed / "adapter/adapter_config.json", lambda c: c.update(r=64))
+    _remake(packed)
+
+
+def rank_of_another_config(packed: Path) -> None:
+    _json(packed / "adapter/adapter_config.json", lambda c: c.update(r=8))
+    _remake(packed)
+
+
+def whole_numbers(packed: Path) -> None:
+    _tensors(packed, lambda t: {n: v.astype(np.int8) for n, v in t.items()})
+
+
+def other_names(packed: Path) -> None:
+    _tensors(packed, lambda t: {n.replace("self_attn.q_proj", "mlp.up_proj"): v for n, v in t.items()})
+
+
+def other_scale(packed: Path) -> None:
+    _json(packed / "adapter/adapter_config.json", lambda c: c.update(lora_alpha=800.0))
+    _remake(packed)
+
+
+def narrowed(packed: Path) -> None:
+    _json(packed / "adapter/adapter_config.json", lambda c: c.update(layers_to_transform=[0]))
+    _remake(packed)
+
+
+def dora_without_magnitudes(packed: Path) -> None:
+    _json(packed / "adapter/adapter_config.json", lambda c: c.update(use_dora=True))
+    _remake(packed)
+
+
 def _rounds(packed: Path, change: Callable[[list[Any]], None]) -> None:
     lines = [json.loads(line) for line in (packed / "rounds.jsonl").read_text().splitlines()]
     change(lines)
@@ -440,6 +500,17 @@ ATTACKS = [
     (no_round_counts, "in no round did the model change"),
     (nobody_answered, "round 1: 0 clients answered"),
     (uneven_shards, "are no equal shards"),
+    (whole_weights, "base_model.model.lm_head.weight is no factor of an adapter"),
+    (weights_beside, "adapter/model.safetensors: is no part of the adapter"),
+    (factors_that_do_not_multiply, "they do not multiply"),
+    (one_factor, "they do not multiply"),
+    (large_rank, "has a layer of rank 64, the settings say 4"),
+    (rank_of_another_config, "adapter_config.json: r is 8, model.layers.0"),
+    (whole_numbers, "is I8, one of"),
+    (other_names, "target_modules and the layers in the file are not the same: q_proj"),
+    (other_scale, "lora_alpha is 800.0, the settings say"),
+    (narrowed, "layers_to_transform is set; a run sets none"),
+    (dora_without_magnitudes, "the settings say dora = false"),
     (other_size, "trainable_parameters: is 7, its layers have"),
 ]
 
@@ -501,6 +572,7 @@ def test_another_hash_of_the_items_does_not_keep_runs_from_being_paired(copy: Pa
 def test_an_adapter_of_the_zoo_has_the_layers_of_its_base_model(good: Path) -> None:
     known = from_run(good / "seed-1").model_copy(update={"base": "HuggingFaceTB/SmolLM2-135M-Instruct"})
     found = [str(p) for p in adapter_problems(good / "seed-1", known)]
+    assert [key for key in of_base(known) or {} if key[0] == 29] == [(29, "q_proj"), (29, "v_proj")]
     assert any("layers are not the 60 that the settings adapt" in line for line in found)
     assert any("takes at least" in str(p) for p in byte_problems(good / "seed-1", known))
 

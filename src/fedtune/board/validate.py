@@ -9,21 +9,20 @@ from pathlib import Path
 from typing import Any
 
 from fedtune import domains
+from fedtune.board.adapter import adapter_problems
 from fedtune.board.archive import ENTRY, MAX_FILE, MAX_FILES, MAX_RUNS, MAX_TEXT, MAX_TOTAL, litter, opened
 from fedtune.board.entries import from_run
 from fedtune.board.rooms import curve_problems, room_problems
 from fedtune.board.samples import impossible, recomputed
 from fedtune.board.store import read_entry
 from fedtune.board.turns import round_problems
-from fedtune.board.wire import adapter_problems, byte_problems
+from fedtune.board.wire import byte_problems
 from fedtune.config import Config, read_protocol
 from fedtune.config.load import read_toml
 from fedtune.domains import TASKS
 from fedtune.evaluation import again
 from fedtune.io import file_sha256
 from fedtune.models import zoo
-from fedtune.models.adapter_config import read_config
-from fedtune.models.source import WEIGHTS, not_a_number
 from fedtune.results.entry import Entry
 from fedtune.settings import load
 from fedtune.types import FedtuneError, Problem, ProblemsError
@@ -186,18 +185,6 @@ def _scores(folder: Path, entry: Entry) -> Iterator[Problem]:
                 yield Problem(where, problem)
 
 
-def _adapter(folder: Path, entry: Entry) -> Iterator[Problem]:
-    """Yield what shows that the adapter was made for another model, or is none."""
-    path = folder / "adapter"
-    if not path.exists():
-        return
-    if spoilt := not_a_number(path / WEIGHTS):
-        yield Problem(f"adapter/{WEIGHTS}", f"{spoilt} has NaN or infinity; no model can have been evaluated with it")
-    made_for = read_config(path).base
-    if made_for != entry.base and Path(made_for).name != Path(entry.base).name:
-        yield Problem("adapter/adapter_config.json", f"was made for {made_for!r}, the entry says {entry.base!r}")
-
-
 def _logs_fit(folder: Path) -> Iterator[Problem]:
     """Yield logs that are no gzip, cut off, or unpack to more than a log may be; nothing is kept of them."""
     total = 0
@@ -223,7 +210,7 @@ def _logs_fit(folder: Path) -> Iterator[Problem]:
             return
 
 
-OF_MODELS = (room_problems, _scores, curve_problems, _adapter, adapter_problems)
+OF_MODELS = (room_problems, _scores, curve_problems, adapter_problems)
 CHECKS = (_hashes, _settings, _evaluated, _made, *OF_MODELS, round_problems, byte_problems)
 
 
