@@ -21,8 +21,12 @@ Shapes = list[tuple[int, int]]
 def _least(layers: Shapes, entry: Entry, clients: int) -> tuple[float, float]:
     """Return the bytes (up, down) a client exchanges in a round by the method's own reckoning, headers left out."""
     rank, kind = int(entry.config["lora"]["r"]), METHODS[entry.method]
-    each = [kind.traffic(Sizes(i * rank, o * rank, rank, clients)) for i, o in layers]
-    return 4 * sum(up for up, _ in each), 4 * sum(down for _, down in each)
+    up = down = 0.0
+    for i, o in layers:
+        sent, got = kind.traffic(Sizes(i * rank, o * rank, rank, clients))
+        # a change of the base model has at most a layer's full rank
+        up, down = up + sent, down + (min(got, min(i, o) * (i + o)) if kind.keeps_base else got)
+    return 4 * up, 4 * down
 
 
 def byte_problems(folder: Path, entry: Entry) -> Iterator[Problem]:
