@@ -121,3 +121,9 @@ def test_no_part_of_a_state_may_be_unsound() -> None:
     whole, spoilt = torch.ones(1, 1), torch.tensor([[math.nan]])
     for moved in (Product(whole, spoilt), Product(spoilt, whole)):
         assert "base q" in state_problem(ServerState(good.adapter, 1, {}, (Piece(1, {"q": moved}),)))
+
+
+def test_a_lone_update_leads_to_no_state_that_a_continued_run_would_not_take() -> None:
+    lone = [update(0)]
+    assert aggregated(Step({0}, 1.5 * LARGEST), lone).state is not None
+    assert aggregated(Step({0}, 3 * LARGEST), lone).state is None

@@ -60,8 +60,9 @@ def _tried(step: Step, updates: Sequence[ClientUpdate]) -> ServerState | Excepti
         state = step(updates)
     except Exception as err:  # LAPACK's, torch's, memory's: whatever one client's numbers can lead to
         return err
-    # the sum of all cannot be taken apart; how far it reaches is bounded by what the screening lets in
-    flaw = state_problem(state, LARGEST if len(updates) > 1 else math.inf)
+    # the sum of all cannot be taken apart; how far it reaches is bounded by what the screening lets in, and what is
+    # kept is what a continued run takes
+    flaw = state_problem(state, LARGEST if len(updates) > 1 else sound.LARGEST)
     return ValueError(flaw) if flaw else state
 
 
