@@ -322,7 +322,7 @@ def test_arrays_over_a_wire_are_read_as_numpy_wrote_them() -> None:
         ({"method": {"name": "flexlora"}}, 3e38),
         ({"method": {"name": "hlora"}}, 3e38),
         ({"method": {"name": "florist"}}, 3e38),
-        ({"method": {"name": "flexlora"}, "robust": {"rule": "dnc", "malicious": 0}}, 1e20),
+        ({"method": {"name": "flexlora"}, "robust": {"rule": "dnc", "malicious": 1}}, 1e20),
         ({"method": {"name": "ffa_lora"}, "lora": {"dora": True}}, -100.0),
         ({"method": {"name": "ffa_lora"}, "lora": {"dora": True}}, 0.0),
     ],
