@@ -191,9 +191,7 @@ def _lines(rows: Sequence[Any]) -> bytes:
 
 
 def only_files(folder: Path, which: str = "**/*") -> None:
-    """Refuse a folder in which something is a link, a FIFO or a device.
-
-    Whatever is read from somebody's folder, or written into it, then stays in it.
+    """Refuse a folder with a link, a FIFO or a device in it: what is read from it, or written into it, stays in it.
 
     Args:
         folder: which may itself be a link to one.
