@@ -62,9 +62,8 @@ class Extras:
 
     @staticmethod
     def _count(correction: Correction, chosen: Slots, decay: float) -> None:
-        for name in correction:
-            grad = chosen[name].grad if name in chosen else None
-            if grad is not None:
+        for name in correction.keys() & chosen.keys():
+            if (grad := chosen[name].grad) is not None:
                 correction.count(name, grad.detach() + decay * chosen[name].detach())
 
     @staticmethod
@@ -269,7 +268,7 @@ def _rows_have_directions(adapted: AdaptedModel) -> None:
 
 
 class Sequential:
-    """One client after the other in PEFT's own layers: the way every other one is held against."""
+    """One client after the other in PEFT's own layers: the reference that every other executor is tested against."""
 
     size = 1
     stopping: BaseException | None = None
