@@ -1,10 +1,11 @@
+import re
 import unicodedata
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedtune.data.check import _odd, check, require, unpaired
+from fedtune.data.check import _odd, _template, check, require, unpaired
 from fedtune.data.files import BadRow, Unreadable
 from fedtune.types import DataError
 
@@ -109,3 +110,22 @@ def test_a_set_with_other_columns_says_once_what_it_has() -> None:
     assert "\n" not in str(caught.value)
     with pytest.raises(DataError, match="toy: no rows"):
         require(check([], {}), "toy")
+
+
+_PIECES = st.sampled_from(
+    ["{", "}", "{{", "}}", "<|", "|>", "im_end", "### Instruction:", "[/INST]", "[", "\n", "word "]
+)
+
+
+@given(st.lists(_PIECES, max_size=20).map("".join))
+def test_template_text_is_the_first_piece_of_a_template_in_a_text(text: str) -> None:
+    pattern = re.compile(r"### (Instruction|Response):|\{\{.*?\}\}|<\|[a-z_]+\|>|\[/?INST\]", re.S)
+    found = pattern.search(text)
+    assert _template(text) == (found[0] if found else "")
+
+
+@pytest.mark.parametrize("piece", ["{", "}}{", "<|", "<|a", "[", "### Instruction"])
+def test_a_long_row_that_opens_templates_and_closes_none_is_read(piece: str) -> None:
+    row = {"instruction": piece * 500_000, "input": piece * 500_000 + "[INST]", "output": "yes"}
+    checked = check([row], {}, max_chars=10**7)
+    assert [p.detail for p in checked.problems] == ["'[INST]' in input"]

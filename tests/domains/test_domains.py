@@ -302,6 +302,18 @@ def test_tests_may_be_a_text_a_list_or_an_object_with_its_imports() -> None:
         program_tests("// assert(f(1) == 2)\n/* assert */ int main() {}", "c++")
 
 
+@pytest.mark.parametrize("text", ["/* " * 500_000 + "assert(1);", "//" * 500_000, "/*/" * 500_000])
+def test_tests_that_are_one_comment_without_an_end_test_nothing(text: str) -> None:
+    with pytest.raises(ValueError, match="test nothing"):
+        program_tests(text, "javascript")
+    assert program_tests(f"assert(f(1));\n{text}", "javascript").startswith("assert")
+
+
+def test_python_tests_too_deep_for_its_parser_are_refused_as_tests_of_nothing() -> None:
+    with pytest.raises(ValueError, match="test nothing"):
+        program_tests("-" * 100_000 + "1", "python")
+
+
 def test_two_files_of_one_evaluation_set_are_refused(tmp_path: Path) -> None:
     made = Config.model_validate({"domain": "finance", "data": {"source": "folder", "path": str(tmp_path)}})
     (tmp_path / "eval/finance").mkdir(parents=True)

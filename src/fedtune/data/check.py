@@ -12,7 +12,7 @@ from fedtune.data.files import MOST_NAMED, BadRow, Unreadable, kind_of
 from fedtune.types import DataError
 
 COLUMNS = ("instruction", "input", "output")
-_TEMPLATE = re.compile(r"### (Instruction|Response):|\{\{.*?\}\}|<\|[a-z_]+\|>|\[/?INST\]", re.S)
+_TEMPLATE = re.compile(r"### (Instruction|Response):|\{\{|<\|[a-z_]+\|>|\[/?INST\]")
 _SURROGATE = re.compile(r"[\ud800-\udfff]")
 # what cannot be meant: lone surrogates, U+FFFD, controls, private use, marks that override the direction of writing
 _ODD = re.compile(
@@ -64,6 +64,20 @@ def _odd(text: str) -> str:
     """Name the first character that cannot be meant; empty if there is none."""
     match = _ODD.search(text)
     return f"U+{ord(match[0]):04X}" if match else ""
+
+
+def _template(text: str) -> str:
+    """Return the first words that belong to a chat template; empty if there are none.
+
+    Braces that nothing closes are told by one look for the last that close, not by one from each of them.
+    """
+    closed = text.rfind("}}")
+    for found in _TEMPLATE.finditer(text):
+        if found[0] != "{{":
+            return found[0]
+        if found.end() <= closed:
+            return text[found.start() : text.index("}}", found.end()) + 2]
+    return ""
 
 
 def unpaired(text: str) -> str:
@@ -123,9 +137,8 @@ def _remarks(number: int, row: TrainRow, max_chars: int) -> list[RowProblem]:
         if odd := _odd(text):
             action = "replaced" if _SURROGATE.search(text) else "kept"
             found.append(RowProblem(number, "odd_unicode", f"{odd} in {column}", action))
-        if match := _TEMPLATE.search(text):
-            shown = match[0][:30]
-            found.append(RowProblem(number, "template_text", f"{shown!r} in {column}", "kept as plain text"))
+        if template := _template(text):
+            found.append(RowProblem(number, "template_text", f"{template[:30]!r} in {column}", "kept as plain text"))
     return found
 
 

@@ -11,7 +11,7 @@ from fedtune.data.files import kind_of
 from fedtune.domains.rows import optional, texts
 
 WANTED = "a text, a list of texts, or an object with `test_list` (and `test_imports`, `test_setup_code`)"
-_COMMENT = re.compile(r"//[^\n]*|/\*.*?\*/", re.S)
+_COMMENT = re.compile(r"//[^\n]*|/\*.*?(?:\*/|\Z)", re.S)  # one that nothing closes takes the rest
 _CAN_FAIL = re.compile(r"\bassert|\bthrow\b|\babort\b|\bexit\b|\bexpect\b")
 _LATER = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef, ast.Lambda)
 
@@ -34,7 +34,7 @@ def _tests_something(text: str, language: str) -> bool:
     if language == "python":
         try:
             return any(map(_fails_sometimes, _run_at_once(ast.parse(text))))
-        except (SyntaxError, ValueError, RecursionError):
+        except (SyntaxError, ValueError, RecursionError, MemoryError):
             return False
     return _CAN_FAIL.search(_COMMENT.sub("", text)) is not None
 
