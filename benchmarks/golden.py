@@ -28,11 +28,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-SETTINGS = (
+_WORDS = (
     "train.max_steps=2 train.per_device_train_batch_size=2 train.max_length=96 data.limit=80 lora.r=4 lora.alpha=8 "
     "eval.limit=2 eval.modes=['likelihood'] federation.rounds=3 federation.fraction=0.75 engine.threads=1 "
     "engine.executor=sequential engine.max_tokens_per_forward=1024 engine.bucket=0 engine.gradient_checkpointing=false"
-).split()
+)
+SETTINGS = _WORDS.split()
 AROUND = {
     "plain": "",
     "fedprox": "drift.proximal_mu=0.1",
