@@ -197,6 +197,32 @@ def test_a_control_is_no_larger_than_clipped_gradients_make_it(tmp_path: Path, s
     assert [r.reason for r in record.rejected] == refused
 
 
+@pytest.mark.parametrize(
+    ("method", "around", "names"), [("fedit", "scaffold", "scaffold/base"), ("fedkseed", "alone", "fedkseed/")]
+)
+def test_the_bound_of_what_is_added_up_does_not_grow_with_the_sum(
+    tmp_path: Path, method: str, around: str, names: str
+) -> None:
+    """One client sends the largest change that is accepted in every round."""
+    scene = Scene(method, around, tmp_path)
+    recipe, now = scene.fed.recipe, scene.before
+
+    def limit(round_: int) -> float:
+        sent = recipe.expected(now.state, BAD, round_)
+        return max(recipe.growth(n) + float(t.norm()) for n, t in sent.items() if n.startswith(names))
+
+    first = limit(3)
+    for round_ in range(3, 9):
+        scene.mutate = lambda reply, size=0.999 * limit(round_): _longest(reply, names, size)
+        now = one_round(scene.fed, round_, now)
+        assert BAD in {c.client for c in now.records[-1].clients}, now.records[-1].rejected
+    assert limit(9) == first
+    sums = {n: float(t.norm()) for n, t in now.state.extra.items() if n.startswith(names)}
+    assert sums
+    if around == "scaffold":  # a mean of means of gradients, each clipped to this norm
+        assert max(sums.values()) <= scene.config.train.max_grad_norm * (1 + 1e-6)
+
+
 @pytest.mark.slow
 def test_none_of_five_thousand_replies_ends_a_run(tmp_path: Path) -> None:
     assert _all(5000, 10_000, tmp_path) >= 5000

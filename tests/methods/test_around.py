@@ -1,6 +1,7 @@
 """What goes around a method: server optimisers against Flower's own, SCAFFOLD on quadratics, robust rules, attackers."""
 
 import itertools
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -125,6 +126,10 @@ def test_momentum_never_moves_a_frozen_factor(name: str) -> None:
             assert torch.equal(after[tensor_name], before[tensor_name]) is frozen
 
 
+# what `Quadratic` does: it clips nothing
+PLAIN_SGD = {"optimizer": "sgd", "max_grad_norm": 1e6}
+
+
 class Quadratic:
     """A client whose loss is h/2 ||x - target||^2, trained with plain gradient steps as a model would be."""
 
@@ -151,7 +156,7 @@ def _drifting(scaffold: bool, rounds: int = 200, lost: frozenset[int] = frozense
 
     In the rounds `lost`, the answer of client 1 never arrives.
     """
-    made = recipe(drift={"scaffold": scaffold}, train={"optimizer": "sgd"}, federation={"clients": 2})
+    made = recipe(drift={"scaffold": scaffold}, train=PLAIN_SGD, federation={"clients": 2})
     state, kept = made.initial(START), {0: dict[str, Tensor](), 1: dict[str, Tensor]()}
     for round_ in range(1, rounds + 1):
         sent = []
@@ -178,8 +183,8 @@ def test_scaffold_survives_answers_that_never_arrive() -> None:
 
 
 def test_scaffolds_first_round_is_averaging_and_full_participation_means_the_mean_control() -> None:
-    made = recipe(drift={"scaffold": True}, train={"optimizer": "sgd"}, federation={"clients": 2})
-    plain = recipe(train={"optimizer": "sgd"}, federation={"clients": 2})
+    made = recipe(drift={"scaffold": True}, train=PLAIN_SGD, federation={"clients": 2})
+    plain = recipe(train=PLAIN_SGD, federation={"clients": 2})
     results = []
     for one in (made, plain):
         state = one.initial(START)
@@ -333,6 +338,27 @@ def test_scaffolds_controls_are_the_mean_of_the_gradients_that_steps_are_made_of
     work = drift.Corrected(Clipped(), 0.0, (server, own))  # type: ignore[arg-type]
     work.train(start, ["p"])
     assert torch.allclose(own["p"] + work.changes["p"], slope / slope.norm() * limit, atol=1e-5)
+
+
+@pytest.mark.parametrize("decay", [0.0, 0.01, 1.0])
+@pytest.mark.parametrize("size", [1.0, 1e4])
+def test_scaffolds_bounds_leave_honest_controls_as_they_are(decay: float, size: float) -> None:
+    """An honest control is at most a clipped gradient and the decay of a model that a round has moved by 50."""
+    made = recipe(drift={"scaffold": True}, train={"optimizer": "sgd", "weight_decay": decay})
+    state = ServerState({p: replace(m, a=size * m.a, b=size * m.b) for p, m in START.items()})
+    tensors = to_tensors(state.adapter)
+    expected = made.expected(state, 0, 1)
+    unit = {n: t / t.norm() for n, t in tensors.items()}
+    # from one control of that size to its opposite; and a mean of such controls
+    largest = {n: 0.999 + decay * (float(t.norm()) + 50.0) for n, t in tensors.items()}
+    for name, most in largest.items():
+        wire = drift.CONTROL + name
+        assert made.growth(wire) + float(expected[wire].norm()) >= 2 * most
+    controls = {n: most * unit[n] for n, most in largest.items()}
+    kept = drift.bounded(controls, tensors, made.config.train)
+    assert all(torch.equal(kept[n], controls[n]) for n in controls)
+    wild = drift.bounded({n: 1e6 * t for n, t in controls.items()}, tensors, made.config.train)
+    assert all(float(wild[n].norm()) < 2 * largest[n] + 100 * decay for n in wild)
 
 
 @pytest.mark.parametrize("rate", [0.1, 1e-3, 5e-5])

@@ -150,24 +150,22 @@ class Recipe:
 
     def expected(self, state: ServerState, client: int, round_: int) -> dict[str, Tensor]:
         """Return tensors with the names, shapes and dtypes that a client must send, and about the size."""
+        from fedtune.lora.state import to_tensors
+
         up = self.method.expected(state, client, round_)
         if not self.config.drift.scaffold:
             return up
-        controls = self._controls(state)
-        return up | drift.named({n: controls[n] for n in up})
+        own = to_tensors(state.adapter)
+        return up | drift.named({n: drift.decayed(own[n], self.config.train) for n in up})
 
     def growth(self, name: str) -> float:
         """Return by how much the norm of a tensor that a client sends may exceed that of what is expected.
 
-        A control is a mean of clipped gradients, with weight decay. Of DoRA's magnitudes, and of B where it comes
-        multiplied by them, `flaw` has bounds of its own.
+        Of DoRA's magnitudes, and of B where it comes multiplied by them, `flaw` has bounds of its own.
         """
         if self.config.lora.dora and name.endswith((".lora_magnitude_vector", ".lora_B.weight")[: 1 + self.exact_dora]):
             return sound.LARGEST
-        if name.startswith(drift.CONTROL):
-            train = self.config.train
-            return sound.CLIPPED * train.max_grad_norm + sound.GROWTH * train.weight_decay
-        return self.method.growth(name)
+        return drift.growth(self.config.train) if name.startswith(drift.CONTROL) else self.method.growth(name)
 
     def flaw(self, update: Tensors, state: ServerState, client: int, round_: int) -> str:
         """Say what is wrong with an update whose names and dtypes are as expected, or return an empty string."""
@@ -295,4 +293,5 @@ class Recipe:
         if not self.config.drift.scaffold:
             return after
         controls = drift.new_controls(self._controls(before), changes, round_, self.config.federation.clients)
+        controls = drift.bounded(controls, to_tensors(before.adapter), self.config.train)
         return replace(after, extra={**after.extra, **drift.named(controls)})

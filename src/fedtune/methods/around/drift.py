@@ -6,10 +6,12 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from fedtune.methods.local import Correction, Local, Tensors, Term
+from fedtune.methods.sound import CLIPPED, GROWTH
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from fedtune.config.schema import TrainSettings
     from fedtune.lora.state import AdapterState
 
 CONTROL = "scaffold/"
@@ -133,6 +135,38 @@ def keeping(own: Tensors, changes: Tensors, round_: int) -> dict[str, Tensor]:
 
     new = {n: own[n] + t if n in own else t for n, t in changes.items()}
     return {**own, **new, **{_WAS + n: t for n, t in own.items()}, _AT: torch.tensor(round_)}
+
+
+def growth(train: TrainSettings) -> float:
+    """Return how large the change of a control may be, beyond what `decayed` gives.
+
+    A control is a mean of clipped gradients, with weight decay. The bound does not depend on the server's control: what
+    is sent is added to that, so each round's bound would allow the next one to be larger.
+    """
+    return CLIPPED * train.max_grad_norm + GROWTH * train.weight_decay
+
+
+def decayed(tensor: Tensor, train: TrainSettings) -> Tensor:
+    """Return as large a change of a control as weight decay of a model's tensor makes: of the new and the old one."""
+    return tensor * (2 * train.weight_decay)
+
+
+def bounded(controls: Tensors, tensors: Tensors, train: TrainSettings) -> dict[str, Tensor]:
+    """Return controls no larger than the mean of the clients' can be, each a mean of clipped gradients and decay.
+
+    Only changes that no training makes can have moved c further; every honest step would go along with it.
+
+    Args:
+        controls: c, and when clients were heard.
+        tensors: the model's.
+        train: to what gradients are clipped, and the decay.
+    """
+    found = dict(controls)
+    for name in controls.keys() & tensors.keys():
+        most = train.max_grad_norm + train.weight_decay * (float(tensors[name].norm()) + GROWTH)
+        if (norm := float(controls[name].norm())) > most:
+            found[name] = controls[name] * (most / norm)
+    return found
 
 
 def new_controls(controls: Tensors, changes: Mapping[int, Tensors], round_: int, clients: int) -> dict[str, Tensor]:
