@@ -20,6 +20,7 @@ from torch import Tensor
 from fedtune import methods
 from fedtune.config import Config, Settings
 from fedtune.federation import messages
+from fedtune.federation.faults import FaultyGrid
 from fedtune.federation.guard import state_problem
 from fedtune.federation.local import LocalGrid
 from fedtune.federation.rounds import Federation, run_rounds
@@ -27,6 +28,7 @@ from fedtune.io import read_lines
 from fedtune.lora.state import AdapterState, LoraModule, to_tensors
 from fedtune.methods.base import ServerState
 from fedtune.methods.sound import GROWTH
+from fedtune.privacy.screen import CONTENT
 from fedtune.types import RunFailedError
 from tests.faults.hostile import clients
 
@@ -148,9 +150,9 @@ CASES: dict[str, tuple[Answer, str, str]] = {
     "broadcastable shape": (_put(A, lambda t: t[:1, :1]), "shape", r"\(1, 1\), expected \(2, 3\)"),
     "wrong rank": (_put(A, lambda t: t[:1]), "rank", "rank 1, this client's is 2"),
     "wrong dtype": (_put(B, lambda t: t.half()), "dtype", "torch.float16, expected torch.float32"),
-    "stale": (_identity(round=0), "stale", "round 0.1, now is run run round 1.1"),
-    "other run": (_identity(run="yesterday"), "stale", "yesterday"),
-    "impostor": (_identity(client=1), "unknown_client", "claims to be client|claims to be 1"),
+    "stale": (_identity(round=0), "claims", "round 0.1, now is run run round 1.1"),
+    "other run": (_identity(run="yesterday"), "claims", "yesterday"),
+    "impostor": (_identity(client=1), "claims", "claims to be client|claims to be 1"),
     "no update": (_only(messages.ADAPTER), "malformed", "lacks its identity or its update"),
     "no identity": (_only(messages.IDENTITY), "malformed", "lacks"),
     "raises": (_raise, "error", "CUDA out of memory"),
@@ -302,6 +304,7 @@ def test_forged_arrays_are_refused_not_unpickled_and_not_allocated(config: Confi
     done = run_rounds(federation(config, tmp_path, toy_app(_bytes(data))), ServerState(start()))
     record = done.records[0]
     assert (record.status, [c.client for c in record.clients]) == ("ok", [0, 1, 3])
+    assert record.rejected[0].reason in CONTENT
     assert re.search(said, record.rejected[0].detail), record.rejected[0]
 
 
@@ -429,6 +432,93 @@ def test_a_reply_that_is_refused_is_one_of_the_malicious(
     for record in run_rounds(federation(config, tmp_path, app), ServerState(start())).records:
         assert (record.status, len(record.clients)) == ("ok", clients - 1)
         assert "1 refused of the 1 malicious: robust.malicious = 0 here" in record.notes
+
+
+def _nested(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {n: torch.nested.nested_tensor([t, t], layout=torch.jagged) for n, t in tensors.items()}
+
+
+REFUSED: dict[str, Answer] = {
+    "rubbish bytes": _bytes(b"rubbish"),
+    "10^15 numbers announced": _bytes(_numpy((10**15,), "<f4")),
+    "a type that NumPy lacks": _with(lambda t: {n: x.bfloat16() for n, x in t.items()}),
+    "nested tensors": _with(_nested),
+    "no tensors": _with(lambda t: dict.fromkeys(t, 7)),  # type: ignore[arg-type]
+    "another round": _identity(round=99),
+    "another exchange": _identity(phase=2),
+    "another run": _identity(run="x"),
+    "another client": _identity(client=0),
+    "no client": _identity(client="2"),
+}
+
+
+@pytest.mark.parametrize("name", list(REFUSED))
+def test_what_cannot_be_read_or_claims_what_is_false_is_one_of_the_malicious(
+    settings: Callable[..., Settings], tmp_path: Path, name: str
+) -> None:
+    tree = {"method": {"name": "flexlora"}, "robust": {"rule": "krum"}}
+    config = settings(**tree, federation={"clients": 5, "rounds": 1}).config
+    (record,) = run_rounds(federation(config, tmp_path, toy_app(REFUSED[name])), ServerState(start())).records
+    assert [(r.client, r.reason) for r in record.rejected] in ([(BAD, "malformed")], [(BAD, "claims")])
+    assert (record.status, len(record.clients)) == ("ok", 4)
+
+
+def test_a_second_reply_does_not_make_its_client_one_of_those_refused(
+    settings: Callable[..., Settings], tmp_path: Path
+) -> None:
+    """Else a client whose first reply counts would use up the malicious ones that the rule reckons with."""
+
+    class Twice(LocalGrid):
+        def send_and_receive(self, messages: Any, *, timeout: float | None = None) -> Iterator[Message]:
+            for reply in super().send_and_receive(messages, timeout=timeout):
+                yield reply
+                reply.content.clear()
+                yield reply
+
+    tree = {"method": {"name": "flexlora"}, "robust": {"rule": "krum"}}
+    config = settings(**tree, federation={"clients": 5, "rounds": 1}).config
+    grid = Twice(toy_app(), 5)
+    (record,) = run_rounds(federation(config, tmp_path, toy_app(), grid=grid), ServerState(start())).records
+    assert {r.reason for r in record.rejected} == {"duplicate"}
+    assert not [note for note in record.notes if "refused" in note]
+
+
+def _sender(reply: Message) -> Any:
+    reply.metadata.__dict__["_src_node_id"] = 2 + 4
+    claims = dict(reply.content.config_records[messages.IDENTITY])
+    reply.content[messages.IDENTITY] = ConfigRecord({**claims, "client": 4})
+    return reply
+
+
+def _question(reply: Message) -> Any:
+    reply.metadata.__dict__["_reply_to_message_id"] = "local-1"
+    return reply
+
+
+FALSE: dict[str, tuple[Callable[[Message], Any], str]] = {
+    "another's name": (_sender, "node 4 that names node 6"),
+    "another question": (_question, "reply to message 'local-1'"),
+    "nothing": (lambda reply: None, "NoneType"),
+}
+
+
+@pytest.mark.parametrize("faulty", [False, True])
+@pytest.mark.parametrize("name", list(FALSE))
+def test_nobody_answers_in_the_name_of_another(
+    settings: Callable[..., Settings], tmp_path: Path, name: str, faulty: bool
+) -> None:
+    """In one process a client makes the whole message: it is its own reply, whatever stands on it, and a false one."""
+    forge, said = FALSE[name]
+    tree = {"method": {"name": "flexlora"}, "robust": {"rule": "krum"}}
+    config = settings(**tree, federation={"clients": 5, "rounds": 1}).config
+    recipe = methods.create(config)
+    grid: Any = LocalGrid(clients(recipe, start(), BAD, forge), 5)
+    grid = FaultyGrid(grid, config.federation.faults, 0) if faulty else grid
+    fed = federation(config, tmp_path, toy_app(), grid=grid)
+    (record,) = run_rounds(fed, recipe.initial(start())).records
+    assert [(r.client, r.reason) for r in record.rejected] == [(BAD, "malformed")]
+    assert said in record.rejected[0].detail
+    assert [c.client for c in record.clients] == [0, 1, 3, 4]
 
 
 def test_without_a_rule_a_round_in_which_nobody_was_good_speaks_of_none(

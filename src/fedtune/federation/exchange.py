@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from flwr.app import Message
+from flwr.app.metadata import Metadata
 from torch import Tensor
 
 from fedtune.federation import messages
@@ -31,6 +32,15 @@ class _Orders:
     def __init__(self, fed: Federation, cohort: Sequence[int], when: When, state: ServerState) -> None:
         self._fed, self._cohort, self._when, self._state = fed, cohort, when, state
         self.bytes = 0
+        self._sent: dict[int, Metadata] = {}
+
+    def answered(self, client: int | None, message: Message) -> bool:
+        """Tell whether a client's message answers what it was sent in this exchange, as the transport knows."""
+        try:
+            sent = self._sent.get(-1 if client is None else client)
+            return sent is not None and message.metadata.reply_to_message_id == sent.message_id != ""
+        except Exception:  # whatever came instead of a message
+            return False
 
     def __iter__(self) -> Iterator[Message]:
         grid, settings = self._fed.grid, self._fed.config.federation
@@ -43,7 +53,9 @@ class _Orders:
             self.bytes += each
             order = messages.train_order(self._fed.run_id, self._when, client, record)
             node = self._fed.places[client]
-            yield grid.create_message(order, "train", node, str(self._when[0]), settings.deadline)
+            message = grid.create_message(order, "train", node, str(self._when[0]), settings.deadline)
+            self._sent[client] = message.metadata  # its id is given when it is sent
+            yield message
 
 
 def _same(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> bool:
@@ -164,8 +176,8 @@ def _exchange(fed: Federation, cohort: Sequence[int], when: When, state: ServerS
     updates, up = _Updates(summed=fed.recipe.streams), 0
     for message in fed.grid.send_and_receive(orders, timeout=settings.deadline):
         reply = messages.read_reply(message, fed.nodes)
-        up += message_bytes(reply.tensors) if reply.tensors is not None else 0
-        update = screening.take(reply)
+        up += reply.bytes
+        update = screening.take(replace(reply, asked=orders.answered(reply.client, message)))
         if update is not None:
             updates.add(update)
     kill_point(when[0], "screen")

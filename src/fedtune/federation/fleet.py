@@ -17,7 +17,7 @@ from typing import Any, Protocol
 
 from flwr.app import Context, Error, Message
 
-from fedtune.federation.local import CLIENT_ERROR, LocalGrid
+from fedtune.federation.local import CLIENT_ERROR, LocalGrid, answer_to
 from fedtune.federation.messages import ORDER
 from fedtune.training import lpt
 from fedtune.training.meeting import Meeting
@@ -122,7 +122,7 @@ class Fleet:
             if done is not None:
                 worker, reply = done
                 place, _ = doing.pop(worker)
-                found[place] = _failed(tasks[place], reply) if isinstance(reply, Exception) else reply
+                found[place] = _checked(tasks[place], reply)
                 free.append(worker)
             for worker in [w for w, (_, due) in doing.items() if time.monotonic() > due]:
                 self.workers.abandon(worker)
@@ -137,9 +137,14 @@ def _time_left(due: Iterable[float]) -> float | None:
     return None if first == math.inf else max(0.0, first - time.monotonic()) + 0.01
 
 
-def _failed(task: Task, err: Exception) -> Message:
-    """Return an error for a client whose device failed: that must not take the run along."""
-    return Message(Error(CLIENT_ERROR, f"{type(err).__name__}: {err}"), reply_to=task.message)
+def _checked(task: Task, reply: Message | Exception) -> Message:
+    """Return a client's reply; an error where its device failed, or it is no answer to what the client was sent."""
+    try:
+        if isinstance(reply, Exception):
+            raise reply
+        return answer_to(task.message, reply)
+    except Exception as err:  # that must not take the run along
+        return Message(Error(CLIENT_ERROR, f"{type(err).__name__}: {err}"), reply_to=task.message)
 
 
 class FleetGrid(LocalGrid):

@@ -15,6 +15,7 @@ from flwr.app.metadata import Metadata
 from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid
 
+from fedtune.federation.messages import FALSE_REPLY
 from fedtune.types import plain
 
 SERVER_NODE = 1
@@ -33,6 +34,21 @@ def _identify_task() -> None:
         TaskIdentity.task_id  # noqa: B018  # raises where none is set
     except RuntimeError:
         TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = 1, 1, SERVER_NODE
+
+
+def answer_to(message: Message, reply: Any) -> Message:
+    """Return a node's reply to a message, or an error in its place where it is none or another node's or message's.
+
+    A wire would not bring such a reply. Its node has answered all the same, with something false.
+    """
+    asked, flaw = message.metadata, ""
+    if not isinstance(reply, Message):
+        flaw = f"{type(reply).__name__} in place of a reply"
+    elif (said := reply.metadata).src_node_id != asked.dst_node_id:
+        flaw = f"a reply of node {asked.dst_node_id} that names node {said.src_node_id} as its sender"
+    elif said.reply_to_message_id != asked.message_id:
+        flaw = f"a reply to message {said.reply_to_message_id!r}; asked was {asked.message_id!r}"
+    return Message(Error(FALSE_REPLY, plain(flaw)), reply_to=message) if flaw else reply
 
 
 class Crew(Protocol):
@@ -138,7 +154,7 @@ class LocalGrid(Grid):
         if not message.metadata.message_id:
             message.metadata.__dict__["_message_id"] = f"local-{next(self._ids)}"
         try:
-            return self._app(message, self._context(message.metadata.dst_node_id))
+            return answer_to(message, self._app(message, self._context(message.metadata.dst_node_id)))
         except (Exception, SystemExit):  # a client that calls exit() ends itself and not the run
             reason = plain(traceback.format_exc(limit=-4))
             return Message(Error(CLIENT_ERROR, reason), reply_to=message)

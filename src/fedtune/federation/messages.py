@@ -16,11 +16,14 @@ import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 from torch import Tensor
 
+from fedtune.models.budget import message_bytes
 from fedtune.privacy.screen import Reply
 from fedtune.types import last_line, plain
 
 ADAPTER, METRICS, IDENTITY, ORDER = "adapter", "metrics", "identity", "order"
 NUMBERS = "biuf"  # NumPy's kinds: bool, integers, floating point
+# code of the error that a grid puts in the place of what is no reply to its message; Flower's own are far below
+FALSE_REPLY = 1001
 REPORTED = ("examples", "tokens", "steps", "loss")
 
 
@@ -72,6 +75,10 @@ def _decoded(array: Array) -> Tensor:
     """
     if isinstance(array, TensorArray):
         tensor = array.tensor
+        if type(tensor) not in (Tensor, torch.nn.Parameter) or tensor.is_nested:
+            raise ValueError(
+                f"an array of type {type(tensor).__name__}, nested or not torch's own; must be plain numbers"
+            )
         if tensor.layout != torch.strided or tensor.is_meta or np.dtype(array.dtype).kind not in NUMBERS:
             raise ValueError(f"an array of {array.dtype}, {tensor.layout}; must be plain numbers")
         return tensor
@@ -175,11 +182,14 @@ def read_reply(message: Message, clients: Mapping[int, int]) -> Reply:
     try:
         client = clients.get(message.metadata.src_node_id)
         return _read(message, client)
-    except Exception as err:  # of a client's making, so it is the client's error and nobody else's
-        return Reply(client, None, None, {}, f"unreadable reply: {type(err).__name__}: {last_line(str(err))}")
+    except Exception as err:  # of a client's making, so it is the client's flaw and nobody else's
+        flaw = f"unreadable reply: {type(err).__name__}: {last_line(str(err))}"
+        return Reply(client, None, None, {}, flaw=flaw)
 
 
 def _read(message: Message, client: int | None) -> Reply:
+    if message.has_error() and message.error.code == FALSE_REPLY:
+        return Reply(client, None, None, {}, flaw=plain(str(message.error.reason)))
     if message.has_error():
         return Reply(client, None, None, {}, plain(str(message.error.reason or f"error {message.error.code}")))
     content = message.content
@@ -187,6 +197,7 @@ def _read(message: Message, client: int | None) -> Reply:
     claims = _claims(content)
     try:
         tensors = unpack(arrays) if isinstance(arrays, ArrayRecord) else None
-    except ValueError as err:
-        return Reply(client, claims, None, {}, f"unreadable arrays: {err}")
-    return Reply(client, claims, tensors, metrics(content))
+        size = message_bytes(tensors or {})
+    except Exception as err:
+        return Reply(client, claims, None, {}, flaw=f"unreadable arrays: {err}")
+    return Reply(client, claims, tensors, metrics(content), bytes=size)

@@ -24,8 +24,8 @@ from fedtune.types import ClientStats, Rejection, last_line, plain
 MOST = 1e15
 # reasons that lie in what a reply holds: not in that it came late, twice, of nobody who was asked, or as an error
 CONTENT = frozenset(
-    ("malformed", "keys", "dtype", "rank", "shape", "values", "non_finite", "too_large", "examples", "aggregation")
-)
+    ("malformed", "claims", "keys", "dtype", "rank", "shape", "values", "non_finite", "too_large", "examples")
+) | {"aggregation"}
 # no cross-entropy of a model is larger, in nats
 STEEPEST = 1e4
 
@@ -40,6 +40,9 @@ class Reply:
         tensors: the update; None for an error reply.
         metrics: numbers by name.
         error: the client's traceback, if it failed.
+        flaw: what of the reply could not be read.
+        bytes: of the update on the wire.
+        asked: it answers this exchange's own order, as the transport knows: other claims than that order's are false.
     """
 
     client: int | None
@@ -47,6 +50,9 @@ class Reply:
     tensors: Mapping[str, Tensor] | None
     metrics: Mapping[str, float]
     error: str = ""
+    flaw: str = ""
+    bytes: int = 0
+    asked: bool = False
 
 
 @dataclass(frozen=True)
@@ -98,20 +104,22 @@ class Screened:
 
 
 def _identity(reply: Reply, expected: Expected, seen: set[int]) -> tuple[str, str] | None:
-    """Reject replies of strangers, of other rounds or runs, and second ones."""
+    """Reject replies of strangers, of other rounds or runs, second ones, and those that nothing can be read from."""
     if reply.client is None or reply.client not in expected.signature:
         return "unknown_client", "the node was not asked this round"
     if reply.error:
         return "error", reply.error
-    if reply.claims is None or reply.tensors is None:
-        return "malformed", "the reply lacks its identity or its update"
-    run, round_, client, phase = reply.claims
+    run, round_, client, phase = reply.claims or (expected.run, expected.round, reply.client, expected.phase)
     if (run, round_, phase) != (expected.run, expected.round, expected.phase):
         now = f"run {expected.run} round {expected.round}.{expected.phase}"
-        return "stale", f"answers run {run} round {round_}.{phase}, now is {now}"
+        return "claims" if reply.asked else "stale", f"answers run {run} round {round_}.{phase}, now is {now}"
+    if reply.client in seen:  # whatever it holds: what counts of a client is its first reply
+        return "duplicate", "a second reply of this client"
     if client != reply.client:
-        return "unknown_client", f"sent by client {reply.client}, claims to be {client}"
-    return ("duplicate", "a second reply of this client") if client in seen else None
+        return "claims", f"sent by client {reply.client}, claims to be {client}"
+    if reply.flaw or reply.claims is None or reply.tensors is None:
+        return "malformed", reply.flaw or "the reply lacks its identity or its update"
+    return None
 
 
 def _keys(got: Mapping[str, Tensor], want: Mapping[str, Tensor]) -> tuple[str, str] | None:
