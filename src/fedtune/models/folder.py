@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping
+from io import BufferedReader
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from fedtune.lora.state import PREFIX, A, B, LoraModule, M, from_tensors
 from fedtune.models.adapter_config import AdapterConfig, read_config
 from fedtune.models.source import CONFIG, WEIGHTS, not_a_number
 from fedtune.tensors import tensor_header
-from fedtune.types import AdapterError
+from fedtune.types import AdapterError, CorruptFileError
 
-_FLOATS = {"F64", "F32", "F16", "BF16"}
+_FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
 def read_folder(folder: Path) -> tuple[AdapterConfig, dict[str, Tensor]]:
@@ -63,6 +66,8 @@ def checked(folder: Path) -> tuple[AdapterConfig, dict[str, Any]]:
 class FolderState(Mapping[str, LoraModule]):
     """An adapter folder as a state whose layers are read when they are asked for, so that many fit into memory.
 
+    The file's header is read once: each layer is then found by its place, however many there are.
+
     Args:
         folder: made by PEFT or anything that writes the same.
 
@@ -73,22 +78,22 @@ class FolderState(Mapping[str, LoraModule]):
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.config, header = checked(folder)
+        self.config, self._header = checked(folder)
+        self._size = (folder / WEIGHTS).stat().st_size
+        self._start = self._size - max((entry["data_offsets"][1] for entry in self._header.values()), default=0)
         if self.config.rank_pattern or self.config.alpha_pattern:
             raise AdapterError(f"{folder}: {CONFIG}: rank_pattern and alpha_pattern cannot be aggregated")
-        self._check_names(header)
+        self._check_names()
 
-    def _check_names(self, header: Mapping[str, Any]) -> None:
-        import torch
-
-        shapes = {name: tuple(entry["shape"]) for name, entry in header.items()}
+    def _check_names(self) -> None:
+        shapes = {name: tuple(entry["shape"]) for name, entry in self._header.items()}
         # shapes alone, so that a wrong file is refused before a number of it is read
         empty = {n: torch.empty(shape, device="meta") for n, shape in shapes.items()}
         try:
             state = from_tensors(empty, self.config.lora_alpha)
         except AdapterError as err:
             raise AdapterError(f"{self.folder / WEIGHTS}: {err}") from err
-        self._paths = sorted(state)
+        self._paths = dict.fromkeys(sorted(state))
         self.dora = all(m.magnitude is not None for m in state.values())
         wrong = [path for path, module in state.items() if module.rank != self.config.r]
         if wrong:
@@ -96,15 +101,22 @@ class FolderState(Mapping[str, LoraModule]):
             raise AdapterError(f"{self.folder}: {wrong[0]} has rank {rank}, its {CONFIG} says {self.config.r}")
 
     def __getitem__(self, path: str) -> LoraModule:
-        """Read one layer."""
-        from safetensors import safe_open
-
+        """Read one layer. Raises CorruptFileError where the file has another size than when it was opened."""
         if path not in self._paths:
             raise KeyError(path)
-        with safe_open(self.folder / WEIGHTS, framework="pt") as file:
-            a, b = (file.get_tensor(PREFIX + path + end) for end in (A, B))
-            m = file.get_tensor(PREFIX + path + M) if self.dora else None
+        with open(self.folder / WEIGHTS, "rb") as file:
+            if os.fstat(file.fileno()).st_size != self._size:
+                raise CorruptFileError(f"{self.folder / WEIGHTS}: was changed while it was read; start again")
+            a, b = (self._tensor(file, PREFIX + path + end) for end in (A, B))
+            m = self._tensor(file, PREFIX + path + M) if self.dora else None
         return LoraModule(a, b, self.config.lora_alpha, self.config.use_rslora, m, self.config.fan_in_fan_out)
+
+    def _tensor(self, file: BufferedReader, name: str) -> Tensor:
+        entry = self._header[name]
+        tensor = torch.empty(entry["shape"], dtype=_FLOATS[entry["dtype"]])
+        file.seek(self._start + entry["data_offsets"][0])
+        file.readinto(tensor.view(-1).view(torch.uint8).numpy())
+        return tensor
 
     def __iter__(self) -> Iterator[str]:
         """Name the layers, sorted."""
