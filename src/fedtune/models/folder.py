@@ -115,7 +115,8 @@ class FolderState(Mapping[str, LoraModule]):
         entry = self._header[name]
         tensor = torch.empty(entry["shape"], dtype=_FLOATS[entry["dtype"]])
         file.seek(self._start + entry["data_offsets"][0])
-        file.readinto(tensor.view(-1).view(torch.uint8).numpy())
+        room: Any = tensor.view(-1).view(torch.uint8).numpy()
+        file.readinto(room)
         return tensor
 
     def __iter__(self) -> Iterator[str]:
