@@ -14,8 +14,9 @@ from fedtune.config import Config
 from fedtune.config.schema import ModelSettings
 from fedtune.domains import TASKS
 from fedtune.domains.base import Item
-from fedtune.evaluation import official
+from fedtune.evaluation import metrics, official
 from fedtune.evaluation.average import mean_score
+from fedtune.evaluation.extract import bare
 from fedtune.evaluation.items import TaskItems
 from fedtune.evaluation.metrics import as_counted
 from fedtune.evaluation.run import _official_sample, evaluate
@@ -105,3 +106,15 @@ def test_a_sample_counts_as_if_the_last_output_were_its_own(
     first, last = _official_sample(item, "C", kind), _official_sample(replace(item, gold=0), output, kind)
     counted = as_counted([{"i": 0, **first, "same_prompt_as": 1}, {"i": 1, **last}])
     assert counted == [{"i": 0, **_official_sample(item, output, kind), "same_prompt_as": 1}, {"i": 1, **last}]
+
+
+def test_an_output_that_very_many_samples_name_is_read_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    read: list[str] = []
+    monkeypatch.setattr(metrics, "bare", lambda output: read.append(output) or bare(output))
+    sample = {"gold": "A", "predicted": "b", "output": "B.", "answers": ["A", "B"], "correct": False}
+    rows = [{**sample, "i": i, "same_prompt_as": 199} for i in range(199)]
+    rows += [{**sample, "i": 199, "output": " (a)", "predicted": "a", "same_prompt_as": 199}]
+    counted = as_counted([*rows, {**sample, "i": 200}])
+    assert read == [" (a)"]
+    assert [(r["correct"], r.get("strict"), r.get("valid")) for r in counted[:200]] == [(True, True, True)] * 200
+    assert counted[200] == {**sample, "i": 200}

@@ -113,6 +113,18 @@ def test_masks_that_a_checkpoint_keeps_are_no_weights(tmp_path: Path, kind: str,
         check_complete("it", model, {**info, "unexpected_keys": {"transformer.h.1.mlp.c_proj.bias2"}})
 
 
+def test_names_of_very_many_parts_are_held_against_a_models() -> None:
+    model = tiny(causal_configs()["gpt2"])
+    info = {"missing_keys": set(), "mismatched_keys": set()}
+    long = "part." * 200_000 + "weight"
+    check_complete("it", model, {**info, "unexpected_keys": {long}})
+    with pytest.raises(ModelError, match="makes no use of: transformer"):
+        check_complete("it", model, {**info, "unexpected_keys": {f"transformer.h.1.{long}"}})
+    whole = {**info, "missing_keys": {"a.weight", "b.a.weight"}, "unexpected_keys": {"module.a.weight"}}
+    with pytest.raises(ModelError, match=r"begin with 'module\.': a DataParallel wrapper"):
+        check_complete("it", model, whole)
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_weights_that_are_no_numbers_are_named(folder: Path, value: float, dtype: torch.dtype) -> None:

@@ -16,6 +16,12 @@ def test_macro_f1_is_scikit_learns() -> None:
         assert macro_f1(gold, predicted) == pytest.approx(f1_score(gold, predicted, average="macro", zero_division=0))
 
 
+def test_macro_f1_of_as_many_labels_as_items_is_known() -> None:
+    labels = [str(i) for i in range(100_000)]
+    assert macro_f1(labels, labels) == 1
+    assert macro_f1(labels, labels[:50_000] + ["x"] * 50_000) == pytest.approx(50_000 / 100_001)
+
+
 def test_mcnemar_is_scipys_exact_binomial() -> None:
     for lost, won in [(0, 0), (3, 9), (10, 10), (1, 20)]:
         want = scipy_stats.binomtest(lost, lost + won).pvalue if lost + won else 1.0

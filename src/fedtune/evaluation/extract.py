@@ -59,6 +59,11 @@ def official_correct(output: str, gold: str, kind: Kind) -> bool:
     return official_answer(output, kind) == gold.lower()
 
 
+def bare(output: str) -> str:
+    """Return an output without its case and punctuation, as `strict_answer` holds it against letters and verdicts."""
+    return _squeeze(output).lower()
+
+
 def strict_answer(output: str, kind: Kind, answers: tuple[str, ...] | None = None) -> str | None:
     """Return the answer if the output is one, else None.
 
@@ -69,5 +74,5 @@ def strict_answer(output: str, kind: Kind, answers: tuple[str, ...] | None = Non
         found = {w for w in re.findall(r"[a-z]+", output.lower()) if w in SENTIMENTS}
         return found.pop() if len(found) == 1 else None
     allowed = answers or (("yes", "no", "maybe") if kind == "boolean" else tuple("ABCDE"))
-    word = _squeeze(output).lower()
+    word = bare(output)
     return next((a for a in allowed if a.lower() == word), None)

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from fedtune.domains.base import Kind
-from fedtune.evaluation.extract import strict_answer
+from fedtune.evaluation.extract import bare
 from fedtune.results.schema import Score
 from fedtune.results.stats import Interval, macro_f1, mean_interval, proportion_interval
 
@@ -19,12 +19,10 @@ def _pair(interval: Interval | None) -> tuple[float, float] | None:
     return (interval.low, interval.high) if interval else None
 
 
-def _answered_by(row: Mapping[str, Any], last: Mapping[str, Any] | None) -> Mapping[str, Any]:
-    """Return a sample with the output of the last one with the same prompt; errors neither give nor take one."""
-    if last is None or row.get("error") or last.get("output") is None:
-        return row
+def _answered_by(row: Mapping[str, Any], last: Mapping[str, Any], word: str) -> Mapping[str, Any]:
+    """Return a sample with the output of the last one with the same prompt, which says `word` (see `bare`)."""
     # equal prompts are of one kind and have the same options
-    strict = strict_answer(last["output"], "choice", tuple(row["answers"]))
+    strict = next((answer for answer in row["answers"] if answer.lower() == word), None)
     return {
         **row,
         "output": last["output"],
@@ -45,7 +43,19 @@ def as_counted(rows: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
     if not any("same_prompt_as" in row for row in rows):
         return list(rows)
     by_place = {row["i"]: row for row in rows}
-    return [_answered_by(row, by_place.get(row.get("same_prompt_as"))) for row in rows]
+    words: dict[Any, str] = {}  # each output is read once, however many samples name it
+    counted = []
+    for row in rows:
+        place = row.get("same_prompt_as")
+        last = by_place.get(place)
+        # errors neither give nor take an output
+        if last is None or row.get("error") or last.get("output") is None:
+            counted.append(row)
+            continue
+        if place not in words:
+            words[place] = bare(last["output"])
+        counted.append(_answered_by(row, last, words[place]))
+    return counted
 
 
 def sample_value(row: Mapping[str, Any]) -> float:

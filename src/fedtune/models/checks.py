@@ -41,8 +41,10 @@ def _cause(missing: Iterable[str], unexpected: Iterable[str]) -> str:
     for mark, why in _INSIDE.items():
         if any(mark in name for name in found):
             return f"; its names have {mark!r}: {why}"
+    longest = max(map(len, wanted), default=0)
     for name in found:
-        prefix = next((name.removesuffix(w) for w in wanted if name.endswith("." + w)), "")
+        dots = (i for i in range(max(0, len(name) - longest - 1), len(name)) if name[i] == ".")
+        prefix = next((name[: i + 1] for i in dots if name[i + 1 :] in wanted), "")
         if prefix:
             return f"; its names begin with {prefix!r}" + (f": {_WRAPPERS[prefix]}" if prefix in _WRAPPERS else "")
     return ""
@@ -62,10 +64,11 @@ def _dropped(model: Any, unexpected: Iterable[str]) -> list[str]:
     """
     modules = dict(model.named_modules())
     top = {"", str(model.base_model_prefix)}
+    deepest = max(name.count(".") for name in modules) + 1
 
     def home(name: str) -> str:
-        parts = name.split(".")
-        return next(p for p in (".".join(parts[:i]) for i in range(len(parts) - 1, -1, -1)) if p in modules)
+        parts = name.split(".")[:-1][:deepest]
+        return next(p for p in (".".join(parts[:i]) for i in range(len(parts), -1, -1)) if p in modules)
 
     return [name for name in unexpected if home(name) not in top and not _is_constant(name, modules)]
 

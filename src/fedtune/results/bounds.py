@@ -58,7 +58,8 @@ def unbounded(value: Any, where: str = "", depth: int = 0) -> str:
             return f"{where}: is nested more than {DEEPEST} deep"
         named = list(value.items() if isinstance(value, dict) else enumerate(value))
         keys = (unbounded(key, f"a name in {where}", depth + 1) for key, _ in named)
-        parts = (unbounded(part, f"{where}.{key}".lstrip("."), depth + 1) for key, part in named)
+        # the names are cut, for they are written out for every value below them
+        parts = (unbounded(part, f"{where}.{key!s:.80}".lstrip("."), depth + 1) for key, part in named)
         return next(filter(None, keys), "") or next(filter(None, parts), "")
     if isinstance(value, str):
         # packed bits are the one long text: one character for six items

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -90,11 +91,10 @@ def student(values: Sequence[float]) -> dict[str, float | None]:
 
 def macro_f1(gold: Sequence[str], predicted: Sequence[str]) -> float:
     """Return the mean of the F1 scores of all labels that occur, as scikit-learn's `average="macro"`."""
-    scores = []
-    for label in sorted(set(gold) | set(predicted)):
-        hit = sum(g == label == p for g, p in zip(gold, predicted, strict=True))
-        total = sum(g == label for g in gold) + sum(p == label for p in predicted)
-        scores.append(2 * hit / total)
+    hits = Counter(g for g, p in zip(gold, predicted, strict=True) if g == p)
+    totals = Counter(gold)
+    totals.update(predicted)
+    scores = [2 * hits[label] / total for label, total in totals.items()]
     return math.fsum(scores) / len(scores) if scores else 0.0
 
 
