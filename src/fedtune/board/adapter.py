@@ -10,7 +10,7 @@ from fedtune.board.archive import litter
 from fedtune.methods import METHODS
 from fedtune.models.adapter_config import AdapterConfig, read_config
 from fedtune.models.source import not_a_number
-from fedtune.models.zoo import zoo
+from fedtune.models.zoo import HEAD, zoo
 from fedtune.results.entry import Entry
 from fedtune.tensors import tensor_header
 from fedtune.types import AdapterError, FedtuneError, Problem
@@ -18,10 +18,10 @@ from fedtune.types import AdapterError, FedtuneError, Problem
 ADAPTER, CONFIG = "adapter/adapter_model.safetensors", "adapter/adapter_config.json"
 FLOATS = {"F64", "F32", "F16", "BF16"}
 _TENSOR = re.compile(r"base_model\.model\.(.+)\.(lora_A\.weight|lora_B\.weight|lora_magnitude_vector)")
-_LAYER = re.compile(r"(?:.*\.)?layers\.(\d+)\.(?:.*\.)?(\w+)")
+MAX_LAYERS, MAX_NAME, MAX_PARTS = 20_000, 1_000, 40  # layers of an adapter, letters and parts of a layer's path
 
-# of each adapted layer its number in the base model and its name: its shape (in, out)
-Layers = dict[tuple[int, str], tuple[int, int]]
+# of each adapted layer its path in the base model: its shape (in, out)
+Layers = dict[str, tuple[int, int]]
 
 
 class Saved(dict[str, tuple[int, int, int]]):
@@ -34,11 +34,18 @@ def saved(folder: Path) -> Saved:
     """Read the layers of a packed run's adapter from its header.
 
     Raises:
-        AdapterError: a tensor that is no factor, a factor without its other, or shapes that do not fit.
+        AdapterError: a tensor that is no factor, a factor without its other, shapes that do not fit, or more layers or
+            longer names than any model has.
         CorruptFileError: a damaged file.
     """
     parts: dict[str, dict[str, list[int]]] = {}
-    for name, entry in tensor_header(folder / ADAPTER).items():
+    header = tensor_header(folder / ADAPTER)
+    if len(header) > 3 * MAX_LAYERS:
+        raise AdapterError(f"{ADAPTER}: has {len(header):,} tensors, at most {3 * MAX_LAYERS:,} are taken")
+    for name, entry in header.items():
+        if len(name) > MAX_NAME or name.count(".") >= MAX_PARTS:
+            most = f"at most {MAX_NAME:,} letters and {MAX_PARTS} parts are taken"
+            raise AdapterError(f"{ADAPTER}: {name[:200]}... is no layer's name: {most}")
         found = _TENSOR.fullmatch(name)
         if found is None:
             raise AdapterError(f"{ADAPTER}: {name[:200]} is no factor of an adapter")
@@ -59,15 +66,22 @@ def _shape(path: str, own: Mapping[str, list[int]]) -> tuple[int, int, int]:
     return a[1], b[0], a[0]
 
 
+def _ends(path: str) -> set[str]:
+    """Return every name by which a target means a layer: its path, and each end of it that begins after a dot."""
+    parts = path.split(".")
+    return {".".join(parts[i:]) for i in range(len(parts))}
+
+
 def of_base(entry: Entry) -> Layers | None:
     """Return the layers of the base model that the settings adapt; None where they are not known here."""
     base = zoo().get(entry.base)
-    targets = entry.config["lora"]["target_modules"] or (base.targets if base else ())
-    try:
-        each = {name: base.linear(name)[::-1] for name in targets} if base else {}
-    except KeyError:
+    targets = set(entry.config["lora"]["target_modules"] or (base.targets if base else ()))
+    if base is None or not targets:
         return None
-    return {(i, name): each[name] for i in range(base.layers) for name in each} if base and each else None
+    each = base.linears()
+    if targets == {"all-linear"}:
+        return {path: shape for path, shape in each.items() if path != HEAD}
+    return {path: shape for path, shape in each.items() if _ends(path) & targets}
 
 
 def _kept(entry: Entry) -> bool:
@@ -115,35 +129,68 @@ def _config_problems(config: AdapterConfig, layers: Saved, entry: Entry) -> Iter
     lora = entry.config["lora"]
     if config.base != entry.base and Path(config.base).name != Path(entry.base).name:
         yield f"was made for {config.base!r}, the entry says {entry.base!r}"
+    if config.revision not in (None, "", entry.revision):
+        yield f"was made for revision {config.revision[:80]!r}, the entry says {entry.revision!r}"
     narrowed = ("rank_pattern", "alpha_pattern", "exclude_modules", "layers_to_transform", "layers_pattern")
-    if odd := [name for name in narrowed if getattr(config, name)]:
+    # layer 0 alone is written as a number, which is false
+    if odd := [name for name in narrowed if getattr(config, name) not in (None, [], {}, "")]:
         yield f"{odd[0]} is set; a run sets none"
     if other := [path for path, (_, _, rank) in layers.items() if rank != config.r]:
         yield f"r is {config.r}, {other[0][:200]} has rank {layers[other[0]][2]}"
-    if config.lora_alpha != lora["alpha"] and not (_grows(entry) and config.lora_alpha == config.r):
-        yield f"lora_alpha is {config.lora_alpha}, the settings say {lora['alpha']}"
-    if config.use_rslora != lora["rslora"] and not _grows(entry):
-        yield f"use_rslora is {config.use_rslora}, the settings say {lora['rslora']}"
+    yield from _scale_problems(config, entry)
+    if config.lora_dropout != lora["dropout"]:
+        yield f"lora_dropout is {config.lora_dropout}, the settings say {lora['dropout']}"
+    if config.fan_in_fan_out and zoo().get(entry.base):
+        yield "fan_in_fan_out is set; the base model has no such layer"
     if config.use_dora != lora["dora"] or layers.magnitudes != (frozenset(layers) if lora["dora"] else frozenset()):
         yield f"the settings say dora = {str(lora['dora']).lower()}, the adapter is another"
-    if isinstance(config.target_modules, list):
-        named = {t for t in config.target_modules for path in layers if f".{path}".endswith(f".{t}")}
-        covered = {path for path in layers for t in named if f".{path}".endswith(f".{t}")}
-        if odd := sorted({*config.target_modules} - named) + sorted(layers.keys() - covered):
-            yield f"target_modules and the layers in the file are not the same: {odd[0][:200]}"
+    if not isinstance(config.target_modules, list):
+        yield "target_modules is no list of names; a run writes one"
+    elif odd := _unlike(set(config.target_modules), layers):
+        yield f"target_modules and the layers in the file are not the same: {odd[0][:200]}"
+
+
+def _scale_problems(config: AdapterConfig, entry: Entry) -> Iterator[str]:
+    """Yield an alpha or a kind of scale that no run of these settings leaves: only both together make the scale."""
+    lora, said = entry.config["lora"], (config.lora_alpha, config.use_rslora)
+    grows = _grows(entry)
+    # what was moved into the base model has the scale 1, unless nothing was moved
+    pairs = [(float(config.r), False)] if grows else []
+    if not grows or config.r == lora["r"]:
+        pairs.append((lora["alpha"], lora["rslora"]))
+    if said in pairs:
+        return
+    alpha, rslora = pairs[-1]
+    if said[0] != alpha:
+        yield f"lora_alpha is {said[0]}, the settings say {alpha}"
+    if said[1] != rslora:
+        yield f"use_rslora is {said[1]}, the settings say {rslora}"
+
+
+def _unlike(targets: set[str], layers: Mapping[str, object]) -> list[str]:
+    """Return the targets that mean no layer, and the layers that no target means; each sorted."""
+    left, bare = set(targets), []
+    for path in layers:
+        meant = _ends(path) & targets
+        left -= meant
+        bare += [] if meant else [path]
+    return sorted(left) + sorted(bare)
 
 
 def _layer_problems(layers: Saved, entry: Entry) -> Iterator[str]:
-    """Yield layers that are not those of the settings or of the base model, by name, shape and rank."""
+    """Yield layers that are not those of the settings or of the base model, by path, shape and rank."""
     lora, wanted = entry.config["lora"], of_base(entry)
-    named = [(_LAYER.fullmatch(path), shape[:2]) for path, shape in layers.items()]
-    if wanted is not None:
-        found = {(int(name[1]), name[2]): shape for name, shape in named if name}
-        if found != wanted or len(named) != len(wanted):
-            yield f"its {len(named)} layers are not the {len(wanted)} that the settings adapt"
-    ends = tuple(f".{target}" for target in lora["target_modules"])
-    if ends != (".all-linear",) and ends and (odd := [path for path in layers if not f".{path}".endswith(ends)]):
-        yield f"{odd[0][:200]} is no layer that lora.target_modules names"
+    found = {path: shape[:2] for path, shape in layers.items()}
+    if wanted is not None and found != wanted:
+        odd = min((path for path, _ in found.items() ^ wanted.items()), default="")
+        yield f"its {len(found)} layers are not the {len(wanted)} that the settings adapt: {odd[:200]}"
+    targets = set(lora["target_modules"])
+    # a target with dots may mean no layer, as long as its last part is a name of the model
+    unlike = _unlike(targets, layers) if targets and targets != {"all-linear"} else []
+    if odd := next((name for name in unlike if name in layers), ""):
+        yield f"{odd[:200]} is no layer that lora.target_modules names"
+    elif odd := next((name for name in unlike if "." not in name), ""):
+        yield f"has no layer {odd[:200]}, which lora.target_modules names"
     # a method that moves the base model leaves a rank of at most a layer's full one; clients may have cut their ranks
     full = max((min(i, o) for i, o, _ in layers.values()), default=0)
     least = min(lora["r"], full) if _grows(entry) else lora["r"]

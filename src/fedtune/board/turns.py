@@ -36,9 +36,11 @@ def _row_problems(entry: Entry, federation: FederationSettings) -> Iterator[Prob
 def _fewest(rows: Sequence[int], masked: int) -> int:
     """Return how many clients could be asked at least: one whose rows all have no label left never is."""
     able = sorted(n for n in rows if n)
-    while len(able) > 1 and able[0] <= masked:
-        masked -= able.pop(0)
-    return len(able)
+    gone = 0
+    while gone < len(able) - 1 and able[gone] <= masked:
+        masked -= able[gone]
+        gone += 1
+    return len(able) - gone
 
 
 def _one(line: dict[str, Any], federation: FederationSettings, rows: Sequence[int]) -> Iterator[str]:
@@ -47,9 +49,10 @@ def _one(line: dict[str, Any], federation: FederationSettings, rows: Sequence[in
     if any(type(line[name]) is not int or line[name] < 0 for name in ("bytes_up", "bytes_down")):
         yield "its bytes are no count"
     twice = len(set(cohort)) < len(cohort) or len(set(answered)) < len(answered)
-    if twice or not set(answered) <= set(cohort) <= set(range(federation.clients)):
+    real = all(type(c) is int and 0 <= c < federation.clients for c in cohort)
+    if twice or not real or not set(answered) <= set(cohort):
         yield "a client is there twice, or was not asked"
-    elif without := [c for c in cohort if not dict(enumerate(rows)).get(c)]:
+    elif without := [c for c in cohort if c >= len(rows) or not rows[c]]:
         yield f"the clients {without[:10]} were asked, and have no rows"
     if line["status"] not in ("ok", "skipped"):
         yield f"its status is {str(line['status'])[:20]!r}, neither ok nor skipped"

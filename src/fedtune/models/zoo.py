@@ -14,6 +14,8 @@ from fedtune.data import hub
 from fedtune.io import expanded
 from fedtune.types import Problem, nearest
 
+HEAD = "lm_head"  # of every architecture here; PEFT's `all-linear` leaves it out
+
 
 @dataclass(frozen=True)
 class BaseModel:
@@ -51,21 +53,18 @@ class BaseModel:
     traps: str = ""
     tags: tuple[str, ...] = ()
 
-    def linear(self, name: str) -> tuple[int, int]:
-        """Return (out, in) features of a projection. Raises KeyError for one this architecture lacks."""
+    def linears(self) -> dict[str, tuple[int, int]]:
+        """Return (in, out) features of every linear layer by its path in the model, the language-model head last."""
         query, key = self.heads * self.head_dim, self.kv_heads * self.head_dim
-        shapes = {
-            "q_proj": (query, self.hidden),
-            "k_proj": (key, self.hidden),
-            "v_proj": (key, self.hidden),
-            "o_proj": (self.hidden, query),
-            "gate_proj": (self.intermediate, self.hidden),
-            "up_proj": (self.intermediate, self.hidden),
-            "down_proj": (self.hidden, self.intermediate),
-            "qkv_proj": (query + 2 * key, self.hidden),
-            "gate_up_proj": (2 * self.intermediate, self.hidden),
-        }
-        return shapes[name]
+        attention = {"q_proj": query, "k_proj": key, "v_proj": key}
+        mlp = {"gate_proj": self.intermediate, "up_proj": self.intermediate}
+        if self.architecture == "Phi3ForCausalLM":
+            attention, mlp = {"qkv_proj": query + 2 * key}, {"gate_up_proj": 2 * self.intermediate}
+        one = {f"self_attn.{name}": (self.hidden, out) for name, out in attention.items()}
+        one |= {f"mlp.{name}": (self.hidden, out) for name, out in mlp.items()}
+        one |= {"self_attn.o_proj": (query, self.hidden), "mlp.down_proj": (self.intermediate, self.hidden)}
+        each = {f"model.layers.{i}.{name}": shape for i in range(self.layers) for name, shape in one.items()}
+        return {**each, HEAD: (self.hidden, self.vocab)}
 
 
 @functools.cache
