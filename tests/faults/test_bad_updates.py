@@ -578,3 +578,51 @@ def test_a_run_in_which_everybody_fails_is_no_success(config: Config, tmp_path: 
 
     with pytest.raises(RunFailedError, match="no round had enough good updates"):
         run_rounds(federation(config, tmp_path, app), ServerState(start()))
+
+
+@pytest.mark.parametrize("name", ["fedit", "flexlora"])
+@pytest.mark.parametrize("what", ["download", "reply"])
+def test_what_a_client_writes_into_tensors_it_holds_is_seen_by_nobody_else(
+    settings: Callable[..., Settings], tmp_path: Path, name: str, what: str
+) -> None:
+    """In one process it holds the tensors of its order, and those of a reply that was accepted already."""
+    config = settings(federation={"clients": 4, "rounds": 2}, method__name=name).config
+    inner, held = toy_app(), list[dict[str, Tensor]]()
+
+    def run(folder: str, act: bool) -> Any:
+        app = ClientApp()
+        held.clear()
+
+        @app.train()
+        def train(message: Message, context: Context) -> Message:
+            if context.node_config["partition-id"] == (0 if what == "download" else 3):
+                download = messages.unpack(message.content.array_records[messages.ADAPTER])
+                for tensors in [download] if what == "download" else held:
+                    for tensor in tensors.values() if act else ():
+                        tensor.fill_(7.0)
+                raise RuntimeError("fails")
+            reply = inner(message, context)
+            held.append(messages.unpack(reply.content.array_records[messages.ADAPTER]))
+            return reply
+
+        return run_rounds(federation(config, tmp_path / folder, app), ServerState(start()))
+
+    quiet, loud = run("quiet", act=False), run("loud", act=True)
+    assert quiet.records == loud.records
+    want, got = to_tensors(quiet.state.adapter), to_tensors(loud.state.adapter)
+    assert all(torch.equal(want[n], got[n]) for n in want)
+
+
+def test_a_state_that_was_written_into_is_not_kept_after_a_skipped_round(
+    settings: Callable[..., Settings], tmp_path: Path
+) -> None:
+    config = settings(federation={"clients": 4, "rounds": 2, "min_clients": 4}).config
+    state = ServerState(start())
+
+    def reaches(*_: Any) -> None:
+        state.adapter["layer.q"].a.fill_(math.nan)
+        raise RuntimeError("fails")
+
+    with pytest.raises(RunFailedError, match=r"round 1 was skipped and changed the model all the same: .*nan"):
+        run_rounds(federation(config, tmp_path, toy_app(reaches)), state)
+    assert not list(tmp_path.glob("**/*.safetensors"))

@@ -320,3 +320,29 @@ def test_masked_entries_stay_bit_for_bit_in_a_cohort_as_alone(build: Any) -> Non
             frozen = masks[name] == 0
             assert torch.equal(made[name][frozen], begun[name][frozen])
             assert not (made[name][~frozen] == begun[name][~frozen]).any()
+
+
+@pytest.mark.parametrize("dora", [True, False])
+def test_long_texts_cost_their_own_client_time_and_nobody_else(
+    build: Callable[..., tuple[AdaptedModel, Config]], monkeypatch: pytest.MonkeyPatch, dora: bool
+) -> None:
+    """Alone (DoRA) a client's seconds are its own, together a share of them by its tokens; here a token takes one."""
+    adapted, config = build(lora={"r": 4, "dora": dora}, train={"max_steps": 1})
+    data = [[example(c, 188 if c == 0 else 8, 1)] * 4 for c in range(3)]
+    cohort, now = Cohort(adapted, 3), [100.0]
+    monkeypatch.setattr("time.monotonic", lambda: now[0])
+    start = {n: t.double() for n, t in to_tensors(adapted.layout).items()}
+
+    def one(client: int) -> float:
+        local = LocalWork(
+            adapted, data[client], adapted.layout, {}, config, (client, 1, 1), lambda c, n, loss: turn(n), cohort
+        )
+        begun = cohort.clock()
+        local.train(start, list(start))
+        return cohort.clock() - begun
+
+    def turn(tokens: int) -> None:
+        now[0] += tokens
+
+    assert cohort.together([partial(one, c) for c in range(3)]) == pytest.approx([800.0, 80.0, 80.0])
+    assert cohort.stacked == (0 if dora else 3)

@@ -49,9 +49,12 @@ class _Orders:
         for client in self._cohort:
             download = self._fed.recipe.view(self._state, client)
             if not last or not _same(download, last):  # most often all clients get the very same
-                last, record, each = download, messages.pack(download, in_process=near), message_bytes(download)
+                last, each = download, message_bytes(download)
+                record = None if near else messages.pack(download, in_process=False)
             self.bytes += each
-            order = messages.train_order(self._fed.run_id, self._when, client, record)
+            # in one process each client gets tensors of its own: what it writes into them is seen by nobody else
+            sent = record or messages.pack(messages.copied(download), in_process=True)
+            order = messages.train_order(self._fed.run_id, self._when, client, sent)
             node = self._fed.places[client]
             message = grid.create_message(order, "train", node, str(self._when[0]), settings.deadline)
             self._sent[client] = message.metadata  # its id is given when it is sent
@@ -157,9 +160,9 @@ class _Updates:
         self._all: list[ClientUpdate] = []
 
     def add(self, update: ClientUpdate) -> None:
-        """Take an update."""
+        """Take an update; what is kept is a copy, which no client in this process can change any more."""
         if self._sum is None:
-            self._all.append(update)
+            self._all.append(replace(update, tensors=messages.copied(update.tensors)))
         else:
             self._sum.add(update.tensors, update.examples)
 

@@ -17,9 +17,10 @@ from fedtune.federation import checkpoint
 from fedtune.federation.checkpoint import Progress
 from fedtune.federation.exchange import Exchange, all_exchanges
 from fedtune.federation.faults import kill_point
-from fedtune.federation.guard import aggregated
+from fedtune.federation.guard import aggregated, state_problem
 from fedtune.federation.nodes import connect
 from fedtune.methods import ClientUpdate, Recipe, ServerState
+from fedtune.methods.sound import LARGEST
 from fedtune.training.schedule import learning_rate
 from fedtune.types import RoundRecord, RunFailedError, derive_seed, last_line
 
@@ -104,7 +105,11 @@ def _stepped(
 
 
 def one_round(fed: Federation, round_: int, progress: Progress) -> Progress:
-    """Ask, screen, aggregate, record. Too few good updates leave the state untouched."""
+    """Ask, screen, aggregate, record. Too few good updates leave the state untouched.
+
+    Raises:
+        RunFailedError: the state that a skipped round leaves is not sound; the last checkpoint is.
+    """
     state = progress.state
     cohort = _cohort(fed, round_)
     started = time.monotonic()
@@ -113,6 +118,9 @@ def one_round(fed: Federation, round_: int, progress: Progress) -> Progress:
     trained = time.monotonic()
     kill_point(round_, "aggregate")
     done, new_state = _stepped(fed, done, asked, state, round_)
+    if new_state is state and (flaw := state_problem(state, LARGEST)):  # nothing was aggregated: somebody wrote into it
+        what = f"round {round_} was skipped and changed the model all the same: {flaw}"
+        raise RunFailedError(f"{what}; the last checkpoint is sound, and --resume continues from it")
     finished = time.monotonic()
     timing = {"round": round_, "train_seconds": trained - started, "server_seconds": finished - trained}
     # a round in which nobody was to be asked says nothing about those who are

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
@@ -104,7 +105,8 @@ class Cohort:
         self._adapted = adapted
         self._one = Sequential(adapted, limits)
         self.limits = self._one.limits
-        self._meeting = Meeting(self.run_all)
+        self._meeting = Meeting(self.run_all, self._seconds_of)
+        self._seconds: dict[int, float] = {}
         self.size = size
         self.stacked = 0
 
@@ -129,16 +131,34 @@ class Cohort:
     def run_all(self, works: Sequence[Work]) -> list[dict[str, Tensor] | BaseException]:
         """Make the steps of several clients; a client that fails alone gets its error alone."""
         found: dict[int, dict[str, Tensor] | BaseException] = {}
+        self._seconds = {id(work): 0.0 for work in works}
         for places in self._groups(works):
             found |= zip(places, self._group([works[i] for i in places]), strict=True)
         return [found[i] for i in range(len(works))]
+
+    def _seconds_of(self, works: Sequence[Work]) -> list[float]:
+        """Return what each of the works made last took: its own seconds, and its share of those of several."""
+        return [self._seconds.get(id(work), 0.0) for work in works]
+
+    @contextlib.contextmanager
+    def _timed(self, works: Sequence[Work]) -> Iterator[None]:
+        """Charge seconds to works made at once, each by its tokens: long texts take nobody else's time."""
+        since = time.monotonic()
+        try:
+            yield
+        finally:
+            tokens = [sum(len(e.ids) for step in work.steps for e in step) for work in works]
+            each = (time.monotonic() - since) / max(1, sum(tokens))
+            for work, count in zip(works, tokens, strict=True):
+                self._seconds[id(work)] = self._seconds.get(id(work), 0.0) + each * count
 
     def _group(self, works: Sequence[Work]) -> list[dict[str, Tensor] | BaseException]:
         """Make the steps of a group; one that fails (of memory, or of a client's own) is tried again by halves."""
         if len(works) == 1 or not stacks(self._adapted):
             return [self._alone(work) for work in works]
         try:
-            return list(self._stacked(works))
+            with self._timed(works):
+                return list(self._stacked(works))
         except Exception as err:
             _log.info("%d clients in one pass failed and are tried by halves: %s", len(works), last_line(str(err)))
         # outside of `except`: the error holds on to the tensors of the pass
@@ -149,7 +169,8 @@ class Cohort:
 
     def _alone(self, work: Work) -> dict[str, Tensor] | BaseException:
         try:
-            return self._one.run(work)
+            with self._timed([work]):
+                return self._one.run(work)
         except Exception as err:  # one client's fault is one client's error
             return err
 

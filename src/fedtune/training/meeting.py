@@ -43,10 +43,15 @@ class Meeting:
     Args:
         answer: given what several calls have asked for, in their order, returns an answer for each; one that is an
             exception is raised where it was asked.
+        seconds: given the same questions after they were answered, returns what each took; equal shares by default.
     """
 
-    def __init__(self, answer: Callable[[list[Any]], Sequence[Any]]) -> None:
-        self._answer = answer
+    def __init__(
+        self,
+        answer: Callable[[list[Any]], Sequence[Any]],
+        seconds: Callable[[list[Any]], Sequence[float]] | None = None,
+    ) -> None:
+        self._answer, self._seconds = answer, seconds
         self._stopped = threading.Semaphore(0)
         self._callers: list[_Caller] = []
         self._current: _Caller | None = None
@@ -137,14 +142,15 @@ class Meeting:
         asking = [c for c in self._callers if c.asked is not None]
         if not asking:
             return
-        since = time.monotonic()
+        since, questions = time.monotonic(), [c.asked for c in asking]
         try:
-            answers = list(self._answer([c.asked for c in asking]))
+            answers = list(self._answer(questions))
         except BaseException as err:  # every call learns of it, cleans up and ends
             answers = [err] * len(asking)
-        share = (time.monotonic() - since) / len(asking)
-        for caller, found in zip(asking, answers, strict=True):
-            caller.spent += share
+        equal = (time.monotonic() - since) / len(asking)
+        spent = self._seconds(questions) if self._seconds else [equal] * len(asking)
+        for caller, found, own in zip(asking, answers, spent, strict=True):
+            caller.spent += own
             caller.asked, caller.ready = None, True
             caller.error = found if isinstance(found, BaseException) else None
             caller.answer = None if caller.error else found
