@@ -45,8 +45,8 @@ def left(before: Tensor, after: Tensor) -> float:
     return float((before @ after) / (before @ before))
 
 
-def honest(state: ServerState, client: int) -> ClientUpdate:
-    near = {n: t + 0.02 * drawn(1000 + client, *t.shape).to(t.dtype) for n, t in to_tensors(state.adapter).items()}
+def honest(state: ServerState, client: int, step: float = 0.02) -> ClientUpdate:
+    near = {n: t + step * drawn(1000 + client, *t.shape).to(t.dtype) for n, t in to_tensors(state.adapter).items()}
     return ClientUpdate(client, near, 10.0)
 
 
@@ -102,25 +102,57 @@ def _sketches(method: FedASK, updates: list[AdapterState], width: int) -> list[C
     return [ClientUpdate(c, method.first(a, dict.fromkeys(a, width), 1), 10.0) for c, a in enumerate(updates)]
 
 
-@pytest.mark.parametrize("size", [100.0, 9000.0])
-@pytest.mark.parametrize(("chosen", "least"), [(RANK, 0.5), (0, 0.95)])
-def test_a_large_sketch_of_fedask_leaves_the_others_their_directions(chosen: int, least: float, size: float) -> None:
-    """At a width that has no room for both it would be all of the basis, and is scaled down; at the full one it may be."""
-    start = ServerState({p: replace(m, a=m.a.float(), b=m.b.float()) for p, m in adapter(0).items()})
-    made = recipe("fedask", width=chosen)
-    method = cast(FedASK, made.method)
-    width = chosen or CLIENTS * RANK
-    own = [with_tensors(start.adapter, honest(start, c).tensors) for c in range(CLIENTS)]
+def _with_a_large_sketch(start: ServerState, chosen: int, step: float, size: float, noise: float) -> ServerState:
+    """Return FedASK's state after a round in which one client's first sketch has nothing in common with the others'."""
+    method = cast(FedASK, recipe("fedask", width=chosen).method)
+    width = method.sketch_width(OUT, IN, RANK)
+    own = [with_tensors(start.adapter, honest(start, c, step).tensors) for c in range(CLIENTS)]
     first = _sketches(method, own, width)
-    # of the rank that a client has, and in directions that nobody else's has
-    first[BAD] = replace(
-        first[BAD],
-        tensors={n: size * (drawn(5, OUT, RANK) @ drawn(6, RANK, width)).float() for n in first[BAD].tensors},
-    )
+    # of the rank that a client has, but for what rounding is allowed to add; 0 for an honest one
+    odd, more = drawn(5, OUT, RANK) @ drawn(6, RANK, width), drawn(7, OUT, width)
+    sent = size * (odd / odd.norm() + noise * more / more.norm())
+    if size:
+        first[BAD] = replace(first[BAD], tensors={n: sent.float() for n in first[BAD].tensors})
     middle = method.middle(first, start, 1)
     bases = {n.removeprefix("fedask/Q/"): t for n, t in middle.extra.items()}
     second = [ClientUpdate(c, method.second(a, bases), 10.0) for c, a in enumerate(own)]
-    assert left(model(start), model(method.server_step(second, middle, 1))) > least
+    return method.server_step(second, middle, 1)
+
+
+def _single(size: float) -> ServerState:
+    return ServerState({p: replace(m, a=m.a.float(), b=m.b.float()) for p, m in adapter(0, size).items()})
+
+
+@pytest.mark.parametrize("size", [1e4, 9e5])
+@pytest.mark.parametrize("noise", [0.0, 0.99e-3])
+def test_a_large_sketch_of_fedask_leaves_the_others_their_directions(size: float, noise: float) -> None:
+    """At a width that has no room for both it would be all of the basis, and is scaled down."""
+    start = _single(1.0)
+    assert left(model(start), model(_with_a_large_sketch(start, RANK, 0.02, size, noise))) > 0.5
+
+
+@pytest.mark.parametrize("step", [0.02, 1e-5])
+@pytest.mark.parametrize("noise", [0.0, 0.99e-3])
+@pytest.mark.parametrize("size", [1.0, 9000.0])
+def test_where_there_is_room_a_large_sketch_of_fedask_takes_nothing(size: float, noise: float, step: float) -> None:
+    """However little the honest ones differ: their sum would have no digits left beside 9,000."""
+    start = _single(0.01)
+    usual = model(_with_a_large_sketch(start, 0, step, 0.0, 0.0))
+    off = model(_with_a_large_sketch(start, 0, step, size, noise)) - usual
+    # the one client's own directions are missing, an eighth of what it moved
+    own = honest(start, BAD, step).tensors
+    moved = model(ServerState(with_tensors(start.adapter, own))) - model(start)
+    assert float(off.norm()) < 0.2 * float(moved.norm()) + 1e-6 * float(usual.norm())
+
+
+def test_a_width_of_as_many_columns_as_fedask_needs_is_the_default_bit_for_bit() -> None:
+    start, found = ServerState(adapter(0)), []
+    own = [with_tensors(start.adapter, honest(start, c).tensors) for c in range(CLIENTS)]
+    own[BAD] = {p: replace(m, b=50 * m.b) for p, m in own[BAD].items()}  # a width that leaves no room scales it down
+    for chosen in (0, CLIENTS * RANK, 10**6):
+        method = cast(FedASK, recipe("fedask", width=chosen).method)
+        found.append(method.middle(_sketches(method, own, method.sketch_width(OUT, IN, RANK)), start, 1).extra)
+    assert all(torch.equal(found[0][n], other[n]) for other in found[1:] for n in found[0])
 
 
 def test_a_sketch_of_more_directions_than_a_client_has_is_refused_by_its_name() -> None:

@@ -1,9 +1,9 @@
 """FedASK: the mean product from two sums, so that secure sums apply to it (arXiv 2507.09990).
 
-First exchange: Y = sum_i w_i s_i B_i (A_i Omega) with a common random Omega of `width` columns; the server takes Q =
-qr(Y). Second: P = sum_i w_i (Q^T s_i B_i) A_i, and Q P = Q Q^T M. Exact once the width reaches M's rank; below that
-it is a randomised SVD. Its best rank-r part is the next adapter (in the paper's balanced split); the rest goes into
-the base or is dropped.
+First exchange: Y = sum_i w_i s_i B_i (A_i Omega) with a common random Omega of `width` columns; the server takes a
+basis Q of Y's directions. Second: P = sum_i w_i (Q^T s_i B_i) A_i, and Q P = Q Q^T M. Exact once the width reaches M's
+rank; below that it is a randomised SVD. Its best rank-r part is the next adapter (in the paper's balanced split); the
+rest goes into the base or is dropped.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from pydantic import Field
 from fedtune.methods.base import ClientUpdate, ServerState, Sizes
 from fedtune.methods.base_delta import MovesBase, is_kept
 from fedtune.methods.local import Fitted, Local, Tensors
-from fedtune.methods.sketches import evened, exceeds
+from fedtune.methods.sketches import directions, evened
 from fedtune.methods.sound import GROWTH, LOOSE
 from fedtune.types import UpdateError, derive_seed
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from fedtune.lora.state import AdapterState
+    from fedtune.lora.state import AdapterState, LoraModule
 
 _Q, _Y, _P, _OWN = "fedask/Q/", "fedask/Y/", "fedask/P/", "fedask/own/"
 
@@ -58,8 +58,11 @@ class FedASK(MovesBase):
         return sizes.clients * (sizes.a + sizes.b), sizes.clients * (sizes.a + 2 * sizes.b)
 
     def sketch_width(self, out: int, inner: int, rank: int) -> int:
-        """Return the columns of a layer's sketch."""
-        return min(out, inner, self._own.width or self.scene.cohort * rank)
+        """Return the columns of a layer's sketch: no more than the ranks of a cohort add up to."""
+        return self._columns(out, inner, self.scene.cohort * rank)
+
+    def _columns(self, out: int, inner: int, ranks: int) -> int:
+        return min(out, inner, ranks, self._own.width or ranks)
 
     def probe(self, path: str, inner: int, width: int, round_: int) -> Tensor:
         """Return Omega [in, width]: the same everywhere; fewer columns are the first of more."""
@@ -107,20 +110,34 @@ class FedASK(MovesBase):
     def middle(self, updates: Sequence[ClientUpdate], state: ServerState, round_: int) -> ServerState:
         """Return the state with an orthonormal basis of the summed first sketches.
 
+        At a width with room for everybody that is a basis of all clients' own directions, which span the sum whatever
+        the sizes: added up, one large sketch would take the digits of the others.
+
         Raises:
             UpdateError: a client's sketch has more directions than its rank, and would leave none to the others.
         """
         import torch
 
+        own: dict[str, list[Tensor]] = {name: [] for name in updates[0].tensors}
         for update in updates:
             for name, sketch in update.tensors.items():
                 rank = self.rank_of(update.client) or state.adapter[name.removeprefix(_Y)].rank
-                if exceeds(sketch, rank):
+                found, more = directions(sketch, rank)
+                if more:
                     raise UpdateError(update.client, f"{name} has more directions than its rank of {rank}")
-        # at the full width there is room for everybody, and scales would move the sum out of the mean's own directions
-        mean = self.combine(evened(updates, lambda name: name) if self._own.width else updates, state)
-        bases = {_Q + n.removeprefix(_Y): torch.linalg.qr(t)[0] for n, t in mean.items()}
+                own[name].append(found)
+        mean = self.combine(evened(updates, lambda name: name), state)
+        bases = {}
+        for name, sketch in mean.items():
+            path = name.removeprefix(_Y)
+            every = torch.cat(own[name], dim=1)
+            spanned = every if self._has_room(state.adapter[path], sketch.shape[1], every.shape[1]) else sketch
+            bases[_Q + path] = torch.linalg.qr(spanned)[0].to(sketch.dtype)
         return replace(state, extra={**state.extra, **bases})
+
+    def _has_room(self, module: LoraModule, width: int, directions: int) -> bool:
+        """Tell whether sketches of a width tell a round's directions apart; by default they are as wide as that."""
+        return not self._own.width or width >= min(module.b.shape[0], module.a.shape[1], directions)
 
     def server_step(self, updates: Sequence[ClientUpdate], state: ServerState, round_: int) -> ServerState:
         """Split Q P into the next adapter and the rest."""
@@ -150,8 +167,8 @@ class FedASK(MovesBase):
         sent = {}
         for path, m in state.adapter.items():
             out, inner = m.b.shape[0], m.a.shape[1]
-            width = self.sketch_width(out, inner, self.scene.rank or m.rank)
-            name, shape = (_P + path, (width, inner)) if _Q + path in state.extra else (_Y + path, (out, width))
+            basis, width = state.extra.get(_Q + path), self.sketch_width(out, inner, self.scene.rank or m.rank)
+            name, shape = (_Y + path, (out, width)) if basis is None else (_P + path, (basis.shape[1], inner))
             # as large as a sketch of the global adapter can be, so that the screening allows for it
             largest = product.size(m) * (1.0 if name.startswith(_P) else width**0.5 * inner**0.5)
             sent[name] = m.a.new_full(shape, largest / (shape[0] * shape[1]) ** 0.5)
@@ -169,7 +186,7 @@ class FedASK(MovesBase):
 
         start = replace(state, adapter=template(clients), extra={}, base=())
         total = {p: sum(c[p].rank for c in clients) for p in start.adapter}
-        widths = {p: min(m.b.shape[0], m.a.shape[1], self._own.width or total[p]) for p, m in start.adapter.items()}
+        widths = {p: self._columns(m.b.shape[0], m.a.shape[1], total[p]) for p, m in start.adapter.items()}
         first = [
             ClientUpdate(i, self.first(c, widths, round_), n)
             for i, (c, n) in enumerate(zip(clients, examples, strict=True))

@@ -1,7 +1,8 @@
 """What methods share whose clients send sketches: sums of which only the directions are used.
 
 The largest of them would choose the directions for everybody, so no client's counts for more than `sound.OUTLYING`
-times the median of the round. Where none is larger nothing is changed.
+times the median of the round. Where none is larger nothing is changed. Where there is room for every client's
+directions, all of them are taken, and no size counts.
 """
 
 from __future__ import annotations
@@ -41,10 +42,25 @@ def evened(updates: Sequence[ClientUpdate], layer_of: Callable[[str], str]) -> l
     return [replace(u, tensors=t) for u, t in zip(updates, changed, strict=True)]
 
 
-def exceeds(sketch: Tensor, rank: int) -> bool:
-    """Tell whether a sketch has more directions than a rank, beyond what rounding adds."""
+def directions(sketch: Tensor, rank: int) -> tuple[Tensor, bool]:
+    """Return an orthonormal basis of a sketch's main directions, and whether it has more than rounding beyond them.
+
+    Args:
+        sketch: [out, width].
+        rank: how many directions it may have.
+
+    Returns:
+        float64 [out, at most rank], with zeros where the sketch has fewer directions; whether it exceeds the rank.
+    """
     import torch
 
-    wide = sketch.double() if sketch.shape[0] >= sketch.shape[1] else sketch.double().T
-    squares = torch.linalg.eigvalsh(wide.T @ wide).clamp(min=0)  # ascending
-    return bool(squares[: max(0, len(squares) - rank)].sum() > SURPLUS**2 * squares.sum())
+    exact = sketch.double()
+    tall = exact.shape[0] >= exact.shape[1]
+    squares, found = torch.linalg.eigh(exact.T @ exact if tall else exact @ exact.T)  # ascending
+    squares = squares.clamp(min=0)
+    surplus = squares[: max(0, len(squares) - rank)].sum() > SURPLUS**2 * squares.sum()
+    own = squares[-rank:] > len(squares) * torch.finfo(torch.float64).eps * squares[-1]
+    main = found[:, -rank:] * own
+    if tall:
+        main = exact @ main / squares[-rank:].sqrt().where(own, 1.0)
+    return main, bool(surplus)
