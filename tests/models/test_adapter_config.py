@@ -23,7 +23,7 @@ from fedtune.models import trained
 from fedtune.models.adapter import shapes_as
 from fedtune.models.adapter_config import KNOWN, read_config
 from fedtune.models.load import LoadedModel, load
-from fedtune.models.patterns import try_patterns
+from fedtune.models.patterns import Pattern, try_patterns
 from fedtune.models.source import CONFIG, WEIGHTS
 from fedtune.models.trained import load_folder
 from fedtune.types import AdapterError, CorruptFileError, FedtuneError, ProblemsError
@@ -194,7 +194,13 @@ def test_a_field_of_a_later_release_that_is_off_changes_nothing(folder: Path, of
         ("target_modules", 7),
         ("target_modules", [1, 2]),
         ("target_modules", "(q_proj"),
+        ("target_modules", ["q_proj"] * 5000),
+        ("target_modules", ["q_proj", "a." * 1000]),
+        ("target_modules", "(q_proj|" * 5000),
         ("exclude_modules", {"a": 1}),
+        ("exclude_modules", [str(i) for i in range(5000)]),
+        ("rank_pattern", {str(i): 2 for i in range(5000)}),
+        ("alpha_pattern", {"(a|" * 5000: 2}),
         ("layers_to_transform", "all"),
         ("rank_pattern", ["v_proj"]),
         ("rank_pattern", {"v_proj": 0}),
@@ -269,6 +275,13 @@ def test_a_pattern_that_would_take_for_ever_is_refused(
     _edited(folder, **fields)
     with pytest.raises(AdapterError, match=r"adapter: its patterns cannot be applied to the names of \d+ layers"):
         load_folder(load(ModelSettings(name=str(tiny_folder))), folder)
+
+
+def test_more_patterns_than_re_keeps_are_tried_although_each_is_a_name() -> None:
+    names, patterns = [f"layers.{i}.q_proj" for i in range(100)], [Pattern("r", f"x{i}", f"x{i}$") for i in range(3000)]
+    try_patterns(patterns[:500], names, seconds=0)
+    with pytest.raises(AdapterError, match="cannot be applied to the names of 100 layers"):
+        try_patterns(patterns, names, seconds=1)
 
 
 @pytest.mark.parametrize(

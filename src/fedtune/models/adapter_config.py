@@ -16,6 +16,10 @@ from fedtune.types import AdapterError
 
 Rank = Annotated[int, Field(ge=1, le=4096)]
 Alpha = Annotated[float, Field(ge=1e-6, le=1e6)]
+# PEFT holds each of a list's names against every other and every layer, so its time grows with the square of them
+MOST_NAMES = 4096
+Text = Annotated[str, Field(max_length=10_000)]
+Names = Annotated[list[Annotated[str, Field(max_length=1000)]], Field(max_length=MOST_NAMES)]
 
 # about a file, or read by PEFT only where another field is set
 DESCRIBES = {"auto_mapping", "peft_version", "inference_mode", "runtime_config"}
@@ -47,12 +51,12 @@ class AdapterConfig(BaseModel):
     r: Rank
     lora_alpha: Alpha
     lora_dropout: Annotated[float, Field(ge=0, le=1)] = 0.0
-    target_modules: list[str] | str | None = None
-    exclude_modules: list[str] | str | None = None
+    target_modules: Names | Text | None = None
+    exclude_modules: Names | Text | None = None
     layers_to_transform: list[int] | int | None = None
-    layers_pattern: list[str] | str | None = None
-    rank_pattern: dict[str, Rank] | None = None
-    alpha_pattern: dict[str, Alpha] | None = None
+    layers_pattern: Names | Text | None = None
+    rank_pattern: Annotated[dict[Text, Rank], Field(max_length=MOST_NAMES)] | None = None
+    alpha_pattern: Annotated[dict[Text, Alpha], Field(max_length=MOST_NAMES)] | None = None
     use_rslora: bool = False
     use_dora: bool = False
     fan_in_fan_out: bool = False

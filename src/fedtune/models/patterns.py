@@ -16,11 +16,12 @@ from typing import NamedTuple
 from fedtune.types import AdapterError
 
 _NAME = re.compile(r"[\w.]*")
+_KEPT = 500  # patterns that `re` keeps compiled; of more, each is compiled anew for each layer
 _TRY = """
 import json, re, sys
 patterns, names = json.load(sys.stdin)
-for _, _, expression, whole in patterns:
-    for name in names:
+for name in names:
+    for _, _, expression, whole in patterns:
         (re.fullmatch if whole else re.match)(expression, name)
 """
 
@@ -50,7 +51,7 @@ def try_patterns(patterns: Sequence[Pattern], names: Sequence[str], seconds: flo
     Raises:
         AdapterError: they could not.
     """
-    if all(_NAME.fullmatch(pattern.written) for pattern in patterns):
+    if len(patterns) <= _KEPT and all(_NAME.fullmatch(pattern.written) for pattern in patterns):
         return
     words = [sys.executable, "-I", "-c", _TRY]
     told = json.dumps([list(patterns), list(names)]).encode()
