@@ -1,12 +1,21 @@
 """What a stranger's files may make a check do grows with their length, and no faster; what they hold in memory too."""
 
+import gc
+import json
+import weakref
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from fedtune.board import turns
+from fedtune.board import turns, validate
+from fedtune.board.archive import ENTRY, MAX_ENTRY
+from fedtune.board.store import read_entry, write_entry
 from fedtune.config.schema import FederationSettings
+from fedtune.results.entry import Answers, Entry, Point
+from fedtune.results.schema import Arm
+from tests.board.entries import entry, score
 
 
 class Rows(list[int]):
@@ -46,3 +55,72 @@ def test_clients_without_rows_were_not_asked() -> None:
 )
 def test_the_smallest_clients_may_have_no_label_left(rows: list[int], masked: int, fewest: int) -> None:
     assert turns._fewest(rows, masked) == fewest
+
+
+def submission(root: Path, count: int) -> Path:
+    """Write a folder of packed runs that have nothing but an entry."""
+    for seed in range(count):
+        run = root / f"seed-{seed}"
+        run.mkdir(parents=True)
+        made = entry(seed=seed, files={"result.json": "0" * 64})
+        (run / ENTRY).write_text(json.dumps(made.model_dump(mode="json")))
+    return root
+
+
+@pytest.mark.parametrize("name", [ENTRY, "result.json"])
+def test_an_entry_of_more_than_two_mebibytes_is_never_parsed(
+    tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = submission(tmp_path / "s", 1) / "seed-0"
+    (run / name).write_text(json.dumps({"data": [{"": 0}] * (MAX_ENTRY // 8)}))
+    monkeypatch.setattr(validate, "read_entry", lambda *_: pytest.fail("was parsed"))
+    [(_, found, problems)] = validate.check(tmp_path / "s")
+    assert found is None
+    assert f"{name}: " in str(problems[0])
+    assert "at most 2,097,152 are taken" in str(problems[0])
+
+
+def test_entries_that_are_in_the_store_are_read_one_by_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, store = submission(tmp_path / "s", 6), tmp_path / "store"
+    assert not validate.added(path, store)
+    for run in sorted(path.iterdir()):
+        write_entry(store, read_entry(run / ENTRY))
+    held: list[weakref.ref[Entry]] = []
+    most = 0
+
+    def counted(place: Path, limit: int) -> Entry:
+        nonlocal most
+        gc.collect()
+        made = read_entry(place, limit)
+        held.append(weakref.ref(made))
+        most = max(most, sum(ref() is not None for ref in held))
+        return made
+
+    monkeypatch.setattr(validate, "read_entry", counted)
+    assert validate.added(path, store)
+    assert len(held) == 6
+    assert most <= 2
+
+
+def test_an_honest_entry_of_a_thousand_clients_has_room_to_spare(tmp_path: Path) -> None:
+    tasks = [(f"task-{i}", mode) for i in range(9) for mode in ("likelihood", "official")]
+    rates = [1 / 3 + i / 7919 for i in range(1_000)]
+    arms = [
+        Arm(
+            name=name,
+            scores=[score(120, task=task, mode=mode) for task, mode in tasks],
+            per_client={f"{task}/{mode}": rates for task, mode in tasks},
+            failed=dict.fromkeys(range(1000), "was never asked in any round"),
+        )
+        for name in ("federated", "local-only")
+    ]
+    made = entry(
+        arms=arms,
+        answers={f"base/{t}/{m}": Answers.pack([True] * 15_000, "i" * 64) for t, m in tasks},
+        curve=[Point(round=r, task=t, mode=m, score=1 / 3) for r in range(100) for t, m in tasks],
+        losses=[1 / 3] * 1_000,
+        data={"rows": 10**6, "clients": [1_000] * 1_000},
+        files={f"evals/federated/client-{i:04d}/task.likelihood.jsonl.gz": "f" * 64 for i in range(1_950)},
+    )
+    path = write_entry(tmp_path, made)
+    assert path.stat().st_size < MAX_ENTRY

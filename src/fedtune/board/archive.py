@@ -18,6 +18,8 @@ from fedtune.types import Problem
 MAX_FILES, MAX_FILE, MAX_TOTAL = 2_000, 512 * 1024**2, 1024**3
 MAX_RUNS = 20  # of one submission: the seeds of a recipe
 MAX_TEXT = 16 * 1024**2  # of a file that is parsed whole: what it makes takes some thirty times the room
+# of an entry and a result: some thirty thousand clients, and twenty of them are held at a time
+MAX_ENTRY = 2 * 1024**2
 ENTRY = "entry.json"
 INSIDE = (".zip", ".tar", ".tgz", ".7z", ".rar", ".tar.gz")
 METHODS = {9: "Deflate64", 12: "bzip2", 14: "LZMA", 93: "Zstandard", 95: "XZ"}

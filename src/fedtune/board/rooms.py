@@ -8,7 +8,7 @@ from typing import Any
 
 from fedtune.board.archive import litter
 from fedtune.board.samples import against
-from fedtune.board.sets import client_rooms, named_logs, samples
+from fedtune.board.sets import client_rooms, log_path, named_logs, samples
 from fedtune.domains import TASKS
 from fedtune.io import read_json, read_lines
 from fedtune.methods import METHODS
@@ -93,6 +93,9 @@ def _point(folder: Path, entry: Entry, room: str, score: Score, limit: float) ->
         yield f"{len(rooms)} clients have samples, {len(last)} in the end"
         return
     yield from against(folder, rooms, score, limit, mean=mean)
+    # without samples of the round nothing is to be compared; those in the end are not read once more for each line
+    if not any(log_path(folder, name, score.task, score.mode).exists() for name in rooms):
+        return
     of_round, in_the_end = (_items(folder, names, score) for names in (rooms, last))
     if of_round != in_the_end:
         yield "its samples are not of the same items as those in the end"

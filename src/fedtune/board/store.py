@@ -18,14 +18,14 @@ from fedtune.types import CorruptFileError, DataError, FedtuneError, Problem, pl
 STATES = ("reported", "re-scored", "re-run", "flagged")
 
 
-def read_entry(path: Path) -> Entry:
-    """Read an entry.
+def read_entry(path: Path, most: int = MAX_TEXT) -> Entry:
+    """Read an entry of at most `most` bytes: written out in the store it is longer than a submitter can make it.
 
     Raises:
         CorruptFileError: not JSON, too large, or not an entry; with the first reason.
     """
     try:
-        return Entry.model_validate(parse_json(read_text(path, MAX_TEXT), str(path)))
+        return Entry.model_validate(parse_json(read_text(path, most), str(path)))
     except ValidationError as err:
         first = err.errors()[0]
         where = ".".join(map(str, first["loc"])) or "the document"

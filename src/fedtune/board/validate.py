@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import gzip
 import hashlib
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 from fedtune import domains
 from fedtune.board.adapter import adapter_problems
-from fedtune.board.archive import ENTRY, MAX_FILE, MAX_FILES, MAX_RUNS, MAX_TEXT, MAX_TOTAL, litter, opened
+from fedtune.board.archive import ENTRY, MAX_ENTRY, MAX_FILE, MAX_FILES, MAX_RUNS, MAX_TEXT, MAX_TOTAL, litter, opened
 from fedtune.board.entries import from_run
 from fedtune.board.rooms import curve_problems, room_problems
 from fedtune.board.samples import impossible, recomputed
-from fedtune.board.store import read_entry
+from fedtune.board.store import holds, read_entry
 from fedtune.board.turns import round_problems
 from fedtune.board.wire import byte_problems
 from fedtune.config import Config, read_protocol
@@ -52,6 +53,7 @@ def _layout(folder: Path) -> Iterator[Problem]:
         size, count = path.stat().st_size, count + 1
         total += size
         most = MAX_FILE if path.suffix in (".gz", ".safetensors") else MAX_TEXT
+        most = MAX_ENTRY if path.name in (ENTRY, "result.json") else most
         if size > most:
             yield Problem(name, f"{size:,} bytes, at most {most:,} are taken")
         if path.suffix not in ALLOWED:
@@ -159,10 +161,10 @@ def _evaluated(folder: Path, entry: Entry) -> Iterator[Problem]:
         if not (mode == "official" and task.kind == "solution")
     }
     for arm in entry.arms:
-        have = [(s.task, s.mode) for s in arm.scores]
-        for task, mode in sorted(wanted - set(have)):
+        have = Counter((s.task, s.mode) for s in arm.scores)
+        for task, mode in sorted(wanted - have.keys()):
             yield Problem(f"{arm.name}/{task} ({mode})", "is missing, the settings evaluate it")
-        for task, mode in sorted({pair for pair in have if pair not in wanted or have.count(pair) > 1}):
+        for task, mode in sorted({pair for pair, times in have.items() if pair not in wanted or times > 1}):
             yield Problem(f"{arm.name}/{task} ({mode})", "is there twice, or the settings do not evaluate it")
     names = [arm.name for arm in entry.arms]
     for name in {*(["base"] if config.eval.base else []), config.arm} - set(names):
@@ -220,7 +222,7 @@ def check_one(folder: Path) -> tuple[Entry | None, list[Problem]]:
     if problems:
         return None, problems
     try:
-        entry = read_entry(folder / ENTRY)
+        entry = read_entry(folder / ENTRY, MAX_ENTRY)
     except FedtuneError as err:
         return None, [Problem(ENTRY, str(err).replace(f"{folder}/", ""))]
     problems += _logs_fit(folder)
@@ -253,13 +255,13 @@ def not_run_again(entry: Entry) -> list[str]:
     return [f"{name}: programs not run again here: {why}" for name, why in sorted(reasons.items()) if why]
 
 
-def listed(path: Path) -> list[Entry]:
-    """Return the entries of a folder's packed runs as they stand, unchecked; none where one cannot be read."""
+def added(path: Path, store: Path) -> bool:
+    """Tell whether a store has every packed run of a folder already, each as it stands; they are read one by one."""
     there = [p for p in sorted(path.glob(f"*/{ENTRY}")) if p.is_file() and not p.is_symlink()]
     try:
-        return [read_entry(p) for p in there] if len(there) <= MAX_RUNS else []
+        return 0 < len(there) <= MAX_RUNS and all(holds(store, read_entry(p, MAX_ENTRY)) for p in there)
     except FedtuneError:
-        return []
+        return False
 
 
 def check(path: Path) -> list[tuple[str, Entry | None, list[Problem]]]:

@@ -113,10 +113,10 @@ def build(
 
 def _added(path: Path, store: Path, state: str) -> bool:
     """Put one submission's entries into the store, all or none, or say why not."""
-    from fedtune.board.store import holds, settled, twin, write_entry
-    from fedtune.board.validate import check, listed, not_run_again
+    from fedtune.board.store import settled, twin, write_entry
+    from fedtune.board.validate import added, check, not_run_again
 
-    if (entries := listed(path)) and all(holds(store, e) for e in entries) and state != "re-run":
+    if state != "re-run" and added(path, store):
         say(f"{path}: is in {store} already")
         return True
     found = check(path)
