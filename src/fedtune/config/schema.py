@@ -96,7 +96,7 @@ class RobustSettings(Section):
     rule: Literal["none", "krum", "multi-krum", "geometric-median", "trimmed", "foolsgold", "dnc"] = "none"
     malicious: int = Field(1, ge=0)
     clip_norm: Literal["none", "median"] | PositiveFloat = "none"
-    iterations: int = Field(100, ge=1)
+    iterations: int = Field(10_000, ge=1)
 
 
 class AttackSettings(Section):

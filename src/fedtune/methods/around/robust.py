@@ -12,10 +12,17 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
+from fedtune.types import RunFailedError
+
 if TYPE_CHECKING:
     from torch import Tensor
 
     from fedtune.config.schema import RobustSettings
+
+# squared distances below this share of the squared sizes that they are made of are rounding
+SAME = 1e-13
+# how much pull may be left where the geometric median stands still: a share of one client's
+STILL = 1e-3
 
 Rule = Callable[["Tensor", "Tensor", "RobustSettings"], "Tensor"]
 
@@ -91,14 +98,50 @@ def _to_mean(gram: Tensor, shares: Tensor) -> Tensor:
     return (gram.diag() - 2 * gram @ shares + shares @ gram @ shares).clamp(min=0).sqrt()
 
 
+def _nearness(gram: Tensor, shares: Tensor) -> tuple[Tensor, Tensor]:
+    """Return each update's distance to the weighted mean, and which are that point as far as float64 can tell."""
+    squares = _to_mean(gram, shares).square()
+    size = gram.abs()
+    return squares.sqrt(), squares <= SAME * (size.diag() + 2 * size @ shares + shares @ size @ shares)
+
+
+def _weiszfeld(gram: Tensor, weights: Tensor, shares: Tensor) -> tuple[Tensor, bool]:
+    """Return the next point of Weiszfeld's iteration, and whether it stands still (Vardi and Zhang, PNAS 2000).
+
+    Every update pulls with its weight towards itself. Those at the point itself hold it with their weights.
+    """
+    far, here = _nearness(gram, shares)
+    pull = (weights / far).masked_fill(here, 0)
+    force = pull - pull.sum() * shares
+    strength, held = float((force @ gram @ force).clamp(min=0).sqrt()), float(weights[here].sum())
+    if strength <= held + STILL * float(weights.min()):
+        return shares, True
+    stay = held / strength
+    return stay * shares + (1 - stay) * pull / pull.sum(), False
+
+
 def geometric_median(gram: Tensor, weights: Tensor, settings: RobustSettings) -> Tensor:
-    """Return the weights of the point with the least sum of distances (Weiszfeld, arXiv 1912.13445)."""
+    """Return the weights of the point with the least sum of distances (arXiv 1912.13445).
+
+    The iteration starts from the mean, where that is the point already, or else from the best update; if the point is
+    an update, it is that one. It ends where the pulls on the point cancel, not after a number of steps: only then does
+    what the rule promises hold.
+
+    Raises:
+        RunFailedError: the point still moves after `iterations` steps.
+    """
     shares = weights / weights.sum()
-    floor = gram.diag().max().clamp(min=0).sqrt() * 1e-12 + 1e-300
+    if _weiszfeld(gram, weights, shares)[1]:
+        return weights
+    best = int((distances(gram).sqrt() @ weights).argmin())
+    shares = shares.new_zeros(shares.shape).index_fill(0, shares.new_tensor([best]).long(), 1)
     for _ in range(settings.iterations):
-        new = weights / _to_mean(gram, shares).clamp(min=float(floor))
-        shares = new / new.sum()
-    return shares * weights.sum()
+        shares, still = _weiszfeld(gram, weights, shares)
+        if still:
+            return shares * weights.sum()
+    raise RunFailedError(
+        f"the geometric median still moves after robust.iterations = {settings.iterations}; allow more of them"
+    )
 
 
 def trimmed(gram: Tensor, weights: Tensor, settings: RobustSettings) -> Tensor:
@@ -123,18 +166,28 @@ def foolsgold(gram: Tensor, weights: Tensor, settings: RobustSettings) -> Tensor
     return weights * logit if bool((logit > 0).any()) else weights
 
 
-def dnc(gram: Tensor, weights: Tensor, settings: RobustSettings) -> Tensor:
-    """Drop the f updates that lie farthest along the main direction of spread (DnC, NDSS 2021).
-
-    The published rule does so on random coordinates to bear the dimension; the Gram matrix needs no such thing.
-    """
+def _farthest(gram: Tensor, left: Tensor) -> int:
+    """Return which of the updates that are left lies farthest from their mean along their main direction of spread."""
     import torch
 
-    shares = weights / weights.sum()
+    shares = left / left.sum()
     centred = gram - (gram @ shares)[:, None] - (shares @ gram)[None] + shares @ gram @ shares
-    values, vectors = torch.linalg.eigh((centred + centred.T) / 2)
-    score = values[-1].clamp(min=0) * vectors[:, -1].square()
-    return _selected(weights, score.argsort(stable=True), max(1, len(weights) - settings.malicious))
+    centred = centred * left[:, None] * left[None]
+    axis = torch.linalg.eigh((centred + centred.T) / 2).eigenvectors[:, -1]
+    return int((axis.abs() * left).argmax())
+
+
+def dnc(gram: Tensor, weights: Tensor, settings: RobustSettings) -> Tensor:
+    """Drop f updates, one by one, that lie farthest along the main direction of spread (after DnC, NDSS 2021).
+
+    The published rule drops all f along one direction, where a second malicious client need only stay near the mean of
+    that one to be kept, however far away it is; so the direction is found anew after each. It also looks at random
+    coordinates only, to bear the dimension; the Gram matrix needs no such thing.
+    """
+    left = weights.new_ones(weights.shape)
+    for _ in range(min(settings.malicious, len(weights) - 1)):
+        left[_farthest(gram, left)] = 0
+    return weights * left
 
 
 COUNTING = ("krum", "multi-krum", "geometric-median", "trimmed", "dnc")  # rules that `malicious` is a count for
