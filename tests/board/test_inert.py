@@ -72,6 +72,7 @@ WORDS += ["https://", "www.", "WWW.x.org", "@", "#1", "mailto:", ":smile:", "a",
 @example("1. x")
 @example("- x")
 @example("mailto:_")
+@example("#_")
 def test_any_text_is_shown_as_it_is_and_linked_by_nobody(text: str) -> None:
     made = MarkdownIt("commonmark").enable(["table", "strikethrough"]).render(inert(text)).strip()
     shown = html.unescape(re.sub(r"^<p>|</p>$", "", made))

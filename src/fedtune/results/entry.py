@@ -21,7 +21,7 @@ State = Literal["reported", "re-scored", "re-run", "flagged"]
 _SAFE = re.compile(r"[^A-Za-z0-9._@-]+")
 _MARKDOWN = re.compile(r"([\\`*_\[\]<>&|~#!$])|^([-+=]|\d+(?=[.)]))")
 # what readers of Markdown link or replace although it is escaped: addresses, names, numbers of threads, emoji
-_LINKED = re.compile(r"(?<=:)(?=\S)|(?<=@)(?=\S)|(?<=#)(?=\w)|(?<=www)(?=\.)", re.I)
+_LINKED = re.compile(r"(?<=:)(?=\S)|(?<=@)(?=\S)|(?<=#)(?=\S)|(?<=www)(?=\.)", re.I)
 _BREAK = "&#8203;"  # of no width
 
 
