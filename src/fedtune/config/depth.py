@@ -15,7 +15,7 @@ _APART = re.compile(
     r"""#[^\n]*+|\"{3}(?:[^\\]|\\.?)*?(?:\"{3}|\Z)|'{3}.*?(?:'{3}|\Z)|"(?:[^"\\\n]|\\.)*+(?:"|$)|'[^'\n]*+(?:'|$)""",
     re.DOTALL | re.MULTILINE,
 )
-_DEEP = re.compile(rf"(?:[\w-]++[ \t]*+\.[ \t]*+){{{DEEPEST}}}")
+_DEEP = re.compile(rf"(?<![\w-])(?:[\w-]++[ \t]*+\.[ \t]*+){{{DEEPEST}}}")
 
 
 def parsed(text: str) -> dict[str, Any]:
