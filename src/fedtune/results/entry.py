@@ -13,7 +13,7 @@ from typing import Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from fedtune.results.bounds import LARGEST, LARGEST_INT, MOST_TEXT, Amount, Count, plain_text, unbounded
-from fedtune.results.schema import Arm, Document
+from fedtune.results.schema import Arm, Arms, Document
 
 __all__ = ["Answers", "Arm", "Costs", "Entry", "Point", "Privacy", "State", "inert", "plain_text"]
 
@@ -155,7 +155,7 @@ class Entry(Document):
     protocol: str = ""
     protocol_sha256: str = ""
     unranked: list[str] = Field(default_factory=list)
-    arms: list[Arm] = Field(min_length=1)
+    arms: Arms = Field(min_length=1)
     answers: dict[str, Answers] = Field(default_factory=dict)
     curve: list[Point] = Field(default_factory=list)
     losses: list[float | None] = Field(default_factory=list)

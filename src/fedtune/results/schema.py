@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 SCHEMA_VERSION = 1
 
@@ -50,6 +51,13 @@ class Score(Document):
     items_sha256: str = ""
 
 
+def _once(scores: list[Score]) -> list[Score]:
+    twice = [f"{task}/{mode}" for (task, mode), n in Counter((s.task, s.mode) for s in scores).items() if n > 1]
+    if twice:
+        raise ValueError(f"{twice[0][:200]} is scored more than once")
+    return scores
+
+
 def withheld(scores: Iterable[Score]) -> dict[str, str]:
     """Return why scores are withheld, by `task/mode`; nothing of those that are known."""
     return {f"{s.task}/{s.mode}": s.withheld or "unknown" for s in scores if s.score is None}
@@ -64,10 +72,20 @@ class Arm(Document):
     """
 
     name: str
-    scores: list[Score]
+    scores: Annotated[list[Score], AfterValidator(_once)]
     steps: int = 0
     per_client: dict[str, list[float | None]] = Field(default_factory=dict)
     failed: dict[int, str] = Field(default_factory=dict)
+
+
+def _named_once(arms: list[Arm]) -> list[Arm]:
+    twice = [name for name, n in Counter(arm.name for arm in arms).items() if n > 1]
+    if twice:
+        raise ValueError(f"the arm {twice[0][:200]} is there more than once")
+    return arms
+
+
+Arms = Annotated[list[Arm], AfterValidator(_named_once)]
 
 
 class Result(Document):
@@ -85,7 +103,7 @@ class Result(Document):
     revision: str
     data: dict[str, Any]
     seed: int
-    arms: list[Arm]
+    arms: Arms
     rounds: int
     skipped_rounds: int
     lost_clients: int
