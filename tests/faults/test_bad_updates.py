@@ -463,8 +463,14 @@ def test_what_cannot_be_read_or_claims_what_is_false_is_one_of_the_malicious(
     assert (record.status, len(record.clients)) == ("ok", 4)
 
 
+def _round_zero(reply: Message) -> None:
+    claims = dict(reply.content.config_records[messages.IDENTITY])
+    reply.content[messages.IDENTITY] = ConfigRecord({**claims, "round": 0})
+
+
+@pytest.mark.parametrize("change", [lambda reply: reply.content.clear(), _round_zero], ids=["empty", "another round"])
 def test_a_second_reply_does_not_make_its_client_one_of_those_refused(
-    settings: Callable[..., Settings], tmp_path: Path
+    settings: Callable[..., Settings], tmp_path: Path, change: Callable[[Message], None]
 ) -> None:
     """Else a client whose first reply counts would use up the malicious ones that the rule reckons with."""
 
@@ -472,7 +478,7 @@ def test_a_second_reply_does_not_make_its_client_one_of_those_refused(
         def send_and_receive(self, messages: Any, *, timeout: float | None = None) -> Iterator[Message]:
             for reply in super().send_and_receive(messages, timeout=timeout):
                 yield reply
-                reply.content.clear()
+                change(reply)
                 yield reply
 
     tree = {"method": {"name": "flexlora"}, "robust": {"rule": "krum"}}

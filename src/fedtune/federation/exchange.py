@@ -122,8 +122,8 @@ class Exchange:
 
     @property
     def refused(self) -> int:
-        """How many clients' replies were refused for what they hold."""
-        return len({r.client for r in self.screened.rejected if r.reason in CONTENT})
+        """How many clients without a good reply had one refused for what it holds."""
+        return len({r.client for r in self.screened.rejected if r.reason in CONTENT}.difference(self.good))
 
     @property
     def shortage(self) -> str:

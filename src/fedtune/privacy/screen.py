@@ -107,14 +107,14 @@ def _identity(reply: Reply, expected: Expected, seen: set[int]) -> tuple[str, st
     """Reject replies of strangers, of other rounds or runs, second ones, and those that nothing can be read from."""
     if reply.client is None or reply.client not in expected.signature:
         return "unknown_client", "the node was not asked this round"
+    if reply.client in seen:  # whatever it holds: what counts of a client is its first reply
+        return "duplicate", "a second reply of this client"
     if reply.error:
         return "error", reply.error
     run, round_, client, phase = reply.claims or (expected.run, expected.round, reply.client, expected.phase)
     if (run, round_, phase) != (expected.run, expected.round, expected.phase):
         now = f"run {expected.run} round {expected.round}.{expected.phase}"
         return "claims" if reply.asked else "stale", f"answers run {run} round {round_}.{phase}, now is {now}"
-    if reply.client in seen:  # whatever it holds: what counts of a client is its first reply
-        return "duplicate", "a second reply of this client"
     if client != reply.client:
         return "claims", f"sent by client {reply.client}, claims to be {client}"
     if reply.flaw or reply.claims is None or reply.tensors is None:
