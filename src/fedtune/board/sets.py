@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,13 +12,26 @@ from fedtune.domains import DOMAINS, TASKS
 from fedtune.evaluation import known
 from fedtune.io import digest, reading
 from fedtune.results.entry import Point
-from fedtune.results.schema import Arm, Score
+from fedtune.results.schema import PATH_PART, Arm, Score
 from fedtune.types import CorruptFileError
 
 
+def _inside(folder: Path, *parts: str) -> Path:
+    """Return a path below the folder of a run's logs, of names that lead nowhere else; else raise CorruptFileError."""
+    if odd := [part for part in parts if not re.fullmatch(PATH_PART, part)]:
+        raise CorruptFileError(
+            f"{folder}: {odd[0][:100]!r} is no name of an arm, a task or a mode; no log is read by it"
+        )
+    return folder.joinpath("evals", *parts)
+
+
 def client_rooms(folder: Path, arm: str) -> list[str]:
-    """Return the parts of an arm's logs, one for each client, where each has a model of its own; in their order."""
-    numbers = {int(p.name[7:]) for p in (folder / "evals" / arm).glob("client-*") if p.name[7:].isdecimal()}
+    """Return the parts of an arm's logs, one for each client, where each has a model of its own; in their order.
+
+    Raises:
+        CorruptFileError: the arm's name could lead out of the folder.
+    """
+    numbers = {int(p.name[7:]) for p in _inside(folder, arm).glob("client-*") if p.name[7:].isdecimal()}
     rooms = [f"{arm}/client-{number:04d}" for number in sorted(numbers)]
     # a client's number is spelled in one way only; any other spelling is no client's
     return [room for room in rooms if (folder / "evals" / room).exists()]
@@ -32,9 +46,10 @@ def log_path(folder: Path, room: str, task: str, mode: str) -> Path:
         task, mode: which.
 
     Raises:
-        CorruptFileError: there are two logs of it, so that nobody can tell which one counts.
+        CorruptFileError: there are two logs of it, so that nobody can tell which one counts; or a name could lead out
+            of the folder.
     """
-    plain = folder / "evals" / room / f"{task}.{mode}.jsonl"
+    plain = _inside(folder, *room.split("/"), f"{task}.{mode}.jsonl")
     packed = plain.with_name(f"{plain.name}.gz")
     if plain.exists() and packed.exists():
         raise CorruptFileError(f"{plain}: stands beside {packed.name}; one log of an evaluation is wanted, remove one")

@@ -87,7 +87,8 @@ def evaluate(
         import json
 
         typer.echo(json.dumps([s.model_dump(mode="json") for s in found], indent=1))
-    for each in table([schema.Arm(name=Path(target).name, scores=found)]):
+    # a folder's name is no arm's: it may have blanks, and is only shown
+    for each in table([schema.Arm.model_construct(name=Path(target).name, scores=found)]):
         console.print(each)
     console.print(f"per-sample logs: {folder.resolve()}", soft_wrap=True)
     withheld.check(schema.withheld(found), len(found))

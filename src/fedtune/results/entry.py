@@ -13,7 +13,7 @@ from typing import Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from fedtune.results.bounds import LARGEST, LARGEST_INT, MOST_TEXT, Amount, Count, plain_text, unbounded
-from fedtune.results.schema import Arm, Arms, Document
+from fedtune.results.schema import Arm, Arms, Document, Name
 
 __all__ = ["Answers", "Arm", "Costs", "Entry", "Point", "Privacy", "State", "inert", "plain_text"]
 
@@ -106,8 +106,8 @@ class Point(Document):
     """A score during the run."""
 
     round: Count
-    task: str
-    mode: str
+    task: Name
+    mode: Name
     score: float | None
 
 

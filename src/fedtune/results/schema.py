@@ -9,6 +9,9 @@ from typing import Annotated, Any
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 SCHEMA_VERSION = 1
+PATH_PART = r"^[a-z0-9][A-Za-z0-9._-]*$"
+# of an arm, a task or a mode: part of a path, hence no separator, and no leading dot
+Name = Annotated[str, Field(max_length=80, pattern=PATH_PART)]
 
 
 class Document(BaseModel):
@@ -35,8 +38,8 @@ class Score(Document):
         trivial: accuracy of answers that need no model: the majority class and always the same one.
     """
 
-    task: str
-    mode: str
+    task: Name
+    mode: Name
     metric: str = "accuracy"
     n: int
     score: float | None
@@ -71,7 +74,7 @@ class Arm(Document):
     whenever it was asked, or was never asked; it is in none of the means.
     """
 
-    name: str
+    name: Name
     scores: Annotated[list[Score], AfterValidator(_once)]
     steps: int = 0
     per_client: dict[str, list[float | None]] = Field(default_factory=dict)
