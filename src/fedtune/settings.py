@@ -18,8 +18,6 @@ from fedtune.types import Problem
 Found = Iterator[tuple[str, str]]
 
 
-ARMS = ("federated", "local-only", "centralised")
-
 # what only a federation takes notice of: the other arms train plain LoRA, with one model and nobody to wait for
 OF_A_FEDERATION = (
     *("method", "drift", "server", "robust", "attack", "lora.ranks"),
@@ -32,6 +30,7 @@ def load(
     title: str = "settings",
     *,
     here: bool = True,
+    kept: bool = False,
     beside: Sequence[str] = (),
 ) -> Settings:
     """Validate settings, later layers over earlier ones, over the protocol they name.
@@ -39,15 +38,16 @@ def load(
     Args:
         layers: nested tables: a file's content, then the command line's.
         title: what to call the source in an error.
-        here: also look for the folders they name; settings of another machine's run name folders of that machine,
-            and do not say what was trained beside them.
+        here: also look for the folders they name; settings of another machine's run name folders of that machine.
+        kept: they are read back from a run that was made: a setting without effect was refused then, and where a
+            default has changed since, the file has the old one. Settings of another machine's run are such.
         beside: arms that are trained beside the settings' own, and take notice of settings that it does not.
 
     Raises:
         ConfigError: with every problem found.
     """
-    own = (*PLACES, partial(without_effect_on_arms, beside=beside)) if here else ()
-    return validated(layers, (*CHECKS, *own), title)
+    checks = OF_A_RUN if kept or not here else (*CHECKS, partial(without_effect_on_arms, beside=beside))
+    return validated(layers, (*checks, *(PLACES if here else ())), title)
 
 
 def without_effect(config: Config) -> Iterable[Problem]:
@@ -165,5 +165,6 @@ def installed(config: Config) -> Iterable[Problem]:
         yield Problem('engine.executor = "ray"', "Ray is not installed", "pip install 'fedtune[simulation]'")
 
 
+OF_A_RUN = (domains.problems, methods.invalid, empty, twice)  # and none that asks what today's defaults are
 CHECKS = (domains.problems, methods.problems, without_effect, empty, twice)
 PLACES = (places, installed)

@@ -68,8 +68,8 @@ def run(
         seed=seed,
         arm=arm,
     )
-    # a run that goes on was checked when it started, with the arms that it was given then
-    resolved = resolve(config, chosen, settings or [], data, beside=ARMS if resume else extra)
+    # a run that goes on was checked when it started, with the arms and the defaults that there were then
+    resolved = resolve(config, chosen, settings or [], data, kept=resume, beside=extra)
     if print_config:
         _print(resolved)
         return

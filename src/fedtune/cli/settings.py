@@ -87,9 +87,12 @@ def resolve(
     assignments: Sequence[str],
     folder: Path | None = None,
     *,
+    kept: bool = False,
     beside: Sequence[str] = (),
 ) -> Settings:
     """Validate file, shortcuts and `-s key=value`, later over earlier, for an arm and those `beside` it.
+
+    A file that is `kept` in the folder of a run may have defaults of then.
 
     Raises:
         ConfigError: with every problem found.
@@ -99,4 +102,4 @@ def resolve(
     for text in assignments:
         layers.append(parse_assignment(text))
     title = str(file) if file else "settings"
-    return settings.load([_absolute(layer) for layer in layers], title, beside=beside)
+    return settings.load([_absolute(layer) for layer in layers], title, kept=kept, beside=beside)

@@ -13,7 +13,7 @@ from fedtune.config.load import read_toml
 from fedtune.experiment.report import Reporter
 from fedtune.experiment.run import run
 from fedtune.io import only_files, read_lines
-from fedtune.settings import ARMS, load
+from fedtune.settings import load
 from fedtune.types import CancelledError, CorruptFileError, RoundRecord
 
 # another processor or another version sums in another order; a different run differs in the first digit
@@ -103,5 +103,5 @@ def verify(packed: Path, rounds: int, data: str = "", watch: Reporter | None = N
     with TemporaryDirectory() as scratch:
         out = Path(scratch) / "run"
         with contextlib.suppress(_EnoughError):
-            run(load([tree], beside=ARMS), out, reporter=_Enough(len(said), watch or Reporter()))
+            run(load([tree], kept=True), out, reporter=_Enough(len(said), watch or Reporter()))
         return differences(said, read_lines(out / "rounds.jsonl")[: len(said)])

@@ -87,13 +87,19 @@ def unknown(name: str) -> str:
 
 def problems(config: Config) -> Iterable[Problem]:
     """Yield what is wrong with the method and what is around it; a setting without effect is refused."""
+    yield from invalid(config)
+    if config.method.name in METHODS:
+        yield from without_effect(config, METHODS[config.method.name])
+
+
+def invalid(config: Config) -> Iterable[Problem]:
+    """Yield what is wrong with the method and what is around it, whatever today's defaults are."""
     name = config.method.name
     if name not in METHODS:
         yield Problem(f'method.name = "{name}"', "unknown method", unknown(name))
         return
     yield from _combination(config, METHODS[name])
     yield from _own_settings(config, METHODS[name])
-    yield from without_effect(config, METHODS[name])
 
 
 def _own_settings(config: Config, kind: type[Method]) -> Iterable[Problem]:
