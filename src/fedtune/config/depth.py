@@ -12,7 +12,7 @@ DEEPEST = 8
 # comments and texts, so that what is left has dots in keys and numbers only. One that does not end goes to the end of
 # the line, or of the file, where reading it fails anyway
 _APART = re.compile(
-    r"""#[^\n]*+|\"{3}(?:[^\\]|\\.?)*?(?:\"{3}|\Z)|'{3}.*?(?:'{3}|\Z)|"(?:[^"\\\n]|\\.)*+(?:"|$)|'[^'\n]*+(?:'|$)""",
+    r"""#[^\n]*+|\"{3}(?:[^\\]|\\.?)*?(?:\"{3,5}|\Z)|'{3}.*?(?:'{3,5}|\Z)|"(?:[^"\\\n]|\\.?)*+(?:"|$)|'[^'\n]*+(?:'|$)""",
     re.DOTALL | re.MULTILINE,
 )
 _DEEP = re.compile(rf"(?<![\w-])(?:[\w-]++[ \t]*+\.[ \t]*+){{{DEEPEST}}}")
