@@ -5,7 +5,7 @@ import math
 import pickle
 import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -25,9 +25,11 @@ from fedtune.federation.guard import state_problem
 from fedtune.federation.local import LocalGrid
 from fedtune.federation.rounds import Federation, run_rounds
 from fedtune.io import read_lines
+from fedtune.lora import state
 from fedtune.lora.state import AdapterState, LoraModule, to_tensors
 from fedtune.methods.base import ServerState
 from fedtune.methods.sound import GROWTH
+from fedtune.privacy import screen
 from fedtune.privacy.screen import CONTENT
 from fedtune.types import RunFailedError
 from tests.faults.hostile import clients
@@ -614,6 +616,48 @@ def test_what_a_client_writes_into_tensors_it_holds_is_seen_by_nobody_else(
         return run_rounds(federation(config, tmp_path / folder, app), ServerState(start()))
 
     quiet, loud = run("quiet", act=False), run("loud", act=True)
+    assert quiet.records == loud.records
+    want, got = to_tensors(quiet.state.adapter), to_tensors(loud.state.adapter)
+    assert all(torch.equal(want[n], got[n]) for n in want)
+
+
+@pytest.mark.parametrize(
+    ("name", "when"),
+    [("fedit", "growth"), ("fedit", "flaw"), ("flexlora", "growth"), ("flexlora", "flaw"), ("hetlora", "growth")],
+)
+def test_what_a_client_writes_into_its_reply_while_it_is_examined_changes_nothing(
+    settings: Callable[..., Settings], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, when: str
+) -> None:
+    """Else it is examined as one thing and counts as another."""
+    config = settings(federation={"clients": 4, "rounds": 2}, method__name=name).config
+    held, copies = list[Tensor](), list[int]()
+
+    def remember(answer: RecordDict, tensors: dict[str, Tensor], metrics: dict[str, float]) -> None:
+        held[:] = tensors.values()
+
+    def copied(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        copies.append(1)
+        return state.copied(tensors)
+
+    def run(folder: str, act: bool) -> Any:
+        held.clear()
+        copies.clear()
+        fed = federation(config, tmp_path / folder, toy_app(remember))
+        inner = getattr(fed.recipe, when)
+
+        def reached(*given: Any) -> Any:
+            found = inner(*given)
+            for tensor in held if act else ():
+                tensor.fill_(1e6)
+            return found
+
+        fed.recipe.__dict__[when] = reached
+        return run_rounds(fed, ServerState(start()))
+
+    quiet = run("quiet", act=False)
+    monkeypatch.setattr(screen, "copied", copied)
+    loud = run("loud", act=True)
+    assert len(copies) == 8
     assert quiet.records == loud.records
     want, got = to_tensors(quiet.state.adapter), to_tensors(loud.state.adapter)
     assert all(torch.equal(want[n], got[n]) for n in want)

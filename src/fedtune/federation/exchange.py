@@ -14,6 +14,7 @@ from fedtune.federation import messages
 from fedtune.federation.faults import kill_point
 from fedtune.federation.guard import aggregated
 from fedtune.lora.algebra import RunningMean
+from fedtune.lora.state import copied
 from fedtune.methods import ClientUpdate, ServerState
 from fedtune.models.budget import message_bytes
 from fedtune.privacy.screen import CONTENT, Expected, Most, Screened, Screening
@@ -53,7 +54,7 @@ class _Orders:
                 record = None if near else messages.pack(download, in_process=False)
             self.bytes += each
             # in one process each client gets tensors of its own: what it writes into them is seen by nobody else
-            sent = record or messages.pack(messages.copied(download), in_process=True)
+            sent = record or messages.pack(copied(download), in_process=True)
             order = messages.train_order(self._fed.run_id, self._when, client, sent)
             node = self._fed.places[client]
             message = grid.create_message(order, "train", node, str(self._when[0]), settings.deadline)
@@ -160,9 +161,9 @@ class _Updates:
         self._all: list[ClientUpdate] = []
 
     def add(self, update: ClientUpdate) -> None:
-        """Take an update; what is kept is a copy, which no client in this process can change any more."""
+        """Take an update."""
         if self._sum is None:
-            self._all.append(replace(update, tensors=messages.copied(update.tensors)))
+            self._all.append(update)
         else:
             self._sum.add(update.tensors, update.examples)
 

@@ -57,18 +57,13 @@ class TensorArray(Array):
 
 
 def pack(tensors: Mapping[str, Tensor], *, in_process: bool) -> ArrayRecord:
-    """Put tensors into a record, by reference inside one process: whoever keeps them sends copies (`copied`)."""
+    """Put tensors into a record, by reference inside one process: whoever keeps them sends copies."""
     if in_process:
         record = ArrayRecord()  # given a dictionary it would copy every array, through its bytes
         for name, tensor in tensors.items():
             record[name] = TensorArray(tensor)
         return record
     return ArrayRecord({name: Array(t.detach().cpu().contiguous().numpy()) for name, t in tensors.items()})
-
-
-def copied(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return tensors of their own memory: nobody who holds the others can change them."""
-    return {name: tensor.detach().clone() for name, tensor in tensors.items()}
 
 
 def _decoded(array: Array) -> Tensor:

@@ -158,3 +158,8 @@ def from_tensors(
             raise AdapterError(f"{path}: A is {tuple(a.shape)} and B {tuple(b.shape)}; they do not multiply")
         state[path] = LoraModule(a, b, alpha, rslora, tensors.get(PREFIX + path + M), conv1d)
     return state
+
+
+def copied(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return tensors of their own memory: nobody who holds the others can change them."""
+    return {name: tensor.detach().clone() for name, tensor in tensors.items()}

@@ -10,12 +10,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
+from fedtune.lora.state import copied
 from fedtune.methods.base import ClientUpdate
 from fedtune.methods.sound import GROWTH
 from fedtune.types import ClientStats, Rejection, last_line, plain
@@ -185,27 +185,34 @@ def _examples(reply: Reply) -> tuple[str, str] | None:
     return None
 
 
-def _reason(reply: Reply, expected: Expected, seen: set[int]) -> tuple[str, str] | None:
-    if odd := _identity(reply, expected, seen):
-        return odd
-    if reply.tensors is None or reply.client is None:
-        return "malformed", "the reply has no update"
-    want = expected.signature[reply.client]
-    got = reply.tensors
+def _formed(got: Mapping[str, Tensor], expected: Expected, client: int) -> tuple[str, str] | None:
+    """Reject an update of other names, types or shapes."""
+    want = expected.signature[client]
     if odd := _keys(got, want) or _kinds(got, want):
         return odd
-    flaw = partial(_flaw, got, expected, reply.client)
-    shaped = flaw() if expected.ragged else _shapes(got, want)
-    return shaped or _size(got, want, expected.growth) or (None if expected.ragged else flaw()) or _examples(reply)
+    return _flaw(got, expected, client) if expected.ragged else _shapes(got, want)
 
 
-def _judged(reply: Reply, expected: Expected, seen: set[int]) -> tuple[str, str] | None:
-    """Return why a reply is not used, made plain; what makes the examination itself fail is malformed."""
+def _content(got: Mapping[str, Tensor], expected: Expected, client: int) -> tuple[str, str] | None:
+    sized = _size(got, expected.signature[client], expected.growth)
+    return sized or (None if expected.ragged else _flaw(got, expected, client))
+
+
+def _judged(reply: Reply, expected: Expected, seen: set[int]) -> tuple[Reply, tuple[str, str] | None]:
+    """Return a reply with tensors of its own, and why it is not used; what fails the examination is malformed.
+
+    A client in this process can write into what it sent at any time, so all that counts is found of a copy; its form
+    before as well, as it may be too large to copy.
+    """
+    client, sent = reply.client, reply.tensors
     try:
-        odd = _reason(reply, expected, seen)
+        odd = _identity(reply, expected, seen)
+        if client is not None and sent is not None and not (odd := odd or _formed(sent, expected, client)):
+            reply = replace(reply, tensors=(own := copied(sent)))
+            odd = _formed(own, expected, client) or _content(own, expected, client) or _examples(reply)
     except Exception as err:
         odd = "malformed", f"{type(err).__name__}: {last_line(str(err))}"
-    return (odd[0], plain(odd[1])) if odd else None
+    return reply, ((odd[0], plain(odd[1])) if odd else None)
 
 
 def _within(metrics: Mapping[str, float], name: str, most: float, notes: list[str]) -> float | None:
@@ -251,8 +258,8 @@ class Screening:
         self._seen: set[int] = set()
 
     def take(self, reply: Reply) -> ClientUpdate | None:
-        """Return the update of a reply that may be aggregated; reject the others with a reason."""
-        odd = _judged(reply, self._expected, self._seen)
+        """Return the update of a reply that may be aggregated, as a copy; reject the others with a reason."""
+        reply, odd = _judged(reply, self._expected, self._seen)
         known = reply.client is not None and reply.client in self._expected.signature
         if reply.client is not None and known and (odd is None or odd[0] not in ("stale", "duplicate")):
             self._seen.add(reply.client)
