@@ -413,8 +413,8 @@ def other_size(packed: Path) -> None:
 
 
 def arm_elsewhere(packed: Path) -> None:
-    name = f"../../{packed.name}/evals/base"
-    _json(packed / "result.json", lambda r: r["arms"].insert(0, {**r["arms"][0], "name": name}))
+    shutil.copytree(packed / "evals/base", packed / "evals/elsewhere")
+    _json(packed / "result.json", lambda r: r["arms"].insert(0, {**r["arms"][0], "name": "elsewhere"}))
     _remake(packed)
 
 
@@ -491,7 +491,7 @@ ATTACKS = [
     (bytes_below_zero, "round 1: its bytes are no count"),
     (hidden_skip, "says 0, 1 rounds were skipped"),
     (client_twice, "round 1: a client is there twice"),
-    (arm_elsewhere, "/evals/base' is no arm of a run"),
+    (arm_elsewhere, "'elsewhere' is no arm of a run"),
     (unpacked_log, "fpb.official.jsonl: is not packed"),
     (log_of_nothing, "more/fpb.official.jsonl.gz: belongs to no score, client or round"),
     (base_without_samples, "base/fpb (likelihood): has no samples"),
