@@ -3,19 +3,22 @@
 import gc
 import json
 import weakref
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from fedtune.board import turns, validate
+from fedtune.board import rooms, turns, validate
 from fedtune.board.archive import ENTRY, MAX_ENTRY
 from fedtune.board.store import read_entry, write_entry
 from fedtune.config.schema import FederationSettings
 from fedtune.results.entry import Answers, Entry, Point
 from fedtune.results.schema import Arm
 from tests.board.entries import entry, score
+
+TASKED = ("fpb", "tfns")
 
 
 class Rows(list[int]):
@@ -55,6 +58,32 @@ def test_clients_without_rows_were_not_asked() -> None:
 )
 def test_the_smallest_clients_may_have_no_label_left(rows: list[int], masked: int, fewest: int) -> None:
     assert turns._fewest(rows, masked) == fewest
+
+
+def test_the_logs_in_the_end_are_read_once_for_all_points_of_the_curve(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = entry(rounds=9, config={"eval": {"every": 1, "max_error_rate": 0.01, "samples": 1}})
+    points = [{"round": r, "task": t, "mode": "likelihood", "n": 1, "score": 1.0} for r in range(1, 9) for t in TASKED]
+    (tmp_path / "curve.jsonl").write_text("".join(json.dumps(point) + "\n" for point in points))
+    for point in points:
+        log = rooms.log_path(tmp_path, f"round-{point['round']:06d}", str(point["task"]), "likelihood")
+        log.parent.mkdir(parents=True, exist_ok=True)
+        log.touch()
+    read: Counter[tuple[str, str]] = Counter()
+
+    def samples(_: Path, room: str, task: str, mode: str) -> list[dict[str, Any]]:
+        read[room, task] += 1
+        return [{"i": 0, "gold": "A" if room != "round-000004" or task == "fpb" else "B"}]
+
+    monkeypatch.setattr(rooms, "samples", samples)
+    monkeypatch.setattr(rooms, "against", lambda *_, **__: ())
+    said = [str(problem) for problem in rooms.curve_problems(tmp_path, made)]
+    assert said == [
+        "curve.jsonl: round 4, tfns (likelihood): its samples are not of the same items as those in the end"
+    ]
+    assert set(read.values()) == {1}
+    assert len(read) == 18
 
 
 def submission(root: Path, count: int) -> Path:

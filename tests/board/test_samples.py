@@ -118,6 +118,28 @@ def test_a_log_of_another_task_or_none_is_refused(judge: Callable[..., list[str]
     assert list(recomputed(tmp_path, Arm(name="x", scores=[unknown]), unknown)) == ["is of no task that is known here"]
 
 
+@pytest.mark.parametrize(
+    ("mode", "count", "good"), [("official", 3, True), ("official", 2, False), ("greedy", 3, False)]
+)
+def test_each_item_has_as_many_programs_as_the_settings_say(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mode: str, count: int, good: bool
+) -> None:
+    rows = [{"i": i, "programs": ["pass"] * 3, "outcomes": [PASSED] * 3, "correct": True, "value": 1.0} for i in (0, 1)]
+    path = samples.log_path(tmp_path, "federated", "humaneval", mode)
+    path.parent.mkdir(parents=True)
+    first = {"task": "humaneval", "mode": mode, "items": ITEMS}
+    path.write_bytes(gzip.compress("\n".join(json.dumps(r) for r in [first, *rows]).encode()))
+    score = programs.summarise("humaneval", mode, rows, 3, items=ITEMS)
+    ran: list[Any] = []
+    monkeypatch.setattr(again, "unable", lambda task: "")
+    monkeypatch.setattr(again, "failing", lambda task, rows: iter(ran.append(rows) or ()))
+    found = list(recomputed(tmp_path, Arm(name="federated", scores=[score]), score, samples=count))
+    assert bool(ran) == good
+    assert found == (
+        [] if good else [f"item 0 has not as many programs as the settings say ({count if mode == 'official' else 1})"]
+    )
+
+
 def test_programs_that_are_said_to_pass_are_run_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     rows = [{"i": i, "group": str(i), "programs": ["raise SystemExit(1)"], "outcomes": [PASSED]} for i in range(3)]
     rows = [{**r, "correct": True, "value": 1.0} for r in rows]

@@ -164,7 +164,7 @@ def test_from_a_merge_to_the_page_and_a_flag_that_stays(place: Place, good: Path
     place.push(merged, "main")
     runner, steps = place.publish()
     assert [s.returncode for s in steps] == [0, 0, 0], [s.stderr for s in steps]
-    assert "1 of 2 submissions were refused" in steps[0].stderr
+    assert "1 of 1 submissions were refused" in steps[0].stderr
     assert place.log() == ["Entries of what was merged", "change", "change"]
     seeds = sorted(place.clone("seen").rglob("results/**/seed-*.json"))
     assert [read_entry(p).state for p in seeds] == ["re-scored", "re-scored"]
@@ -193,6 +193,26 @@ def test_from_a_merge_to_the_page_and_a_flag_that_stays(place: Place, good: Path
     assert [s.returncode for s in steps] == [0, 0, 0], [s.stderr for s in steps]
     assert read_entry(runner / name).state == "flagged"
     assert "trained on the test set" in (runner / "site/board.json").read_text()
+
+
+def test_a_submission_that_is_cut_off_keeps_no_other_from_being_committed(place: Place) -> None:
+    merged = place.clone()
+    for name in ("a-slow", "b-good", "c-refused"):
+        (merged / "submissions" / name).mkdir()
+        (merged / "submissions" / name / "entry.json").write_text("{}")
+    place.push(merged, "main")
+    runner = place.clone()
+    tool(runner)
+    # each as it would end: cut off by timeout(1), put into the store, refused
+    ends = 'case "$6" in *a-slow) exit 124;; *c-refused) exit 4;; esac; echo "{}" > "results/${6##*/}.json"'
+    (runner / ".venv/bin/fedtune").write_text(f"#!/bin/sh\n{ends}\n")
+    steps = [sh(runner, block("publish", s), REMOTE=str(place.remote)) for s in ("add", "commit")]
+    assert [s.returncode for s in steps] == [0, 0], [s.stdout + s.stderr for s in steps]
+    assert "timeout 45m .venv/bin/fedtune board add" in block("publish", "add")
+    assert [p.name for p in sorted((place.clone("seen") / "results").glob("*.json"))] == ["b-good.json"]
+    # any other end is none of a submission's, and stops the job
+    (runner / ".venv/bin/fedtune").write_text("#!/bin/sh\nexit 1\n")
+    assert sh(runner, block("publish", "add")).returncode == 1
 
 
 def test_two_publishers_at_once_lose_nothing(place: Place, good: Path) -> None:

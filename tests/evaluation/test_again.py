@@ -1,6 +1,6 @@
 """Programs of a stranger's log are run again: what is said to pass must pass, with tests that did not come along."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -8,6 +8,7 @@ import pytest
 from fedtune.domains import TASKS
 from fedtune.domains.base import Item
 from fedtune.evaluation import again, sandbox
+from fedtune.types import FedtuneError
 
 TASK = TASKS["humaneval-packaged"]
 PASSED = {"kind": "passed", "compiled": True, "detail": ""}
@@ -58,6 +59,48 @@ def test_enough_is_enough(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(again, "ENOUGH", 2)
     rows = [row(i % 3, "raise SystemExit(1)") for i in range(12)]
     assert len(list(again.failing(TASK, rows))) == 2
+
+
+@pytest.fixture
+def naps(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Let every program pass and take 100 seconds of a clock that only they move; return those that were run."""
+    items, begun = tuple(Item("", "", ("",), 0, "") for _ in range(200)), []
+    now = [0.0]
+    monkeypatch.setattr(again, "tests_at_hand", lambda task: items)
+    monkeypatch.setattr(again.time, "monotonic", lambda: now[0])
+
+    def run(texts: list[str], tests: list[str], language: str, on_done: Callable[[int], None]) -> list[Any]:
+        for number, text in enumerate(texts, 1):
+            now[0] += 100
+            begun.append(text)
+            on_done(number)
+        return [sandbox.Outcome("passed")] * len(texts)
+
+    monkeypatch.setattr(again.programs, "run", run)
+    return begun
+
+
+def test_programs_that_pass_and_sleep_are_given_up_when_their_time_together_is_over(naps: list[str]) -> None:
+    rows = [row(i, f"nap {i}") for i in range(200)]
+    with pytest.raises(FedtuneError, match="at most 1,800 seconds are given to all programs of a submission"):
+        list(again.failing(TASK, rows))
+    assert len(naps) == 18
+
+
+def test_all_logs_of_a_submission_have_one_time_together(naps: list[str]) -> None:
+    with again.one_submission():
+        for start in (0, 10):
+            if start:
+                with pytest.raises(FedtuneError, match="have not ended in time"):
+                    list(again.failing(TASK, [row(i, "nap") for i in range(start, start + 10)]))
+            else:
+                assert list(again.failing(TASK, [row(i, "nap") for i in range(10)])) == []
+        assert len(naps) == 18
+        with pytest.raises(FedtuneError, match="have not ended in time"):
+            list(again.failing(TASK, [row(0, "one more")]))
+        assert "one more" not in naps
+    with again.one_submission():
+        assert list(again.failing(TASK, [row(0, "of another submission")])) == []
 
 
 def test_what_is_too_much_is_not_run() -> None:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import functools
+import hashlib
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 from fedtune.board.archive import litter
 from fedtune.board.samples import against
@@ -71,8 +72,9 @@ def curve_problems(folder: Path, entry: Entry) -> Iterator[Problem]:
     """Yield points of the curve that their round's own samples do not give."""
     path = folder / "curve.jsonl"
     lines = read_lines(path) if path.exists() else []
-    every, limit = entry.config["eval"]["every"], entry.config["eval"]["max_error_rate"]
-    seen = set()
+    every, seen = entry.config["eval"]["every"], set()
+    # those in the end are read once, and not for each line; a hash of them is kept
+    in_the_end = functools.cache(lambda task, mode: _items(folder, _rooms(folder, entry, "federated"), task, mode))
     for line in lines:
         round_, score = line["round"], Score(**{k: v for k, v in line.items() if k != "round"})
         where, key = f"curve.jsonl: round {round_}, {score.task} ({score.mode})", (round_, score.task, score.mode)
@@ -80,26 +82,31 @@ def curve_problems(folder: Path, entry: Entry) -> Iterator[Problem]:
             yield Problem(where, "is there twice, or the settings do not evaluate it")
             continue
         seen.add(key)
-        yield from (Problem(where, why) for why in _point(folder, entry, f"round-{round_:06d}", score, limit))
+        yield from (Problem(where, why) for why in _point(folder, entry, f"round-{round_:06d}", score, in_the_end))
 
 
-def _point(folder: Path, entry: Entry, room: str, score: Score, limit: float) -> Iterator[str]:
+def _rooms(folder: Path, entry: Entry, name: str) -> list[str]:
+    return client_rooms(folder, name) if _personal(entry, "federated") else [name]
+
+
+def _point(folder: Path, entry: Entry, room: str, score: Score, in_the_end: Callable[[str, str], str]) -> Iterator[str]:
     if score.task not in TASKS:
         yield "is of no task that is known here"
         return
-    mean = _personal(entry, "federated")
-    rooms, last = ([*client_rooms(folder, name)] if mean else [name] for name in (room, "federated"))
+    mean, settings = _personal(entry, "federated"), entry.config["eval"]
+    rooms, last = (_rooms(folder, entry, name) for name in (room, "federated"))
     if len(rooms) != len(last):
         yield f"{len(rooms)} clients have samples, {len(last)} in the end"
         return
-    yield from against(folder, rooms, score, limit, mean=mean)
-    # without samples of the round nothing is to be compared; those in the end are not read once more for each line
+    yield from against(folder, rooms, score, settings["max_error_rate"], mean=mean, samples=settings["samples"])
+    # without samples of the round nothing is to be compared
     if not any(log_path(folder, name, score.task, score.mode).exists() for name in rooms):
         return
-    of_round, in_the_end = (_items(folder, names, score) for names in (rooms, last))
-    if of_round != in_the_end:
+    if _items(folder, rooms, score.task, score.mode) != in_the_end(score.task, score.mode):
         yield "its samples are not of the same items as those in the end"
 
 
-def _items(folder: Path, rooms: Sequence[str], score: Score) -> list[list[tuple[Any, Any]]]:
-    return [[(row["i"], row.get("gold")) for row in samples(folder, room, score.task, score.mode)] for room in rooms]
+def _items(folder: Path, rooms: Sequence[str], task: str, mode: str) -> str:
+    """Return a hash of the places and right answers in the logs of each room."""
+    found = [[(row["i"], row.get("gold")) for row in samples(folder, room, task, mode)] for room in rooms]
+    return hashlib.sha256(repr(found).encode()).hexdigest()

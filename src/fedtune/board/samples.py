@@ -117,14 +117,24 @@ def _different(name: str, got: Any, want: Any) -> bool:
     return bool(got != want)
 
 
-def _made_again(score: Score, task: Task, rows: Sequence[Row], max_error_rate: float) -> Score:
+def _of_each(score: Score, samples: int) -> int:
+    """Return how many programs there are of each item: greedy ones are alone."""
+    return samples if score.mode == "official" else 1
+
+
+def _uncounted(rows: Sequence[Row], count: int) -> str:
+    """Say which item has not as many programs as the settings ask for, or return an empty string."""
+    odd = next((r for r in rows if not isinstance(r.get("programs"), list) or len(r["programs"]) != count), None)
+    return f"item {odd['i']} has not as many programs as the settings say ({count})" if odd else ""
+
+
+def _made_again(score: Score, task: Task, rows: Sequence[Row], max_error_rate: float, samples: int) -> Score:
     if task.kind == "program":
-        samples = max((len(r["programs"]) for r in rows), default=1)
         return programs.summarise(score.task, score.mode, rows, samples, score.items_sha256, max_error_rate)
     return summarise(score.task, score.mode, task.kind, as_counted(rows), max_error_rate, score.items_sha256)
 
 
-def recomputed(folder: Path, arm: Arm, score: Score, max_error_rate: float = 0.01) -> Iterator[str]:
+def recomputed(folder: Path, arm: Arm, score: Score, max_error_rate: float = 0.01, samples: int = 1) -> Iterator[str]:
     """Yield what is wrong with a score, from the samples it stands on.
 
     Where each client has a model of its own, every client's score is made again, and then their mean with all its
@@ -138,7 +148,7 @@ def recomputed(folder: Path, arm: Arm, score: Score, max_error_rate: float = 0.0
     if arm.per_client and len(rooms) != len(values):
         yield f"{len(values)} clients have a score, {len(rooms)} have samples"
         return
-    yield from against(folder, rooms, score, max_error_rate, values, mean=bool(arm.per_client))
+    yield from against(folder, rooms, score, max_error_rate, values, mean=bool(arm.per_client), samples=samples)
 
 
 def _unscored(score: Score, path: str) -> Iterator[str]:
@@ -156,6 +166,7 @@ def against(
     said: Sequence[float | None] = (),
     *,
     mean: bool = False,
+    samples: int = 1,
 ) -> Iterator[str]:
     """Yield in what a score differs from the one its samples make.
 
@@ -166,6 +177,7 @@ def against(
         max_error_rate: above this share of errors it is withheld.
         said: each client's score as it is told, where it is.
         mean: the score is the mean of the clients', also of one alone.
+        samples: programs of each item in official mode, as the settings say.
     """
     logs = [log_path(folder, room, score.task, score.mode) for room in rooms]
     if not any(log.exists() for log in logs):
@@ -173,7 +185,7 @@ def against(
         return
     each = []
     for place, room in enumerate(rooms):
-        made, wrong = _one(folder, room, score, max_error_rate)
+        made, wrong = _one(folder, room, score, max_error_rate, _of_each(score, samples))
         prefix = f"{room}: " if mean else ""
         yield from (f"{prefix}{why}" for why in wrong)
         if made is None:
@@ -192,7 +204,9 @@ def _differences(said: Score, made: Score) -> Iterator[str]:
             yield f"{name} is {getattr(said, name)}, the samples give {getattr(made, name)}"
 
 
-def _one(folder: Path, room: str, score: Score, max_error_rate: float) -> tuple[Score | None, list[str]]:
+def _one(
+    folder: Path, room: str, score: Score, max_error_rate: float, count: int = 1
+) -> tuple[Score | None, list[str]]:
     """Return the score that a log makes, if it is sound enough to make one, and what is wrong with its samples."""
     path, task = log_path(folder, room, score.task, score.mode), TASKS[score.task]
     if not path.exists():
@@ -204,10 +218,10 @@ def _one(folder: Path, room: str, score: Score, max_error_rate: float) -> tuple[
     wrong = [f"item {row.get('i')}: {why}" for row in rows if (why := _reread(row, task.kind, score.mode))]
     if wrong:
         return None, [*found, f"{len(wrong)} samples are judged wrongly; the first: {wrong[0]}"]
-    if odd := _places(rows):
+    if odd := _places(rows) or (_uncounted(rows, count) if task.kind == "program" else ""):
         return None, [*found, odd]
     run_again = _programs(task, rows) if task.kind == "program" else ()
-    return _made_again(score, task, rows, max_error_rate), [*found, *run_again]
+    return _made_again(score, task, rows, max_error_rate, count), [*found, *run_again]
 
 
 def _programs(task: Task, rows: Sequence[Row]) -> Iterator[str]:

@@ -177,13 +177,13 @@ def _evaluated(folder: Path, entry: Entry) -> Iterator[Problem]:
 
 def _scores(folder: Path, entry: Entry) -> Iterator[Problem]:
     """Yield scores that are impossible, or not what the samples give."""
-    limit = load([read_toml(folder / "config.toml")], here=False).config.eval.max_error_rate
+    settings = load([read_toml(folder / "config.toml")], here=False).config.eval
     for arm in entry.arms:
         for score in arm.scores:
             where = f"{arm.name}/{score.task} ({score.mode})"
             if not arm.per_client and (why := impossible(score)):
                 yield Problem(where, why)
-            for problem in recomputed(folder, arm, score, limit):
+            for problem in recomputed(folder, arm, score, settings.max_error_rate, settings.samples):
                 yield Problem(where, problem)
 
 
@@ -270,7 +270,7 @@ def check(path: Path) -> list[tuple[str, Entry | None, list[Problem]]]:
     Returns:
         For each packed run its name, its entry and its problems; where none can be read, one line with the reasons.
     """
-    with opened(path) as (packed, outside):
+    with opened(path) as (packed, outside), again.one_submission():
         if outside or not packed:
             return [(path.name, None, outside)]
         found = [(p.name, *check_one(p)) for p in packed]

@@ -1,14 +1,17 @@
 """Programs of somebody else's log, run again with the tests of the known set, never with tests that came along.
 
 The programs are hostile: they only ever run in the sandbox, which bounds each one's time, memory and output. How many
-there are and how long each may be is bounded here.
+there are, how long each may be, and how long all of a submission may take is bounded here.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
+import time
 from collections.abc import Iterator, Mapping, Sequence
+from contextvars import ContextVar
 from typing import Any
 
 from fedtune.config import Config
@@ -19,9 +22,52 @@ from fedtune.evaluation import items, programs, sandbox
 from fedtune.types import FedtuneError
 
 MAX_PROGRAMS, MAX_CHARS = 20_000, 200_000
+SECONDS = 1_800.0  # of the clock, for all programs of a submission
 BATCH = 32
 ENOUGH = 20  # programs that do not pass as they are said to: what comes after them is not run
 Sample = Mapping[str, Any]
+
+
+class _Time:
+    """What is left of the seconds in which all programs of a submission must end; only running them counts."""
+
+    def __init__(self, seconds: float) -> None:
+        self.whole = self.left = seconds
+
+    @contextlib.contextmanager
+    def spent(self) -> Iterator[None]:
+        began = time.monotonic()
+        try:
+            yield
+        finally:
+            self.left -= time.monotonic() - began
+
+    def check(self, running: float = 0.0) -> None:
+        """Raise a FedtuneError if nothing is left after so many seconds more."""
+        if self.left <= running:
+            most = f"at most {self.whole:,.0f} seconds are given to all programs of a submission"
+            raise FedtuneError(f"they have not ended in time; {most}")
+
+
+_TIME: ContextVar[_Time | None] = ContextVar("_TIME", default=None)
+
+
+@contextlib.contextmanager
+def one_submission() -> Iterator[None]:
+    """Give all programs that are run again inside this block one budget of seconds together."""
+    token = _TIME.set(_Time(SECONDS))
+    try:
+        yield
+    finally:
+        _TIME.reset(token)
+
+
+def _run(texts: Sequence[str], tests: Sequence[str], language: str) -> list[sandbox.Outcome]:
+    """Run programs within what is left; those not begun when nothing is left are never begun."""
+    budget, began = _TIME.get() or _Time(SECONDS), time.monotonic()
+    budget.check()
+    with budget.spent():
+        return programs.run(texts, tests, language, lambda _: budget.check(time.monotonic() - began))
 
 
 @functools.cache
@@ -84,7 +130,7 @@ def failing(task: Task, rows: Sequence[Sample]) -> Iterator[tuple[int, str]]:
     machine is no proof.
 
     Raises:
-        FedtuneError: no sandbox, no tool, or no tests.
+        FedtuneError: no sandbox, no tool, or no tests; or the programs have not ended in the time for all of them.
     """
     known, found = tests_at_hand(task), 0
     claimed = _said_to_pass(rows)
@@ -93,10 +139,10 @@ def failing(task: Task, rows: Sequence[Sample]) -> Iterator[tuple[int, str]]:
         return
     for start in range(0, len(claimed), BATCH):
         part = claimed[start : start + BATCH]
-        first = programs.run([text for _, text in part], [known[i].gold_answer for i, _ in part], task.language)
+        first = _run([text for _, text in part], [known[i].gold_answer for i, _ in part], task.language)
         for (i, text), outcome in zip(part, first, strict=True):
             if outcome.kind != "passed":
-                (second,) = programs.run([text], [known[i].gold_answer], task.language)
+                (second,) = _run([text], [known[i].gold_answer], task.language)
                 if second.kind != "passed":
                     found += 1
                     yield i, second.kind
