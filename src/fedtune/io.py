@@ -166,9 +166,9 @@ def read_text(path: Path, max_bytes: int = MAX_JSON_BYTES) -> str:
     return decoded(read_bytes(path, max_bytes), str(path))
 
 
-def read_json(path: Path) -> Any:
-    """Read one strict JSON document. Raises CorruptFileError."""
-    return parse_json(read_text(path), str(path))
+def read_json(path: Path, max_bytes: int = MAX_JSON_BYTES) -> Any:
+    """Read one strict JSON document of at most `max_bytes`. Raises CorruptFileError."""
+    return parse_json(read_text(path, max_bytes), str(path))
 
 
 @contextlib.contextmanager

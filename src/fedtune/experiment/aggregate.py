@@ -18,6 +18,7 @@ from fedtune.lora import dora, product
 from fedtune.lora.base_delta import as_adapter, effective
 from fedtune.lora.state import AdapterState, LoraModule, rescaled, to_tensors, with_tensors
 from fedtune.methods import METHODS, Method, ServerState, unknown
+from fedtune.models.adapter_config import MOST_BYTES
 from fedtune.models.source import CONFIG, WEIGHTS
 from fedtune.results.bounds import LARGEST_INT
 from fedtune.types import AdapterError, ConfigError, Problem, nearest
@@ -198,7 +199,7 @@ def _write_one(adapter: AdapterState, tensors: dict[str, Tensor], like: Path, ou
     first = next(iter(adapter.values()))
     scale = {"r": first.rank, "lora_alpha": first.alpha, "use_rslora": first.rslora}
     named = {"base_model_name_or_path": base, "revision": None} if base else {}
-    write_json(out / CONFIG, {**read_json(like / CONFIG), **named, **scale})
+    write_json(out / CONFIG, {**read_json(like / CONFIG, MOST_BYTES), **named, **scale})
     write_bytes(out / WEIGHTS, safetensors.torch.save(tensors, metadata={"format": "pt"}))
 
 

@@ -18,6 +18,8 @@ Rank = Annotated[int, Field(ge=1, le=4096)]
 Alpha = Annotated[float, Field(ge=1e-6, le=1e6)]
 # PEFT holds each of a list's names against every other and every layer, so its time grows with the square of them
 MOST_NAMES = 4096
+# of the file: what it makes takes some thirty times the room, and settings of 4096 layers by name have less than half of it
+MOST_BYTES = 2 * 1024**2
 Text = Annotated[str, Field(max_length=10_000)]
 Names = Annotated[list[Annotated[str, Field(max_length=1000)]], Field(max_length=MOST_NAMES)]
 
@@ -114,9 +116,9 @@ def read_config(folder: Path) -> AdapterConfig:
 
     Raises:
         AdapterError: no LoRA adapter, malformed, or a field that is not applied, by name.
-        CorruptFileError: not JSON.
+        CorruptFileError: not JSON, or of more than `MOST_BYTES`.
     """
-    config = read_json(folder / CONFIG)
+    config = read_json(folder / CONFIG, MOST_BYTES)
     if not isinstance(config, dict):
         raise AdapterError(f"{folder}: {CONFIG} is not a JSON object")
     if str(config.get("peft_type", "")).upper() != "LORA":
