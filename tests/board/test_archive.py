@@ -3,9 +3,11 @@
 import json
 import os
 import shutil
+import struct
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from typer.testing import CliRunner
@@ -197,3 +199,37 @@ def test_a_submission_has_the_seeds_of_one_recipe_and_no_more(tmp_path: Path) ->
         (tmp_path / f"s/seed-{number}").mkdir(parents=True)
         (tmp_path / f"s/seed-{number}/entry.json").write_text("{}")
     assert "has 21 packed runs, at most 20 seeds of one recipe are taken" in reasons(tmp_path / "s")
+
+
+def of_names(target: Path, count: int, *, longer: bool) -> Path:
+    """Write an archive that is a list of names and nothing else, with a zip64 end where it is `longer`."""
+    names = (f"{i:06x}".encode() for i in range(count))
+    head = struct.pack("<4s4B4HL2L5H2L", b"PK\x01\x02", 20, 0, 20, 0, 0, 0, 0, 0, 0, 0, 0, 6, 0, 0, 0, 0, 0, 0)
+    listed = b"".join(head + name for name in names)
+    size, said = len(listed), 1  # the count that an archive says is not what is read
+    end = struct.pack("<4s4H2LH", b"PK\x05\x06", 0, 0, said, said, size, 0, 0)
+    if longer:
+        end = struct.pack("<4sQ2H2L4Q", b"PK\x06\x06", 44, 45, 45, 0, 0, said, said, size, 0)
+        end += struct.pack("<4sLQL", b"PK\x06\x07", 0, size, 1)
+        end += struct.pack("<4s4H2LH", b"PK\x05\x06", 0, 0, 0xFFFF, 0xFFFF, 0xFFFFFFFF, 0xFFFFFFFF, 0)
+    target.write_bytes(listed + end)
+    return target
+
+
+@pytest.mark.parametrize("longer", [False, True], ids=["zip", "zip64"])
+def test_a_long_list_of_names_is_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, longer: bool) -> None:
+    made: list[str] = []
+    whole = zipfile.ZipInfo.__init__
+
+    def counted(self: zipfile.ZipInfo, name: str = "NoName", *rest: Any, **named: Any) -> None:
+        made.append(name)
+        whole(self, name, *rest, **named)
+
+    monkeypatch.setattr(zipfile.ZipInfo, "__init__", counted)
+    found = reasons(of_names(tmp_path / "few.zip", 2_001, longer=longer))
+    assert "unpacks to more than 2000 files" in found
+    assert len(made) >= 2_001
+    made.clear()
+    found = reasons(of_names(tmp_path / "many.zip", 30_000, longer=longer))
+    assert found == "many.zip: its list of names has 1,560,000 bytes, at most 1,024,000 are taken"
+    assert made == []

@@ -6,6 +6,7 @@ An archive is checked before it is unpacked.
 from __future__ import annotations
 
 import contextlib
+import io
 import unicodedata
 import zipfile
 from collections import Counter
@@ -16,6 +17,7 @@ from tempfile import TemporaryDirectory
 from fedtune.types import Problem
 
 MAX_FILES, MAX_FILE, MAX_TOTAL = 2_000, 512 * 1024**2, 1024**3
+MAX_NAMES = MAX_FILES * 512  # bytes of an archive's list of names, each of which is made into an object when it is read
 MAX_RUNS = 20  # of one submission: the seeds of a recipe
 MAX_TEXT = 16 * 1024**2  # of a file that is parsed whole: what it makes takes some thirty times the room
 # of an entry and a result: some thirty thousand clients, and twenty of them are held at a time
@@ -64,6 +66,20 @@ def _same_names(names: list[str]) -> Iterator[Problem]:
             yield Problem(name, "is there twice, or differs from another name in case only")
 
 
+class _ListError(Exception):
+    """An archive has a list of names that is too long to be read."""
+
+
+class _Archive(io.BufferedReader):
+    """An archive's bytes. Its list of names is read at once, and nothing else as long: files are unpacked in pieces."""
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        """Read, or refuse to."""
+        if size is not None and size > MAX_NAMES:
+            raise _ListError(f"its list of names has {size:,} bytes, at most {MAX_NAMES:,} are taken")
+        return super().read(size)
+
+
 def _look(archive: zipfile.ZipFile, name: str) -> Iterator[Problem]:
     """Yield why an archive is not unpacked."""
     infos = archive.infolist()
@@ -86,10 +102,12 @@ def _unzip(path: Path, folder: Path) -> list[Problem]:
     if path.stat().st_size > MAX_TOTAL:
         return [Problem(path.name, f"{path.stat().st_size:,} bytes, at most {MAX_TOTAL:,} are taken")]
     try:
-        with zipfile.ZipFile(path) as archive:
+        with _Archive(io.FileIO(path)) as raw, zipfile.ZipFile(raw) as archive:
             problems = list(_look(archive, path.name))
             if not problems:
                 archive.extractall(folder, [i for i in archive.infolist() if not litter(i.filename)])
+    except _ListError as err:
+        return [Problem(path.name, str(err))]
     except zipfile.BadZipFile as err:
         return [
             Problem(path.name, f"is not a zip archive, or a damaged one: {err}", "hand in a folder, or a zip of one")
