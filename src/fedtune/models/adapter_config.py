@@ -18,7 +18,7 @@ Rank = Annotated[int, Field(ge=1, le=4096)]
 Alpha = Annotated[float, Field(ge=1e-6, le=1e6)]
 # PEFT holds each of a list's names against every other and every layer, so its time grows with the square of them
 MOST_NAMES = 4096
-# of the file: what it makes takes some thirty times the room, and settings of 4096 layers by name have less than half of it
+# of the file: what it makes takes some thirty times the room, and settings of 4096 layers by name are smaller
 MOST_BYTES = 2 * 1024**2
 Text = Annotated[str, Field(max_length=10_000)]
 Names = Annotated[list[Annotated[str, Field(max_length=1000)]], Field(max_length=MOST_NAMES)]
