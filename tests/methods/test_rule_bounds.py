@@ -27,14 +27,17 @@ MOST = 10  # malicious clients
 LARGE = 48.0  # of a factor: two of them make a product that is nearly as large as is taken
 
 
-def promised(rule: str, n: int, f: int) -> float:
-    """Return how far from the honest updates' mean the result may be, in the largest distance between two of them."""
+def promised(rule: str, n: int, f: int, left: float = 0.01) -> float:
+    """Return how far from the honest updates' mean the result may be, in the largest distance between two of them.
+
+    What is `left` of one client's pull on the geometric median counts as more malicious clients.
+    """
     if rule in ("krum", "multi-krum"):
         return 1 + math.sqrt((n - f - 2) / (n - 2 * f - 1))
     if rule == "geometric-median":
-        return (n - f) / math.sqrt(n * (n - 2 * f))
+        return (n - f) / math.sqrt((n - f) ** 2 - (f + left) ** 2)
     if rule == "trimmed":
-        return 1 + 2 * f / math.sqrt(n * (n - 2 * f))
+        return 1 + 2 * f / math.sqrt((n - f) ** 2 - (f + left) ** 2)
     assert rule == "dnc"
     return (math.sqrt(n) + math.sqrt(f)) * math.sqrt(n - f) / (n - 2 * f)
 
@@ -225,6 +228,55 @@ def test_a_median_that_still_moves_is_never_used(rule: str) -> None:
     _, _, found = attempt("flora", {"rule": rule, "iterations": 1}, 21, 10, 0.01, math.inf, "same", 3)
     assert found.state is None
     assert "the geometric median still moves after robust.iterations = 1" in found.note
+
+
+def slowing(f: int, more: float) -> tuple[Tensor, Tensor]:
+    """Return honest updates, and all: with colluders in a small cluster where the honest pull is f and a little more."""
+    drawn = torch.Generator().manual_seed(0)
+    honest, apart = (torch.randn(k, 40, generator=drawn, dtype=torch.float64) for k in (f + 1, f))
+    centre, (low, high) = honest.mean(0), (0.0, 1e4)
+    for _ in range(60):
+        middle = (low + high) / 2
+        away = honest - centre - middle * torch.eye(40, dtype=torch.float64)[0]
+        strong = float((away / away.norm(dim=1, keepdim=True)).sum(0).norm()) >= f + more
+        low, high = (low, middle) if strong else (middle, high)
+    place = centre + low * torch.eye(40, dtype=torch.float64)[0]
+    return honest, torch.cat([place + 1e-6 * (apart - apart.mean(0)), honest])
+
+
+@pytest.mark.parametrize("rule", robust.ITERATING)
+@pytest.mark.parametrize(("f", "more"), [(6, 2e-3), (10, 2e-3), (10, 9e-3), (10, 1.2e-2), (10, 5e-2)])
+def test_colluders_that_slow_the_geometric_median_down_do_not_stop_the_round(rule: str, f: int, more: float) -> None:
+    honest, points = slowing(f, more)
+    n, notes = len(points), list[str]()
+    chosen = RobustSettings(rule=rule, malicious=f)
+    weights = robust.RULES[rule](points @ points.T, torch.ones(n).double(), chosen, note=notes.append)
+    moved = float((weights @ points / weights.sum() - honest.mean(0)).norm())
+    assert moved <= promised(rule, n, f, 0.1 if notes else 0.01) * float(torch.cdist(honest, honest).max())
+
+
+@pytest.mark.parametrize("rule", robust.ITERATING)
+def test_a_median_that_nearly_stands_still_is_used_and_noted(rule: str) -> None:
+    _, points = slowing(10, 1.2e-2)
+    notes = list[str]()
+    chosen = RobustSettings(rule=rule, malicious=10, iterations=300)
+    robust.RULES[rule](points @ points.T, torch.ones(21).double(), chosen, note=notes.append)
+    assert len(notes) == 1
+    assert notes[0].startswith("the geometric median still moves after robust.iterations = 300, pulled by 0.0")
+
+
+@pytest.mark.parametrize("rule", robust.ITERATING)
+@pytest.mark.parametrize("apart", [1e-6, 1e-4, 1e-3, 3e-3])
+def test_two_colluders_far_away_on_either_side_do_not_make_the_mean_the_median(rule: str, apart: float) -> None:
+    """From where they are, all others seem to be one point."""
+    axes = torch.eye(40, dtype=torch.float64)
+    honest = 0.1 * axes[2] + 1e-5 * torch.randn(3, 40, generator=torch.Generator().manual_seed(0)).double()
+    centre = honest.mean(0)
+    points = torch.cat([torch.stack([centre + 1e4 * axes[0], centre - 1e4 * axes[0] + apart * axes[1]]), honest])
+    chosen = RobustSettings(rule=rule, malicious=2)
+    weights = robust.RULES[rule](points @ points.T, torch.ones(5).double(), chosen)
+    spread = float((honest[:, None] - honest[None]).norm(dim=2).max())
+    assert float((weights @ points / weights.sum() - centre).norm()) <= promised(rule, 5, 2) * spread + 1e-7
 
 
 def test_a_colluder_near_the_mean_of_the_main_direction_is_dropped_as_well() -> None:

@@ -21,10 +21,13 @@ if TYPE_CHECKING:
 
 # squared distances below this share of the squared sizes that they are made of are rounding
 SAME = 1e-13
-# how much pull may be left where the geometric median stands still: a share of one client's
-STILL = 1e-3
+# how much pull may be left where the geometric median stands still, and where `iterations` are over: shares of one
+# client's; with n = 2f + 1 any share below 1 leaves a bound
+STILL, NEARLY = 0.01, 0.1
+# how many times the median distance from the mean an update may have, for the mean to be looked at as the median
+APART = 1e3
 
-Rule = Callable[["Tensor", "Tensor", "RobustSettings"], "Tensor"]
+Rule = Callable[..., "Tensor"]  # of inner products, weights and settings; those in ITERATING also take `note`
 
 
 def fewest(settings: RobustSettings) -> int:
@@ -105,8 +108,8 @@ def _nearness(gram: Tensor, shares: Tensor) -> tuple[Tensor, Tensor]:
     return squares.sqrt(), squares <= SAME * (size.diag() + 2 * size @ shares + shares @ size @ shares)
 
 
-def _weiszfeld(gram: Tensor, weights: Tensor, shares: Tensor) -> tuple[Tensor, bool]:
-    """Return the next point of Weiszfeld's iteration, and whether it stands still (Vardi and Zhang, PNAS 2000).
+def _weiszfeld(gram: Tensor, weights: Tensor, shares: Tensor) -> tuple[Tensor, float]:
+    """Return Weiszfeld's next point, and which share of one client's pull this one has (Vardi and Zhang, PNAS 2000).
 
     Every update pulls with its weight towards itself. Those at the point itself hold it with their weights.
     """
@@ -114,39 +117,52 @@ def _weiszfeld(gram: Tensor, weights: Tensor, shares: Tensor) -> tuple[Tensor, b
     pull = (weights / far).masked_fill(here, 0)
     force = pull - pull.sum() * shares
     strength, held = float((force @ gram @ force).clamp(min=0).sqrt()), float(weights[here].sum())
-    if strength <= held + STILL * float(weights.min()):
-        return shares, True
+    if strength <= held:
+        return shares, 0.0
     stay = held / strength
-    return stay * shares + (1 - stay) * pull / pull.sum(), False
+    return stay * shares + (1 - stay) * pull / pull.sum(), (strength - held) / float(weights.min())
 
 
-def geometric_median(gram: Tensor, weights: Tensor, settings: RobustSettings) -> Tensor:
+def _even(gram: Tensor, shares: Tensor) -> bool:
+    """Tell whether no update is so far away that the others seem to be at the mean."""
+    far, here = _nearness(gram, shares)
+    far = far.masked_fill(here, 0).sort().values
+    return float(far[-1]) <= APART * float(far[(len(far) - 1) // 2])
+
+
+def geometric_median(
+    gram: Tensor, weights: Tensor, settings: RobustSettings, note: Callable[[str], object] = bool
+) -> Tensor:
     """Return the weights of the point with the least sum of distances (arXiv 1912.13445).
 
     The iteration starts from the mean, where that is the point already, or else from the best update; if the point is
     an update, it is that one. It ends where the pulls on the point cancel, not after a number of steps: only then does
-    what the rule promises hold.
+    what the rule promises hold. A point that is nearly there when the steps are over is used, and noted.
 
     Raises:
         RunFailedError: the point still moves after `iterations` steps.
     """
     shares = weights / weights.sum()
-    if _weiszfeld(gram, weights, shares)[1]:
+    if _even(gram, shares) and _weiszfeld(gram, weights, shares)[1] <= STILL:
         return weights
     best = int((distances(gram).sqrt() @ weights).argmin())
     shares = shares.new_zeros(shares.shape).index_fill(0, shares.new_tensor([best]).long(), 1)
     for _ in range(settings.iterations):
-        shares, still = _weiszfeld(gram, weights, shares)
-        if still:
+        following, pull = _weiszfeld(gram, weights, shares)
+        if pull <= STILL:
             return shares * weights.sum()
-    raise RunFailedError(
-        f"the geometric median still moves after robust.iterations = {settings.iterations}; allow more of them"
-    )
+        shares = following
+    pull = _weiszfeld(gram, weights, shares)[1]
+    told = f"the geometric median still moves after robust.iterations = {settings.iterations}"
+    if pull > NEARLY:
+        raise RunFailedError(f"{told}; allow more of them")
+    note(f"{told}, pulled by {pull:.2g} of one client")
+    return shares * weights.sum()
 
 
-def trimmed(gram: Tensor, weights: Tensor, settings: RobustSettings) -> Tensor:
+def trimmed(gram: Tensor, weights: Tensor, settings: RobustSettings, note: Callable[[str], object] = bool) -> Tensor:
     """Drop the f updates farthest from the geometric median."""
-    centre = geometric_median(gram, weights, settings)
+    centre = geometric_median(gram, weights, settings, note)
     order = _to_mean(gram, centre / centre.sum()).argsort(stable=True)
     return _selected(weights, order, max(1, len(weights) - settings.malicious))
 
@@ -191,6 +207,7 @@ def dnc(gram: Tensor, weights: Tensor, settings: RobustSettings) -> Tensor:
 
 
 COUNTING = ("krum", "multi-krum", "geometric-median", "trimmed", "dnc")  # rules that `malicious` is a count for
+ITERATING = ("geometric-median", "trimmed")
 DROPPING = ("multi-krum", "trimmed", "dnc")  # rules that drop so many clients and take the others as they are
 RULES: dict[str, Rule] = {
     "krum": krum,

@@ -43,7 +43,9 @@ def _balanced(method: Method, update: ClientUpdate, state: ServerState) -> Clien
     return replace(update, tensors={**update.tensors, **to_tensors(split)})
 
 
-def _weights(table: Tensor, updates: Sequence[ClientUpdate], settings: RobustSettings) -> tuple[Tensor, float]:
+def _weights(
+    table: Tensor, updates: Sequence[ClientUpdate], settings: RobustSettings, note: Callable[[str], object]
+) -> tuple[Tensor, float]:
     """Return the updates' weights, and that of the unchanged model, from their inner products.
 
     Under a rule every client counts as one: an example count is a client's own word, and a rule that took it would let
@@ -52,7 +54,8 @@ def _weights(table: Tensor, updates: Sequence[ClientUpdate], settings: RobustSet
     ruled = settings.rule != "none"
     weights = table.new_tensor([1.0 if ruled else float(u.examples) for u in updates])
     if ruled:
-        weights = robust.RULES[settings.rule](table, weights, settings)
+        told = {"note": note} if settings.rule in robust.ITERATING else {}
+        weights = robust.RULES[settings.rule](table, weights, settings, **told)
     if settings.clip_norm == "none":
         return weights, 0.0
     return robust.clip_shares(table, weights, 0.0 if settings.clip_norm == "median" else float(settings.clip_norm))
@@ -78,7 +81,7 @@ def reweighed(
 
     kinds = [{n: t.dtype for n, t in u.tensors.items()} for u in updates]
     updates = [_balanced(method, u, state) for u in updates]
-    weights, rest = _weights(gram(_changes(method, updates, state)), updates, settings)
+    weights, rest = _weights(gram(_changes(method, updates, state)), updates, settings, note)
     kept = [
         replace(u, tensors={n: t.to(kind[n]) for n, t in u.tensors.items()}, examples=float(w))
         for u, kind, w in zip(updates, kinds, weights, strict=True)
