@@ -87,7 +87,9 @@ def outcome(folder: Path) -> dict[str, Any]:
     found = {}
     kinds = ("**/*.safetensors", "**/rounds.jsonl", "evals/**/*.jsonl")
     for path in sorted({path for kind in kinds for path in folder.glob(kind)}):
-        found[str(path.relative_to(folder))] = _digest(path.read_bytes())
+        data = path.read_bytes()
+        # the first line of an evaluation's log names the model's folder, which is another one each time
+        found[str(path.relative_to(folder))] = _digest(data.partition(b"\n")[2] if "evals" in path.parts else data)
     result = json.loads((folder / "result.json").read_text())
     scores = [(arm.get("name"), arm.get("scores")) for arm in result["arms"]] if "arms" in result else []
     found["scores"] = _digest(json.dumps(scores, sort_keys=True).encode())
