@@ -11,7 +11,7 @@ from fedtune.experiment import verify
 from fedtune.experiment.report import Reporter
 from fedtune.experiment.verify import differences
 from fedtune.io import write_lines
-from fedtune.types import CancelledError, CorruptFileError, RoundRecord
+from fedtune.types import CancelledError, ConfigError, CorruptFileError, RoundRecord
 
 
 def rounds(loss: float | None = 2.0, **changes: Any) -> list[dict[str, Any]]:
@@ -70,3 +70,11 @@ def test_a_replay_stops_after_its_rounds_and_passes_on_a_stop_that_is_not_its_ow
     assert verify.verify(tmp_path, 1) == []
     with pytest.raises(CancelledError):
         verify.verify(tmp_path, 1, watch=_Stopped())
+
+
+@pytest.mark.parametrize("table", ["eval", "data"])
+def test_a_table_of_settings_that_is_no_table_is_named(tmp_path: Path, table: str) -> None:
+    (tmp_path / "config.toml").write_text(f'domain = "finance"\n{table} = 5\n')
+    write_lines(tmp_path / "rounds.jsonl", rounds())
+    with pytest.raises(ConfigError, match=rf"{table} = 5: Input should be a valid dictionary"):
+        verify.verify(tmp_path, 1, data=str(tmp_path))

@@ -94,14 +94,13 @@ def verify(packed: Path, rounds: int, data: str = "", watch: Reporter | None = N
     """
     only_files(packed)
     tree = read_toml(packed / "config.toml")
-    if data:
-        tree["data"] = {**tree.get("data", {}), "path": data}
-    tree["eval"] = {**tree.get("eval", {}), "base": False}
+    load([tree], here=False)  # a table may be no table: that is said before another layer lies over it
+    changes: dict[str, Any] = {"eval": {"base": False}} | ({"data": {"path": data}} if data else {})
     said = read_lines(packed / "rounds.jsonl")[:rounds]
     if not said:
         raise CorruptFileError(f"{packed / 'rounds.jsonl'}: has no rounds that could be run again")
     with TemporaryDirectory() as scratch:
         out = Path(scratch) / "run"
         with contextlib.suppress(_EnoughError):
-            run(load([tree], kept=True), out, reporter=_Enough(len(said), watch or Reporter()))
+            run(load([tree, changes], kept=True), out, reporter=_Enough(len(said), watch or Reporter()))
         return differences(said, read_lines(out / "rounds.jsonl")[: len(said)])
