@@ -27,7 +27,7 @@ from fedtune.methods import METHODS
 from fedtune.methods.sound import GROWTH
 from fedtune.settings import load
 from fedtune.types import ConfigError, RoundRecord
-from tests.faults.hostile import Evil, clients, mutated
+from tests.faults.hostile import Evil, Toy, clients, mutated
 
 BAD, HONEST = 2, (0, 1, 3)
 AROUND: dict[str, dict[str, Any]] = {
@@ -161,8 +161,11 @@ def _longest(reply: Any, names: str, size: float) -> Any:
     for name, tensor in sent.items():
         if tensor.is_floating_point() and "magnitude" not in name:
             share = size if names in name else 0.0
-            sent[name] = torch.zeros_like(tensor)
-            sent[name].view(-1)[:: max(1, tensor.shape[-1] if tensor.dim() else 1)] = 1.0
+            if name.startswith("fedkseed/"):  # slopes belong to the client's own directions
+                sent[name] = (tensor != 0).to(tensor.dtype)
+            else:
+                sent[name] = torch.zeros_like(tensor)
+                sent[name].view(-1)[:: max(1, tensor.shape[-1] if tensor.dim() else 1)] = 1.0
             sent[name] *= share / max(1.0, float(sent[name].norm()))
         elif names in name:  # nearly as far as a magnitude may go
             sent[name] = tensor * (1.8 if size else 0.55)
@@ -221,6 +224,25 @@ def test_the_bound_of_what_is_added_up_does_not_grow_with_the_sum(
     assert sums
     if around == "scaffold":  # a mean of means of gradients, each clipped to this norm
         assert max(sums.values()) <= scene.config.train.max_grad_norm * (1 + 1e-6)
+
+
+def test_a_slope_along_a_direction_of_no_step_is_refused(tmp_path: Path) -> None:
+    """One along each of them, however small, would make every later replay as long as there are directions."""
+    scene = Scene("fedkseed", "alone", tmp_path)
+    (name,) = scene.fed.recipe.expected(scene.before.state, BAD, 3)
+
+    def everywhere(reply: Any) -> Any:
+        sent = messages.unpack(reply.content.array_records[messages.ADAPTER])
+        reply.content[messages.ADAPTER] = messages.pack(
+            {n: t + 1e-30 * (t == 0) for n, t in sent.items()}, in_process=True
+        )
+        return reply
+
+    taken = int(scene.before.state.extra[name].count_nonzero())
+    scene.mutate = everywhere
+    after = one_round(scene.fed, 3, scene.before)
+    assert [(r.client, r.reason) for r in after.records[-1].rejected] == [(BAD, "values")]
+    assert int(after.state.extra[name].count_nonzero()) <= taken + 3 * Toy.steps
 
 
 @pytest.mark.slow

@@ -70,7 +70,7 @@ def advanced(made: Recipe, state: ServerState, round_: int, bad: tuple[float, in
         if bad is not None and BAD in members:
             place = members.index(BAD)
             sent[place] = replace(sent[place], tensors=spoiled(dict(sent[place].tensors), *bad))
-            if made.config.lora.dora and made.flaw(sent[place].tensors, state, BAD, round_):
+            if made.config.lora.dora and made.flaw(sent[place].tensors, state, BAD, round_, 2):
                 members.remove(BAD)  # such a reply is rejected as it comes
                 sent.pop(place)
         act = made.middle if phase < made.phases else made.server_step
@@ -134,10 +134,10 @@ def test_a_magnitude_moves_by_no_more_than_a_factor_of_two_in_a_round(name: str,
     made = create(Config.model_validate(tree))
     state = made.initial(layout(True))
     sent = payload(made, state, BAD, 1)
-    assert not made.flaw(sent, state, BAD, 1)
+    assert not made.flaw(sent, state, BAD, 1, 2)
     last = [n for n in sent if "magnitude" in n][-1]
     for inside in (0.5, 2.0):
         sent[last] = to_tensors(state.adapter)[last].clone() * torch.tensor([1.0, 1, 1, 1, 1, inside])
-        assert not made.flaw(sent, state, BAD, 1)
+        assert not made.flaw(sent, state, BAD, 1, 2)
     sent[last][5] *= factor / 2
-    assert re.match(r"l1\.q: row 5 has a magnitude of .*; from .* to .* is taken", made.flaw(sent, state, BAD, 1))
+    assert re.match(r"l1\.q: row 5 has a magnitude of .*; from .* to .* is taken", made.flaw(sent, state, BAD, 1, 2))

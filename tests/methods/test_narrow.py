@@ -67,7 +67,7 @@ def _round(made: Recipe, start: AdapterState, state: ServerState, kept: dict[int
             kept[client], expected = fitted.kept, made.expected(state, client, round_)
             if not made.method.ragged:
                 assert shapes(fitted.payload) == shapes(expected)
-            assert not made.flaw(fitted.payload, state, client, round_)
+            assert not made.flaw(fitted.payload, state, client, round_, Toy.steps)
             sent.append(ClientUpdate(client, fitted.payload, 1.0))
         step = made.middle if phase < made.phases else made.server_step
         state = step(sent, state, round_)

@@ -338,16 +338,16 @@ def test_lora_a2_sends_the_ranks_that_changed_most_within_the_budget() -> None:
     sent = {n: trained[n].index_select(1, chosen[n]) for n in names}
     payload = {**sent, **{n + ".chosen": chosen[n] for n in names}}
     state = ServerState(START)
-    assert method.flaw(payload, state, 0, 1) == ""
+    assert method.flaw(payload, state, 0, 1, 6) == ""
     whole = method.completed(ClientUpdate(0, payload, 1.0), state)
     assert torch.equal(whole[NAME].b[:, 0], START[NAME].b[:, 0])
     assert torch.equal(whole[NAME].b[:, 1], trained[names[0]][:, 1])
     twice = {**payload, names[0] + ".chosen": torch.tensor([1, 1]), names[0]: trained[names[0]]}
-    assert "a rank comes twice" in method.flaw(twice, state, 0, 1)
+    assert "a rank comes twice" in method.flaw(twice, state, 0, 1, 6)
     wide = {**payload, names[0] + ".chosen": torch.tensor([0, 1]), names[0]: trained[names[0]]}
-    assert "3 ranks, the budget is 2" in method.flaw(wide, state, 0, 1)
-    assert "ranks outside" in method.flaw({**payload, names[0] + ".chosen": torch.tensor([9])}, state, 0, 1)
-    assert "for 1 ranks" in method.flaw({**payload, names[0]: trained[names[0]]}, state, 0, 1)
+    assert "3 ranks, the budget is 2" in method.flaw(wide, state, 0, 1, 6)
+    assert "ranks outside" in method.flaw({**payload, names[0] + ".chosen": torch.tensor([9])}, state, 0, 1, 6)
+    assert "for 1 ranks" in method.flaw({**payload, names[0]: trained[names[0]]}, state, 0, 1, 6)
 
 
 def test_fedalts_rest_of_the_world_is_the_mean_of_the_others() -> None:
@@ -440,6 +440,18 @@ def test_fedkseed_replays_bit_for_bit_and_in_any_order() -> None:
         assert torch.allclose(tensor, (walks[0][name] + walks[1][name]) / 2, atol=1e-12)
     step = method.direction(3, wide)
     assert all(torch.equal(step[n], method.direction(3, wide)[n]) for n in step)
+
+
+def test_fedkseed_takes_slopes_along_the_directions_of_the_clients_own_steps_alone() -> None:
+    method = cast(FedKSeed, make("fedkseed", seeds=4096))
+    start32 = {p: replace(m, a=m.a.float(), b=m.b.float()) for p, m in START.items()}
+    state, client = ServerState(start32), Slope(1)
+    sent = method.fit(cast(Any, client), to_tensors(start32)).payload
+    assert method.flaw(sent, state, 1, 1, client.steps) == ""
+    for other, round_, steps in ((0, 1, client.steps), (1, 2, client.steps), (1, 1, client.steps - 1)):
+        assert "that its steps do not take" in method.flaw(sent, state, other, round_, steps)
+    everywhere = {n: t + 1e-30 * (t == 0) for n, t in sent.items()}
+    assert "slopes along 4090 directions" in method.flaw(everywhere, state, 1, 1, client.steps)
 
 
 def test_fedkseed_goes_downhill() -> None:

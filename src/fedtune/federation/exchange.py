@@ -88,10 +88,14 @@ class _Signatures(Mapping[int, Mapping[str, Tensor]]):
         return len(self._cohort)
 
 
+def _plan(fed: Federation, client: int, round_: int) -> list[list[int]]:
+    """Return the rows of each of a client's steps: the server knows them as well as the client does."""
+    return schedule.batches(fed.config.train, fed.registered[client], fed.config.seed, client, round_)
+
+
 def _most(fed: Federation, client: int, round_: int) -> Most:
-    """Return what a client can have done in a round: the server knows the rows of its steps as well as it does."""
-    train, size = fed.config.train, fed.registered[client]
-    plan = schedule.batches(train, size, fed.config.seed, client, round_)
+    """Return what a client can have done in a round."""
+    train, plan = fed.config.train, _plan(fed, client, round_)
     steps = fed.recipe.method.losses(len(plan))
     return Most(schedule.distinct(plan), steps, steps * train.batch * train.max_length)
 
@@ -105,7 +109,7 @@ def _expected(fed: Federation, cohort: Sequence[int], when: When, state: ServerS
         fed.registered,
         lambda client: _most(fed, client, round_),
         fed.config.federation.weights,
-        lambda tensors, client: fed.recipe.flaw(tensors, state, client, round_),
+        lambda tensors, client: fed.recipe.flaw(tensors, state, client, round_, len(_plan(fed, client, round_))),
         phase,
         fed.recipe.method.ragged,
         fed.recipe.growth,

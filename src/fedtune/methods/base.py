@@ -290,9 +290,9 @@ class Method:
         """Tell whether a tensor has to be the same in all adapters that are aggregated after a round."""
         return not self.trainable(round_, name)
 
-    def flaw(self, update: Tensors, state: ServerState, client: int, round_: int) -> str:
-        """Say what is wrong with a ragged update whose names and dtypes are as expected, or return an empty string.
+    def flaw(self, update: Tensors, state: ServerState, client: int, round_: int, steps: int) -> str:
+        """Say what is wrong with an update of a plan of so many steps, or return an empty string.
 
-        Where a method is not `ragged`, its shapes are those of `expected`, which the screening sees to.
+        Names and dtypes are those of `expected`; so are the shapes where a method is not `ragged`.
         """
         return ""

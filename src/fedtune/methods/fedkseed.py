@@ -83,12 +83,16 @@ class FedKSeed(Method):
         """Count the steps of the walk."""
         return self._own.steps or steps
 
+    def _chance(self, client: int, round_: int) -> random.Random:
+        """Return what draws the directions of a client's steps in a round, one after the other."""
+        return random.Random(derive_seed(self.seed, "walk", client, round_))
+
     def fit(self, local: Local, start: Tensors) -> Fitted:
         """Walk along random directions; send what was found for each."""
         import torch
 
         own, found = self._own, torch.zeros(self._own.seeds)
-        chance = random.Random(derive_seed(self.seed, "walk", local.client, local.round))
+        chance = self._chance(local.client, local.round)
         now = {n: t.clone() for n, t in start.items()}
         for step in range(own.steps or local.steps):
             number = chance.randrange(own.seeds)
@@ -130,6 +134,15 @@ class FedKSeed(Method):
     def growth(self, name: str) -> float:
         """Let slopes be steep: a thousand moves the adapter by 0.05 a number at the default learning rate."""
         return 1e3
+
+    def flaw(self, update: Tensors, state: ServerState, client: int, round_: int, steps: int) -> str:
+        """Name a slope along a direction that the client's steps do not take: every later replay would pay for it."""
+        chance = self._chance(client, round_)
+        taken = {chance.randrange(self._own.seeds) for _ in range(self.losses(steps))}
+        others = set(update[_SCALARS].nonzero()[:, 0].tolist()) - taken
+        if not others:
+            return ""
+        return f"{_SCALARS}: slopes along {len(others)} directions, as {min(others)}, that its steps do not take"
 
     def aggregate(
         self, clients: Sequence[AdapterState], examples: Sequence[float], state: ServerState, round_: int, rank: int = 0

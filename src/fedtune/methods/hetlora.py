@@ -103,7 +103,7 @@ class HetLoRA(RBLA):
         """Expect what was sent, or a smaller rank."""
         return self.view(state, client)
 
-    def flaw(self, update: Tensors, state: ServerState, client: int, round_: int) -> str:
+    def flaw(self, update: Tensors, state: ServerState, client: int, round_: int, steps: int) -> str:
         """Accept the rank that was sent or the pruned one, the same in every layer."""
         allowed = self.view(state, client)
         whole = next(t.shape[0] for n, t in allowed.items() if n.endswith(_A))

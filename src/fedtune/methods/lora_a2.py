@@ -104,7 +104,7 @@ class LoRAA2(Method):
         whole = super().expected(state, client, round_)
         return {**whole, **{n + _CHOSEN: torch.arange(t.shape[_axis(n)]) for n, t in whole.items()}}
 
-    def flaw(self, update: Tensors, state: ServerState, client: int, round_: int) -> str:
+    def flaw(self, update: Tensors, state: ServerState, client: int, round_: int, steps: int) -> str:
         """Refuse ranks that do not exist, come twice, or exceed the budget."""
         total = 0
         for name, whole in super().expected(state, client, round_).items():

@@ -167,11 +167,11 @@ class Recipe:
             return sound.LARGEST
         return drift.growth(self.config.train) if name.startswith(drift.CONTROL) else self.method.growth(name)
 
-    def flaw(self, update: Tensors, state: ServerState, client: int, round_: int) -> str:
+    def flaw(self, update: Tensors, state: ServerState, client: int, round_: int, steps: int) -> str:
         """Say what is wrong with an update whose names and dtypes are as expected, or return an empty string."""
         own = drift.split(update)[0]
         odd = sound.magnitude_problem(own, state.adapter, relative=self.exact_dora) if self.config.lora.dora else ""
-        return odd or (self.method.flaw(own, state, client, round_) if self.method.ragged else "")
+        return odd or self.method.flaw(own, state, client, round_, steps)
 
     def middle(self, updates: Sequence[ClientUpdate], state: ServerState, round_: int) -> ServerState:
         """Return the state for the next exchange of the same round."""
