@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import safetensors.torch
 import torch
 
 from fedtune.config.schema import LoraSettings, ModelSettings
@@ -105,6 +106,90 @@ def test_a_hub_model_is_told_to_run_no_code_with_and_without_a_revision(
     # whatever follows is of the commit that was found first
     assert asked[0] == (False, None)
     assert {revision for _, revision in asked[1:]} == {hub}
+
+
+class Unpickled(Exception):
+    """Something that must not be unpickled was."""
+
+
+@pytest.fixture
+def no_pickles(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: Any, **__: Any) -> None:
+        raise Unpickled
+
+    monkeypatch.setattr("torch.load", refuse)
+
+
+def _weights_elsewhere(folder: Path, by: str, name: str) -> None:
+    """Let a model's folder name another file as its weights, a pickle or not by its ending."""
+    weights = safetensors.torch.load_file(folder / "model.safetensors")
+    (folder / name).parent.mkdir(exist_ok=True)
+    if name.endswith(".safetensors"):
+        safetensors.torch.save_file(weights, folder / name, metadata={"format": "pt"})
+    else:
+        torch.save(weights, folder / name)
+    if by == "index":
+        (folder / "model.safetensors").rename(folder / "decoy.safetensors")
+        index = {"metadata": {"total_size": 1}, "weight_map": dict.fromkeys(weights, name)}
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+        return
+    # by the configuration itself, by a part of it, or by another that it names
+    config = json.loads((folder / "config.json").read_text())
+    named = {"transformers_weights": name}
+    other = {"whole": named, "part": {"text_config": named}, "other": {"configuration_files": ["config.4.0.json"]}}
+    (folder / "config.json").write_text(json.dumps(config | other[by]))
+    (folder / "config.4.0.json").write_text(json.dumps(config | named))
+
+
+ELSEWHERE = [
+    *(("index", n) for n in ("w.bin", "README.md", ".w.safetensors", "sub/w.safetensors", "../w.safetensors")),
+    *((by, n) for by in ("whole", "part", "other") for n in ("adapter_model.bin", ".w.safetensors")),
+    ("whole", "sub/w.safetensors"),
+]
+
+
+@pytest.mark.usefixtures("no_pickles")
+@pytest.mark.parametrize(("by", "name"), ELSEWHERE)
+def test_weights_of_other_names_or_places_are_never_loaded(
+    tiny_folder: Path, tmp_path: Path, by: str, name: str
+) -> None:
+    """They would be unpickled, or would be no part of what identifies the model."""
+    folder = Path(shutil.copytree(tiny_folder, tmp_path / "model"))
+    _weights_elsewhere(folder, by, name)
+    with pytest.raises(ModelError, match=r"weight_map names|names other files to load"):
+        load(ModelSettings(name=str(folder)))
+
+
+@pytest.mark.usefixtures("no_pickles")
+@pytest.mark.parametrize(("by", "name"), [("index", "w.bin"), ("whole", "adapter_model.bin"), ("part", "w.bin")])
+def test_a_hub_model_that_names_pickles_is_refused_before_one_is_loaded(
+    hub: str, tmp_path: Path, by: str, name: str
+) -> None:
+    _weights_elsewhere(tmp_path / "models--some--model/snapshots" / hub, by, name)
+    with pytest.raises(ModelError, match=r"weight_map names|names other files to load"):
+        load(ModelSettings(name="some/model"))
+
+
+def test_a_tokenizer_in_another_folder_is_not_read(tiny_folder: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(tiny_folder, tmp_path / "model"))
+    (folder / "sub").mkdir()
+    (folder / "tokenizer.json").rename(folder / "sub/tokenizer.4.0.json")
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    settings["fast_tokenizer_files"] = ["sub/tokenizer.4.0.json"]
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    with pytest.raises(ModelError, match="fast_tokenizer_files names other files to load"):
+        load(ModelSettings(name=str(folder)))
+
+
+def test_shards_in_the_folder_load_as_the_whole_does(tiny_folder: Path, tmp_path: Path) -> None:
+    whole = load(ModelSettings(name=str(tiny_folder)))
+    folder = Path(shutil.copytree(tiny_folder, tmp_path / "model"))
+    (folder / "model.safetensors").unlink()
+    whole.model.save_pretrained(folder, max_shard_size="50KB")
+    assert len(list(folder.glob("*.safetensors"))) > 1
+    again = load(ModelSettings(name=str(folder)))
+    pairs = zip(whole.model.parameters(), again.model.parameters(), strict=True)
+    assert all(torch.equal(a, b) for a, b in pairs)
 
 
 def test_every_call_that_could_fetch_code_forbids_it() -> None:

@@ -27,7 +27,7 @@ from fedtune.models.checks import (
     quantised_bits,
 )
 from fedtune.models.proof import prove
-from fedtune.models.source import check_folder, model_revision
+from fedtune.models.source import CONFIG, INDEX, SINGLE, check_folder, check_index, check_settings, model_revision
 from fedtune.models.zoo import is_local, zoo
 from fedtune.types import ModelError
 
@@ -178,6 +178,24 @@ def _read(what: str, source: str, settings: ModelSettings, device: str, stored: 
     return model
 
 
+def _check_snapshot(what: str, source: str, commit: str | None) -> None:
+    """Refuse a Hub model whose files name pickles or files elsewhere, before one of them is loaded."""
+    from transformers.utils import cached_file
+
+    def found(name: str, **quiet: bool) -> Path | None:
+        path = cached_file(source, name, revision=commit, _raise_exceptions_for_missing_entries=False, **quiet)
+        return Path(path) if path else None
+
+    unreached = {"_raise_exceptions_for_connection_errors": False}  # in a cache, what is absent is not known to be so
+    if found(CONFIG, **unreached):
+        raise ModelError(f"{what} is an adapter and no base model; download it and use: fedtune eval FOLDER")
+    if config := found("config.json"):
+        check_settings(config)
+    # the index is read where there is no single file, so then it has to be seen
+    if not found(SINGLE, **unreached) and (index := found(INDEX)):
+        check_index(index)
+
+
 def load(settings: ModelSettings, device: str | None = None) -> LoadedModel:
     """Load a base model, in bfloat16 where this machine is clearly faster in it; safetensors only, no remote code.
 
@@ -196,6 +214,8 @@ def load(settings: ModelSettings, device: str | None = None) -> LoadedModel:
     stored = quantised_bits(what, config, settings.quantization)
     # all files of one commit, even if a new one is pushed meanwhile
     common["revision"] = commit = _commit(source, revision)
+    if not is_local(source):
+        guarded(lambda: _check_snapshot(what, source, commit), what, ModelError)
     tokenizer = guarded(lambda: AutoTokenizer.from_pretrained(source, **common), what, ModelError)
     model = guarded(lambda: _read(what, source, settings, device, stored, common), what, ModelError)
     if not settings.quantization:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,10 @@ SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 # what no loader reads: texts about a model, code, pickles, and weights in the formats of other libraries
 _UNREAD = {".md", ".py", ".pyc", ".bin", ".pt", ".pth", ".pkl", ".ckpt", ".h5", ".msgpack", ".onnx", ".gguf"}
 _UNREAD |= {".png", ".jpg", ".jpeg", ".gif", ".svg", ".webp", ".pdf", ".log"}
+
+# entries of settings by which transformers loads weights, a configuration or a tokenizer from files of other names
+_ELSEWHERE = ("transformers_weights", "configuration_files", "fast_tokenizer_files")
+_SHARD = re.compile(r"[^./\\\0][^/\\\0]*\.safetensors", re.DOTALL)
 
 
 def _hash(root: Path, files: Iterable[Path]) -> str:
@@ -98,10 +103,48 @@ def _read_settings(path: Path) -> Any:
         return read_json(path)  # says what is wrong where
 
 
+def check_settings(path: Path) -> Any:
+    """Read settings; refuse those that name another file to be loaded in place of the model's own.
+
+    Such a file can be a pickle, or lie outside of what identifies the model.
+
+    Raises:
+        ModelError: naming the entry.
+        CorruptFileError: not JSON.
+    """
+    settings = _read_settings(path)
+    if named := next((key for key in _ELSEWHERE if _names(settings, key)), ""):
+        raise ModelError(
+            f"{path}: its {named} names other files to load; only files of the usual names are read: "
+            f"give them those ({SINGLE}, config.json, tokenizer.json) and remove {named}"
+        )
+    return settings
+
+
+def check_index(path: Path) -> set[str]:
+    """Return the files that an index of weights names; refuse all but visible safetensors files that lie beside it.
+
+    Raises:
+        ModelError: naming what is none.
+        CorruptFileError: not JSON.
+    """
+    whole = read_json(path)
+    shards = whole.get("weight_map") if isinstance(whole, dict) else None
+    if not isinstance(shards, dict) or not all(isinstance(name, str) for name in shards.values()):
+        raise ModelError(f"{path}: its weight_map is not an object of file names")
+    names = set(shards.values())
+    if odd := sorted(name for name in names if not _SHARD.fullmatch(name)):
+        raise ModelError(
+            f"{path}: its weight_map names {odd[0]!r}; a name of a *.safetensors file in the same folder is wanted, "
+            "without a folder and without a dot in front: save the model again with model.save_pretrained(folder)"
+        )
+    return names
+
+
 def _check_settings(folder: Path) -> None:
     """Refuse settings that ask for code, or that cannot be read: loaders pass over some of them without a word."""
     for path in sorted(folder.glob("*config.json")):
-        if _names(settings := _read_settings(path), "auto_map"):
+        if _names(settings := check_settings(path), "auto_map"):
             raise ModelError(
                 f"{folder}: its {path.name} asks for remote code (auto_map), which is never run; "
                 "if transformers has the class itself, remove auto_map from the file"
@@ -120,15 +163,9 @@ def _check_weights(folder: Path) -> None:
             + (f", only pickles ({', '.join(pickles[:3])}), which can run code and are not read" if pickles else "")
             + "; convert them where you trust them: model.save_pretrained(folder, safe_serialization=True)"
         )
-    index = folder / INDEX
-    if (folder / SINGLE).exists() or not index.exists():
+    if (folder / SINGLE).is_file() or not (folder / INDEX).exists():
         return
-    whole = read_json(index)
-    shards = whole.get("weight_map") if isinstance(whole, dict) else None
-    if not isinstance(shards, dict) or not all(isinstance(name, str) for name in shards.values()):
-        raise ModelError(f"{index}: its weight_map is not an object of file names")
-    absent = sorted({name for name in shards.values() if not (folder / name).exists()})
-    if absent:
+    if absent := sorted(name for name in check_index(folder / INDEX) if not (folder / name).is_file()):
         raise ModelError(
             f"{folder}: {', '.join(absent[:3])} is named in {INDEX} and is not there; copy the folder again, whole"
         )
