@@ -60,12 +60,23 @@ def render(template: str, instruction: str) -> str:
     return _PLACE.sub(lambda m: fields[m[1]], template)
 
 
-def escape_special(text: str, tokenizer: Any) -> str:
-    """Break up the tokenizer's special tokens inside data, so that text cannot pose as a chat turn.
+def special_tokens(tokenizer: Any) -> list[str]:
+    """Return all texts that a tokenizer takes for special tokens, the longest first.
+
+    `all_special_tokens` has only those with a role of their own, such as the end of a text; the tokens of a chat's
+    turns are often just marked as special.
+    """
+    marked = getattr(tokenizer, "added_tokens_decoder", {}).values()
+    found = {*tokenizer.all_special_tokens, *(str(token) for token in marked if token.special)}
+    return sorted(found, key=lambda token: (-len(token), token))
+
+
+def escape_special(text: str, special: Sequence[str]) -> str:
+    """Break up a tokenizer's `special_tokens` inside data, so that text cannot pose as a chat turn.
 
     `<|im_end|>` becomes `< |im_end|>`: it reads the same and encodes as ordinary text.
     """
-    for token in tokenizer.all_special_tokens:
+    for token in special:
         if len(token) > 1 and token in text:
             text = text.replace(token, f"{token[0]} {token[1:]}")
     return text
@@ -126,10 +137,10 @@ def _without_offsets(tokenizer: Any, prompt: str, response: str, special: bool) 
     return Encoded(tuple(whole), covered if text(covered) == lead + prompt else covered - 1)
 
 
-def _encode_row(row: TrainRow, tokenizer: Any, config: Config) -> Encoded:
+def _encode_row(row: TrainRow, tokenizer: Any, special: Sequence[str], config: Config) -> Encoded:
     train, prompt = config.train, config.prompt
-    text = render(prompt.template, escape_special(question(row, prompt.input), tokenizer))
-    encoded = encode_pair(tokenizer, text, escape_special(row.output, tokenizer))
+    text = render(prompt.template, escape_special(question(row, prompt.input), special))
+    encoded = encode_pair(tokenizer, text, escape_special(row.output, special))
     if train.labels == "template-tokens":
         # trl's completion-only collator as FlowerTune's template calls it: the response is what follows the
         # last place where the marker's tokens, without the first two, stand. See docs/protocol.md.
@@ -151,8 +162,9 @@ def encode(rows: Sequence[TrainRow], tokenizer: Any, config: Config) -> EncodedS
     kept: list[int] = []
     masked: list[int] = []
     truncated: list[int] = []
+    special = special_tokens(tokenizer)
     for index, row in enumerate(rows):
-        whole = _encode_row(row, tokenizer, config)
+        whole = _encode_row(row, tokenizer, special, config)
         cut = Encoded(whole.ids[: config.train.max_length], max(whole.start, 1))
         if cut.labels <= 0:
             masked.append(index)

@@ -13,12 +13,12 @@ import numpy as np
 
 from fedtune.config import Config
 from fedtune.data.check import TrainRow
-from fedtune.data.encode import Encoded, EncodedSet, encode
+from fedtune.data.encode import Encoded, EncodedSet, encode, special_tokens
 from fedtune.io import cache_dir, digest, write_bytes
 
 log = logging.getLogger("fedtune")
 
-VERSION = 2
+VERSION = 3
 
 
 def _key(rows: Sequence[TrainRow], tokenizer: Any, config: Config) -> str | None:
@@ -32,7 +32,7 @@ def _key(rows: Sequence[TrainRow], tokenizer: Any, config: Config) -> str | None
             VERSION,
             [asdict(row) for row in rows],
             backend.to_str(),
-            sorted(tokenizer.all_special_tokens),
+            special_tokens(tokenizer),
             config.prompt.model_dump(mode="json"),
             [train.max_length, train.labels, train.train_eos],
         ]

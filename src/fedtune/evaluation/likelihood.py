@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from fedtune.config import Config
-from fedtune.data.encode import Encoded, encode_pair, escape_special, render
+from fedtune.data.encode import Encoded, encode_pair, escape_special, render, special_tokens
 from fedtune.domains.base import Item
 from fedtune.evaluation.official import wrap
 from fedtune.models.head import log_probabilities
@@ -27,7 +27,7 @@ def prompt_text(item: Item, kind: str, tokenizer: Any, config: Config) -> str:
     """Return the prompt of an item: the training template, a chat template, or the official wrapping."""
     if config.eval.prompt == "official":
         return wrap(item.prompt, kind)
-    question = escape_special(item.question, tokenizer)
+    question = escape_special(item.question, special_tokens(tokenizer))
     if config.eval.prompt == "training":
         return render(config.prompt.template, question)
     return _chat(question, tokenizer)
