@@ -1,8 +1,9 @@
 """Published submissions become rows from their generations; what those do not give is said."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,7 +13,9 @@ from fedtune.board.build import board
 from fedtune.board.published import read
 from fedtune.board.store import write_entry
 from fedtune.cli import app
-from fedtune.types import CorruptFileError
+from fedtune.evaluation import again, programs, sandbox
+from fedtune.evaluation.published import scored
+from fedtune.types import CorruptFileError, DataError
 
 ROWS = [
     {"gold": "A", "output": "A"},
@@ -119,6 +122,58 @@ def test_from_the_command_line_to_a_flagged_row(folder: Callable[..., Path], tmp
     assert data["ranks"] == {}
     refused = CliRunner().invoke(app, ["board", "flag", str(path), "--reason", "<b>x</b>"])
     assert "write plain text" in str(refused.exception)
+
+
+OWN = "assert True is not None"
+
+
+@pytest.fixture
+def code(folder: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Programs of a whole set that pass only the tests their participant published with them."""
+
+    def run(texts: Sequence[str], tests: Sequence[str], *_: Any) -> list[sandbox.Outcome]:
+        return [sandbox.Outcome("passed" if t == OWN else "wrong", compiled=True, detail="") for t in tests]
+
+    monkeypatch.setattr(programs, "run", run)
+    change = {"domain": "code", "task": "humaneval", "published_score": 1.0, "n": 164}
+    root = folder({**change, "generations_file": "g.json", "references_file": "r.json"})
+    (root / "g.json").write_text(json.dumps([["x = 1"]] * 164))
+    (root / "r.json").write_text(json.dumps([OWN] * 164))
+    return root
+
+
+def test_programs_are_run_with_the_tests_of_the_set_and_not_with_their_own(
+    code: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    known = [SimpleNamespace(gold_answer="assert f() == 2")] * 164
+    monkeypatch.setattr(again, "tests_at_hand", lambda task: known)
+    (entry,) = read(code)
+    assert (entry.main.scores[0].score, entry.state) == (0.0, "flagged")
+    assert entry.reasons == ["humaneval: published as 1, its generations give 0"]
+    (code / "g.json").rename(code / "generations.json")
+    (code / "r.json").rename(code / "references.json")
+    assert scored("humaneval", code / "generations.json", "official")[0].score == 0.0
+
+
+def test_programs_run_with_their_own_tests_have_no_rank(code: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing(task: Any) -> Any:
+        raise DataError("no folder of sets")
+
+    monkeypatch.setattr(again, "tests_at_hand", missing)
+    (entry,) = read(code)
+    why = "run with the tests published beside them; those of the set are not at hand: no folder of sets"
+    assert (entry.main.scores[0].score, entry.state) == (1.0, "reported")
+    assert entry.unranked[0] == f"humaneval: {why}"
+    done = CliRunner().invoke(
+        app, ["score", "humaneval", str(code / "g.json"), "--references", str(code / "r.json"), "--json"]
+    )
+    assert done.exit_code == 0, done.output
+    assert "humaneval: not a score of the known set: run with the tests of" in done.stderr
+
+
+def test_a_score_of_a_part_of_a_set_says_so(folder: Callable[..., Path]) -> None:
+    done = CliRunner().invoke(app, ["score", "medqa", str(folder({}) / "g.jsonl")])
+    assert "medqa: not a score of the known set: 4 items, the whole set has 1,273" in done.stderr
 
 
 def test_the_published_submissions_start_a_board(benchmark_data: Path) -> None:

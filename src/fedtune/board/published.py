@@ -6,20 +6,21 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from itertools import groupby
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from fedtune.board import sets
 from fedtune.domains import TASKS
-from fedtune.evaluation import known, published
-from fedtune.evaluation.programs import score_published
+from fedtune.evaluation import published
 from fedtune.io import read_json, reading
 from fedtune.models.zoo import zoo
 from fedtune.results.entry import Answers, Costs, Entry
 from fedtune.results.schema import Arm, Score
-from fedtune.types import CorruptFileError, nearest
+from fedtune.types import CorruptFileError, nearest, plain
 
 DOMAINS = {"general-nlp": "general"}
 TOLERANCE = 1e-9
+State = Literal["re-scored", "reported", "flagged"]
+WORSE: tuple[State, ...] = ("re-scored", "reported", "flagged")
 OnTask = Callable[[str], None]
 
 
@@ -29,20 +30,11 @@ def _impossible(claim: float, n: int) -> str:
 
 
 def _again(root: Path, item: dict[str, Any]) -> tuple[Score, list[bool], str]:
-    """Score one file of generations again, and tell which items are right and why they are not the whole set.
-
-    Programs run in the sandbox, with the tests that are published beside them.
-    """
-    task, path = TASKS[item["task"]], root / item["generations_file"]
-    if task.kind == "program":
-        references = root / item["references_file"] if item.get("references_file") else None
-        score, rows = score_published(task, path, references)
-        lacks = f"{len(rows)} items, the whole set has {task.n}" if len(rows) != task.n else ""
-        return score, [all(o["kind"] == "passed" for o in r["outcomes"]) for r in rows], lacks
-    samples = published.read(path, task.kind)
-    placed = [{"i": i, "gold": s["gold"]} for i, s in enumerate(samples)]
-    lacks = known.shortfall(task.name, "published", task.kind, task.n, placed)
-    return published.score(task.name, path, "official"), [bool(s["correct"]) for s in samples], lacks
+    """Score one file of generations again, and tell which items are right and why they are not the whole known set."""
+    references = root / item["references_file"] if item.get("references_file") else None
+    if TASKS[item["task"]].kind != "program":
+        references = None
+    return published.scored(item["task"], root / item["generations_file"], "official", references, as_asked=False)
 
 
 def _judged(item: dict[str, Any], score: Score) -> str:
@@ -70,14 +62,17 @@ def _costs(facts: dict[str, Any], model: str) -> Costs:
 
 def _entry(root: Path, items: list[dict[str, Any]], facts: dict[str, Any], on_task: OnTask) -> Entry:
     first = items[0]
-    scores, answers, reasons, unranked, worst = [], {}, [], [], "re-scored"
+    scores, answers, reasons, unranked = [], {}, [], []
+    worst: State = "re-scored"
     for item in items:
         reasons += _remarks(item)
         if not item["generations_file"]:
             continue
         on_task(f"{first['participant']} {item['task']}")
         score, right, lacks = _again(root, item)
-        unranked += [f"{item['task']}: {lacks}"] if lacks else []
+        unranked += [plain(f"{item['task']}: {lacks}", sets.MOST)] if lacks else []
+        if lacks and TASKS[item["task"]].kind == "program":
+            worst = max(worst, "reported", key=WORSE.index)  # by tests that nobody here knows
         scores.append(score)
         answers[f"federated/{score.task}/{score.mode}"] = Answers.pack(right, score.items_sha256)
         if odd := _judged(item, score):
@@ -92,7 +87,7 @@ def _entry(root: Path, items: list[dict[str, Any]], facts: dict[str, Any], on_ta
         team=first["participant"],
         title=f"published submission {first.get('run') or ''}".strip(),
         link=f"https://{facts['repo']}" if facts.get("repo") else "",
-        state="flagged" if worst == "flagged" else "re-scored",
+        state=worst,
         reasons=reasons + ([] if named else ["the files do not say which base model they are of"]),
         domain=domain,
         base=first["model"] if named else "not stated",

@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from fedtune.cli.say import say
 from fedtune.types import ConfigError, Problem
 
 
@@ -15,7 +16,7 @@ def score(
     task: Annotated[str, typer.Argument(help="A benchmark task: mmlu_stem, pubmedqa, fpb, humaneval …")],
     file: Annotated[Path, typer.Argument(help="Generations: a JSON array or JSON lines, plain or gzipped.")],
     mode: Annotated[str, typer.Option(help="official (as FlowerTune reads answers) or strict")] = "official",
-    references: Annotated[Path | None, typer.Option(help="Tests of programs (default: published beside them).")] = None,
+    references: Annotated[Path | None, typer.Option(help="Tests of programs (default: the set's own).")] = None,
     json_output: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Score a generation file somebody published."""
@@ -23,7 +24,9 @@ def score(
 
     if mode not in ("official", "strict"):
         raise ConfigError("command line", [Problem(f"--mode {mode}", "unknown mode", "official or strict")])
-    result = published.score(task, file, "official" if mode == "official" else "strict", references)
+    result, _, why = published.scored(task, file, "official" if mode == "official" else "strict", references)
+    if why:
+        say(f"{task}: not a score of the known set: {why}", err=True)
     if json_output:
         typer.echo(json.dumps(result.model_dump(mode="json", exclude={"withheld", "items_sha256"})))
         return

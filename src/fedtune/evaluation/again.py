@@ -1,5 +1,8 @@
 """Programs of somebody else's log, run again with the tests of the known set, never with tests that came along.
 
+Programs of a published file are run with those that came along only where the known set's cannot be had, or where
+that is asked for; and that is said.
+
 The programs are hostile: they only ever run in the sandbox, which bounds each one's time, memory and output. How many
 there are, how long each may be, and how long all of a submission may take is bounded here.
 """
@@ -12,6 +15,7 @@ import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextvars import ContextVar
+from pathlib import Path
 from typing import Any
 
 from fedtune.config import Config
@@ -19,6 +23,7 @@ from fedtune.config.rows import DataSettings
 from fedtune.domains import DOMAINS
 from fedtune.domains.base import Item, Task
 from fedtune.evaluation import items, programs, sandbox
+from fedtune.results.schema import Score
 from fedtune.types import FedtuneError
 
 MAX_PROGRAMS, MAX_CHARS = 20_000, 200_000
@@ -148,3 +153,39 @@ def failing(task: Task, rows: Sequence[Sample]) -> Iterator[tuple[int, str]]:
                     yield i, second.kind
                 if found >= ENOUGH:
                     return
+
+
+def _tests_of_the_set(task: Task, count: int) -> tuple[list[str], str]:
+    """Return each problem's tests of the known set; where a file cannot be held against it, none, and why."""
+    if count != task.n:
+        return [], f"{count:,} items, the whole set has {task.n:,}"
+    try:
+        return [item.gold_answer for item in tests_at_hand(task)], ""
+    except FedtuneError as err:
+        return [], f"run with the tests published beside them; those of the set are not at hand: {err}"
+
+
+def score_published(
+    task: Task, path: Path, references: Path | None = None, *, as_asked: bool = False
+) -> tuple[Score, list[dict[str, Any]], str]:
+    """Run a published generations file (a list of lists of programs) again, with the known set's tests.
+
+    Args:
+        task: a program task.
+        path: the generations.
+        references: tests to run them with where the set's own cannot be had; see `programs.published_tests`.
+        as_asked: run them with `references` in any case.
+
+    Returns:
+        The score, each problem's outcomes, and why the score is not that of the known set; empty where it is.
+
+    Raises:
+        DataError: no tests. CorruptFileError: the files do not fit. SandboxError: nothing can be run.
+    """
+    texts = programs.read_published(path)
+    asked = f"run with the tests of {references}, not with those of the set"
+    tests, why = ([], asked) if as_asked else _tests_of_the_set(task, len(texts))
+    if why or len(tests) != len(texts):
+        tests = programs.published_tests(task, path, references, len(texts))
+        why = why or "the set at hand has another number of problems; run with the tests published beside them"
+    return *programs.run_published(task, texts, tests), why

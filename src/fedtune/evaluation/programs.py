@@ -140,12 +140,13 @@ def _read(path: Path, wanted: str) -> list[Any]:
     return document
 
 
-def _programs(path: Path) -> list[list[str]]:
+def read_published(path: Path) -> list[list[str]]:
+    """Read a published generations file: for each problem a list of programs. Raises CorruptFileError."""
     found = _read(path, GENERATIONS)
     for number, samples in enumerate(found):
         if not isinstance(samples, list) or not samples or not all(isinstance(s, str) for s in samples):
             raise CorruptFileError(f"{path}: problem {number} is not a list of programs; {GENERATIONS}")
-    return found
+    return [list(samples) for samples in found]
 
 
 def _tests(entries: Sequence[Any], path: Path, language: str) -> list[str]:
@@ -158,38 +159,31 @@ def _tests(entries: Sequence[Any], path: Path, language: str) -> list[str]:
     return tests
 
 
-def _beside(path: Path) -> Path | None:
-    """Return the references file that is published beside a generations file, if it is there."""
-    guess = path.with_name(path.name.replace("generations", "references"))
-    return guess if guess != path and guess.exists() else None
-
-
-def score_published(
-    task: Task, path: Path, references: Path | None = None, on_done: Callable[[int], None] | None = None
-) -> tuple[Score, list[Sample]]:
-    """Run a published generations file (a list of lists of programs) again.
+def published_tests(task: Task, path: Path, references: Path | None, count: int) -> list[str]:
+    """Return the tests that somebody published for their programs, one text for each problem (see `program_tests`).
 
     Args:
         task: a program task.
         path: the generations.
-        references: each problem's tests (see `program_tests`); the file published beside the generations by default.
-        on_done: called with the number of programs run.
-
-    Returns:
-        The score, and each problem's outcomes.
+        references: the tests' file; the one published beside the generations by default.
+        count: how many problems the generations have.
 
     Raises:
-        DataError: no references. CorruptFileError: the files do not fit. SandboxError: nothing can be run.
+        DataError: no such file. CorruptFileError: it does not fit.
     """
-    programs = _programs(path)
-    found = references or _beside(path)
+    guess = path.with_name(path.name.replace("generations", "references"))
+    found = references or (guess if guess != path and guess.exists() else None)
     if found is None:
         raise DataError(f"{path}: no references file beside it; name the tests with --references FILE")
     entries = _read(found, REFERENCES)
-    if len(programs) != len(entries):
-        raise CorruptFileError(f"{path} has {len(programs)} problems, {found} has {len(entries)}")
-    tests = _tests(entries, found, task.language)
+    if count != len(entries):
+        raise CorruptFileError(f"{path} has {count} problems, {found} has {len(entries)}")
+    return _tests(entries, found, task.language)
+
+
+def run_published(task: Task, programs: Sequence[Sequence[str]], tests: Sequence[str]) -> tuple[Score, list[Sample]]:
+    """Run published programs with each problem's tests; return the score and each problem's outcomes."""
     flat = [p for samples in programs for p in samples]
     repeated = [t for t, samples in zip(tests, programs, strict=True) for _ in samples]
-    rows = outcome_rows(programs, run(flat, repeated, task.language, on_done))
+    rows = outcome_rows(programs, run(flat, repeated, task.language))
     return summarise(task.name, "official", rows), rows

@@ -9,9 +9,10 @@ from typing import Any, Literal
 from fedtune.data.files import kind_of, parse_rows, read_text_file
 from fedtune.domains import TASKS
 from fedtune.domains.base import SENTIMENTS, Kind
+from fedtune.evaluation import again, known
 from fedtune.evaluation.extract import official_answer, official_correct, strict_answer
 from fedtune.evaluation.metrics import summarise
-from fedtune.evaluation.programs import MOST_BYTES, score_published
+from fedtune.evaluation.programs import MOST_BYTES
 from fedtune.results.schema import Score
 from fedtune.types import ConfigError, CorruptFileError, Problem, nearest
 
@@ -99,14 +100,20 @@ def _check_options(kind: Kind, mode: ScoreMode, references: Path | None) -> None
         raise ConfigError("fedtune score", problems)
 
 
-def score(task: str, path: Path, mode: ScoreMode, references: Path | None = None) -> Score:
+def scored(
+    task: str, path: Path, mode: ScoreMode, references: Path | None = None, *, as_asked: bool = True
+) -> tuple[Score, list[bool], str]:
     """Score a published generation file; programs are run again in the sandbox.
 
     Args:
         task: a benchmark task's name.
         path: the file.
         mode: `official` reads answers as FlowerTune does; `strict` counts clean answers only.
-        references: tests of programs; by default those published beside the generations.
+        references: tests of programs; by default the set's own, or those published beside them where it is not at hand.
+        as_asked: whether `references` go before the set's own tests.
+
+    Returns:
+        The score, which items are right, and why it is not a score of the whole known set; empty where it is.
 
     Raises:
         ConfigError: unknown task, or a mode or references that its kind has no use for.
@@ -116,10 +123,13 @@ def score(task: str, path: Path, mode: ScoreMode, references: Path | None = None
     if task not in SCORED:
         fix = nearest(task, SCORED) or f"one of {', '.join(SCORED)}"
         raise ConfigError("fedtune score", [Problem(task, "unknown task", fix)])
-    kind = TASKS[task].kind
+    known_task = TASKS[task]
+    kind = known_task.kind
     _check_options(kind, mode, references)
     if kind == "program":
-        return score_published(TASKS[task], path, references)[0]
+        asked = as_asked and references is not None
+        found, rows, why = again.score_published(known_task, path, references, as_asked=asked)
+        return found, [all(o["kind"] == "passed" for o in r["outcomes"]) for r in rows], why
     samples = read(path, kind)
     if mode == "strict":
         if any(s["valid"] is None for s in samples):
@@ -127,4 +137,11 @@ def score(task: str, path: Path, mode: ScoreMode, references: Path | None = None
                 f"{path}: has mapped labels, not the model's text; only --mode official can score it"
             )
         samples = [{**s, "correct": s["strict"]} for s in samples]
-    return summarise(task, mode, kind, samples)
+    placed = [{"i": i, "gold": s["gold"]} for i, s in enumerate(samples)]
+    why = known.shortfall(task, "published", kind, known_task.n, placed)
+    return summarise(task, mode, kind, samples), [bool(s["correct"]) for s in samples], why
+
+
+def score(task: str, path: Path, mode: ScoreMode, references: Path | None = None) -> Score:
+    """Return only the score of `scored`. Raises as that does."""
+    return scored(task, path, mode, references)[0]
