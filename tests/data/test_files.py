@@ -38,6 +38,38 @@ def test_parquet_reads_the_same_rows(tmp_path: Path) -> None:
         files.read_rows(tmp_path / "y.parquet")
 
 
+@pytest.mark.parametrize(
+    ("rows", "columns", "said"), [(5_000_001, 1, "5000001 rows, at most 5000000"), (1_000_000, 51, "51000000 values")]
+)
+def test_a_small_parquet_file_of_very_many_rows_or_values_is_not_read(
+    tmp_path: Path, rows: int, columns: int, said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet
+
+    path, one = tmp_path / "x.parquet", pa.nulls(rows, pa.string())
+    pyarrow.parquet.write_table(pa.table({str(i): one for i in range(columns)}), path, row_group_size=rows)
+    assert path.stat().st_size < 200_000
+    monkeypatch.setattr(files, "_parquet_columns", lambda *_: pytest.fail("it was read"))
+    with pytest.raises(CorruptFileError, match=said):
+        files.read_rows(path)
+
+
+def test_lists_and_bytes_that_a_parquet_file_expands_to_are_counted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import pyarrow
+    import pyarrow.parquet
+
+    pyarrow.parquet.write_table(pyarrow.table({"a": [[None] * 40, ["x" * 5000]]}), tmp_path / "x.parquet")
+    assert len(files.read_rows(tmp_path / "x.parquet")) == 2
+    for bound, most, said in (("MOST_VALUES", 40, "41 values"), ("MAX_FILE_BYTES", 5000, "uncompressed bytes")):
+        with monkeypatch.context() as patch:
+            patch.setattr(files, bound, most)
+            with pytest.raises(CorruptFileError, match=said):
+                files.read_rows(tmp_path / "x.parquet")
+
+
 def test_the_content_decides_not_the_name(tmp_path: Path) -> None:
     assert files.read_rows(_write(tmp_path / "array.jsonl", '[{"a": 1}]', True)) == [{"a": 1}]
 

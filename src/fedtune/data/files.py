@@ -20,6 +20,7 @@ from fedtune.io import parse_json, read_bytes
 from fedtune.types import CorruptFileError, DataError
 
 MAX_FILE_BYTES = 4 * 1024**3
+MOST_ROWS, MOST_VALUES = 5_000_000, 50_000_000  # of a Parquet file, whose few bytes may stand for any number
 MOST_NAMED = 12
 SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".json.gz", ".csv", ".csv.gz", ".parquet")
 
@@ -139,10 +140,25 @@ def _read_parquet(path: Path) -> list[Row]:
         raise CorruptFileError(f"{path}: is not a file")
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
+            _check_expansion(file.metadata, path)
             columns = dict(_parquet_columns(file, path.name))
             return [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
     except (pyarrow.ArrowException, OSError, ValueError, MemoryError) as err:
         raise CorruptFileError(f"{path}: not a Parquet file: {err}") from err
+
+
+def _check_expansion(metadata: Any, path: Path) -> None:
+    """Refuse a Parquet file of more than can be held, by what it says of itself. Raises CorruptFileError."""
+    groups = [metadata.row_group(i) for i in range(metadata.num_row_groups)]
+    chunks = [group.column(i) for group in groups for i in range(group.num_columns)]
+    sizes = {
+        "rows": (metadata.num_rows, MOST_ROWS),
+        "values": (max(metadata.num_rows * metadata.num_columns, sum(c.num_values for c in chunks)), MOST_VALUES),
+        "uncompressed bytes": (sum(c.total_uncompressed_size for c in chunks), MAX_FILE_BYTES),
+    }
+    for what, (count, most) in sizes.items():
+        if count > most:
+            raise CorruptFileError(f"{path}: {count} {what}, at most {most} are read; split it into smaller files")
 
 
 def _parquet_columns(file: Any, where: str) -> Iterator[tuple[str, list[Any]]]:
