@@ -2,6 +2,7 @@
 
 import gc
 import json
+import shutil
 import weakref
 from collections import Counter
 from collections.abc import Iterator
@@ -153,3 +154,19 @@ def test_an_honest_entry_of_a_thousand_clients_has_room_to_spare(tmp_path: Path)
     )
     path = write_entry(tmp_path, made)
     assert path.stat().st_size < MAX_ENTRY
+
+
+@pytest.mark.parametrize("form", ["folder", "nested", "zip", "nested zip", "run"])
+def test_what_is_in_the_store_is_known_in_whatever_form_it_comes(tmp_path: Path, form: str) -> None:
+    path, store = submission(tmp_path / "a/s", 1 if form == "run" else 2), tmp_path / "store"
+    for run in path.iterdir():
+        write_entry(store, read_entry(run / ENTRY).model_copy(update={"state": "re-scored"}))
+    if form == "run":
+        path = path / "seed-0"
+    elif "nested" in form:
+        path = tmp_path / "a"
+    if "zip" in form:
+        path = Path(shutil.make_archive(str(tmp_path / "z"), "zip", path))
+    assert validate.added(path, store)
+    shutil.rmtree(store)
+    assert not validate.added(path, store)

@@ -197,14 +197,14 @@ def test_from_a_merge_to_the_page_and_a_flag_that_stays(place: Place, good: Path
 
 def test_a_submission_that_is_cut_off_keeps_no_other_from_being_committed(place: Place) -> None:
     merged = place.clone()
-    for name in ("a-slow", "b-good", "c-refused"):
+    for name in ("a-killed", "a-slow", "b-good", "c-refused"):
         (merged / "submissions" / name).mkdir()
         (merged / "submissions" / name / "entry.json").write_text("{}")
     place.push(merged, "main")
     runner = place.clone()
     tool(runner)
     # each as it would end: cut off by timeout(1), put into the store, refused
-    ends = 'case "$6" in *a-slow) exit 124;; *c-refused) exit 4;; esac; echo "{}" > "results/${6##*/}.json"'
+    ends = 'case "$6" in *a-killed) exit 137;; *a-slow) exit 124;; *c-refused) exit 4;; esac; echo "{}" > "results/${6##*/}.json"'
     (runner / ".venv/bin/fedtune").write_text(f"#!/bin/sh\n{ends}\n")
     steps = [sh(runner, block("publish", s), REMOTE=str(place.remote)) for s in ("add", "commit")]
     assert [s.returncode for s in steps] == [0, 0], [s.stdout + s.stderr for s in steps]
@@ -213,6 +213,34 @@ def test_a_submission_that_is_cut_off_keeps_no_other_from_being_committed(place:
     # any other end is none of a submission's, and stops the job
     (runner / ".venv/bin/fedtune").write_text("#!/bin/sh\nexit 1\n")
     assert sh(runner, block("publish", "add")).returncode == 1
+
+
+def test_what_was_tried_before_comes_last_and_begins_elsewhere_each_time(place: Place) -> None:
+    merged = place.clone()
+    for name in ("a-slow", "b-slow", "c-honest"):
+        (merged / "submissions" / name).mkdir()
+        (merged / "submissions" / name / "entry.json").write_text(name)
+    place.push(merged, "main")
+    runner = place.clone()
+    tool(runner)
+    (runner / ".venv/bin/fedtune").write_text('#!/bin/sh\necho "tried ${6##*/}"\nexit 124\n')
+    # time for two, and then the same push after push
+    script = block("publish", "add").replace('"$SECONDS" -gt 3000', '"$(wc -l < done)" -ge 2')
+    script = script.replace("timeout 45m", "echo >> done; timeout 45m")
+
+    def tried(number: int) -> list[str]:
+        (runner / "done").write_text("")
+        done = sh(runner, script, GITHUB_RUN_NUMBER=str(number))
+        assert done.returncode == 0, done.stderr
+        return [line[6:] for line in done.stdout.splitlines() if line.startswith("tried ")]
+
+    assert tried(1) == ["a-slow", "b-slow"]
+    assert tried(2) == ["c-honest", "a-slow"]
+    assert [tried(n)[0] for n in (3, 4, 5)] == ["a-slow", "b-slow", "c-honest"]
+    # another content is another submission
+    (runner / "submissions/b-slow/entry.json").write_text("mended")
+    git(runner, "commit", "-qam", "change")
+    assert tried(3)[0] == "b-slow"
 
 
 def test_two_publishers_at_once_lose_nothing(place: Place, good: Path) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 
 from fedtune import domains
 from fedtune.board.adapter import adapter_problems
-from fedtune.board.archive import ENTRY, MAX_ENTRY, MAX_FILE, MAX_FILES, MAX_RUNS, MAX_TEXT, MAX_TOTAL, litter, opened
+from fedtune.board.archive import ENTRY, MAX_ENTRY, MAX_FILE, MAX_FILES, MAX_TEXT, MAX_TOTAL, litter, opened
 from fedtune.board.entries import from_run
 from fedtune.board.rooms import curve_problems, room_problems
 from fedtune.board.samples import impossible, recomputed
@@ -256,12 +256,15 @@ def not_run_again(entry: Entry) -> list[str]:
 
 
 def added(path: Path, store: Path) -> bool:
-    """Tell whether a store has every packed run of a folder already, each as it stands; they are read one by one."""
-    there = [p for p in sorted(path.glob(f"*/{ENTRY}")) if p.is_file() and not p.is_symlink()]
-    try:
-        return 0 < len(there) <= MAX_RUNS and all(holds(store, read_entry(p, MAX_ENTRY)) for p in there)
-    except FedtuneError:
-        return False
+    """Tell whether a store has every packed run of a submission, of whatever form; the entries are read one by one."""
+    with opened(path) as (packed, outside):
+        there = [] if outside else [run / ENTRY for run in packed]
+        if any(p.is_symlink() for p in there):
+            return False
+        try:
+            return bool(there) and all(holds(store, read_entry(p, MAX_ENTRY)) for p in there)
+        except FedtuneError:
+            return False
 
 
 def check(path: Path) -> list[tuple[str, Entry | None, list[Problem]]]:
