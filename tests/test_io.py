@@ -44,7 +44,7 @@ def test_corrupt_json_names_file_line_and_column(tmp_path: Path) -> None:
     path.write_bytes(b'{"a": "\xff"}')
     with pytest.raises(CorruptFileError, match="byte 7 is not UTF-8"):
         io.read_json(path)
-    with pytest.raises(CorruptFileError, match="No such file"):
+    with pytest.raises(CorruptFileError, match="no such file"):
         io.read_json(tmp_path / "absent.json")
 
 

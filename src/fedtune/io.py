@@ -16,7 +16,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from fedtune.types import CorruptFileError, FedtuneError, LockedError
+from fedtune.types import CorruptFileError, FedtuneError, LockedError, MissingFileError
 
 MAX_JSON_BYTES = 512 * 1024**2
 
@@ -133,7 +133,8 @@ def read_bytes(path: Path, max_bytes: int) -> bytes:
     """Read a file that is one: a FIFO that lies in its place would be waited for, a device be read without end.
 
     Raises:
-        CorruptFileError: missing, neither file nor folder, or of more than `max_bytes`.
+        MissingFileError: it does not exist.
+        CorruptFileError: neither file nor folder, or of more than `max_bytes`.
     """
     try:
         found = path.stat()
@@ -142,6 +143,8 @@ def read_bytes(path: Path, max_bytes: int) -> bytes:
             raise CorruptFileError(f"{path}: is neither a file nor a folder")
         with open(path, "rb") as handle:
             raw = handle.read(max_bytes + 1) if given else b"" if found.st_size > max_bytes else handle.read()
+    except (FileNotFoundError, NotADirectoryError) as err:
+        raise MissingFileError(f"{path}: no such file") from err
     except OSError as err:
         raise CorruptFileError(f"{path}: {err.strerror or err}") from err
     if (size := max(len(raw), found.st_size)) > max_bytes:
@@ -198,8 +201,10 @@ def only_files(folder: Path, which: str = "**/*") -> None:
         which: a pattern of the names that matter.
 
     Raises:
-        CorruptFileError: with the first of them.
+        MissingFileError: there is no such folder. CorruptFileError: with the first of them.
     """
+    if not folder.is_dir():
+        raise MissingFileError(f"{folder}: no such folder")
     for path in sorted(folder.glob(which)):
         _check_kind(path)
 

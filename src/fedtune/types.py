@@ -14,6 +14,11 @@ if TYPE_CHECKING:
     from pydantic import TypeAdapter
 
 
+def counted(number: int, noun: str, plural: str = "") -> str:
+    """Return a number with its noun, in the plural but for 1: `1 round`, `1,000 rounds`."""
+    return f"{number:,} {noun if number == 1 else plural or noun + 's'}"
+
+
 class FedtuneError(Exception):
     """Base of every error a user can cause or repair. `exit_code` is what the command line exits with."""
 
@@ -43,8 +48,7 @@ class ProblemsError(FedtuneError):
     def __init__(self, title: str, problems: Sequence[Problem]) -> None:
         self.title = title
         self.problems = tuple(problems)
-        count = f"{len(problems)} problem" + ("s" if len(problems) != 1 else "")
-        super().__init__("\n".join([f"{title} ({count})", *(f"  {p}" for p in problems)]))
+        super().__init__("\n".join([f"{title} ({counted(len(problems), 'problem')})", *(f"  {p}" for p in problems)]))
 
 
 class ConfigError(ProblemsError):
@@ -59,6 +63,10 @@ class DataError(FedtuneError):
 
 class CorruptFileError(FedtuneError):
     """A file is truncated, oversized or not what its name says; the message has the file and the place."""
+
+
+class MissingFileError(CorruptFileError):
+    """A file or folder that was named, or that another one needs, does not exist."""
 
 
 class OfflineError(FedtuneError):

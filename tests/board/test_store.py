@@ -107,7 +107,8 @@ def test_a_store_that_is_a_link_or_not_there_is_a_problem(tmp_path: Path) -> Non
         for pair in ((other, "store"), ("store", other)):
             done = CliRunner().invoke(app, ["board", "by-hand", *(str(tmp_path / name) for name in pair)])
             assert done.exit_code == 4
-            assert f"{other}: is a link, or no folder" in done.output
+            what = "no such folder" if other == "nothing" else "is a link, or no folder"
+            assert f"{other}: {what}" in done.output
 
 
 @pytest.mark.xdist_group("submission")

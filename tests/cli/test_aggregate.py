@@ -116,7 +116,7 @@ def test_all_reasons_against_bad_folders_are_listed(folders: list[Path], tiny_fo
     with pytest.raises(ProblemsError) as caught:
         _run("--method", "fedit", "--out", tmp_path / "out", "--clients", folders[0], pickled, tmp_path / "absent")
     assert "is a pickle" in str(caught.value)
-    assert "not a PEFT adapter folder" in str(caught.value)
+    assert f"{tmp_path / 'absent'}: no such folder" in str(caught.value)
     other = _folder(tiny_folder, tmp_path / "other", 1, target_modules=["q_proj"])
     small = _folder(tiny_folder, tmp_path / "small", 1, r=2)
     with pytest.raises(ProblemsError) as caught:

@@ -52,7 +52,7 @@ def test_mistakes_exit_2_with_the_remedy_and_no_traceback() -> None:
     assert 'did you mean "finance"?' in done.stderr
     assert 'did you mean "fedprox"?' in done.stderr
     assert 'did you mean "models"?' in fedtune("ls", "modles").stderr
-    assert "unknown arm" in fedtune("run", "finance", "--arms", "locl").stderr
+    assert "unknown baseline" in fedtune("run", "finance", "--arms", "locl").stderr
     assert "no such folder" in fedtune("run", "finance", "--data", "/nowhere").stderr
     done = fedtune("eval", "packaged/smollm2-135m-instruct", "--domain", "finance", "-s", "train.max_steps=3")
     assert "--set train.max_steps: has no effect on an evaluation" in done.stderr

@@ -42,7 +42,7 @@ def test_all_bad_rows_are_listed_at_once_with_their_numbers() -> None:
     ]
     assert len(checked.rows[1].input) == 100
     assert checked.counts()["empty_answer"] == 1
-    assert any(line.startswith("row 2: empty_answer") for line in checked.lines())
+    assert any(line.startswith("row 2: empty answer") for line in checked.lines())
 
 
 def test_odd_characters_are_those_of_their_unicode_categories() -> None:
@@ -62,7 +62,7 @@ def test_columns_are_mapped_and_the_natural_key_is_kept() -> None:
 
 
 def test_a_set_without_a_sound_row_is_an_error_with_the_list() -> None:
-    with pytest.raises(DataError, match=r"no row can be trained on(.|\n)*row 0: empty_answer"):
+    with pytest.raises(DataError, match=r"no row can be trained on(.|\n)*row 0: empty answer"):
         require(check([{"instruction": "a", "input": "", "output": ""}], {}), "toy")
 
 

@@ -51,7 +51,7 @@ def test_natural_gives_each_client_one_key_largest_first() -> None:
 
 
 def test_a_set_without_a_natural_key_says_so() -> None:
-    with pytest.raises(DataError, match="at least two natural keys"):
+    with pytest.raises(DataError, match="at least two values"):
         partition([TrainRow("", "", "x")] * 5, "dirichlet:1", 2, 42)
 
 
@@ -112,9 +112,9 @@ def test_more_shards_than_rows_are_refused() -> None:
 
 @pytest.mark.parametrize("spec", ["dirichlet:0.5", "shards:2", "natural"])
 def test_free_text_is_no_natural_key(spec: str) -> None:
-    with pytest.raises(DataError, match=r"240 values in 240 rows\. Is the key free text"):
+    with pytest.raises(DataError, match=r"240 values in 240 rows\. Is the column free text"):
         partition(_rows(240, groups=240), spec, 4, 7)
-    with pytest.raises(DataError, match="at least two natural keys; this set has 1"):
+    with pytest.raises(DataError, match="at least two values; this set has 1"):
         partition(_rows(240, groups=1), spec, 4, 7)
 
 

@@ -163,7 +163,7 @@ def test_bad_rows_are_reported_in_the_folder_and_never_train(
     assert report["counts"] == {"empty_answer": 1}
     assert report["problems"][0] == {"row": 12, "kind": "empty_answer", "detail": "'output'", "action": "dropped"}
     assert len(report["masked_rows"]) == 1
-    assert "1 empty_answer, 1 no_label_left" in watch.notes[0]
+    assert "1 with an empty answer, 1 without a label (the answer was cut off or not found)" in watch.notes[0]
 
 
 def test_a_set_without_labels_is_refused_before_training(settings: Callable[..., Settings], tmp_path: Path) -> None:

@@ -168,7 +168,7 @@ def test_the_plan_says_that_texts_pass_one_at_a_time(
     assert f"one text at a time ({found.apart})" in found.line()
     usual = plan(config, attach(load(ModelSettings(name=str(tiny_folder))), config.lora, 0), 64, 200.0, LAPTOP)
     assert usual.apart == ""
-    assert "tokens a pass" in usual.line()
+    assert "tokens per pass" in usual.line()
 
 
 def test_an_adapter_that_no_gradient_reaches_is_refused_before_training(

@@ -40,7 +40,7 @@ def test_a_cpu_trains_one_client_at_a_time_and_keeps_activations(
     found = planned(settings, adapted, LAPTOP)
     assert (found.cohort, found.checkpointing, found.tokens, found.threads) == (1, False, 4096, 2)
     assert isinstance(executor(found, adapted), Sequential)
-    assert "one client a pass" in found.line()
+    assert "1 client per pass" in found.line()
 
 
 def test_a_gpu_takes_as_many_clients_as_fill_it(settings: Callable[..., Settings], adapted: AdaptedModel) -> None:

@@ -167,4 +167,5 @@ def opened(path: Path) -> Iterator[tuple[list[Path], list[Problem]]]:
             problems = _unzip(path, folder)
             yield ([], problems) if problems else packed_runs(folder)
     else:
-        yield [], [Problem(str(path), "is not there, or neither a folder nor a file", PACK)]
+        what = "is neither a folder nor a file" if path.exists() else "no such folder or file"
+        yield [], [Problem(str(path), what, PACK)]

@@ -6,6 +6,7 @@ import html
 
 from fedtune.results.entry import Entry, inert
 from fedtune.results.schema import Arm, Score
+from fedtune.types import counted
 
 STYLE = (
     "body{font:15px/1.5 system-ui,sans-serif;max-width:60rem;margin:1rem auto;padding:0 1rem}"
@@ -56,14 +57,15 @@ def fact_rows(entry: Entry) -> list[list[str]]:
         "method": entry.method,
         "protocol": entry.protocol,
         "seed": str(entry.seed),
-        "data": f"{entry.data.get('name')}, {entry.data.get('rows')} rows over {len(shards)} clients",
-        "examples a client": ", ".join(map(str, shards)),
-        "rounds": f"{entry.rounds}, of which {entry.skipped_rounds} changed nothing",
+        "data": f"{entry.data.get('name')}, {entry.data.get('rows')} rows over {counted(len(shards), 'client')}",
+        "examples per client": ", ".join(map(str, shards)),
+        "rounds": f"{entry.rounds}"
+        + (f", of which {entry.skipped_rounds} changed nothing" if entry.skipped_rounds else ""),
         "bytes up, down": f"{costs.bytes_up:,}, {costs.bytes_down:,}",
         "seconds": "" if costs.wall_seconds is None else f"{costs.wall_seconds:.0f}",
         "peak memory": "" if costs.peak_memory_bytes is None else f"{costs.peak_memory_bytes / 1024**3:.2f} GiB",
         "energy": "" if costs.energy_joules is None else f"{costs.energy_joules / 3.6e6:.4f} kWh",
-        "trainable numbers": f"{costs.trainable_parameters:,}" if costs.trainable_parameters else "",
+        "trainable parameters": f"{costs.trainable_parameters:,}" if costs.trainable_parameters else "",
         "code": f"{entry.versions.get('fedtune')} {entry.code.get('commit') or ''}",
         "recipe": entry.config_sha256,
     }
@@ -74,9 +76,11 @@ def doubts(entry: Entry) -> list[str]:
     """Return what a reader should doubt before believing the table."""
     lines = [f"It is not ranked: {reason}." for reason in entry.unranked]
     if entry.lost_clients:
-        lines.append(f"{entry.lost_clients} replies of clients were lost or rejected; rounds.jsonl has the reasons.")
+        lost = counted(entry.lost_clients, "client reply", "client replies")
+        lines.append(f"Lost or rejected: {lost}; rounds.jsonl has the reasons.")
     if entry.skipped_rounds:
-        lines.append(f"{entry.skipped_rounds} of {entry.rounds} rounds had too few good updates and changed nothing.")
+        rounds = counted(entry.rounds, "round")
+        lines.append(f"{entry.skipped_rounds} of {rounds} had too few good updates and changed nothing.")
     plain = entry.arm("base")
     base = {(s.task, s.mode): s for s in (plain.scores if plain else [])}
     for s in entry.main.scores:
@@ -119,9 +123,9 @@ def markdown(entry: Entry) -> str:
 
 
 def _curve(title: str, points: list[tuple[int, float]]) -> str:
-    """Return a line plot as SVG."""
+    """Return a line plot as SVG, or a sentence where there is only one point to plot."""
     if len(points) < 2:
-        return ""
+        return "".join(f"<p>{html.escape(title)}: {y:.4f} in round {x}</p>" for x, y in points)
     low, high = min(y for _, y in points), max(y for _, y in points)
     left, right = points[0][0], points[-1][0]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -123,7 +124,8 @@ def by_hand(before: Path, after: Path) -> Iterator[Problem]:
     """
     for store in (before, after):
         if store.is_symlink() or not store.is_dir():
-            yield Problem(str(store), "is a link, or no folder; the store is a folder of entries")
+            what = "is a link, or no folder" if os.path.lexists(store) else "no such folder"
+            yield Problem(str(store), what, "the store is a folder of entries")
             return
     old, new = ({p.relative_to(s): p for p in s.rglob("*") if p.name != "README.md"} for s in (before, after))
     for name in sorted(old.keys() | new.keys()):

@@ -9,7 +9,7 @@ import typer
 
 from fedtune.cli.say import say
 from fedtune.results.bounds import LARGEST_INT
-from fedtune.types import ConfigError, Problem
+from fedtune.types import ConfigError, Problem, counted
 
 if TYPE_CHECKING:
     from fedtune.methods import Method
@@ -24,7 +24,7 @@ def _examples(text: str | None, clients: int) -> list[int]:
     except ValueError:
         counts = []
     if len(counts) != clients or not all(0 < n <= LARGEST_INT for n in counts):
-        what = f"must be {clients} whole numbers above 0, one a client, at most {LARGEST_INT:,}"
+        what = f"must be {clients} whole numbers above 0, one per client, at most {LARGEST_INT:,}"
         raise ConfigError("command line", [Problem(f"--examples {text:.100}", what, "for example 10,20,30")])
     return counts
 
@@ -113,8 +113,8 @@ def aggregate(
 
 
 def _said(facts: dict[str, Any]) -> list[str]:
-    many = f"{facts['clients']} adapters" if facts["clients"] > 1 else "1 adapter, with no other to be averaged with,"
-    lines = [f"{facts['method']}: {many} of {facts['modules']} layers, rank {facts['rank']}"]
+    many = f"{facts['clients']} adapters" if facts["clients"] > 1 else "1 adapter (nothing to average it with)"
+    lines = [f"{facts['method']}: {many} of {counted(facts['modules'], 'layer')}, rank {facts['rank']}"]
     lines += [f"  {folder}" for folder in facts["adapters"]]
     if facts["relative_error"] is None:
         lines.append("no global model: each client has its own")

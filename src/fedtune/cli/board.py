@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from fedtune.cli.say import say
-from fedtune.types import ConfigError, FedtuneError, Problem
+from fedtune.types import ConfigError, FedtuneError, Problem, counted
 
 board = typer.Typer(no_args_is_help=True, help="The leaderboard: built from entries in git, by anyone.")
 REJECTED = 4
@@ -20,7 +20,7 @@ def submit(
     out: Annotated[Path, typer.Option(help="The submission's folder.")],
     team: Annotated[str, typer.Option(help="Who submits; plain text, shown on the board.")] = "",
     title: Annotated[str, typer.Option(help="What to call it.")] = "",
-    link: Annotated[str, typer.Option(help="An https address to read on.")] = "",
+    link: Annotated[str, typer.Option(help="An https address with more about it.")] = "",
 ) -> None:
     """Pack finished runs: recipe, seeds, adapters, per-sample files, byte log, model cards."""
     from pydantic import ValidationError
@@ -37,14 +37,14 @@ def submit(
         for reason in entry.unranked:
             say(f"  not ranked: {reason}")
     if len(entries) < 3:
-        typer.echo(f"{len(entries)} of 3 seeds that a spread takes; run the others with --seed")
+        typer.echo(f"{len(entries)} of the 3 seeds that are asked for; run the others with --seed")
 
 
 def validate(
     path: Annotated[Path, typer.Argument(help="A submission: a folder, or a zip of one.")],
     json_output: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Check a submission as the board's own machine does: every reason, exit code 4 if there is one."""
+    """Check a submission as the board does, and print every problem; exit code 4 if there is one."""
     from fedtune.board.validate import check, not_run_again
 
     found = [(name, problems, not_run_again(entry) if entry else []) for name, entry, problems in check(path)]
@@ -53,7 +53,7 @@ def validate(
         typer.echo(json.dumps(lines, indent=1))
     else:
         for name, problems, notes in found:
-            say(f"{name}: {'good' if not problems else f'{len(problems)} problems'}")
+            say(f"{name}: {'good' if not problems else counted(len(problems), 'problem')}")
             for line in (*problems, *notes):
                 say(f"  {line}")
     if any(problems for _, problems, _ in found):
@@ -65,7 +65,7 @@ def verify(
     rounds: Annotated[int, typer.Option(min=1, help="How many rounds to run again.")] = 3,
     data: Annotated[str, typer.Option(help="The folder of training files, where the run read one.")] = "",
 ) -> None:
-    """Run the first rounds again and hold them against the submission; exit code 4 if they differ."""
+    """Run the first rounds again and compare them with the submission; exit code 4 if they differ."""
     from fedtune.cli.progress import TerminalReporter, terminal
     from fedtune.experiment.verify import verify as replay
     from fedtune.io import read_lines
@@ -74,7 +74,7 @@ def verify(
     for line in found:
         say(line)
     made = min(rounds, len(read_lines(path / "rounds.jsonl")))
-    typer.echo(f"{made} rounds: {'differ' if found else 'the same'}")
+    typer.echo(f"{counted(made, 'round')} run again: {'different' if found else 'the same'}")
     if found:
         raise typer.Exit(REJECTED)
 
@@ -100,7 +100,7 @@ def build(
     store: Annotated[Path, typer.Argument(help="The folder of entries.")],
     out: Annotated[Path, typer.Option(help="Where the page goes.")],
 ) -> None:
-    """Build index.html and board.json; the page opens from disk and asks for nothing."""
+    """Build index.html and board.json; the page opens from disk and loads nothing else."""
     from fedtune.board.site import build as make
 
     data = make(store, out)
@@ -108,7 +108,7 @@ def build(
         say(f"{store}: has no entries yet; the page says how to submit one")
     for line in data["left_out"]:
         say(f"warning: {line}", err=True)
-    say(f"{out / 'index.html'}: {len(data['rows'])} rows of {data['entries']} entries")
+    say(f"{out / 'index.html'}: {counted(len(data['rows']), 'row')} of {counted(data['entries'], 'entry', 'entries')}")
 
 
 def _added(path: Path, store: Path, state: str) -> bool:
@@ -154,21 +154,21 @@ def add(
     store: Annotated[Path, typer.Option(help="The folder of entries.")],
     state: Annotated[str, typer.Option(help="re-scored, or re-run after fedtune verify.")] = "re-scored",
 ) -> None:
-    """Validate submissions and put their entries into the store; one refused (exit code 4) keeps no other out."""
+    """Validate submissions and add their entries to the store; a refused one (exit code 4) does not stop the others."""
     if state not in ("re-scored", "re-run"):
         raise ConfigError("command line", [Problem(f"--state {state}", "must be re-scored or re-run")])
     done = [_added_or_said(path, store, state) for path in paths]
     if not all(done):
-        say(f"{done.count(False)} of {len(done)} submissions were refused", err=True)
+        say(f"refused: {done.count(False)} of {counted(len(done), 'submission')}", err=True)
         raise typer.Exit(REJECTED)
 
 
 @board.command("by-hand")
 def by_hand(
-    before: Annotated[Path, typer.Argument(help="The store without a change.")],
-    after: Annotated[Path, typer.Argument(help="The store with it.")],
+    before: Annotated[Path, typer.Argument(help="The store before the change.")],
+    after: Annotated[Path, typer.Argument(help="The store after it.")],
 ) -> None:
-    """Check that somebody changed nothing but flags in a store; exit code 4 if they did."""
+    """Check that only flags were changed by hand in a store; exit code 4 if anything else was."""
     from fedtune.board.store import by_hand as changed
 
     found = list(changed(before, after))

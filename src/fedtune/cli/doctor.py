@@ -15,7 +15,7 @@ def _cuda() -> str:
     return "nvidia-smi found" if shutil.which("nvidia-smi") else "none (CPU, float32)"
 
 
-def _cache_room() -> str:
+def _cache() -> str:
     from fedtune.io import cache_dir
 
     path = cache_dir()
@@ -41,7 +41,7 @@ def _sandbox() -> str:
 
 
 def doctor() -> None:
-    """Say what this machine has, what would leave it, and what is missing for which job."""
+    """Show what this machine has, what each job still needs, and what would be sent over the network."""
     from fedtune.data.packages import index_url
     from fedtune.results.manifest import versions
 
@@ -50,7 +50,7 @@ def doctor() -> None:
     offline = os.environ.get("HF_HUB_OFFLINE", "") not in ("", "0")
     facts = {
         "accelerator": _cuda(),
-        "cache": _cache_room(),
+        "cache": _cache(),
         "package index": index_url(),
         "Hub": "offline (HF_HUB_OFFLINE)" if offline else "online if reachable; HF_HUB_OFFLINE=1 forbids it",
         "telemetry": _telemetry(),
@@ -62,4 +62,4 @@ def doctor() -> None:
     }
     for name, fact in facts.items():
         typer.echo(f"{name:16} {fact}")
-    typer.echo("outbound: the package index and the Hub, to fetch what a run asks for; nothing else")
+    typer.echo("outbound: requests to the package index and the Hub, for what a run asks for; nothing else is sent")

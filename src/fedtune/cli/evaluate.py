@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from fedtune.types import AdapterError, ConfigError, DataError, Problem
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from fedtune.results.stats import Paired
 
 
 def _modes(mode: str) -> list[str]:
@@ -41,7 +47,8 @@ def _base_of(target: str, base: str | None) -> tuple[str, Path | None]:
     folder = Path(target)
     if not (folder / CONFIG).is_file():
         if base:
-            raise AdapterError(f"--base {base}: {target} is no adapter folder, it has no {CONFIG}")
+            missing = f"is no adapter folder, it has no {CONFIG}" if folder.is_dir() else "no such adapter folder"
+            raise AdapterError(f"--base {base}: {target}: {missing}")
         return target, None
     from fedtune.models.folder import checked
 
@@ -57,7 +64,7 @@ def evaluate(
     domain: Annotated[str, typer.Option(help="general, finance, medical or code")],
     task: Annotated[list[str] | None, typer.Option(help="A task's name; again for more.")] = None,
     mode: Annotated[str, typer.Option(help="official, likelihood or both")] = "both",
-    limit: Annotated[int, typer.Option(help="Items a task (a seeded sample); 0 is all.")] = 0,
+    limit: Annotated[int, typer.Option(help="Items per task (a seeded sample); 0 is all.")] = 0,
     data: Annotated[Path | None, typer.Option(help="A folder with eval/<domain>/ files.")] = None,
     prompt: Annotated[str | None, typer.Option(help="For likelihood: training, official or chat.")] = None,
     base: Annotated[
@@ -97,34 +104,49 @@ def evaluate(
 def compare(
     first: Annotated[Path, typer.Argument(help="A run folder.")],
     second: Annotated[Path, typer.Argument(help="Another run folder.")],
-    arm: Annotated[str, typer.Option(help="Which arm of both.")] = "federated",
+    arm: Annotated[
+        str, typer.Option(help="Which model of both: federated, base, local-only or centralised.")
+    ] = "federated",
     json_output: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Compare two runs on the items both were evaluated on: paired bootstrap, and McNemar's exact test."""
     import json
     from dataclasses import asdict
 
-    from rich.table import Table
-
     from fedtune.cli.progress import terminal
     from fedtune.cli.tables import paired
     from fedtune.results.stats import compare as test
 
+    for run in (first, second):
+        if not run.is_dir():
+            raise DataError(f"{run}: no such run folder")
     logs = {p.name: p for p in sorted((first / "evals" / arm).glob("*.jsonl"))}
     shared = [
         n for n in logs if (second / "evals" / arm / n).exists() and _same_items(logs[n], second / "evals" / arm / n)
     ]
     if not shared:
-        raise DataError(f"{first} and {second} have no evaluation of the arm {arm!r} on the same items")
+        raise DataError(f"{first} and {second} have no evaluation of {arm!r} on the same items")
     results = {n.removesuffix(".jsonl"): test(*paired(logs[n], second / "evals" / arm / n)) for n in shared}
     if json_output:
         typer.echo(json.dumps({n: asdict(r) for n, r in results.items()}, indent=1))
         return
-    table = Table("task.mode", "n", "second - first", "95 % interval", "only first", "only second", "p")
+    terminal().print(_compared(results))
+    typer.echo("gain: second minus first; won, lost: items that only the second, only the first got right")
+    typer.echo("p: McNemar's exact test, or of the bootstrap where a score is not right or wrong")
+
+
+def _compared(results: Mapping[str, Paired]) -> Table:
+    """Return comparisons as a table that fits 80 columns."""
+    from rich import box
+    from rich.table import Table
+
+    table = Table(*("evaluation", "n", "gain", "95 % interval", "won", "lost", "p"), box=box.SIMPLE_HEAD)
+    table.padding = (0, 1, 0, 0)
     for name, r in results.items():
-        span = f"{r.interval.low:+.4f} to {r.interval.high:+.4f}"
-        table.add_row(name, str(r.n), f"{r.difference:+.4f}", span, str(r.only_first), str(r.only_second), f"{r.p:.3g}")
-    terminal().print(table)
+        span = f"{r.interval.low:+.3f} to {r.interval.high:+.3f}"
+        won, lost = ("-" if n is None else str(n) for n in (r.only_second, r.only_first))
+        table.add_row(name, str(r.n), f"{r.difference:+.3f}", span, won, lost, f"{r.p:.3g}")
+    return table
 
 
 def _same_items(first: Path, second: Path) -> bool:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from fedtune.cli.say import say
-from fedtune.types import ConfigError, Problem, nearest
+from fedtune.types import ConfigError, Problem, counted, nearest
 
 if TYPE_CHECKING:
     from fedtune.methods import Method
@@ -29,7 +29,7 @@ def _models() -> Rows:
             "LoRA targets": ",".join(m.targets),
             "template": m.template,
             "pinned": m.revision.removeprefix("sha256:")[:8] or "no",
-            "traps": m.traps,
+            "known issues": m.known_issues,
         }
         for m in zoo().values()
     ]
@@ -149,11 +149,12 @@ def _cell(value: object) -> str:
     return {True: "yes", False: "no"}[value] if isinstance(value, bool) else str(value)
 
 
-NOTES = {"methods": "Bytes are relative to FedIT's (Mistral-7B, q and v, rank 32, 10 clients per round)."}
+NOTES = {"methods": "Bytes relative to FedIT's: Mistral-7B, q and v, rank 32, 10 clients per round."}
 WIDE = 140
+NARROW = 24  # words no longer than this are never cut
 ROOMY = {
-    *("traps", "template", "personalised", "DoRA", "settings", "arXiv"),
-    *("LoRA targets", "title", "training (Hub)", "sha256", "what"),
+    *("known issues", "template", "personalised", "DoRA", "settings", "arXiv"),
+    *("LoRA targets", "title", "training (Hub)", "training (packaged)", "sha256", "what"),
 }
 
 
@@ -168,8 +169,9 @@ def _show(rows: Rows) -> None:
     hidden = [name for name in rows[0] if name in ROOMY] if console.width < WIDE and len(rows[0]) > 2 else []
     shown = [name for name in rows[0] if name not in hidden]
     table = Table(header_style="bold", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    for number, name in enumerate(shown):
-        table.add_column(name, no_wrap=number == 0, overflow="fold")
+    for name in shown:
+        longest = max(len(word) for row in rows for word in _cell(row[name]).split())
+        table.add_column(name, min_width=longest if longest <= NARROW else None, overflow="fold")
     for row in rows:
         table.add_row(*(_cell(row[name]) for name in shown))
     console.print(table)
@@ -211,7 +213,7 @@ def _check_plot(path: Path) -> None:
 
 
 def _plot(counts: list[dict[str, int]], path: Path, title: str) -> None:
-    """Draw rows a client, stacked by natural key, in the format of the file's ending."""
+    """Draw rows per client, stacked by the partition column's values, in the format of the file's ending."""
     import io
 
     import matplotlib
@@ -238,7 +240,7 @@ def _plot(counts: list[dict[str, int]], path: Path, title: str) -> None:
 
 
 def _shares(counts: list[dict[str, int]]) -> None:
-    """Print rows a client as a table with bars; many natural keys are summed up."""
+    """Print rows per client as a table with bars, by the partition column's values where they are few."""
     from rich.table import Table
 
     from fedtune.cli.progress import terminal
@@ -275,7 +277,7 @@ def data(
     config = resolve(None, chosen, own, folder).config
     loaded = workload.load(config)
     counts = table(loaded.checked.rows, loaded.shards)
-    say(f"{loaded.name}: {len(loaded.checked.rows)} rows, partition {config.data.partition}")
+    say(f"{loaded.name}: {counted(len(loaded.checked.rows), 'row')}, partition {config.data.partition}")
     _shares(counts)
     for line in loaded.checked.lines():
         say(line)

@@ -10,7 +10,7 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn
 from rich.text import Text
 
 from fedtune.experiment.report import Reporter
-from fedtune.types import last_line, plain
+from fedtune.types import counted, last_line, plain
 
 if TYPE_CHECKING:
     from fedtune.config import Config
@@ -46,7 +46,7 @@ def size(count: float) -> str:
 def _wire(budget: Budget) -> str:
     if budget.per_round is None or budget.total is None:
         return "bytes on the wire depend on the course of the run"
-    return f"{size(budget.per_round)} a round on the wire, {size(budget.total)} in all"
+    return f"{size(budget.per_round)} per round on the wire, {size(budget.total)} in all"
 
 
 def clock(seconds: float) -> str:
@@ -92,10 +92,10 @@ class TerminalReporter(Reporter):
         """Say what the run will need."""
         self._expected = config.train.max_steps * config.federation.cohort_size
         self.note(
-            f"plan: {config.federation.rounds} rounds x {config.federation.cohort_size} of "
-            f"{config.federation.clients} clients x {config.train.max_steps} steps of "
-            f"{config.train.batch}; "
-            f"{budget.trainable:,} trainable numbers; {_wire(budget)}; "
+            f"plan: {counted(config.federation.rounds, 'round')}; {config.federation.cohort_size} of "
+            f"{counted(config.federation.clients, 'client')} per round; {counted(config.train.max_steps, 'step')} of "
+            f"{counted(config.train.batch, 'example')} per client; "
+            f"{budget.trainable:,} trainable parameters; {_wire(budget)}; "
             f"memory about {size(budget.model)} model + {size(budget.training)} training"
         )
 

@@ -24,7 +24,7 @@ def _arms(text: str | None) -> list[str]:
     wrong = [n for n in names if n not in ARMS]
     if wrong:
         problems = [
-            Problem(f"--arms {n}", "unknown arm", nearest(n, ARMS) or f"one of {', '.join(ARMS)}") for n in wrong
+            Problem(f"--arms {n}", "unknown baseline", nearest(n, ARMS) or f"one of {', '.join(ARMS)}") for n in wrong
         ]
         raise ConfigError("command line", problems)
     return names
@@ -39,18 +39,22 @@ def run(
     rounds: Annotated[int | None, typer.Option(help="Rounds.")] = None,
     clients: Annotated[int | None, typer.Option(help="Clients (partitions).")] = None,
     partition: Annotated[str | None, typer.Option(help="iid, dirichlet:0.3, natural, shards:2 …")] = None,
-    seed: Annotated[int | None, typer.Option(help="Seed of everything.")] = None,
-    arm: Annotated[str | None, typer.Option(help="federated, local-only or centralised.")] = None,
-    arms: Annotated[str | None, typer.Option(help="More arms beside it: all, or a comma list.")] = None,
+    seed: Annotated[int | None, typer.Option(help="The seed of all random draws.")] = None,
+    arm: Annotated[str | None, typer.Option(help="federated, or a baseline alone: local-only, centralised.")] = None,
+    arms: Annotated[
+        str | None, typer.Option(help="Baselines beside it: all, or a comma list (local-only, centralised).")
+    ] = None,
     data: Annotated[Path | None, typer.Option(help="A folder with train/ and eval/<domain>/ files.")] = None,
     settings: Setting = None,
     out: Annotated[Path | None, typer.Option(help="The run folder (default: a new one under runs/).")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue the run in --out, else the last one.")] = False,
-    force_resume: Annotated[bool, typer.Option("--force-resume", help="…although something changed.")] = False,
+    force_resume: Annotated[
+        bool, typer.Option("--force-resume", help="Continue even though something changed; the run is then unranked.")
+    ] = False,
     print_config: Annotated[bool, typer.Option("--print-config", help="Show the settings and stop.")] = False,
     json_output: Annotated[bool, typer.Option("--json", help="Print result.json at the end.")] = False,
 ) -> None:
-    """Fine-tune a model federatedly on one domain, evaluate it, and write a result that can be re-checked."""
+    """Fine-tune a model over the clients of one domain, evaluate it, and write a result that can be re-checked."""
     from fedtune.cli.settings import options, resolve
 
     extra = _arms(arms)
@@ -84,7 +88,8 @@ def _continued(out: Path | None, config: Path | None) -> tuple[Path, Path]:
     if folder is None:
         raise ResumeError("there is no unfinished run under runs/; name one with --out")
     if not (folder / SETTINGS).exists():
-        raise ResumeError(f"{folder} holds no run to continue")
+        missing = "holds no run to continue" if folder.exists() else "no such run folder"
+        raise ResumeError(f"{folder}: {missing}")
     if out is None:
         say(f"continuing {folder}", err=True)
     return folder, config or folder / SETTINGS

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from fedtune.types import ConfigError, Problem
+from fedtune.types import ConfigError, Problem, counted
 
 if TYPE_CHECKING:
     from fedtune.config import Settings
@@ -41,7 +41,7 @@ def _grid(texts: Sequence[str]) -> dict[str, list[Any]]:
 
 def sweep(
     wanted: Annotated[list[str], typer.Argument(metavar="DOMAINS", help="general, finance, medical, code")],
-    out: Annotated[Path, typer.Option(help="The sweep's folder; the same command goes on where it was cut off.")],
+    out: Annotated[Path, typer.Option(help="The sweep's folder; the same command continues an interrupted sweep.")],
     config: Annotated[Path | None, typer.Option("--config", "-c", help="A TOML file of settings.")] = None,
     protocol: Annotated[str | None, typer.Option(help="Frozen settings: fedtune ls protocols")] = None,
     model: Annotated[str | None, typer.Option(help="A zoo name, Hub id or local folder.")] = None,
@@ -79,13 +79,18 @@ def _execute(axes: Mapping[str, Sequence[Any]], build: Any, out: Path, *, as_jso
 
     chosen = points(axes, build, out)
     console = terminal(errors=as_json)
-    console.print(f"{len(chosen)} runs: " + " x ".join(f"{len(v)} {k}" for k, v in axes.items()))
+    console.print(f"{counted(len(chosen), 'run')}: " + " x ".join(_axis(k, v) for k, v in axes.items()))
     rows = execute(chosen, out, TerminalReporter(console))
     if as_json:
         typer.echo(json.dumps(rows, indent=1))
     console.print(_table(rows, axes))
     console.print(f"sweep folder: {out.resolve()}", soft_wrap=True)
     withheld.check({name: why for row in rows for name, why in row["withheld"].items()}, _asked(rows))
+
+
+def _axis(name: str, values: Sequence[Any]) -> str:
+    """Return how many values of an axis are crossed: `3 seeds`, `2 values of lora.r`."""
+    return f"{counted(len(values), 'value')} of {name}" if "." in name else counted(len(values), name)
 
 
 def _asked(rows: Sequence[Mapping[str, Any]]) -> int:

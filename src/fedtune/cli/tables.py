@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from rich import box
-from rich.table import Table
+from rich.table import Column, Table
 
 from fedtune.evaluation.metrics import as_counted, sample_value, trivial_score
 from fedtune.io import read_lines, reading
 from fedtune.results.schema import Arm, Result, Score
 from fedtune.results.stats import compare
+from fedtune.types import counted
 
 
 def number(value: float | None, metric: str = "accuracy") -> str:
@@ -58,7 +60,7 @@ def _delta(run: Path | None, arm: Arm, score: Score) -> str:
 
 def _spread(arm: Arm, score: Score) -> str:
     values = [v for v in arm.per_client.get(f"{score.task}/{score.mode}", []) if v is not None]
-    return f"; {len(values)} clients, {number(min(values))} to {number(max(values))}" if values else ""
+    return f"; {counted(len(values), 'client')}, {number(min(values))} to {number(max(values))}" if values else ""
 
 
 def _row(run: Path | None, arm: Arm, score: Score) -> tuple[str, ...]:
@@ -78,14 +80,21 @@ def _majority(score: Score) -> tuple[str, ...] | None:
     return "always-majority", str(score.n), number(share), span(*known) if known else "", "", ""
 
 
-def _table(title: str, metric: str) -> Table:
-    table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    table.add_column("model", no_wrap=True, min_width=15)
-    for name in ("n", "score"):
-        table.add_column(name, justify="right", no_wrap=True)
-    table.add_column("95 % interval", overflow="fold")
-    table.add_column("gain over base, paired", overflow="fold")
-    table.add_column("compiles, timeouts" if metric == "pass@1" else "valid", justify="right", overflow="fold")
+def _table(title: str, metric: str, rows: Sequence[tuple[str, ...]]) -> Table:
+    """Return a table of `_row`s; a column that would be empty is left out."""
+    columns = [
+        Column("model", no_wrap=True, min_width=15),
+        Column("n", justify="right", no_wrap=True),
+        Column("score", justify="right", no_wrap=True),
+        Column("95 % interval", overflow="fold"),
+        Column("gain over base, paired", overflow="fold"),
+        Column("compiles, timeouts" if metric == "pass@1" else "valid", justify="right", overflow="fold"),
+    ]
+    shown = [i for i in range(len(columns)) if any(row[i] for row in rows)]
+    table = Table(*(columns[i] for i in shown), title=title, title_justify="left", title_style="bold")
+    table.box, table.padding = box.SIMPLE_HEAD, (0, 1, 0, 0)
+    for row in rows:
+        table.add_row(*(row[i] for i in shown))
     return table
 
 
@@ -95,12 +104,10 @@ def scores(arms: list[Arm], run: Path | None = None) -> list[Table]:
     for task, mode in dict.fromkeys((s.task, s.mode) for a in arms for s in a.scores):
         found = [(a, s) for a in arms for s in a.scores if (s.task, s.mode) == (task, mode)]
         metric = found[0][1].metric
-        table = _table(f"{task} ({mode}, {metric})", metric)
         rows = [_row(run, arm, score) for arm, score in found]
         trivial = _majority(found[0][1])
-        for row in rows[:1] + ([trivial] if trivial else []) + rows[1:]:
-            table.add_row(*row)
-        tables.append(table)
+        rows[1:1] = [trivial] if trivial else []
+        tables.append(_table(f"{task} ({mode}, {metric})", metric, rows))
     return tables
 
 
@@ -108,14 +115,20 @@ def doubts(result: Result) -> list[str]:
     """Return what a reader should know before believing the table."""
     lines = []
     if result.unranked:
-        lines.append("unranked: " + "; ".join(result.unranked))
+        lines.extend(["unranked:", *(f"  {reason}" for reason in result.unranked)])
     if result.skipped_rounds:
-        lines.append(f"{result.skipped_rounds} of {result.rounds} rounds changed nothing (too few good updates)")
+        lines.append(
+            f"{result.skipped_rounds} of {counted(result.rounds, 'round')} changed nothing (too few good updates)"
+        )
     if result.lost_clients:
-        lines.append(f"{result.lost_clients} client replies were lost or rejected (rounds.jsonl)")
+        lines.append(
+            f"lost or rejected (see rounds.jsonl): {counted(result.lost_clients, 'client reply', 'client replies')}"
+        )
     for arm in result.arms:
         clients = ", ".join(map(str, list(arm.failed)[:10]))
         if arm.failed:
             why = next(iter(arm.failed.values()))
-            lines.append(f"{arm.name}: {len(arm.failed)} clients have no model and no score ({clients}): {why}")
+            lines.append(
+                f"{arm.name}: no model and no score for {counted(len(arm.failed), 'client')} ({clients}): {why}"
+            )
     return lines

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from fedtune.data.files import MOST_NAMED, BadRow, Unreadable, kind_of
-from fedtune.types import DataError
+from fedtune.types import DataError, counted
 
 COLUMNS = ("instruction", "input", "output")
 _TEMPLATE = re.compile(r"### (Instruction|Response):|\{\{|<\|[a-z_]+\|>|\[/?INST\]")
@@ -23,12 +23,26 @@ _ODD = re.compile(
 
 @dataclass(frozen=True)
 class TrainRow:
-    """One training example in the benchmark's three columns; `group` is the natural key of its source."""
+    """One training example in the benchmark's three columns; `group` is its value in the partition column."""
 
     instruction: str
     input: str
     output: str
     group: str = ""
+
+
+# how a count of rows of each kind is told
+WORDS = {
+    "bad_row": "malformed",
+    "missing_column": "without a required column",
+    "not_text": "with a value that is not text",
+    "empty_answer": "with an empty answer",
+    "over_long": "cut to data.max_chars",
+    "odd_unicode": "with unusual characters",
+    "template_text": "with chat-template markup",
+    "no_label_left": "without a label (the answer was cut off or not found)",
+    "truncated": "cut to train.max_length",
+}
 
 
 @dataclass(frozen=True)
@@ -54,10 +68,14 @@ class CheckedRows:
 
     def lines(self, most: int = 20) -> list[str]:
         """Return the report for people: counts first, then the rows with their numbers."""
-        head = [f"{kind}: {n}" for kind, n in self.counts().items()]
-        shown = [f"row {p.row}: {p.kind} ({p.detail}): {p.action}" for p in self.problems[:most]]
+        head = [f"{counted(n, 'row')} {WORDS[kind]}" for kind, n in self.counts().items()]
+        shown = [f"row {p.row}: {_spaced(p.kind)} ({p.detail}): {p.action}" for p in self.problems[:most]]
         rest = len(self.problems) - most
         return head + shown + ([f"… and {rest} more"] if rest > 0 else [])
+
+
+def _spaced(kind: str) -> str:
+    return kind.replace("_", " ")
 
 
 def _odd(text: str) -> str:
@@ -121,7 +139,7 @@ def _refusals(number: int, row: Mapping[str, Any], columns: Mapping[str, str], g
 
 
 def _key(value: Any) -> str:
-    """Return a natural key as a text; rows without one share the empty key."""
+    """Return a value of the partition column as a text; rows without one share the empty value."""
     return "" if value is None else str(value)
 
 
@@ -150,13 +168,13 @@ def check(
     Args:
         rows: as the source has them.
         columns: our column name -> the source's, where they differ.
-        group: the source's column with the natural key, if any.
+        group: the source's partition column, if any.
         max_chars: longer texts are cut there and reported.
 
     Returns:
         Rows that their file does not have whole, with a missing column, a value that is not text, or an empty
         answer are dropped; over-long, oddly encoded and template-bearing ones are cut, mended or kept as plain
-        text, the natural key as well. All are listed.
+        text, the partition column as well. All are listed.
     """
     good: list[TrainRow] = []
     problems: list[RowProblem] = []
@@ -185,5 +203,5 @@ def require(checked: CheckedRows, name: str) -> Sequence[TrainRow]:
     reasons = {(p.kind, p.detail) for p in checked.problems}
     if len(reasons) == 1 and len(checked.problems) > 1:
         kind, detail = reasons.pop()
-        raise DataError(f"{name}: no row can be trained on: {kind} in each ({detail})")
+        raise DataError(f"{name}: no row can be trained on: {_spaced(kind)} in each ({detail})")
     raise DataError("\n  ".join([f"{name}: no row can be trained on", *checked.lines()]))

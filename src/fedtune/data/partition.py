@@ -11,13 +11,13 @@ from typing import Any
 import numpy as np
 
 from fedtune.data.check import TrainRow
-from fedtune.types import DataError, Problem, derive_seed, nearest
+from fedtune.types import DataError, Problem, counted, derive_seed, nearest
 
 KINDS = {
     "iid": "equal contiguous shards of the shuffled rows, exactly as FlowerTune's template makes them",
-    "dirichlet:ALPHA": "label shares a client drawn from Dirichlet(ALPHA) over the natural key; small is skewed",
-    "natural": "one client for each value of the natural key, largest first, as many as there are clients",
-    "shards:K": "rows sorted by the natural key, cut into equal shards (rows over are left out), K shards a client",
+    "dirichlet:ALPHA": "each client's shares of the partition column's values are drawn from Dirichlet(ALPHA); a small ALPHA is skewed",
+    "natural": "one client for each value of the partition column, largest first, as many as there are clients",
+    "shards:K": "rows sorted by the partition column and cut into equal shards (remaining rows are left out), K shards per client",
     "linear": "sizes proportional to 1, 2, 3 …",
     "square": "sizes proportional to 1, 4, 9 …",
     "exponential": "sizes proportional to e^1, e^2 …",
@@ -95,7 +95,7 @@ def _partitioner(table: Any, spec: str, clients: int, seed: int) -> Any:
 def _natural(rows: Sequence[TrainRow], table: Any, clients: int) -> list[list[int]]:
     sizes = Counter(r.group for r in rows)
     if len(sizes) < clients:
-        raise DataError(f"the natural key has {len(sizes)} values, fewer than the {clients} clients")
+        raise DataError(f"the partition column has {counted(len(sizes), 'value')}, fewer than the {clients} clients")
     chosen = sorted(sizes, key=lambda g: (-sizes[g], g))[:clients]
     members: dict[str, list[int]] = {g: [] for g in chosen}
     for index, group in zip(table["row"], table["group"], strict=True):
@@ -105,16 +105,18 @@ def _natural(rows: Sequence[TrainRow], table: Any, clients: int) -> list[list[in
 
 
 def _check_keys(rows: Sequence[TrainRow], spec: str) -> None:
-    """Refuse a natural key that there is nothing to split by: one value, or values that hardly occur twice."""
+    """Refuse a partition column with nothing to split by: one value, or values that hardly occur twice."""
     sizes = Counter(r.group for r in rows)
     if len(sizes) < 2:
-        raise DataError(f"partition {spec!r} needs rows with at least two natural keys; this set has {len(sizes)}")
+        raise DataError(
+            f"partition {spec!r} needs a partition column with at least two values; this set has {len(sizes)}"
+        )
     # where one site has many rows and most have one, `natural` still has its sites
     repeats = max(sizes.values()) > 1 if spec == "natural" else len(sizes) * 2 <= len(rows)
     if not repeats:
         raise DataError(
-            f"partition {spec!r} needs natural keys that repeat; this set has {len(sizes)} values in {len(rows)} rows. "
-            "Is the key free text? Use iid, linear, square or exponential, or another key"
+            f"partition {spec!r} needs a partition column whose values repeat; this set has {len(sizes)} values in {len(rows)} rows. "
+            "Is the column free text? Use iid, linear, square or exponential, or another column"
         )
 
 
@@ -158,5 +160,5 @@ def partition(rows: Sequence[TrainRow], spec: str, clients: int, seed: int) -> l
 
 
 def table(rows: Sequence[TrainRow], shards: Sequence[Sequence[int]]) -> list[dict[str, int]]:
-    """Return, for each client, how many rows of each natural key it has."""
+    """Return, for each client, how many rows it has of each value of the partition column."""
     return [dict(sorted(Counter(rows[i].group for i in shard).items())) for shard in shards]

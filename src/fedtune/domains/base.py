@@ -25,7 +25,7 @@ class Item:
         answers: what may be answered: option letters or label words; for a solution, the solution itself; for
             a program, its tests.
         gold: index into `answers`.
-        group: a natural key (an MMLU subject), for breakdowns.
+        group: a category (an MMLU subject), for breakdowns.
     """
 
     prompt: str
@@ -87,7 +87,7 @@ class TrainingSet:
         hub: on the Hub.
         packaged: builds the rows from a registry package.
         columns: our column -> the source's, where they differ.
-        group: the column with the natural key.
+        group: the partition column.
     """
 
     name: str
@@ -108,7 +108,7 @@ class Domain:
         packaged: the training set that comes inside registry packages.
         tasks: the benchmark's evaluation sets.
         packaged_tasks: those that come inside registry packages, under names of their own.
-        group: the column of a data folder's training files to use as natural key.
+        group: the partition column of a data folder's training files.
     """
 
     name: str

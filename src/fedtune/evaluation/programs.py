@@ -17,7 +17,7 @@ from fedtune.evaluation.sandbox import CPP, JAVASCRIPT, PYTHON, Language, Outcom
 from fedtune.io import parse_json
 from fedtune.results.schema import Score
 from fedtune.results.stats import mean_interval, proportion_interval
-from fedtune.types import CorruptFileError, DataError
+from fedtune.types import CorruptFileError, DataError, MissingFileError
 
 LANGUAGES: dict[str, Language] = {"python": PYTHON, "javascript": JAVASCRIPT, "c++": CPP}
 Sample = dict[str, Any]
@@ -133,6 +133,8 @@ def outcome_rows(programs: Sequence[Sequence[str]], outcomes: Sequence[Outcome])
 def _read(path: Path, wanted: str) -> list[Any]:
     try:
         document = parse_json(read_text_file(path, MOST_BYTES), str(path))
+    except MissingFileError:
+        raise
     except CorruptFileError as err:
         raise CorruptFileError(f"{err}; {wanted}") from err
     if not isinstance(document, list) or not document:

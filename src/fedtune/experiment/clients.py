@@ -124,7 +124,7 @@ def read_clients(
         try:
             states.append(FolderState(folder))
         except FedtuneError as err:
-            problems.append(Problem(str(folder), str(err)))
+            problems.append(Problem(str(folder), str(err).removeprefix(f"{folder}: ")))
     if states and not insist:
         problems += [p for state in states[1:] for p in _other_base(state, states[0])]
     if states and not problems:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from fedtune import domains
 from fedtune.config import Config, Settings
+from fedtune.data.check import WORDS
 from fedtune.domains.base import Task
 from fedtune.evaluation import items as item_sets
 from fedtune.evaluation.code import unavailable
@@ -32,7 +33,7 @@ from fedtune.results import schema
 from fedtune.training import workload
 from fedtune.training.executor import Sequential
 from fedtune.training.plan import Plan
-from fedtune.types import RoundRecord, RunFailedError
+from fedtune.types import RoundRecord, RunFailedError, counted
 
 ARMS = ("federated", "local-only", "centralised")
 
@@ -182,11 +183,12 @@ def _report_data(
     }
     write_json(run.path / "data.json", report)
     counts = {**data.checked.counts(), "no_label_left": len(shards.masked), "truncated": shards.truncated}
-    told = ", ".join(f"{n} {kind}" for kind, n in counts.items() if n)
-    reporter.note(f"data: {data.name}, {len(data.checked.rows)} rows" + (f"; {told} (data.json)" if told else ""))
+    listed = ", ".join(f"{n} {WORDS[kind]}" for kind, n in counts.items() if n)
+    rows = counted(len(data.checked.rows), "row")
+    reporter.note(f"data: {data.name}, {rows}" + (f"; {listed} (see data.json)" if listed else ""))
     empty = [c for c, n in shards.sizes.items() if not n]
     if empty:
-        reporter.note(f"{len(empty)} clients have no examples and are never asked: {empty[:10]}")
+        reporter.note(f"{counted(len(empty), 'client')} without examples, never asked: {empty[:10]}")
 
 
 def _work(session: Session, data: workload.TrainingData, extra: Sequence[str], shared: Resident) -> schema.Result:
@@ -251,7 +253,7 @@ def run(
     config = settings.config
     path = out or folder.fresh_folder(config)
     again = f"continue with: fedtune run --resume --out {path}"
-    if resume:
+    if resume and path.exists():
         only_files(path)  # somebody else may have made it
     with folder_lock(path), cancellable(again) if resident is None else contextlib.nullcontext():
         data = workload.load(arms.derive(config, config.arm))

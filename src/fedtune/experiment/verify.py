@@ -1,4 +1,4 @@
-"""Run the first rounds of a submission again and hold them against what it says of them."""
+"""Run the first rounds of a submission again and compare them with what it says of them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from fedtune.experiment.report import Reporter
 from fedtune.experiment.run import run
 from fedtune.io import only_files, read_lines
 from fedtune.settings import load
-from fedtune.types import CancelledError, CorruptFileError, RoundRecord
+from fedtune.types import CancelledError, CorruptFileError, RoundRecord, counted
 
 # another processor or another version sums in another order; a different run differs in the first digit
 TOLERANCE = 0.02
@@ -29,6 +29,9 @@ class _Enough(Reporter):
 
     def __init__(self, rounds: int, watch: Reporter) -> None:
         self._rounds, self._watch = rounds, watch
+
+    def training(self, arm: str, rounds: int, done: int) -> None:
+        self._watch.training(arm, self._rounds, done)
 
     def round(self, record: RoundRecord) -> None:
         self._watch.round(record)
@@ -63,7 +66,7 @@ def differences(said: Sequence[dict[str, Any]], done: Sequence[dict[str, Any]]) 
     Raises:
         CorruptFileError: what is said is no record of rounds.
     """
-    found = [] if len(said) == len(done) else [f"{len(said)} rounds were to be run again, {len(done)} were"]
+    found = [] if len(said) == len(done) else [f"{counted(len(said), 'round')} to be run again, {len(done)} ended"]
     try:
         for one, two in zip(said, done, strict=False):
             pairs = [(key, one[key], two[key]) for key in ("cohort", "status", "bytes_up", "bytes_down")]

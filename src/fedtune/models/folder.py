@@ -43,7 +43,8 @@ def checked(folder: Path) -> tuple[AdapterConfig, dict[str, Any]]:
         AdapterError, CorruptFileError: as `read_folder`.
     """
     if not (folder / CONFIG).is_file():
-        raise AdapterError(f"{folder}: no {CONFIG}; this is not a PEFT adapter folder")
+        missing = f"no {CONFIG}; this is not a PEFT adapter folder" if folder.is_dir() else "no such folder"
+        raise AdapterError(f"{folder}: {missing}")
     for path in (folder / CONFIG, folder / WEIGHTS):
         if path.is_symlink() and not path.resolve().is_relative_to(folder.resolve()):
             raise AdapterError(f"{path}: a link that leads outside the folder is not followed")

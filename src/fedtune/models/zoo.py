@@ -31,7 +31,7 @@ class BaseModel:
         template: kind of chat template, or "none".
         revision: the pinned commit; empty where none was verified, and then a run cannot be ranked.
         gated: whether the Hub asks to accept terms.
-        traps: what goes wrong with it, in a sentence.
+        known_issues: what goes wrong with it, in a sentence.
         tags: domains it is made for.
     """
 
@@ -50,7 +50,7 @@ class BaseModel:
     template: str
     revision: str = ""
     gated: bool = False
-    traps: str = ""
+    known_issues: str = ""
     tags: tuple[str, ...] = ()
 
     def linears(self) -> dict[str, tuple[int, int]]:

@@ -1,4 +1,4 @@
-"""What this machine can do, measured and reckoned at the start: threads, tokens a pass, recomputation, cohort."""
+"""What this machine can do, measured and reckoned at the start: threads, tokens per pass, recomputation, cohort."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from fedtune.models.packing import CALL
 from fedtune.models.proof import Proof, proof_of
 from fedtune.training.cohort import Cohort
 from fedtune.training.executor import Executor, Limits, Sequential, rehearse
-from fedtune.types import ModelError
+from fedtune.types import ModelError, counted
 
 # a machine without memory for more still trains: this many tokens pass at least
 FEWEST, MOST_CPU, MOST = 512, 4096, 65_536
@@ -73,10 +73,10 @@ class Plan:
 
     def line(self) -> str:
         """Return the plan for people."""
-        how = f"{self.cohort} clients a pass" if self.cohort > 1 else "one client a pass"
+        how = f"{counted(self.cohort, 'client')} per pass"
         kept = "recomputed" if self.checkpointing else "kept"
-        room = f"one text at a time ({self.apart})" if self.apart else f"{self.tokens} tokens a pass"
-        return f"{self.dtype}, {self.threads} threads, {how}, {room}, activations {kept}"
+        room = f"one text at a time ({self.apart})" if self.apart else f"{self.tokens} tokens per pass"
+        return f"{self.dtype}, {counted(self.threads, 'thread')}, {how}, {room}, activations {kept}"
 
 
 def machine(adapted: AdaptedModel) -> Machine:
@@ -94,7 +94,7 @@ def flops_per_token(parameters: int) -> int:
 
 
 def _limits(config: Config, shape: Any, width: int, longest: int, free: int) -> tuple[int, bool, str]:
-    """Return tokens a pass, whether activations are recomputed, and why."""
+    """Return tokens per pass, whether activations are recomputed, and why."""
     asked = config.engine
     room = SHARE * free
     each = {c: activation_bytes(shape, width, checkpointing=c) + 2 * 4 * int(shape.hidden_size) for c in (False, True)}
@@ -117,7 +117,7 @@ def _cohort(config: Config, known: Machine, flops: float, layers: int, found: Pr
     if asked.executor == "sequential":
         return 1, "asked for"
     if asked.side_by_side:
-        return 1, "clients are side by side on devices"
+        return 1, "clients are trained in parallel on several devices"
     if asked.cohort != "auto":
         return asked.cohort, "asked for"
     launching, computing = layers * LAUNCHES * LAUNCH_SECONDS, flops / known.rate

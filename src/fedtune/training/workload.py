@@ -71,7 +71,7 @@ def source(config: Config) -> tuple[TrainingSet, list[Row]]:
 
 
 def _chosen(rows: Sequence[check.TrainRow], config: Config) -> list[check.TrainRow]:
-    """Cut a set down to `data.limit` rows, drawn by seed; balanced over the natural key if asked."""
+    """Cut a set down to `data.limit` rows, drawn by seed; balanced over the partition column if asked."""
     if not config.data.limit or config.data.limit >= len(rows):
         return list(rows)
     order = list(range(len(rows)))
