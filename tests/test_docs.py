@@ -1,16 +1,28 @@
-"""What the pages say about the tests is true: each test, file and page they name is there."""
+"""What the pages name is there: each test, file, page, command, option and setting."""
 
 from __future__ import annotations
 
 import ast
+import fnmatch
 import re
+import shlex
 from pathlib import Path
 
+import click
 import pytest
+import typer
+
+from fedtune.cli import app
+from fedtune.config import Config
+from fedtune.methods import METHODS
 
 ROOT = Path(__file__).parent.parent
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("benchmarks/**/*.md")])
 NAMED_TEST = re.compile(r"`(tests/[\w/]+\.py)(?:::(\w+))?`")
+CURRENT = [page for page in PAGES if page.name != "CHANGELOG.md"]  # which names what there was
+COMMAND = re.compile(r"`(?:[A-Z_]+=\S+ )?fedtune ([a-z][^`]*)`")
+SETTING = re.compile(r"`(?:-s )?([a-z]+)\.([a-z_0-9*]+)(?=[`= ])")
+FILES = {"json", "jsonl", "toml", "py", "md", "safetensors", "gz", "csv", "html"}
 LINK = re.compile(r"\]\(([^)#\s]+)(?:#[\w-]*)?\)")
 
 
@@ -36,3 +48,29 @@ def test_every_promise_names_the_test_that_holds_it() -> None:
     promises = [row for row in rows if not row.startswith(("| promise", "| -"))]
     assert promises
     assert not [row for row in promises if not NAMED_TEST.search(row)]
+
+
+@pytest.mark.parametrize("page", CURRENT, ids=lambda p: str(p.relative_to(ROOT)))
+def test_every_command_and_option_that_a_page_names_exists(page: Path) -> None:
+    for text in COMMAND.findall(page.read_text("utf-8")):
+        command: click.Command = typer.main.get_command(app)
+        words = shlex.split(text.replace("\n", " "))
+        while words and isinstance(command, click.Group):
+            assert words[0] in command.commands, f"{page.name}: fedtune {text}"
+            command = command.commands[words.pop(0)]
+        known = {name for parameter in command.params for name in (*parameter.opts, "--help")}
+        assert {w.split("=")[0] for w in words if w.startswith("-")} <= known, f"{page.name}: fedtune {text}"
+
+
+def settings_of(section: str) -> set[str]:
+    if section == "method":
+        return {"name"} | {name for method in METHODS.values() for name in method.Parameters.model_fields}
+    kind = Config.model_fields[section].annotation
+    return set(getattr(kind, "model_fields", ()))
+
+
+@pytest.mark.parametrize("page", CURRENT, ids=lambda p: str(p.relative_to(ROOT)))
+def test_every_setting_that_a_page_names_exists(page: Path) -> None:
+    for section, key in SETTING.findall(page.read_text("utf-8")):
+        if section in Config.model_fields and key not in FILES and section not in ("arm", "seed", "domain"):
+            assert fnmatch.filter(settings_of(section), key), f"{page.name} names {section}.{key}"

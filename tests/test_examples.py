@@ -18,17 +18,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-import typer
 from typer.testing import CliRunner
 
 from fedtune.board.submit import pack
 from fedtune.cli import app
-from fedtune.config import Config, Settings
-from fedtune.config.load import read_toml
+from fedtune.config import Settings
 from fedtune.experiment.run import run
 from fedtune.io import read_json, write_json
-from fedtune.methods import METHODS
-from tests.test_docs import NAMED_TEST, PAGES, ROOT, functions
+from tests.test_docs import PAGES, ROOT, functions
 
 BLOCK = re.compile(r"^(?:<!-- (?P<mark>[^>]*) -->\n+)?(?P<pad> *)```(?P<kind>\w+)\n(?P<text>.*?)^ *```$", re.M | re.S)
 KINDS = {"sh", "python", "toml", "json"}
@@ -228,12 +225,7 @@ def test_the_commands_of_a_page_run(block: Block, place: Path, tmp_path: Path, m
     for number, (program, *words) in enumerate(found):
         if program == "fedtune":
             words = adapted(words, place, tmp_path / f"out{number}")
-            import time
-
-            t0 = time.time()
-            c0 = time.process_time()
             done = CliRunner().invoke(app, words)
-            print("TIMING", time.time() - t0, time.process_time() - c0, words)
             assert done.exit_code == 0, (words, done.output[-2000:], done.exception)
         elif program == "make":
             assert re.search(rf"^{words[0]}:", (ROOT / "Makefile").read_text(), re.M)

@@ -15,9 +15,9 @@ from fedtune.types import DataError, Problem, counted, derive_seed, nearest
 
 KINDS = {
     "iid": "equal contiguous shards of the shuffled rows, exactly as FlowerTune's template makes them",
-    "dirichlet:ALPHA": "each client's shares of the partition column's values are drawn from Dirichlet(ALPHA); a small ALPHA is skewed",
+    "dirichlet:ALPHA": "each client's shares of the partition column's values, from Dirichlet(ALPHA); small is skewed",
     "natural": "one client for each value of the partition column, largest first, as many as there are clients",
-    "shards:K": "rows sorted by the partition column and cut into equal shards (remaining rows are left out), K shards per client",
+    "shards:K": "rows sorted by the partition column, in equal shards (the rest is left out), K shards per client",
     "linear": "sizes proportional to 1, 2, 3 …",
     "square": "sizes proportional to 1, 4, 9 …",
     "exponential": "sizes proportional to e^1, e^2 …",
@@ -115,7 +115,8 @@ def _check_keys(rows: Sequence[TrainRow], spec: str) -> None:
     repeats = max(sizes.values()) > 1 if spec == "natural" else len(sizes) * 2 <= len(rows)
     if not repeats:
         raise DataError(
-            f"partition {spec!r} needs a partition column whose values repeat; this set has {len(sizes)} values in {len(rows)} rows. "
+            f"partition {spec!r} needs a partition column whose values repeat; "
+            f"this set has {len(sizes)} values in {len(rows)} rows. "
             "Is the column free text? Use iid, linear, square or exponential, or another column"
         )
 
