@@ -42,7 +42,7 @@ def test_all_mistakes_are_reported_at_once_with_what_was_meant() -> None:
     assert "lora.r = 0: Input should be greater than or equal to 1" in text
     assert 'did you mean "offsets"?' in text
     assert 'rounds: unknown key; did you mean "federation.rounds"?' in text
-    assert "min_clients = 9 but only 4 are asked a round" in text
+    assert "min_clients = 9 but only 4 are asked per round" in text
 
 
 def test_wrong_values_do_not_hide_wrong_names() -> None:

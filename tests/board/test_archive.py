@@ -58,7 +58,7 @@ def test_what_file_managers_leave_behind_is_not_looked_at(good: Path, tmp_path: 
     assert reasons(zipped(folder, tmp_path / "s.zip", "submission/")) == ""
     # it hides nothing: a file of the run under such a name is a file that is missing
     shutil.move(folder / "seed-1/rounds.jsonl", folder / "seed-1/._rounds.jsonl")
-    assert "rounds.jsonl: is listed and not there" in reasons(folder)
+    assert "rounds.jsonl: is listed in entry.json but missing" in reasons(folder)
 
 
 def test_runs_amid_other_files_are_named(good: Path, tmp_path: Path) -> None:
@@ -184,7 +184,7 @@ def test_a_strangers_names_do_nothing_to_a_terminal_or_a_runner(good: Path, tmp_
     assert done.exit_code == 4
     assert not {"\x1b", "\x07", "\u202e"} & set(done.output)
     assert not [line for line in done.output.splitlines() if line.lstrip().startswith("::")]
-    assert "x\\x1b[31m\\n::error::owned\\u202e.json: is there and not listed" in done.output
+    assert "x\\x1b[31m\\n::error::owned\\u202e.json: is present but not listed" in done.output
     entry = json.loads((tmp_path / "s/seed-1/entry.json").read_text())
     entry["files"] = {"\x1b]0;owned\x07": file_sha256(good / "seed-1/README.md"), **entry["files"]}
     (tmp_path / "s/seed-1/entry.json").write_text(json.dumps(entry))

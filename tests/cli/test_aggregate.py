@@ -387,7 +387,7 @@ def test_a_base_that_the_adapters_do_not_fit_is_named(
 def test_one_client_is_said_to_be_alone_and_none_is_refused(folders: list[Path], tmp_path: Path) -> None:
     words = ["--method", "fedit", "--out", str(tmp_path / "out"), "--clients", str(folders[0])]
     done = CliRunner().invoke(app, ["aggregate", *words], catch_exceptions=False)
-    assert "fedit: 1 adapter, with no other to be averaged with, of" in done.output
+    assert "fedit: 1 adapter (nothing to average it with) of 4 layers" in done.output
     made, own = read_state(tmp_path / "out"), read_state(folders[0])
     assert all(torch.allclose(made[path].delta(), own[path].delta()) for path in own)
     for clients, examples in ([], []), ([own], []), ([own], [0]):
@@ -455,7 +455,7 @@ def test_a_step_that_fails_on_numbers_is_an_error_of_the_adapters(
     method = build("flexlora", {})
     monkeypatch.setattr(type(method), "aggregate", Mock(side_effect=err))
     with pytest.raises(
-        AdapterError, match=r"flexlora cannot aggregate these adapters' numbers: (did not conv|too lar)"
+        AdapterError, match=r"flexlora cannot aggregate these adapters' values: (did not conv|too lar)"
     ):
         aggregate(method, [read_state(folders[0])], [1])
 

@@ -420,7 +420,7 @@ def test_a_round_with_too_few_updates_for_its_rule_is_skipped_and_says_so(
         run_rounds(federation(config, tmp_path, toy_app(_raise)), ServerState(start()))
     line = read_lines(tmp_path / "rounds.jsonl")[0]
     assert line["status"] == "skipped"
-    assert line["notes"] == ['robust.rule = "krum" with malicious = 1 needs 5 updates a round; 4 came']
+    assert line["notes"] == ['robust.rule = "krum" with malicious = 1 needs 5 updates per round; 4 came']
 
 
 @pytest.mark.parametrize(("rule", "clients"), [("krum", 5), ("multi-krum", 5), ("trimmed", 3), ("dnc", 3)])
@@ -556,7 +556,7 @@ def test_a_rule_that_no_round_could_satisfy_ends_the_run_before_it_starts(
     tree = {"method": {"name": "flexlora"}, "robust": {"rule": "krum"}}
     config = settings(**tree, federation={"clients": 5, "rounds": 1}).config
     some = {0: 50, 1: 50, 2: 0, 3: 50, 4: 50}
-    with pytest.raises(RunFailedError, match="needs 5 updates a round; 4 came: the others have no examples"):
+    with pytest.raises(RunFailedError, match="needs 5 updates per round; 4 came: the others have no examples"):
         run_rounds(federation(config, tmp_path, toy_app(), registered=some), ServerState(start()))
     assert not (tmp_path / "rounds.jsonl").exists()
 

@@ -97,11 +97,11 @@ def test_too_few_updates_for_a_rule_are_not_made_fewer() -> None:
         tried.append(len(updates))
         if len(updates) == 4:
             raise UpdateError(0, "too strong")
-        raise RunFailedError("needs 5 updates a round; 3 came")
+        raise RunFailedError("needs 5 updates per round; 3 came")
 
     found = aggregated(step, [update(c) for c in range(4)])
     assert (found.state, [r.client for r in found.rejected]) == (None, [0])
-    assert found.note == "needs 5 updates a round; 3 came"
+    assert found.note == "needs 5 updates per round; 3 came"
     assert tried == [4, 3]
 
 

@@ -196,9 +196,9 @@ def test_a_method_takes_every_rule_or_refuses_it_with_those_that_do(name: str, c
     [
         ({"lora": {"dora": True}}, "not DoRA's magnitudes"),
         ({"drift": {"scaffold": True}, "train": {"optimizer": "sgd"}}, "SCAFFOLD's control variates"),
-        ({"federation": {"clients": 4}}, 'robust.rule = "krum" with malicious = 1 needs 5 updates a round, and 4 are'),
+        ({"federation": {"clients": 4}}, 'robust.rule = "krum" with malicious = 1 needs 5 updates per round, and 4 are'),
         ({"federation": {"clients": 50, "fraction": 0.08}}, "and 4 are asked"),
-        ({"robust": {"rule": "trimmed", "malicious": 3}}, "needs 7 updates a round, and 5 are asked"),
+        ({"robust": {"rule": "trimmed", "malicious": 3}}, "needs 7 updates per round, and 5 are asked"),
         ({"robust": {"rule": "multi-krum", "malicious": 9}}, "needs 21 updates"),
         ({"robust": {"clip_norm": "median", "malicious": 3}}, 'robust.clip_norm = "median" with malicious = 3 needs 7'),
     ],
@@ -217,7 +217,7 @@ def test_too_few_updates_are_an_error_and_never_a_weaker_rule(chosen: dict[str, 
     updates = [ClientUpdate(c, _trained(made, state, c, 1), 10.0) for c in range(fewest)]
     made.server_step(updates, state, 1)
     if fewest > 1:
-        with pytest.raises(RunFailedError, match=f"needs {fewest} updates a round; {fewest - 1} came"):
+        with pytest.raises(RunFailedError, match=f"needs {fewest} updates per round; {fewest - 1} came"):
             made.server_step(updates[1:], state, 1)
 
 

@@ -74,4 +74,4 @@ def round_problems(folder: Path, entry: Entry) -> Iterator[Problem]:
     sizes = {len(line["cohort"]) for line in lines}
     # the same clients can be asked in every round
     if len(sizes) > 1 or not sizes <= {*range(min(most, _fewest(rows, masked)), most + 1)}:
-        yield Problem(ROUNDS, f"{sorted(sizes)[:5]} clients were asked in a round, the settings ask {most}")
+        yield Problem(ROUNDS, f"{sorted(sizes)[:5]} clients were asked per round, the settings ask {most}")

@@ -84,9 +84,9 @@ def _hashes(folder: Path, entry: Entry) -> Iterator[Problem]:
     """Yield files that are missing, changed or not listed; what happened to all alike is said once."""
     there = {str(p.relative_to(folder)) for p in _paths(folder) if p.is_file()} - {ENTRY}
     for name in sorted(set(entry.files) - there):
-        yield Problem(name, "is listed and not there")
+        yield Problem(name, "is listed in entry.json but missing")
     for name in sorted(there - set(entry.files)):
-        yield Problem(name, "is there and not listed")
+        yield Problem(name, "is present but not listed in entry.json")
     retold: dict[tuple[str, str], list[str]] = {}
     for name in sorted(there & set(entry.files)):
         if file_sha256(folder / name) != entry.files[name]:
@@ -116,13 +116,13 @@ def _made(folder: Path, entry: Entry) -> Iterator[Problem]:
         if said != made:
             yield Problem(f"entry.{name}", f"is {_short(said)}, the run's files make {_short(made)}")
     if entry.kind != "run" or entry.claims:
-        yield Problem("entry.kind", "is of a run, and a run claims nothing beside its scores")
+        yield Problem("entry.kind", "is a run, which may claim nothing beside its scores")
     if entry.privacy is not None:
         yield Problem("entry.privacy", "is claimed, the settings have no differential privacy")
 
 
 def _settings(folder: Path, entry: Entry) -> Iterator[Problem]:
-    """Yield settings that are not the result's, and reasons against a rank that are not owned to."""
+    """Yield settings that are not the result's, and undisclosed reasons for being unranked."""
     settings = load([read_toml(folder / "config.toml")], here=False)
     config, known = settings.config, zoo.zoo().get(entry.base)
     if entry.config != config.semantic():
@@ -170,9 +170,9 @@ def _evaluated(folder: Path, entry: Entry) -> Iterator[Problem]:
     for name in {*(["base"] if config.eval.base else []), config.arm} - set(names):
         yield Problem(name, "is missing, the settings evaluate it")
     for name in sorted(set(names) - {"base", "federated", "local-only", "centralised"}):
-        yield Problem("entry.arms", f"{_short(name)} is no arm of a run")
+        yield Problem("entry.arms", f"{_short(name)} is neither the base model, the federated model nor a baseline")
     if len(set(names)) < len(names):
-        yield Problem("entry.arms", "has one arm twice")
+        yield Problem("entry.arms", "lists one model twice")
 
 
 def _scores(folder: Path, entry: Entry) -> Iterator[Problem]:

@@ -30,7 +30,7 @@ def _least(layers: Shapes, entry: Entry, clients: int) -> tuple[float, float]:
 
 
 def byte_problems(folder: Path, entry: Entry) -> Iterator[Problem]:
-    """Yield rounds that do not add up to the entry, lost uplinks it does not own to, and bytes that are too few."""
+    """Yield rounds that do not add up to the entry, undisclosed lost replies, and bytes that are too few."""
     rounds: list[dict[str, Any]] = read_lines(folder / "rounds.jsonl")
     if len(rounds) != entry.rounds or [r["round"] for r in rounds] != list(range(1, len(rounds) + 1)):
         yield Problem("rounds.jsonl", f"has {len(rounds)} rounds, the entry says {entry.rounds}")
@@ -39,7 +39,7 @@ def byte_problems(folder: Path, entry: Entry) -> Iterator[Problem]:
         yield Problem("entry.rounds", f"{entry.rounds} rounds were run, the settings ask for {wanted}")
     lost = sum(len(r["cohort"]) - len(r["clients"]) for r in rounds)
     if lost != entry.lost_clients:
-        yield Problem("entry.lost_clients", f"says {entry.lost_clients}, the rounds have {lost} uplinks lost")
+        yield Problem("entry.lost_clients", f"says {entry.lost_clients}, lost replies in the rounds: {lost}")
     for name, said in (("bytes_up", entry.costs.bytes_up), ("bytes_down", entry.costs.bytes_down)):
         counted = sum(r[name] for r in rounds)
         if counted != said:

@@ -143,7 +143,7 @@ class FederationSettings(Section):
     @model_validator(mode="after")
     def _enough_clients(self) -> FederationSettings:
         if self.min_clients > self.cohort_size:
-            raise ValueError(f"min_clients = {self.min_clients} but only {self.cohort_size} are asked a round")
+            raise ValueError(f"min_clients = {self.min_clients} but only {self.cohort_size} are asked per round")
         return self
 
 

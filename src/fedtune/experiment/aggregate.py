@@ -122,7 +122,7 @@ def aggregate(
         error = None if not method.global_adapter else relative_error(after, clients, weights)
     except (torch.linalg.LinAlgError, ArithmeticError) as err:  # type: ignore[attr-defined]
         raise AdapterError(
-            f"{method.name} cannot aggregate these adapters' numbers: {' '.join(str(err).split())}"
+            f"{method.name} cannot aggregate these adapters' values: {' '.join(str(err).split())}"
         ) from err
     if relative and base is not None:
         after = replace(after, adapter=_with_magnitudes(after.adapter, relative, base))

@@ -83,7 +83,7 @@ def _odd_layers(state: FolderState, first: FolderState) -> list[Problem]:
     for path, module in state.items():
         like = first[path]
         if absurd := _absurd(path, module):
-            found.append(Problem(str(state.folder), absurd, "leave it out: nothing can be added to such numbers"))
+            found.append(Problem(str(state.folder), absurd, "leave it out: values this large cannot be summed"))
         if (module.a.shape[1], module.b.shape[0]) != (like.a.shape[1], like.b.shape[0]):
             shape = f"{module.b.shape[0]} x {module.a.shape[1]}"
             found.append(Problem(str(state.folder), f"{path} is {shape}, another base model?"))

@@ -39,7 +39,7 @@ def _of_training(config: Config, kind: type[Method]) -> Found:
     if not kind.optimises:
         yield from ((key, f"{kind.name} makes no optimiser steps, only losses are computed") for key in STEPS)
     if config.train.optimizer != "adamw":
-        yield from ((key, f'train.optimizer = "{config.train.optimizer}" has no such number') for key in ADAM)
+        yield from ((key, f'train.optimizer = "{config.train.optimizer}" has no such hyperparameter') for key in ADAM)
     if config.train.max_steps == 1:
         yield "drift.proximal_mu", "a round has one step, and it starts where the proximal term has no gradient"
     if config.federation.rounds == 1:
@@ -63,7 +63,7 @@ def _of_rules(config: Config) -> Found:
     if robust.rule in DROPPING and not robust.malicious:
         yield "robust.malicious", f'robust.rule = "{robust.rule}" drops as many clients, so it drops none'
     if config.federation.cohort_size == 1:
-        alone = "one client is asked a round, so there is nothing to compare it with"
+        alone = "one client is asked per round, so there is nothing to compare it with"
         yield from (("robust.rule", alone), *((("robust.clip_norm", alone),) if robust.clip_norm == "median" else ()))
     if robust.rule != "none":
         yield "federation.weights", "a robust rule counts clients and not examples"

@@ -200,9 +200,9 @@ function details(row) {
   const worst = row.tasks.filter((t) => t.clients && t.clients.length).map((t) => t.task + ": " + percent(Math.min(...t.clients)) + " to " + percent(Math.max(...t.clients))).join("; ");
   return make("div", { class: "parts" },
     bars([row]),
-    facts([["read on", link], ["why", row.reasons.join("; ")], ["not ranked", row.unranked.join("; ")], ["mind", row.remarks.join("; ")], ["revision", row.revision], ["protocol", row.protocol], ["partition", row.partition], ["LoRA rank", row.rank_r], ["DoRA", row.dora ? "yes" : null],
-      ["privacy", row.privacy ? "epsilon " + row.privacy.epsilon + ", delta " + row.privacy.delta + " (" + row.privacy.unit + ")" : "none"], ["seeds", row.seeds.join(", ")], ["spread over seeds", mainTasks(row).filter((t) => t.spread !== null).map((t) => t.task + ": ± " + (100 * t.spread).toFixed(1)).join("; ")], ["rounds", row.rounds || null], ["uplinks lost", row.lost || null],
-      ["trainable", row.trainable], ["adapter", row.adapter ? bytes(row.adapter) : null], ["peak memory", row.peak ? bytes(row.peak) : null], ["energy", row.energy ? (row.energy / 3.6e6).toFixed(3) + " kWh" : null],
+    facts([["link", link], ["why", row.reasons.join("; ")], ["not ranked", row.unranked.join("; ")], ["notes", row.remarks.join("; ")], ["revision", row.revision], ["protocol", row.protocol], ["partition", row.partition], ["LoRA rank", row.rank_r], ["DoRA", row.dora ? "yes" : null],
+      ["privacy", row.privacy ? "epsilon " + row.privacy.epsilon + ", delta " + row.privacy.delta + " (" + row.privacy.unit + ")" : "none"], ["seeds", row.seeds.join(", ")], ["spread over seeds", mainTasks(row).filter((t) => t.spread !== null).map((t) => t.task + ": ± " + (100 * t.spread).toFixed(1)).join("; ")], ["rounds", row.rounds || null], ["lost replies", row.lost || null],
+      ["trainable parameters", row.trainable], ["adapter", row.adapter ? bytes(row.adapter) : null], ["peak memory", row.peak ? bytes(row.peak) : null], ["energy", row.energy ? (row.energy / 3.6e6).toFixed(3) + " kWh" : null],
       ["clients, worst to best", worst], ["recipe", String(row.config).slice(0, 16)], ["commit", row.commit ? String(row.commit).slice(0, 12) + (row.dirty ? " (changed)" : "") : null]]),
     row.losses.length > 1 ? curve("training loss by round", row.losses.map((y, i) => [i + 1, y])) : null,
     ...[...new Set(row.curve.map((p) => p.task + " (" + p.mode + ")"))].map((name) => curve(name + " by round", row.curve.filter((p) => p.task + " (" + p.mode + ")" === name).map((p) => [p.round, p.score]))));

@@ -31,7 +31,7 @@ Rule = Callable[..., "Tensor"]  # of inner products, weights and settings; those
 
 
 def fewest(settings: RobustSettings) -> int:
-    """Return how many updates a round needs for the rule, and a clip at the median, to mean anything.
+    """Return how many updates per round needs for the rule, and a clip at the median, to mean anything.
 
     Krum is defined for n >= 2f + 3 (arXiv 1703.02757); the others need more honest updates than `malicious` ones. A
     clip at a number, and FoolsGold, look at updates without such a count.
@@ -64,7 +64,7 @@ def remaining(settings: RobustSettings, updates: int, refused: int) -> RobustSet
 def needs(settings: RobustSettings) -> str:
     """Say as a sentence what `fewest` returns."""
     what = f'rule = "{settings.rule}"' if settings.rule in COUNTING else 'clip_norm = "median"'
-    return f"robust.{what} with malicious = {settings.malicious} needs {fewest(settings)} updates a round"
+    return f"robust.{what} with malicious = {settings.malicious} needs {fewest(settings)} updates per round"
 
 
 def distances(gram: Tensor) -> Tensor:
