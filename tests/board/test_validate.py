@@ -496,7 +496,7 @@ ATTACKS = [
     (log_of_nothing, "more/fpb.official.jsonl.gz: belongs to no score, client or round"),
     (base_without_samples, "base/fpb (likelihood): has no samples"),
     (nobody_asked, "round 1: 0 clients answered; without 1 a round is skipped"),
-    (one_asked, "[1, 2] clients were asked in a round, the settings ask 2"),
+    (one_asked, "[1, 2] clients were asked per round, the settings ask 2"),
     (no_round_counts, "in no round did the model change"),
     (nobody_answered, "round 1: 0 clients answered"),
     (uneven_shards, "are no equal shards"),
