@@ -454,9 +454,7 @@ def test_a_step_that_fails_on_numbers_is_an_error_of_the_adapters(
 ) -> None:
     method = build("flexlora", {})
     monkeypatch.setattr(type(method), "aggregate", Mock(side_effect=err))
-    with pytest.raises(
-        AdapterError, match=r"flexlora cannot aggregate these adapters' values: (did not conv|too lar)"
-    ):
+    with pytest.raises(AdapterError, match=r"flexlora cannot aggregate these adapters' values: (did not conv|too lar)"):
         aggregate(method, [read_state(folders[0])], [1])
 
 

@@ -196,7 +196,10 @@ def test_a_method_takes_every_rule_or_refuses_it_with_those_that_do(name: str, c
     [
         ({"lora": {"dora": True}}, "not DoRA's magnitudes"),
         ({"drift": {"scaffold": True}, "train": {"optimizer": "sgd"}}, "SCAFFOLD's control variates"),
-        ({"federation": {"clients": 4}}, 'robust.rule = "krum" with malicious = 1 needs 5 updates per round, and 4 are'),
+        (
+            {"federation": {"clients": 4}},
+            'robust.rule = "krum" with malicious = 1 needs 5 updates per round, and 4 are',
+        ),
         ({"federation": {"clients": 50, "fraction": 0.08}}, "and 4 are asked"),
         ({"robust": {"rule": "trimmed", "malicious": 3}}, "needs 7 updates per round, and 5 are asked"),
         ({"robust": {"rule": "multi-krum", "malicious": 9}}, "needs 21 updates"),

@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from fedtune.board.archive import litter
+from fedtune.board.archive import is_clutter
 from fedtune.methods import METHODS
 from fedtune.models.adapter_config import AdapterConfig, read_config
 from fedtune.models.source import not_a_number
@@ -93,7 +93,7 @@ def adapter_problems(folder: Path, entry: Entry) -> Iterator[Problem]:
     """Yield an adapter that lacks, or that the settings do not make of the base model: its names, shapes and ranks."""
     there = {p.relative_to(folder) for p in folder.rglob("*") if p.is_file()}
     for name in sorted(p for p in there if p.suffix == ".safetensors" or p.parts[0] == "adapter"):
-        if str(name) not in (ADAPTER, CONFIG) and not litter(name):
+        if str(name) not in (ADAPTER, CONFIG) and not is_clutter(name):
             yield Problem(str(name), "is no part of the adapter that a run leaves")
     if not (folder / ADAPTER).is_file():
         if _kept(entry):

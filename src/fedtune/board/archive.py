@@ -28,13 +28,13 @@ METHODS = {9: "Deflate64", 12: "bzip2", 14: "LZMA", 93: "Zstandard", 95: "XZ"}
 LINK, FOLDER, FILE = 0xA, 0x4, 0x8
 PACK = "pack a run: fedtune submit RUN --out DIR"
 
-LITTER = (".DS_Store", "Thumbs.db", "desktop.ini")  # what file managers leave behind, as they do in __MACOSX
+CLUTTER = (".DS_Store", "Thumbs.db", "desktop.ini")  # what file managers leave behind, as they do in __MACOSX
 
 
-def litter(name: str | PurePosixPath | Path) -> bool:
+def is_clutter(name: str | PurePosixPath | Path) -> bool:
     """Tell whether a path is what a file manager left behind: it is no part of a submission, and never looked at."""
     path = PurePosixPath(name)
-    return path.name in LITTER or path.name.startswith("._") or "__MACOSX" in path.parts
+    return path.name in CLUTTER or path.name.startswith("._") or "__MACOSX" in path.parts
 
 
 def _info_problem(info: zipfile.ZipInfo) -> tuple[str, str]:
@@ -87,7 +87,7 @@ def _look(archive: zipfile.ZipFile, name: str) -> Iterator[Problem]:
         yield Problem(name, f"unpacks to more than {MAX_FILES} files or {MAX_TOTAL:,} bytes")
         return
     told: set[tuple[str, str]] = set()
-    infos = [i for i in infos if not litter(i.filename)]
+    infos = [i for i in infos if not is_clutter(i.filename)]
     for info in infos:
         what, fix = _info_problem(info)
         # what is wrong with the whole archive is said once
@@ -105,7 +105,7 @@ def _unzip(path: Path, folder: Path) -> list[Problem]:
         with _Archive(io.FileIO(path)) as raw, zipfile.ZipFile(raw) as archive:
             problems = list(_look(archive, path.name))
             if not problems:
-                archive.extractall(folder, [i for i in archive.infolist() if not litter(i.filename)])
+                archive.extractall(folder, [i for i in archive.infolist() if not is_clutter(i.filename)])
     except _ListError as err:
         return [Problem(path.name, str(err))]
     except zipfile.BadZipFile as err:
@@ -129,7 +129,7 @@ def packed_runs(root: Path) -> tuple[list[Path], list[Problem]]:
     links = [p for p in sorted(root.iterdir()) if p.is_symlink()]
     if links:
         return [], [Problem(str(p.relative_to(root)), "is a link", "submit the folder itself") for p in links]
-    there = [p for p in sorted(root.rglob("*")) if not litter(p.relative_to(root))]
+    there = [p for p in sorted(root.rglob("*")) if not is_clutter(p.relative_to(root))]
     found = sorted({p.parent for p in there if p.name == ENTRY and p.is_file() and not p.is_symlink()})
     if not found:
         return [], [Problem(root.name, f"has no {ENTRY}, nor has a folder in it", PACK)]

@@ -7,7 +7,7 @@ import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-from fedtune.board.archive import litter
+from fedtune.board.archive import is_clutter
 from fedtune.board.samples import against
 from fedtune.board.sets import client_rooms, log_path, named_logs, samples
 from fedtune.domains import TASKS
@@ -43,7 +43,7 @@ def room_problems(folder: Path, entry: Entry) -> Iterator[Problem]:
 
 def _strays(folder: Path, entry: Entry) -> Iterator[Problem]:
     """Yield files beside the logs that the scores and the curve stand on: nobody reads them, so they say nothing."""
-    there = {p for p in (folder / "evals").rglob("*") if not p.is_dir() and not litter(p.relative_to(folder))}
+    there = {p for p in (folder / "evals").rglob("*") if not p.is_dir() and not is_clutter(p.relative_to(folder))}
     for path in sorted(there - named_logs(folder, entry.arms, entry.curve)):
         yield Problem(str(path.relative_to(folder)), "belongs to no score, client or round")
     for path in sorted(p for p in there if p.suffix != ".gz"):

@@ -11,7 +11,7 @@ from typing import Any
 
 from fedtune import domains
 from fedtune.board.adapter import adapter_problems
-from fedtune.board.archive import ENTRY, MAX_ENTRY, MAX_FILE, MAX_FILES, MAX_TEXT, MAX_TOTAL, litter, opened
+from fedtune.board.archive import ENTRY, MAX_ENTRY, MAX_FILE, MAX_FILES, MAX_TEXT, MAX_TOTAL, is_clutter, opened
 from fedtune.board.entries import from_run
 from fedtune.board.rooms import curve_problems, room_problems
 from fedtune.board.samples import impossible, recomputed
@@ -34,7 +34,7 @@ ALLOWED = (".json", ".jsonl", ".gz", ".toml", ".md", ".yaml", ".safetensors")
 
 
 def _paths(folder: Path) -> list[Path]:
-    return [p for p in sorted(folder.rglob("*")) if not litter(p.relative_to(folder))]
+    return [p for p in sorted(folder.rglob("*")) if not is_clutter(p.relative_to(folder))]
 
 
 def _layout(folder: Path) -> Iterator[Problem]:
