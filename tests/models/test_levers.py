@@ -21,7 +21,7 @@ from fedtune.models.adapter import attach
 from fedtune.models.dropout import KeyedDropout, Keys, token_keys
 from fedtune.models.load import load
 from fedtune.models.merge import foldable, folded
-from fedtune.models.packing import Plan, Span, batches, join, pack
+from fedtune.models.packing import PackingPlan, Span, batches, join, pack
 from tests.tiny import make_folder, make_model
 
 CPU = torch.device("cpu")
@@ -79,7 +79,7 @@ def test_attention_in_batches_is_attention_by_one_mask(
         tensor.requires_grad_()
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(packing.CALL, "cpu", call)
-        plan = Plan(spans, CPU)
+        plan = PackingPlan(spans, CPU)
     want = naive(q, k, v, spans, window)
     extra = {"sliding_window": window}
     got = kernels.in_batches(q, k, v, plan, 8**-0.5, 0.0, extra)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from fedtune.models.kernels import at_once, in_batches, varlen_kernel
-from fedtune.models.packing import PackedRow, Plan
+from fedtune.models.packing import PackedRow, PackingPlan
 from fedtune.types import ModelError
 
 NAME = "fedtune_packed"
@@ -51,7 +51,7 @@ class Watch:
 _watch: ContextVar[Watch | None] = ContextVar("watch", default=None)
 
 
-def _refused(module: Any, mask: Any, plan: Plan | None, extra: dict[str, Any]) -> str:
+def _refused(module: Any, mask: Any, plan: PackingPlan | None, extra: dict[str, Any]) -> str:
     """Return what a layer asks of its attention that this one cannot do; empty if nothing."""
     unknown = sorted(n for n, value in extra.items() if isinstance(value, Tensor) and n not in KNOWN)
     if unknown:
@@ -78,7 +78,7 @@ def _attention(
     attention_mask: Tensor | None,
     scaling: float | None = None,
     dropout: float = 0.0,
-    plan: Plan | None = None,
+    plan: PackingPlan | None = None,
     **extra: Any,
 ) -> tuple[Tensor, None]:
     """Attend inside each text. query [1, heads, tokens, head_dim] -> [1, tokens, heads, head_dim]."""
@@ -167,7 +167,7 @@ def packed_pass(model: Any, row: PackedRow, module: Any = None, **options: Any) 
         return (module or model)(
             input_ids=torch.tensor([row.ids], device=device),
             position_ids=torch.tensor([row.positions], device=device),
-            plan=Plan(row.spans, device),
+            plan=PackingPlan(row.spans, device),
             use_cache=False,
             **options,
         )

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fedtune.models.packing import Batch, Plan
+from fedtune.models.packing import Batch, PackingPlan
 
 
 class _Arrange(torch.autograd.Function):
@@ -27,7 +27,7 @@ class _Arrange(torch.autograd.Function):
         return moved if pads is None else moved.index_fill_(0, pads, 0.0), None, None, None
 
 
-def spread(x: Tensor, plan: Plan) -> Tensor:
+def spread(x: Tensor, plan: PackingPlan) -> Tensor:
     """Return the rows of `x` as a plan arranges them; where padding stands, a row of the same text stands for it."""
     if plan.there is None or plan.back is None:
         return x
@@ -35,7 +35,7 @@ def spread(x: Tensor, plan: Plan) -> Tensor:
     return moved
 
 
-def gathered(x: Tensor, plan: Plan) -> Tensor:
+def gathered(x: Tensor, plan: PackingPlan) -> Tensor:
     """Return arranged rows in the order of the tokens, without padding, whose gradient is zero."""
     if plan.there is None or plan.back is None:
         return x
@@ -75,7 +75,7 @@ def _dense(
     )
 
 
-def _texts(states: Tensor, plan: Plan) -> list[Tensor]:
+def _texts(states: Tensor, plan: PackingPlan) -> list[Tensor]:
     """Return each batch's texts [texts, tokens, heads, head_dim].
 
     Split, not sliced: the gradients of slices would be tables of zeros, one a batch, that are added up.
@@ -92,7 +92,7 @@ def _seen(texts: Sequence[Tensor], own: Tensor, batch: Batch) -> Tensor:
 
 
 def in_batches(
-    query: Tensor, key: Tensor, value: Tensor, plan: Plan, scale: float, dropout: float, extra: dict[str, Any]
+    query: Tensor, key: Tensor, value: Tensor, plan: PackingPlan, scale: float, dropout: float, extra: dict[str, Any]
 ) -> Tensor:
     """Attend text by text in dense batches: [tokens, heads, head_dim] each, and so the result."""
     window, softcap = extra.get("sliding_window"), float(extra.get("softcap") or 0.0)
@@ -117,7 +117,13 @@ def varlen_kernel() -> Callable[..., Any] | None:
 
 
 def at_once(
-    kernel: Callable[..., Any], query: Tensor, key: Tensor, value: Tensor, plan: Plan, scale: float, window: int | None
+    kernel: Callable[..., Any],
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    plan: PackingPlan,
+    scale: float,
+    window: int | None,
 ) -> Tensor:
     """Attend in all texts by one call: [tokens, heads, head_dim] each, and so the result.
 

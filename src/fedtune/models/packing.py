@@ -128,7 +128,7 @@ def batches(spans: Sequence[Span], call: int) -> list[list[Span]]:
     return groups
 
 
-class Plan:
+class PackingPlan:
     """How a row's tokens are arranged for attention; made once a pass and used by every layer.
 
     Attributes:

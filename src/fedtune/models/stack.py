@@ -18,7 +18,7 @@ from torch import Tensor
 from fedtune.lora.state import PREFIX, A, B
 from fedtune.models.adapter import AdaptedModel
 from fedtune.models.kernels import gathered, spread
-from fedtune.models.packing import Plan, Span
+from fedtune.models.packing import PackingPlan, Span
 
 Tensors = Mapping[str, Tensor]
 
@@ -45,7 +45,7 @@ class Stack:
         self.lines = [self._leaf(self.numbers[k], self.gradients[k]) for k in range(self._count)]
         self._tensors = {n: self._stacked(n, starts) for n in adapted.slots}
         self._scales = {path: self._scale(path, starts) for path in adapted.layout}
-        self._plan: Plan | None = None
+        self._plan: PackingPlan | None = None
         self._own: tuple[int, ...] = ()
 
     @staticmethod
@@ -95,7 +95,7 @@ class Stack:
         places = [0, *accumulate(lengths)]
         spans = [Span(start, end) for start, end in pairwise(places)]
         self._own = tuple(clients)
-        self._plan = Plan(spans, self.numbers.device, together=True)
+        self._plan = PackingPlan(spans, self.numbers.device, together=True)
 
     @contextlib.contextmanager
     def active(self) -> Iterator[None]:
