@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from fedtune.board import rooms, turns, validate
+from fedtune.board import cohorts, logs, validate
 from fedtune.board.archive import ENTRY, MAX_ENTRY
 from fedtune.board.store import read_entry, write_entry
 from fedtune.config.schema import FederationSettings
@@ -36,7 +36,7 @@ class Rows(list[int]):
 
 def asked(clients: int, cohort: list[Any], rows: list[int]) -> list[str]:
     line = {"cohort": cohort, "clients": [], "bytes_up": 0, "bytes_down": 0, "status": "skipped"}
-    return list(turns._one(line, FederationSettings(clients=clients), rows))
+    return list(cohorts._one(line, FederationSettings(clients=clients), rows))
 
 
 def test_the_clients_rows_are_not_gone_through_for_each_that_was_asked() -> None:
@@ -58,7 +58,7 @@ def test_clients_without_rows_were_not_asked() -> None:
     ("rows", "masked", "fewest"), [([], 0, 0), ([3], 9, 1), ([0, 2, 1, 4], 0, 3), ([1, 2, 4], 3, 1), ([1, 2, 4], 2, 2)]
 )
 def test_the_smallest_clients_may_have_no_label_left(rows: list[int], masked: int, fewest: int) -> None:
-    assert turns._fewest(rows, masked) == fewest
+    assert cohorts._fewest(rows, masked) == fewest
 
 
 def test_the_logs_in_the_end_are_read_once_for_all_points_of_the_curve(
@@ -68,7 +68,7 @@ def test_the_logs_in_the_end_are_read_once_for_all_points_of_the_curve(
     points = [{"round": r, "task": t, "mode": "likelihood", "n": 1, "score": 1.0} for r in range(1, 9) for t in TASKED]
     (tmp_path / "curve.jsonl").write_text("".join(json.dumps(point) + "\n" for point in points))
     for point in points:
-        log = rooms.log_path(tmp_path, f"round-{point['round']:06d}", str(point["task"]), "likelihood")
+        log = logs.log_path(tmp_path, f"round-{point['round']:06d}", str(point["task"]), "likelihood")
         log.parent.mkdir(parents=True, exist_ok=True)
         log.touch()
     read: Counter[tuple[str, str]] = Counter()
@@ -77,9 +77,9 @@ def test_the_logs_in_the_end_are_read_once_for_all_points_of_the_curve(
         read[room, task] += 1
         return [{"i": 0, "gold": "A" if room != "round-000004" or task == "fpb" else "B"}]
 
-    monkeypatch.setattr(rooms, "samples", samples)
-    monkeypatch.setattr(rooms, "against", lambda *_, **__: ())
-    said = [str(problem) for problem in rooms.curve_problems(tmp_path, made)]
+    monkeypatch.setattr(logs, "samples", samples)
+    monkeypatch.setattr(logs, "against", lambda *_, **__: ())
+    said = [str(problem) for problem in logs.curve_problems(tmp_path, made)]
     assert said == [
         "curve.jsonl: round 4, tfns (likelihood): its samples are not of the same items as those in the end"
     ]

@@ -18,8 +18,8 @@ from fedtune.board.adapter import adapter_problems, of_base
 from fedtune.board.entries import from_run
 from fedtune.board.store import twin, write_entry
 from fedtune.board.submit import pack
+from fedtune.board.traffic import byte_problems
 from fedtune.board.validate import check, impossible
-from fedtune.board.wire import byte_problems
 from fedtune.cli import app
 from fedtune.config import Settings
 from fedtune.experiment.run import run

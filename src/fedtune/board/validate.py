@@ -12,12 +12,12 @@ from typing import Any
 from fedtune import domains
 from fedtune.board.adapter import adapter_problems
 from fedtune.board.archive import ENTRY, MAX_ENTRY, MAX_FILE, MAX_FILES, MAX_TEXT, MAX_TOTAL, is_clutter, opened
+from fedtune.board.cohorts import round_problems
 from fedtune.board.entries import from_run
-from fedtune.board.rooms import curve_problems, room_problems
+from fedtune.board.logs import curve_problems, log_problems
 from fedtune.board.samples import impossible, recomputed
 from fedtune.board.store import holds, read_entry
-from fedtune.board.turns import round_problems
-from fedtune.board.wire import byte_problems
+from fedtune.board.traffic import byte_problems
 from fedtune.config import Config, read_protocol
 from fedtune.config.load import read_toml
 from fedtune.domains import TASKS
@@ -212,7 +212,7 @@ def _logs_fit(folder: Path) -> Iterator[Problem]:
             return
 
 
-OF_MODELS = (room_problems, _scores, curve_problems, adapter_problems)
+OF_MODELS = (log_problems, _scores, curve_problems, adapter_problems)
 CHECKS = (_hashes, _settings, _evaluated, _made, *OF_MODELS, round_problems, byte_problems)
 
 

@@ -24,7 +24,7 @@ def _personal(entry: Entry, arm: str) -> bool:
     return arm == "local-only" or (arm == "federated" and kind is not None and kind.personalised)
 
 
-def room_problems(folder: Path, entry: Entry) -> Iterator[Problem]:
+def log_problems(folder: Path, entry: Entry) -> Iterator[Problem]:
     """Yield scores and samples of single clients that an arm should not have, and those that it lacks."""
     yield from _strays(folder, entry)
     for arm in entry.arms:

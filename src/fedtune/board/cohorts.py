@@ -1,4 +1,4 @@
-"""Who was asked and who answered in each round, held against the settings and the clients' rows."""
+"""The cohorts and answers of each round, compared with the settings and the clients' rows."""
 
 from __future__ import annotations
 
