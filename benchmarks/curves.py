@@ -53,7 +53,7 @@ def measure(clients: int, rank: int, length: int, model: str) -> dict[str, float
 
     from fedtune.data.encode import Encoded
     from fedtune.experiment import arms
-    from fedtune.experiment.report import Reporter
+    from fedtune.experiment.reporter import Reporter
     from fedtune.io import read_lines
     from fedtune.models import adapter
     from fedtune.models.load import LoadedModel

@@ -10,7 +10,7 @@ import torch
 
 from fedtune.config import Settings
 from fedtune.experiment.arms import Arm
-from fedtune.experiment.report import Reporter
+from fedtune.experiment.reporter import Reporter
 from fedtune.experiment.run import run
 from fedtune.io import read_json, read_lines
 from fedtune.lora.state import PREFIX, LoraModule

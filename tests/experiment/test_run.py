@@ -9,7 +9,7 @@ import torch
 
 from fedtune.config import Settings
 from fedtune.experiment.arms import derive
-from fedtune.experiment.report import Reporter
+from fedtune.experiment.reporter import Reporter
 from fedtune.experiment.run import run
 from fedtune.io import read_json, read_lines
 from fedtune.results.schema import Result

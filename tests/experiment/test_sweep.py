@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 from fedtune.cli import app
 from fedtune.config import Settings
 from fedtune.experiment import sweep as module
-from fedtune.experiment.report import Reporter
+from fedtune.experiment.reporter import Reporter
 from fedtune.experiment.run import run
 from fedtune.experiment.sweep import Point, groups, points, sweep
 from fedtune.io import read_json

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from fedtune.experiment import verify
-from fedtune.experiment.report import Reporter
+from fedtune.experiment.reporter import Reporter
 from fedtune.experiment.verify import differences
 from fedtune.io import write_lines
 from fedtune.types import CancelledError, ConfigError, CorruptFileError, RoundRecord

@@ -15,7 +15,7 @@ import pytest
 import tomli_w
 
 from fedtune.config import Settings
-from fedtune.experiment.report import Reporter
+from fedtune.experiment.reporter import Reporter
 from fedtune.experiment.run import run
 from fedtune.federation import checkpoint
 from fedtune.io import read_json, read_lines

@@ -19,7 +19,7 @@ from fedtune.config.schema import ModelSettings
 from fedtune.data.encode import Encoded
 from fedtune.experiment import arms
 from fedtune.experiment.arms import Arm
-from fedtune.experiment.report import Reporter
+from fedtune.experiment.reporter import Reporter
 from fedtune.federation import messages
 from fedtune.federation.checkpoint import Progress
 from fedtune.lora.algebra import RunningMean, weighted_mean

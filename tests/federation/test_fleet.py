@@ -20,7 +20,7 @@ from torch import Tensor
 
 from fedtune.config import Config, Settings
 from fedtune.experiment import devices
-from fedtune.experiment.report import Reporter
+from fedtune.experiment.reporter import Reporter
 from fedtune.experiment.run import run
 from fedtune.experiment.sweep import points, sweep
 from fedtune.federation import simulation

@@ -19,7 +19,7 @@ from fedtune.config import Config, Settings
 from fedtune.config.schema import ModelSettings
 from fedtune.data.encode import Encoded
 from fedtune.experiment import arms
-from fedtune.experiment.report import Reporter
+from fedtune.experiment.reporter import Reporter
 from fedtune.lora.state import to_tensors
 from fedtune.models.adapter import attach
 from fedtune.models.load import load

@@ -13,7 +13,7 @@ from torch import Tensor
 from fedtune import methods
 from fedtune.config import Config
 from fedtune.experiment.devices import Told, reported
-from fedtune.experiment.report import Reporter
+from fedtune.experiment.reporter import Reporter
 from fedtune.federation.app import Runtime, client_app
 from fedtune.federation.checkpoint import Progress, folders
 from fedtune.federation.faults import FaultyGrid

@@ -14,7 +14,7 @@ from flwr.clientapp import ClientApp
 
 from fedtune import methods
 from fedtune.config import Config
-from fedtune.experiment.report import Reporter
+from fedtune.experiment.reporter import Reporter
 from fedtune.federation.app import Runtime, client_app
 from fedtune.federation.fleet import Fleet
 from fedtune.federation.messages import read_reply

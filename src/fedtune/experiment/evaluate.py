@@ -8,7 +8,7 @@ from typing import Any
 from fedtune import domains
 from fedtune.config import Config
 from fedtune.evaluation.run import evaluate_all
-from fedtune.experiment.report import Reporter
+from fedtune.experiment.reporter import Reporter
 from fedtune.io import digest, folder_lock, only_files
 from fedtune.models import load
 from fedtune.models.folder import checked

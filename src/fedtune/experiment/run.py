@@ -20,7 +20,7 @@ from fedtune.evaluation.likelihood import check_prompt
 from fedtune.experiment import arms, folder
 from fedtune.experiment.arms import Arm
 from fedtune.experiment.folder import RESULT, RunFolder, cancellable, open_run, status
-from fedtune.experiment.report import Reporter
+from fedtune.experiment.reporter import Reporter
 from fedtune.experiment.resident import Resident
 from fedtune.experiment.session import Session
 from fedtune.federation.checkpoint import Progress, rounds_of, together

@@ -17,7 +17,7 @@ from fedtune.evaluation.run import evaluate_all
 from fedtune.experiment.arms import Arm
 from fedtune.experiment.evaluate import identity
 from fedtune.experiment.folder import RunFolder
-from fedtune.experiment.report import Reporter
+from fedtune.experiment.reporter import Reporter
 from fedtune.federation.fleet import Fleet
 from fedtune.io import digest
 from fedtune.lora.state import AdapterState

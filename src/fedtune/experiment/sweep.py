@@ -17,7 +17,7 @@ from typing import Any
 
 from fedtune.config import Config, Settings
 from fedtune.experiment.folder import MANIFEST, RESULT, cancellable
-from fedtune.experiment.report import Reporter
+from fedtune.experiment.reporter import Reporter
 from fedtune.experiment.resident import Resident
 from fedtune.experiment.run import run
 from fedtune.io import digest, read_json, write_json

@@ -10,7 +10,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from fedtune.config.load import read_toml
-from fedtune.experiment.report import Reporter
+from fedtune.experiment.reporter import Reporter
 from fedtune.experiment.run import run
 from fedtune.io import only_files, read_lines
 from fedtune.settings import load
