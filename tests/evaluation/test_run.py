@@ -160,17 +160,17 @@ def test_guesses_save_passes_and_change_nothing(model: LoadedModel) -> None:
 
     texts = [list(range(10, 22 + 3 * i)) for i in range(5)]
 
-    def decode(*, guesses: bool) -> tuple[list[list[int]], int]:
+    def decode(*, drafts: bool) -> tuple[list[list[int]], int]:
         rows = [Row(i, text) for i, text in enumerate(texts)]
-        decoder = Decoder(model.model, lambda row: len(row.new) == 60, guesses=guesses)
+        decoder = Decoder(model.model, lambda row: len(row.new) == 60, drafts=drafts)
         with torch.inference_mode():
             for _ in run(decoder, [rows[:2], rows[2:]], 4):
                 pass
         assert all(row.ended for row in rows)
         return [row.new for row in rows], decoder.passes
 
-    (plain, slow), (guessed, fast) = decode(guesses=False), decode(guesses=True)
-    assert guessed == plain
+    (plain, slow), (drafted, fast) = decode(drafts=False), decode(drafts=True)
+    assert drafted == plain
     assert fast < slow
 
 
@@ -191,7 +191,7 @@ def test_a_guess_is_what_going_through_the_whole_text_would_find(tokens: list[in
     history.add(tokens[:cut])
     for token in tokens[cut:]:
         history.add([token])
-    assert history.guess(most) == scanned(tokens, most)
+    assert history.draft(most) == scanned(tokens, most)
 
 
 PIECES = [
@@ -233,7 +233,7 @@ def test_a_label_is_fixed_at_the_token_at_which_the_whole_text_fixes_it(
 
 
 def test_guesses_stay_inside_a_table_of_positions() -> None:
-    """GPT-2 has one; a row that is nearly full is beside one that has room for long guesses."""
+    """GPT-2 has one; a row that is nearly full is beside one that has room for long drafts."""
     from transformers import GPT2Config, GPT2LMHeadModel
 
     from fedtune.evaluation.decode import Decoder, Row, run
@@ -242,15 +242,15 @@ def test_guesses_stay_inside_a_table_of_positions() -> None:
     config = GPT2Config(vocab_size=60, n_positions=48, n_embd=16, n_layer=2, n_head=2, bos_token_id=1, eos_token_id=2)
     model = GPT2LMHeadModel(config).eval()
 
-    def decode(*, guesses: bool) -> list[list[int]]:
+    def decode(*, drafts: bool) -> list[list[int]]:
         rows = [Row(i, list(range(5, 5 + n))) for i, n in enumerate((8, 30))]
-        decoder = Decoder(model, lambda row: len(row.prompt) + len(row.new) == 48, guesses=guesses)
+        decoder = Decoder(model, lambda row: len(row.prompt) + len(row.new) == 48, drafts=drafts)
         with torch.inference_mode():
             for _ in run(decoder, [rows], 4):
                 pass
         return [row.new for row in rows]
 
-    assert decode(guesses=True) == decode(guesses=False)
+    assert decode(drafts=True) == decode(drafts=False)
 
 
 @pytest.mark.parametrize(

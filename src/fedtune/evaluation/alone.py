@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fedtune.evaluation.decode import Decoder, Row, Weigh
+from fedtune.evaluation.decode import Decoder, PassContext, Row
 from fedtune.evaluation.likeliest import likeliest
 from fedtune.models import sides
 from fedtune.models.interface import inner, plain_pass
@@ -41,13 +41,13 @@ class Alone:
     Args:
         model: in evaluation mode.
         done: tells, after each token, whether a row is finished.
-        weigh: the context in which a row is decoded.
+        context: the context in which a row is decoded.
     """
 
-    def __init__(self, model: Any, done: Callable[[Row], bool], weigh: Weigh | None = None) -> None:
+    def __init__(self, model: Any, done: Callable[[Row], bool], context: PassContext | None = None) -> None:
         self._model = inner(model)
         self._done = done
-        self._weigh = weigh or (lambda rows: contextlib.nullcontext())
+        self._context = context or (lambda rows: contextlib.nullcontext())
         self.rows: list[Row] = []
 
     @property
@@ -60,7 +60,7 @@ class Alone:
         for row in rows:
             if row.blind:
                 raise ValueError("a row that ends in padding cannot be decoded alone")
-            with self._weigh([row]), _bare(self._model):
+            with self._context([row]), _bare(self._model):
                 self._decode(row)
 
     def advance(self) -> None:
@@ -88,7 +88,7 @@ class Alone:
 
 
 def _taught(decoder: Decoder, texts: Sequence[Sequence[int]]) -> list[list[Tensor]]:
-    """Let a decoder go over known texts, guesses that are wrong included; return the logits it had at each step."""
+    """Let a decoder go over known texts, wrong drafts included; return the logits it had at each step."""
     seen: list[list[Tensor]] = [[] for _ in texts]
 
     def row(index: int, known: int) -> Row:
@@ -108,9 +108,9 @@ def _taught(decoder: Decoder, texts: Sequence[Sequence[int]]) -> list[list[Tenso
 
 
 class _Misled(Decoder):
-    """A decoder whose guesses are all wrong, so that what it takes back is seen to be gone."""
+    """A decoder whose drafts are all wrong, so that what it takes back is seen to be gone."""
 
-    def _guess(self, row: Row, most: int) -> list[int]:
+    def _draft(self, row: Row, most: int) -> list[int]:
         return [] if self._windowed else [row.prompt[0], row.prompt[1]]
 
 
@@ -120,7 +120,7 @@ def _tried(model: Any) -> bool:
     texts = texts_for(base)
     dtype = next((p.dtype for p in base.parameters() if p.is_floating_point()), torch.float32)
     coarse = torch.bfloat16 if getattr(base, "is_quantized", False) else dtype
-    decoder = _Misled(base, lambda row: len(row.prompt) + len(row.new) == len(texts[row.index]), guesses=False)
+    decoder = _Misled(base, lambda row: len(row.prompt) + len(row.new) == len(texts[row.index]), drafts=False)
     try:
         for text, rows in zip(texts, _taught(decoder, texts), strict=True):
             alone = plain_pass(base, text).logits[0][len(text) - 1 - len(rows) : -1]
@@ -144,16 +144,16 @@ def batches(model: Any) -> bool:
 
 
 def decoder_for(
-    model: Any, done: Callable[[Row], bool], weigh: Weigh | None = None, *, longest: int
+    model: Any, done: Callable[[Row], bool], context: PassContext | None = None, *, longest: int
 ) -> Decoder | Alone:
     """Return what decodes rows on a model.
 
     Args:
         model: in evaluation mode.
         done: tells, after each token, whether a row is finished.
-        weigh: the context in which a pass over some rows runs.
+        context: the context in which a pass over some rows runs.
         longest: tokens that a row has in the end, at most.
     """
     if batches(model) and longest <= proof_of(model).longest:
-        return Decoder(model, done, weigh, guesses=True)
-    return Alone(model, done, weigh)
+        return Decoder(model, done, context, drafts=True)
+    return Alone(model, done, context)

@@ -1,7 +1,7 @@
-"""Decoding with a cache: rows join a running batch and leave it when they are done; greedy text is guessed ahead.
+"""Continuous batching with a cache, and prompt-lookup decoding of greedy rows.
 
-A guess is what followed the row's last tokens where they stood before. One pass checks all guessed tokens, and only
-those the model would have chosen itself are kept, so the text is that of decoding token by token.
+A draft is what followed a row's last tokens where they occurred before. One pass verifies all draft tokens, and only
+those that the model chooses itself are kept, so the text is that of decoding token by token.
 """
 
 from __future__ import annotations
@@ -21,12 +21,11 @@ from fedtune.evaluation.likeliest import likeliest
 from fedtune.models.interface import inner
 from fedtune.models.packing import MIN_PREFIX
 
-# tokens guessed at most, and the longest run of last tokens that is looked up
-GUESS, LOOKUP = 12, 3
-REACH = 64  # tokens guessed at most in a row whose guesses keep being right
+# draft tokens at first, and the longest run of last tokens that is looked up
+DRAFT, LOOKUP = 12, 3
+LONGEST_DRAFT = 64  # draft tokens at most in a row whose drafts keep being right
 BUSY = 32  # tokens of a pass that hardly take longer than one: memory is what decoding waits for
-# columns of the cache that no row uses any more, before they are taken out
-SLACK = 64
+SLACK = 64  # columns of the cache that no row uses any more, before they are taken out
 
 
 class History:
@@ -48,7 +47,7 @@ class History:
             self._before = [self._latest.get(end) for end in ends]
             self._latest |= dict.fromkeys(ends, len(self._tokens))
 
-    def guess(self, most: int) -> list[int]:
+    def draft(self, most: int) -> list[int]:
         """Return `most` tokens as they followed the last ones where those last stood before; nothing if nowhere.
 
         Where that was a short while ago, the text is taken to go round.
@@ -71,7 +70,7 @@ class Row:
             logits decide the first new token all the same (right-padded batches of `generate` did that).
         choose: picks the next token of this row from its logits; None is greedy.
         ended: nothing more is decoded.
-        reach: tokens to guess next; it doubles as long as all guesses are right.
+        draft_length: draft tokens of the next pass; it doubles as long as all are accepted.
         history: of prompt and new tokens, as far as it was needed.
     """
 
@@ -81,11 +80,12 @@ class Row:
     blind: bool = False
     choose: Callable[[Tensor], int] | None = None
     ended: bool = False
-    reach: int = 0
+    draft_length: int = 0
     history: History = field(default_factory=History)
 
 
-Weigh = Callable[[Sequence[Row]], AbstractContextManager[Any]]
+PassContext = Callable[[Sequence[Row]], AbstractContextManager[Any]]
+Done = Callable[[Row], bool]
 
 
 class Decodes(Protocol):
@@ -113,20 +113,20 @@ class Decoder:
     Args:
         model: in evaluation mode.
         done: tells, after each token, whether a row is finished.
-        weigh: the context in which a pass over some rows runs.
-        guesses: guess ahead where a row is greedy (not for models whose layers see only a window).
+        context: the context in which a pass over some rows runs.
+        drafts: prompt-lookup decoding where a row is greedy (not for models whose layers see only a window).
     """
 
-    def __init__(self, model: Any, done: Callable[[Row], bool], weigh: Weigh | None = None, *, guesses: bool) -> None:
+    def __init__(self, model: Any, done: Done, context: PassContext | None = None, *, drafts: bool) -> None:
         self._model = model
         self._done = done
-        self._weigh = weigh or (lambda rows: nullcontext())
-        self._weighed = weigh is not None
+        self._context = context or (lambda rows: nullcontext())
+        self._has_context = context is not None
         self._windowed = windowed(model)
-        self._most = GUESS if guesses and not self._windowed else 0
+        self._most = DRAFT if drafts and not self._windowed else 0
         self._last_only = "logits_to_keep" in inspect.signature(inner(model).forward).parameters
         known = model.config.get_text_config()
-        # some models have a table of positions: a guess must not look beyond its end
+        # some models have a table of positions: a draft must not look beyond its end
         self._positions = int(getattr(known, "max_position_embeddings", 0) or 2**31)
         self.rows: list[Row] = []
         self.passes = 0
@@ -134,7 +134,7 @@ class Decoder:
         self._mask = torch.zeros(0, 0, dtype=torch.long)
 
     def admit(self, rows: Sequence[Row]) -> None:
-        """Start rows, which join those under way; what all their prompts begin with is computed once."""
+        """Start rows, which join those under way; the shared prefix of their prompts is computed once."""
         from transformers import DynamicCache
 
         cache = DynamicCache()
@@ -155,11 +155,11 @@ class Decoder:
         self._leave()
 
     def _prefix(self, rows: Sequence[Row], cache: Any) -> int:
-        """Fill a cache with what the rows' prompts have in common; return how many tokens that are."""
+        """Fill a cache with the shared prefix of the rows' prompts; return how many tokens it has."""
         shortest = min(len(row.prompt) - row.blind for row in rows) - 1
         same = (len({row.prompt[i] for row in rows}) == 1 for i in range(shortest))
         common = sum(1 for _ in itertools.takewhile(bool, same))
-        if len(rows) == 1 or common < MIN_PREFIX or self._windowed or self._weighed:
+        if len(rows) == 1 or common < MIN_PREFIX or self._windowed or self._has_context:
             return 0
         ids = torch.tensor([list(rows[0].prompt[:common])], device=inner(self._model).device)
         places = torch.arange(common, device=ids.device)[None]
@@ -169,23 +169,23 @@ class Decoder:
 
     def advance(self) -> None:
         """Decode at least one more token of every row."""
-        # a pass over few tokens costs what one over a single token does; over many, guesses have to be good ones
+        # a pass over few tokens costs what one over a single token does; over many, drafts have to be good ones
         most = min(self._most, BUSY // len(self.rows) - 1)
         room = [self._positions - int(used) - 1 for used in self._mask.sum(-1)]
-        guesses = [self._guess(row, min(max(most, row.reach), n)) for row, n in zip(self.rows, room, strict=True)]
-        width = 1 + max(map(len, guesses))
-        spare = [width - 1 - len(g) for g in guesses]
+        drafts = [self._draft(row, min(max(most, row.draft_length), n)) for row, n in zip(self.rows, room, strict=True)]
+        width = 1 + max(map(len, drafts))
+        spare = [width - 1 - len(g) for g in drafts]
         device = self._mask.device
         ids = torch.tensor(
-            [[r.new[-1], *g, *[0] * n] for r, g, n in zip(self.rows, guesses, spare, strict=True)], device=device
+            [[r.new[-1], *g, *[0] * n] for r, g, n in zip(self.rows, drafts, spare, strict=True)], device=device
         )
         fresh = torch.tensor([[1] * (width - n) + [0] * n for n in spare], device=device)
         positions = self._mask.sum(-1, keepdim=True) + torch.arange(width, device=device)
         positions = positions.clamp(max=self._positions - 1)  # behind a row's own tokens there is only padding
         logits = self._pass(self.rows, ids, torch.cat([self._mask, fresh], 1), positions, self._cache)
-        kept = [self._add(row, own, g) for row, own, g in zip(self.rows, logits, guesses, strict=True)]
-        for row, right, guessed in zip(self.rows, kept, guesses, strict=True):
-            row.reach = min(2 * len(guessed), REACH) if guessed and right > len(guessed) else 0
+        kept = [self._add(row, own, g) for row, own, g in zip(self.rows, logits, drafts, strict=True)]
+        for row, right, drafted in zip(self.rows, kept, drafts, strict=True):
+            row.draft_length = min(2 * len(drafted), LONGEST_DRAFT) if drafted and right > len(drafted) else 0
         fresh = torch.tensor([[1] * n + [0] * (width - n) for n in kept], device=device)
         self._mask = torch.cat([self._mask, fresh], 1)
         self._leave()
@@ -195,7 +195,7 @@ class Decoder:
     ) -> Tensor:
         self.passes += 1
         few: dict[str, Any] = {"logits_to_keep": 1} if last and self._last_only else {}
-        with self._weigh(rows):
+        with self._context(rows):
             output = self._model(
                 input_ids=ids,
                 attention_mask=mask,
@@ -207,25 +207,25 @@ class Decoder:
         logits: Tensor = output.logits
         return logits
 
-    def _guess(self, row: Row, most: int) -> list[int]:
+    def _draft(self, row: Row, most: int) -> list[int]:
         if most <= 0 or not self._most or row.choose is not None:
             return []
         known, history = len(row.history), row.history
         history.add(row.new[known - len(row.prompt) :] if known else [*row.prompt, *row.new])
-        return history.guess(most)
+        return history.draft(most)
 
     @property
     def joins(self) -> bool:
         """Whether rows may join others: not where a layer counts columns of the cache and not positions."""
         return not self._windowed
 
-    def _add(self, row: Row, logits: Tensor, guessed: Sequence[int]) -> int:
+    def _add(self, row: Row, logits: Tensor, drafted: Sequence[int]) -> int:
         """Append the tokens a row's logits [tokens, vocabulary] stand for; return how many of its inputs were right."""
         best = (row.choose(logits[0]) for _ in likeliest(logits[:1])) if row.choose else likeliest(logits)
         for right, token in enumerate(best, 1):
             row.new.append(token)
             row.ended = self._done(row)
-            if row.ended or right > len(guessed) or guessed[right - 1] != token:
+            if row.ended or right > len(drafted) or drafted[right - 1] != token:
                 return right
         return len(logits)
 

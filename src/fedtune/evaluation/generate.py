@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fedtune.evaluation.alone import decoder_for
-from fedtune.evaluation.decode import Row, Weigh, run
+from fedtune.evaluation.decode import PassContext, Row, run
 from fedtune.evaluation.programs import truncate
 from fedtune.models import sides
 from fedtune.models.attention import text_features
@@ -84,7 +84,7 @@ def _end_tokens(model: Any, tokenizer: Any) -> set[int]:
     return {int(t) for t in (*several, tokenizer.eos_token_id) if t is not None}
 
 
-def _mixture(model: Any, rows: Sequence[Row]) -> Weigh | None:
+def _mixture(model: Any, rows: Sequence[Row]) -> PassContext | None:
     """Return what sets the adapters' weights for the rows of a pass, where they depend on the prompt."""
     mixer = sides.of(model)
     if mixer is None or not mixer.per_text or not rows:
@@ -93,11 +93,11 @@ def _mixture(model: Any, rows: Sequence[Row]) -> Weigh | None:
     known = text_features(model, list(prompts.values()))
     place = {index: i for i, index in enumerate(prompts)}
 
-    def weigh(going: Sequence[Row]) -> contextlib.AbstractContextManager[None]:
+    def context(going: Sequence[Row]) -> contextlib.AbstractContextManager[None]:
         chosen = known[[place[row.index] for row in going]]
         return mixer.mixed(lambda: chosen, lambda w: w[:, None, None])
 
-    return weigh
+    return context
 
 
 @torch.inference_mode()

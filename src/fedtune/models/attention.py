@@ -80,11 +80,11 @@ def row_logits(model: Any, row: PackedRow, keep: Sequence[int]) -> Tensor:
 
 @contextlib.contextmanager
 def text_weights(model: Any, texts: Sequence[Sequence[int]], keep: Sequence[int]) -> Iterator[bool]:
-    """Weigh a second adapter for each text of a pass, where there is one and its weight depends on the text.
+    """Set a second adapter's weight for each text of a pass, where there is one whose weight depends on the text.
 
     It depends on the text up to its first kept place, which is where a prompt ends: never on the answer.
 
-    Yields whether texts may share what they begin with: not if it differs between them.
+    Yields whether the shared prefix of texts may be computed once: not if a weight differs between them.
     """
     mixer = sides.of(model)
     if mixer is None or not mixer.per_text:
@@ -98,7 +98,7 @@ def text_weights(model: Any, texts: Sequence[Sequence[int]], keep: Sequence[int]
 
 @contextlib.contextmanager
 def row_weights(model: Any, texts: Sequence[Sequence[int]], copies: int = 1) -> Iterator[None]:
-    """Weigh a second adapter as `text_weights` does, for passes over a batch with a row, or several, of each text."""
+    """Set a second adapter's weight as `text_weights` does, for a batch with a row, or several, of each text."""
     mixer = sides.of(model)
     if mixer is None:
         yield

@@ -1,4 +1,4 @@
-"""Dropout whose mask depends on what is dropped and not on what is computed beside it.
+"""Counter-based dropout: a mask does not depend on what else is in the batch.
 
 A token's mask is a hash of (seed, client, round, step, example, position, layer): the same alone, in any micro-batch,
 in any cohort of clients, on any device. Masks of a generator would depend on who drew before.

@@ -1,4 +1,4 @@
-"""How several texts lie in one unpadded row, and how attention over that row is cut into dense batches."""
+"""How several texts are packed into one unpadded row, and how attention over it is cut into dense batches."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ class PackedRow:
 
 
 def _common(texts: Sequence[Sequence[int]]) -> int:
-    """Return how many tokens all texts begin with, leaving each at least one of its own."""
+    """Return the length of the shared prefix of all texts, leaving each at least one token of its own."""
     shortest = min(map(len, texts)) - 1
     return next((i for i in range(shortest) if len({t[i] for t in texts}) > 1), max(shortest, 0))
 
@@ -65,7 +65,7 @@ def pack(texts: Sequence[Sequence[int]], *, share_prefix: bool = False) -> Packe
 
     Args:
         texts: token ids, each at least one.
-        share_prefix: compute what all texts begin with only once. Exact, gradients included, as long as
+        share_prefix: compute the shared prefix only once. Exact, gradients included, as long as
             nothing random (dropout) tells the copies apart.
     """
     common = _common(texts) if share_prefix and len(texts) > 1 else 0

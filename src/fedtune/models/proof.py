@@ -1,6 +1,6 @@
 """What may be done with a model without changing its numbers, tried on the model itself when it is loaded.
 
-Three short texts lie in one row, two of which share their beginning, and the row is held against each text alone in
+Three short texts lie in one row, two of which share their beginning, and the row is compared with each text alone in
 transformers' own attention: the logits, and the gradient of the embeddings, through which that of any adapter comes.
 That no text sees another, and no token what comes after it, is read off gradients, which then are exactly zero.
 """
