@@ -153,7 +153,7 @@ def test_a_pipe_in_a_submission_is_never_opened(good: Path, tmp_path: Path) -> N
 def test_what_is_not_there_is_said(tmp_path: Path) -> None:
     done = CliRunner().invoke(app, ["validate", str(tmp_path / "nothing")])
     assert done.exit_code == 4
-    assert "is not there" in done.output
+    assert "no such folder or file" in done.output
 
 
 @pytest.mark.parametrize(

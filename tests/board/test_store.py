@@ -120,7 +120,7 @@ def test_one_that_is_refused_keeps_no_other_out(good: Path, tmp_path: Path) -> N
     store = tmp_path / "store"
     done = CliRunner().invoke(app, ["board", "add", str(tmp_path / "bad"), str(good), "--store", str(store)])
     assert done.exit_code == 4
-    assert "1 of 2 submissions were refused" in done.output
+    assert "refused: 1 of 2 submissions" in done.output
     assert len(list(store.rglob("seed-*.json"))) == 2
     second = CliRunner().invoke(app, ["board", "add", str(good), "--store", str(store)])
     assert "already" in second.output

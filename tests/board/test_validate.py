@@ -603,7 +603,7 @@ def test_a_good_submission_goes_into_the_store_and_onto_the_page(good: Path, cop
     assert done.exit_code == 0, done.output
     assert len(list(store.rglob("seed-*.json"))) == 2
     built = CliRunner().invoke(app, ["board", "build", str(store), "--out", str(tmp_path / "site")])
-    assert "1 rows of 2 entries" in built.output
+    assert "1 row of 2 entries" in built.output
     edited_score(copy / "seed-2")
     refused = CliRunner().invoke(app, ["board", "add", str(copy), "--store", str(tmp_path / "none")])
     assert refused.exit_code == 4

@@ -164,7 +164,7 @@ def test_from_a_merge_to_the_page_and_a_flag_that_stays(place: Place, good: Path
     place.push(merged, "main")
     runner, steps = place.publish()
     assert [s.returncode for s in steps] == [0, 0, 0], [s.stderr for s in steps]
-    assert "1 of 1 submissions were refused" in steps[0].stderr
+    assert "refused: 1 of 1 submission" in steps[0].stderr
     assert place.log() == ["Entries of what was merged", "change", "change"]
     seeds = sorted(place.clone("seen").rglob("results/**/seed-*.json"))
     assert [read_entry(p).state for p in seeds] == ["re-scored", "re-scored"]

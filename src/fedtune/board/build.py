@@ -13,7 +13,7 @@ import numpy as np
 
 from fedtune import __version__
 from fedtune.board import pairs as pairs_of
-from fedtune.board.store import readable, told
+from fedtune.board.store import left_out_line, readable
 from fedtune.io import canonical, digest
 from fedtune.methods import METHODS
 from fedtune.results.entry import Entry
@@ -253,7 +253,7 @@ def _shown(found: Iterable[Recipe], out: list[str]) -> Iterator[tuple[Recipe, di
             made = row(recipe)
             canonical(made).encode()
         except Exception as err:
-            out.append(told(recipe.first.place().parent, err))
+            out.append(left_out_line(recipe.first.place().parent, err))
             continue
         yield recipe, made
 

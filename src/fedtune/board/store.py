@@ -87,7 +87,7 @@ def twin(store: Path, entry: Entry) -> Path | None:
     return None
 
 
-def told(where: object, err: Exception) -> str:
+def left_out_line(where: object, err: Exception) -> str:
     """Return one line on what is left out of a board, and why."""
     return plain(f"{where}: left out: {' '.join(str(err).split()) or type(err).__name__}", 500)
 
@@ -107,7 +107,8 @@ def readable(store: Path, left_out: list[str] | None = None) -> Iterator[tuple[P
                 raise DataError(f"{first.relative_to(store)} has this recipe and seed already")
         except FedtuneError as err:
             if left_out is not None:
-                left_out.append(told(path.relative_to(store), CorruptFileError(str(err).replace(f"{path}: ", ""))))
+                fault = CorruptFileError(str(err).replace(f"{path}: ", ""))
+                left_out.append(left_out_line(path.relative_to(store), fault))
             continue
         seen[entry.place(), entry.team] = path
         yield path, entry
