@@ -197,7 +197,7 @@ def choice(repeats: int, count: int = 64) -> list[Row]:
     tokenizer = adapted.base.tokenizer
     task = next(t for t in domains.chosen_tasks(config) if t.kind == "choice")
     items = item_sets.load(task, config, count).items
-    prompts = [official.wrap(item.prompt, task.kind) for item in items]
+    prompts = [official.wrap(item.prompt) for item in items]
     with _stock(config) as theirs:
         adapted.model.eval()
         found: dict[str, list[str]] = {}
@@ -206,7 +206,7 @@ def choice(repeats: int, count: int = 64) -> list[Row]:
             found["reference"] = answers(theirs, tokenizer, prompts)
 
         def together() -> None:
-            found["ours"] = [t for batch in official.choose(adapted.model, tokenizer, items, task.kind) for t in batch]
+            found["ours"] = [t for batch in official.choose(adapted.model, tokenizer, items) for t in batch]
 
         one_by_one(), together()
         times = alternate({"reference": one_by_one, "ours": together}, repeats)
@@ -228,7 +228,7 @@ def _flips(adapted: AdaptedModel, items: Sequence[Any], found: Mapping[str, list
     flips = []
     for place, (one, other) in enumerate(zip(found["reference"], found["ours"], strict=True)):
         if one != other:
-            ids = torch.tensor([adapted.base.tokenizer(official.wrap(items[place].prompt, "choice"))["input_ids"]])
+            ids = torch.tensor([adapted.base.tokenizer(official.wrap(items[place].prompt))["input_ids"]])
             with torch.inference_mode():
                 best = adapted.model(input_ids=ids).logits[0, -1].topk(2).values
             flips.append({"item": place, "reference": one, "ours": other, "margin": float(best[0] - best[1])})

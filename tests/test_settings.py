@@ -126,7 +126,11 @@ def test_what_a_protocol_says_may_stand_in_a_file_again(domain: str, name: str) 
 
 EMPTY = [
     ("finance", ["eval.modes=[]"], "eval.modes: is empty"),
-    ("code", ['eval.tasks=["algorithms-solutions"]', 'eval.modes=["official"]'], "solutions have no official mode"),
+    (
+        "code",
+        ['eval.tasks=["algorithms-solutions"]', 'eval.modes=["official"]'],
+        "algorithms-solutions cannot be scored in the mode official",
+    ),
 ]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from functools import partial
@@ -12,6 +13,7 @@ from fedtune import domains, methods
 from fedtune.config import Config, Settings
 from fedtune.config.load import changed, validated
 from fedtune.domains.base import Task
+from fedtune.evaluation import scorers
 from fedtune.models import zoo
 from fedtune.types import Problem
 
@@ -111,31 +113,37 @@ def _of_the_rounds(config: Config) -> Found:
         yield "federation.fraction", "the only client is asked in every round"
 
 
+# settings of `eval` that not every scorer heeds: the value that asks for nothing, and why others may have no effect
+HEEDED = {
+    "official_limit": (0, "nothing is evaluated in official mode"),
+    "prompt": (None, "it is for likelihoods, and none are asked for"),
+    "samples": (1, "only programs in official mode are sampled, and there are none"),
+    "max_new_tokens": (None, "only programs in greedy mode (likelihood) are cut by it, and there are none"),
+}
+
+
 def _of_evaluation(config: Config, tasks: Sequence[Task]) -> Found:
-    own, kinds = config.eval, {task.kind for task in tasks}
-    official, likelihood = "official" in own.modes, "likelihood" in own.modes
-    if own.official_limit and not official:
-        yield "eval.official_limit", "eval.modes has no official"
-    elif own.limit and own.official_limit >= own.limit:
+    own = config.eval
+    heeded = {name for task in tasks for scorer in scorers.planned(task, own) for name in scorer.notices}
+    for name, (nothing, why) in HEEDED.items():
+        if name not in heeded and getattr(own, name) != nothing:
+            yield f"eval.{name}", why
+    if own.limit and own.official_limit >= own.limit and "official_limit" in heeded:
         yield "eval.official_limit", f"eval.limit takes {own.limit} items already"
-    if not likelihood or kinds == {"program"}:
-        yield "eval.prompt", "it is for likelihoods, and none are asked for"
-    if own.samples > 1 and not (official and "program" in kinds):
-        yield "eval.samples", "only programs in official mode are sampled, and there are none"
-    if not (likelihood and "program" in kinds):
-        yield "eval.max_new_tokens", "only programs in greedy mode (likelihood) are cut by it, and there are none"
     if own.every >= config.federation.rounds:
         yield "eval.every", f"after the last round ({config.federation.rounds}) a run is evaluated anyway"
 
 
 def empty(config: Config) -> Iterable[Problem]:
     """Yield what would let a run end without any score."""
-    known = config.domain in domains.DOMAINS and all(name in domains.TASKS for name in config.eval.tasks)
-    kinds = {task.kind for task in domains.chosen_tasks(config)} if known else set()
     if not config.eval.modes:
         yield Problem("eval.modes", "is empty", 'name ["likelihood"], ["official"] or both')
-    elif config.eval.modes == ("official",) and kinds == {"solution"}:
-        yield Problem("eval.modes", "solutions have no official mode", 'name ["likelihood"]')
+    elif config.domain in domains.DOMAINS and all(name in domains.TASKS for name in config.eval.tasks):
+        tasks = domains.chosen_tasks(config)
+        if not any([*scorers.planned(task, config.eval)] for task in tasks):
+            names, able = ", ".join(t.name for t in tasks), sorted({mode for t in tasks for mode in scorers.of(t)})
+            said = f"{names} cannot be scored in the mode {', '.join(config.eval.modes)}"
+            yield Problem("eval.modes", said, f"name {json.dumps(able)}")
 
 
 def twice(config: Config) -> Iterable[Problem]:

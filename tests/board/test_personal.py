@@ -14,7 +14,10 @@ from fedtune.board.sets import client_rooms
 from fedtune.board.submit import pack
 from fedtune.board.validate import check
 from fedtune.config import Settings
+from fedtune.config.schema import EvalSettings
+from fedtune.domains import TASKS
 from fedtune.evaluation.average import mean_score
+from fedtune.evaluation.scorers import find
 from fedtune.experiment.run import run
 from fedtune.io import file_sha256
 from fedtune.results.schema import Score
@@ -117,7 +120,9 @@ def _counted(packed: Path) -> None:
         arm = federated(document)
         for place, told in enumerate(arm["scores"]):
             score = Score.model_validate(told)
-            made = [samples._one(packed, room, score, 0.01)[0] for room in rooms]
+            scorer = find(TASKS[score.task], score.mode)
+            assert scorer is not None
+            made = [samples._one(packed, room, score, scorer, EvalSettings())[0] for room in rooms]
             logs = [samples.log_path(packed, room, score.task, score.mode) for room in rooms]
             arm["scores"][place] = mean_score([m for m in made if m], logs).model_dump(mode="json")
             arm["per_client"][f"{score.task}/{score.mode}"] = [m.score for m in made if m]
@@ -161,7 +166,7 @@ def test_one_model_is_not_passed_off_as_many(copy: Path) -> None:
     [
         ({"score": 0.987}, "score is 0.987, the samples give"),
         ({"round": 2}, "the settings do not evaluate it"),
-        ({"mode": "greedy"}, "has no samples"),
+        ({"mode": "greedy"}, "is of no mode that this task is scored in"),
     ],
 )
 def test_a_point_of_the_curve_is_what_its_samples_give(copy: Path, change: dict[str, Any], said: str) -> None:

@@ -10,8 +10,9 @@ import pytest
 
 from fedtune.board import samples
 from fedtune.board.samples import recomputed
-from fedtune.evaluation import again, programs
-from fedtune.evaluation.metrics import as_counted, summarise
+from fedtune.config.schema import EvalSettings
+from fedtune.evaluation import again
+from fedtune.evaluation.scorers import KINDS
 from fedtune.results.schema import Arm, Score
 from tests.evaluation.test_again import PASSED
 
@@ -37,7 +38,7 @@ def judge(tmp_path: Path) -> Callable[..., list[str]]:
         first = {"task": "medqa", "mode": "likelihood", "items": ITEMS, **(header or {})}
         path.write_bytes(gzip.compress("\n".join(json.dumps(r) for r in [first, *rows]).encode()))
         sound = [chosen(i) for i in range(8)]
-        score = summarise("medqa", "likelihood", "choice", as_counted(sound), items=ITEMS)
+        score = KINDS["choice"]["likelihood"].summarise("medqa", sound, items=ITEMS)
         score = score.model_copy(update=changes)
         return list(recomputed(tmp_path, Arm(name="federated", scores=[score]), score))
 
@@ -129,11 +130,12 @@ def test_each_item_has_as_many_programs_as_the_settings_say(
     path.parent.mkdir(parents=True)
     first = {"task": "humaneval", "mode": mode, "items": ITEMS}
     path.write_bytes(gzip.compress("\n".join(json.dumps(r) for r in [first, *rows]).encode()))
-    score = programs.summarise("humaneval", mode, rows, 3, items=ITEMS)
+    scorer = KINDS["program"]["official" if mode == "official" else "likelihood"]
+    score = scorer.summarise("humaneval", rows, EvalSettings(samples=3), ITEMS)
     ran: list[Any] = []
     monkeypatch.setattr(again, "unable", lambda task: "")
     monkeypatch.setattr(again, "failing", lambda task, rows: iter(ran.append(rows) or ()))
-    found = list(recomputed(tmp_path, Arm(name="federated", scores=[score]), score, samples=count))
+    found = list(recomputed(tmp_path, Arm(name="federated", scores=[score]), score, EvalSettings(samples=count)))
     assert bool(ran) == good
     assert found == (
         [] if good else [f"item 0 has not as many programs as the settings say ({count if mode == 'official' else 1})"]
@@ -147,7 +149,7 @@ def test_programs_that_are_said_to_pass_are_run_again(tmp_path: Path, monkeypatc
     path.parent.mkdir(parents=True)
     first = {"task": "humaneval", "mode": "official", "items": ITEMS}
     path.write_bytes(gzip.compress("\n".join(json.dumps(r) for r in [first, *rows]).encode()))
-    score = programs.summarise("humaneval", "official", rows, items=ITEMS)
+    score = KINDS["program"]["official"].summarise("humaneval", rows, items=ITEMS)
     arm = Arm(name="federated", scores=[score])
     monkeypatch.setattr(again, "unable", lambda task: "")
     monkeypatch.setattr(again, "failing", lambda task, rows: iter([(0, "error"), (2, "wrong")]))

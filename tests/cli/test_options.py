@@ -10,7 +10,10 @@ from fedtune.types import ConfigError
 
 REFUSED = {
     "tests of no program": (["score", "mmlu_stem", "x.json", "--references", "t.json"], "--references t.json: has no"),
-    "strict programs": (["score", "humaneval", "x.json", "--mode", "strict"], "--mode strict: has no effect"),
+    "strict programs": (
+        ["score", "humaneval", "x.json", "--mode", "strict"],
+        "--mode strict: humaneval is scored as official",
+    ),
     "training of rows": (["data", "finance", "-s", "train.max_steps=3"], "train.max_steps: has no effect on training"),
     "rounds of rows": (["data", "finance", "-s", "federation={rounds=3}"], "federation.rounds: has no effect"),
     "a text as plot": (["data", "finance", "--plot", "x.txt"], "x.txt: is no plot's name; it ends in .svg, .png, .pdf"),

@@ -13,7 +13,7 @@ from pathlib import Path
 import fedtune.evaluation
 from fedtune.domains import DOMAINS
 from fedtune.domains.base import Item, Task
-from fedtune.evaluation import items
+from fedtune.evaluation import items, scorers
 from fedtune.evaluation.known import samples_sha256, sets
 from fedtune.settings import load as load_settings
 from fedtune.types import FedtuneError
@@ -37,9 +37,9 @@ def hashes(task: Task, found: tuple[Item, ...]) -> dict[str, str]:
         r if last[item.prompt] == r["i"] else {**r, "same_prompt_as": last[item.prompt]}
         for r, item in zip(rows, found, strict=True)
     ]
-    made = {"any": samples_sha256(rows, task.kind)}
+    made = {"any": samples_sha256(rows, scorers.key(task))}
     if task.kind in ("choice", "boolean"):
-        made["official"] = samples_sha256(merged, task.kind)
+        made["official"] = samples_sha256(merged, scorers.key(task))
     return made if made.get("official") != made["any"] else {"any": made["any"]}
 
 

@@ -18,7 +18,7 @@ ITEMS = [Item(prompt, prompt, ("A", "B"), 0) for prompt in PROMPTS]
 def _generated(model: Any, tokenizer: Any) -> list[str]:
     found = []
     for item in ITEMS:
-        ids = torch.tensor([tokenizer(official.wrap(item.prompt, "choice"))["input_ids"]])
+        ids = torch.tensor([tokenizer(official.wrap(item.prompt))["input_ids"]])
         made = model.generate(
             inputs=ids,
             attention_mask=torch.ones_like(ids),
@@ -42,9 +42,9 @@ def _generated(model: Any, tokenizer: Any) -> list[str]:
 def test_the_answer_is_that_of_generate_under_the_model_s_settings(tiny_folder: Path, setting: str) -> None:
     base = load(ModelSettings(name=str(tiny_folder), dtype="float32"))
     model, tokenizer = base.model, base.tokenizer
-    plain = [text for batch in official.choose(model, tokenizer, ITEMS, "choice") for text in batch]
+    plain = [text for batch in official.choose(model, tokenizer, ITEMS) for text in batch]
     with torch.no_grad():
-        ids = [torch.tensor([tokenizer(official.wrap(p, "choice"))["input_ids"]]) for p in PROMPTS]
+        ids = [torch.tensor([tokenizer(official.wrap(p))["input_ids"]]) for p in PROMPTS]
         top = sorted({int(model(input_ids=row).logits[0, -1].argmax()) for row in ids})
     values = {
         "repetition_penalty": 1.5,
@@ -57,7 +57,7 @@ def test_the_answer_is_that_of_generate_under_the_model_s_settings(tiny_folder: 
         "num_beams": 2,
     }
     setattr(model.generation_config, setting, values[setting])
-    found = [text for batch in official.choose(model, tokenizer, ITEMS, "choice") for text in batch]
+    found = [text for batch in official.choose(model, tokenizer, ITEMS) for text in batch]
     assert found == _generated(model, tokenizer)
     if setting not in ("repetition_penalty", "no_repeat_ngram_size", "num_beams"):
         assert found != plain

@@ -19,7 +19,8 @@ from fedtune.evaluation.average import mean_score
 from fedtune.evaluation.extract import bare
 from fedtune.evaluation.items import TaskItems
 from fedtune.evaluation.metrics import as_counted
-from fedtune.evaluation.run import _official_sample, evaluate
+from fedtune.evaluation.run import evaluate
+from fedtune.evaluation.scorers import KINDS
 from fedtune.io import read_lines, write_lines
 from fedtune.models.load import LoadedModel
 from fedtune.models.load import load as load_model
@@ -34,7 +35,7 @@ def model(tiny_folder: Path) -> LoadedModel:
 def _answers_in_turn(texts: Sequence[str]) -> Callable[..., Iterator[list[str]]]:
     """Stand in for the official generation: the texts one after the other, whatever is asked."""
     left = iter(texts)
-    return lambda model, tokenizer, items, kind: iter([[next(left) for _ in items]])
+    return lambda model, tokenizer, items: iter([[next(left) for _ in items]])
 
 
 def test_equal_prompts_get_the_last_output_as_in_the_official_table(
@@ -103,9 +104,10 @@ def test_a_sample_counts_as_if_the_last_output_were_its_own(
     kind: str, answers: tuple[str, ...], gold: int, output: str
 ) -> None:
     item = Item("same", "q", answers, gold)
-    first, last = _official_sample(item, "C", kind), _official_sample(replace(item, gold=0), output, kind)
+    scorer = KINDS[kind]["official"]
+    first, last = scorer.sample(item, "C"), scorer.sample(replace(item, gold=0), output)
     counted = as_counted([{"i": 0, **first, "same_prompt_as": 1}, {"i": 1, **last}])
-    assert counted == [{"i": 0, **_official_sample(item, output, kind), "same_prompt_as": 1}, {"i": 1, **last}]
+    assert counted == [{"i": 0, **scorer.sample(item, output), "same_prompt_as": 1}, {"i": 1, **last}]
 
 
 def test_an_output_that_very_many_samples_name_is_read_once(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,7 +2,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedtune.evaluation.extract import official_answer, official_correct, official_label, strict_answer
+from fedtune.domains.base import Item
+from fedtune.evaluation.extract import official_label
+from fedtune.evaluation.scorers import KINDS
+from fedtune.evaluation.scorers.questions import Form, Questions
+
+
+def form(kind: str) -> Form:
+    scorer = KINDS[kind]["official"]
+    assert isinstance(scorer, Questions)
+    return scorer.form
 
 
 @pytest.mark.parametrize(
@@ -29,12 +38,13 @@ from fedtune.evaluation.extract import official_answer, official_correct, offici
     ],
 )
 def test_the_official_reading_with_its_quirks(output: str, kind: str, read: str) -> None:
-    assert official_answer(output, kind) == read  # type: ignore[arg-type]
+    assert form(kind).read(output) == read
 
 
 def test_maybe_counts_only_as_the_whole_output() -> None:
-    assert official_correct("Maybe", "maybe", "boolean")
-    assert not official_correct("maybe.", "maybe", "boolean")
+    maybe = Item("x", "x", ("yes", "no", "maybe"), 2)
+    right = [KINDS["boolean"]["official"].sample(maybe, output)["correct"] for output in ("Maybe", "maybe.")]
+    assert right == [True, False]
 
 
 @pytest.mark.parametrize(
@@ -72,12 +82,11 @@ def test_the_official_sentiment_rule_order(output: str, label: str) -> None:
 )
 def test_strict_counts_clean_answers_only(output: str, kind: str, read: str | None) -> None:
     """No answer, two answers, a refusal, an echo of the options, the wrong case."""
-    answers = ("A", "B", "C", "D") if kind == "choice" else None
-    assert strict_answer(output, kind, answers) == read  # type: ignore[arg-type]
+    assert form(kind).strict(output, form(kind).answers or ("A", "B", "C", "D")) == read
 
 
 @given(st.text())
 def test_no_text_breaks_the_readers(text: str) -> None:
     for kind in ("choice", "boolean", "sentiment"):
-        official_answer(text, kind)  # type: ignore[arg-type]
-        strict_answer(text, kind)  # type: ignore[arg-type]
+        form(kind).read(text)
+        form(kind).strict(text, ("A", "yes", "neutral"))

@@ -31,11 +31,11 @@ def test_the_table_is_of_the_data_at_hand() -> None:
 
 
 def test_a_part_of_a_set_is_not_the_set(monkeypatch: pytest.MonkeyPatch) -> None:
-    whole = {"medqa": {"any": [samples_sha256(ROWS, "choice")]}}
+    whole = {"medqa": {"any": [samples_sha256(ROWS, "gold")]}}
     monkeypatch.setattr("fedtune.evaluation.known.sets", lambda: whole)
 
     def said(rows: list[dict[str, object]], task: str = "medqa") -> str:
-        return shortfall(task, "likelihood", "choice", 1273, rows)
+        return shortfall(task, "likelihood", "gold", 1273, rows)
 
     assert said(ROWS) == ""
     assert said(ROWS[:10]) == "10 items, the whole set has 1,273"

@@ -77,8 +77,8 @@ def test_beams_have_their_prompt_s_mixture(mixed: AdaptedModel, used: list[Any])
 def test_an_official_answer_of_several_tokens_mixes_by_prompt(mixed: AdaptedModel, used: list[Any]) -> None:
     tokenizer = mixed.base.tokenizer
     assert len(tokenizer("maybe", add_special_tokens=False)["input_ids"]) > 1 or pytest.fail("of one token")
-    list(official.choose(mixed.model, tokenizer, ITEMS[:1], "boolean"))
-    want = _weights(mixed, [tokenizer(official.wrap(PROMPTS[0], "boolean"))["input_ids"]])
+    list(official.choose(mixed.model, tokenizer, ITEMS[:1]))
+    want = _weights(mixed, [tokenizer(official.wrap(PROMPTS[0]))["input_ids"]])
     assert used
     assert all(torch.allclose(weights, want, atol=1e-5) for weights in used)
 

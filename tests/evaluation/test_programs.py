@@ -13,11 +13,12 @@ from fedtune.config.schema import ModelSettings
 from fedtune.data import packages
 from fedtune.domains import TASKS
 from fedtune.domains.base import Item
-from fedtune.evaluation import code, programs, sandbox
+from fedtune.evaluation import generate, programs, sandbox
 from fedtune.evaluation.generate import Decoding, complete, nucleus
 from fedtune.evaluation.items import TaskItems
 from fedtune.evaluation.published import score
 from fedtune.evaluation.run import evaluate
+from fedtune.evaluation.solvers import Completions
 from fedtune.io import read_lines
 from fedtune.models.load import LoadedModel, load
 from fedtune.types import CorruptFileError, DataError
@@ -98,10 +99,10 @@ def test_the_nucleus_is_the_smallest_set_that_reaches_the_mass() -> None:
 def test_official_programs_are_generated_in_float32_and_the_weights_given_back(tmp_path: Path) -> None:
     half = load(ModelSettings(name=str(make_folder(tmp_path / "m")), dtype="bfloat16")).model
     before = {n: p.detach().clone() for n, p in half.named_parameters()}
-    with code._precision(half, "official"):
+    with Completions(sampled=True).prepared(half):
         assert {p.dtype for p in half.parameters()} == {torch.float32}
     assert all(p.dtype == torch.bfloat16 and torch.equal(p, before[n]) for n, p in half.named_parameters())
-    with code._precision(half, "greedy"):
+    with Completions().prepared(half):
         assert {p.dtype for p in half.parameters()} == {torch.bfloat16}
 
 
@@ -133,7 +134,7 @@ def _toy(monkeypatch: pytest.MonkeyPatch, texts: dict[str, list[str]]) -> list[i
         for prompt in prompts:
             yield [texts[prompt]]
 
-    monkeypatch.setattr(code, "complete", fixed)
+    monkeypatch.setattr(generate, "complete", fixed)
     return asked
 
 

@@ -20,7 +20,8 @@ from fedtune.evaluation import likelihood, official
 from fedtune.evaluation.generate import Decoding, complete
 from fedtune.evaluation.items import load
 from fedtune.evaluation.retry import Failed, batches
-from fedtune.evaluation.run import _sample, evaluate
+from fedtune.evaluation.run import evaluate
+from fedtune.evaluation.scorers import KINDS
 from fedtune.experiment.evaluate import evaluate as evaluate_model
 from fedtune.experiment.run import run
 from fedtune.io import read_lines
@@ -96,16 +97,16 @@ def test_a_chat_prompt_is_encoded_as_the_template_wrote_it(
     turns = [{"role": "user", "content": item.question}]
     want = tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_dict=False)
     assert want[0] == tokenizer.bos_token_id
-    for candidate in likelihood._candidates(item, "sentiment", tokenizer, config):
+    for candidate in likelihood._candidates(item, str, tokenizer, config):
         assert list(candidate.ids[: candidate.start]) == want
 
 
 def test_answers_that_all_have_no_likelihood_are_an_error_and_not_the_first_one() -> None:
     item = Item("x", "x", ("a", "b"), 0)
-    none, some = (_sample(item, [-math.inf, other], "choice", "likelihood") for other in (-math.inf, -9.0))
+    none, some = (KINDS["choice"]["likelihood"].sample(item, [-math.inf, other]) for other in (-math.inf, -9.0))
     assert none["error"] == "the model's likelihood of every answer is zero"
     assert (none["correct"], none["valid"], some["predicted"]) == (False, False, "b")
-    assert "error" in _sample(Item("x", "x", ("a",), 0), [-math.inf], "solution", "likelihood")
+    assert "error" in KINDS["solution"]["likelihood"].sample(Item("x", "x", ("a",), 0), [-math.inf])
 
 
 def _refused(tiny_folder: Path, ask: Callable[[Any, Any, list[Item]], Iterator[Any]], **settings: Any) -> None:
@@ -137,7 +138,7 @@ def test_official_answers_from_logits_that_are_no_numbers_are_errors(
 @pytest.mark.parametrize("golds", [("A", "B"), ("maybe", "no")])
 def test_an_official_choice_from_logits_that_are_no_numbers_is_an_error(tiny_folder: Path, golds: Any) -> None:
     def ask(model: Any, tokenizer: Any, items: list[Item]) -> Iterator[Any]:
-        return official.choose(model, tokenizer, [replace(item, answers=golds) for item in items], "choice")
+        return official.choose(model, tokenizer, [replace(item, answers=golds) for item in items])
 
     _refused(tiny_folder, ask)
 

@@ -10,12 +10,13 @@ from hypothesis import strategies as st
 
 from fedtune.config import Config, Settings
 from fedtune.domains.base import Item, Task, multiple_choice
-from fedtune.evaluation import code, likelihood, official, programs
+from fedtune.evaluation import generate, likelihood, official, programs
 from fedtune.evaluation.items import TaskItems
-from fedtune.evaluation.metrics import summarise
 from fedtune.evaluation.retry import Failed, batches
 from fedtune.evaluation.run import evaluate
 from fedtune.evaluation.sandbox import Outcome
+from fedtune.evaluation.scorers import KINDS
+from fedtune.evaluation.scorers.program import Program
 from fedtune.io import read_lines, write_lines
 from fedtune.types import CancelledError, CorruptFileError, ModelError
 
@@ -123,8 +124,8 @@ def test_a_program_whose_generation_raises_counts_as_failed(
             raise RuntimeError("CUDA out of memory")
         yield [["good"] * samples for _ in prompts]
 
-    monkeypatch.setattr(code, "complete", complete)
-    monkeypatch.setattr(code, "unavailable", lambda loaded: "")
+    monkeypatch.setattr(generate, "complete", complete)
+    monkeypatch.setattr(Program, "unavailable", lambda self, task: "")
     monkeypatch.setattr(
         programs,
         "run",
@@ -149,7 +150,7 @@ def test_a_program_whose_generation_raises_counts_as_failed(
 def test_a_withheld_score_says_what_was_raised_most_often() -> None:
     rows = [{"error": f"TemplateError: {'x' * 400}" if i % 3 else "KeyError: 7"} for i in range(9)]
     rows = [{"gold": "A", "predicted": "", "correct": False, "strict": False, "valid": False, **r} for r in rows]
-    why = summarise("toy", "official", "choice", rows).withheld
+    why = KINDS["choice"]["official"].summarise("toy", rows).withheld
     assert why.startswith("9 of 9 items raised an error, more than 1.0%: 6 of them TemplateError: xxx")
     assert len(why) < 400
 
@@ -158,7 +159,7 @@ def test_a_solution_that_raised_withholds_the_mean() -> None:
     """It has no likelihood: left out, the mean would be over other items; as 0 it would be the best of all."""
     rows = [{"value": -1.5, "gold": "", "predicted": "", "correct": False}] * 999
     rows.append({"value": None, "gold": "", "predicted": "", "correct": False, "error": "RuntimeError: x"})
-    found = summarise("toy", "likelihood", "solution", rows)
+    found = KINDS["solution"]["likelihood"].summarise("toy", rows)
     assert (found.score, found.errors) == (None, 1)
     assert "1 of 1000 items raised an error" in found.withheld
 

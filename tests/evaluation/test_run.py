@@ -36,10 +36,10 @@ def loaded(tiny_config: Config) -> TaskItems:
     return load(TASKS["fpb"], tiny_config, 0)
 
 
-def _reference(model: LoadedModel, item: Item, config: Config, kind: str) -> list[float]:
+def _reference(model: LoadedModel, item: Item, config: Config, wrapped: Callable[[str], str]) -> list[float]:
     """Score each answer with one plain, unpacked forward pass."""
     scores = []
-    for candidate in likelihood._candidates(item, kind, model.tokenizer, config):
+    for candidate in likelihood._candidates(item, wrapped, model.tokenizer, config):
         logits = model.model(input_ids=torch.tensor([candidate.ids])).logits[0].float().log_softmax(-1)
         steps = range(candidate.start - 1, len(candidate.ids) - 1)
         scores.append(float(torch.stack([logits[i, candidate.ids[i + 1]] for i in steps]).mean()))
@@ -47,22 +47,22 @@ def _reference(model: LoadedModel, item: Item, config: Config, kind: str) -> lis
 
 
 @pytest.mark.parametrize("prompt", ["training", "official", "chat"])
-@pytest.mark.parametrize(("items", "kind"), [(QUESTIONS, "choice"), (SENTENCES, "sentiment")])
+@pytest.mark.parametrize(("items", "wrapped"), [(QUESTIONS, official.wrap), (SENTENCES, str)])
 def test_packed_likelihood_is_the_plain_one(
-    model: LoadedModel, settings: Callable[..., Settings], items: list[Item], kind: str, prompt: str
+    model: LoadedModel, settings: Callable[..., Settings], items: list[Item], wrapped: Callable[[str], str], prompt: str
 ) -> None:
     config = settings(eval__prompt=prompt).config
-    packed = [s for batch in likelihood.score(model.model, model.tokenizer, items, kind, config) for s in batch]
+    packed = [s for batch in likelihood.score(model.model, model.tokenizer, items, wrapped, config) for s in batch]
     with torch.inference_mode():
-        plain = [_reference(model, item, config, kind) for item in items]
+        plain = [_reference(model, item, config, wrapped) for item in items]
     assert torch.tensor(packed) == pytest.approx(torch.tensor(plain), abs=1e-4)
 
 
 def test_the_official_choice_is_what_generate_gives_one_prompt_at_a_time(model: LoadedModel) -> None:
-    quick = [t for batch in official.choose(model.model, model.tokenizer, QUESTIONS, "choice") for t in batch]
+    quick = [t for batch in official.choose(model.model, model.tokenizer, QUESTIONS) for t in batch]
     slow = []
     for item in QUESTIONS:
-        ids = model.tokenizer(official.wrap(item.prompt, "choice"), return_tensors="pt").input_ids
+        ids = model.tokenizer(official.wrap(item.prompt), return_tensors="pt").input_ids
         made = model.model.generate(inputs=ids, max_new_tokens=1, do_sample=False, pad_token_id=2)
         slow.append(model.tokenizer.decode(made[0][ids.shape[1] :], skip_special_tokens=True))
     assert quick == slow
@@ -71,8 +71,8 @@ def test_the_official_choice_is_what_generate_gives_one_prompt_at_a_time(model: 
 def test_a_repetition_penalty_of_the_model_applies_as_in_generate(tiny_folder: Path) -> None:
     fresh = load_model(ModelSettings(name=str(tiny_folder)))
     fresh.model.generation_config.repetition_penalty = 5.0
-    quick = next(official.choose(fresh.model, fresh.tokenizer, QUESTIONS[:4], "choice"))
-    text = fresh.tokenizer(official.wrap(QUESTIONS[0].prompt, "choice"))["input_ids"]
+    quick = next(official.choose(fresh.model, fresh.tokenizer, QUESTIONS[:4]))
+    text = fresh.tokenizer(official.wrap(QUESTIONS[0].prompt))["input_ids"]
     assert quick[0] == official._generate_one(fresh.model, fresh.tokenizer, text, 1)
 
 
@@ -81,9 +81,9 @@ def test_the_first_gold_of_a_batch_decides_how_much_is_decoded(model: LoadedMode
     one = Item("p", "q", ("x", "no such single token"), 0)
     tokens = len(model.tokenizer("no such single token", add_special_tokens=False)["input_ids"])
     assert tokens > 1
-    first = next(official.choose(model.model, model.tokenizer, [long, one], "choice"))
-    second = next(official.choose(model.model, model.tokenizer, [one, long], "choice"))
-    ids = model.tokenizer(official.wrap("p", "choice"))["input_ids"]
+    first = next(official.choose(model.model, model.tokenizer, [long, one]))
+    second = next(official.choose(model.model, model.tokenizer, [one, long]))
+    ids = model.tokenizer(official.wrap("p"))["input_ids"]
     assert first[1] == official._generate_one(model.model, model.tokenizer, ids, tokens)
     assert second[0] == official._generate_one(model.model, model.tokenizer, ids, 1)
 

@@ -191,11 +191,9 @@ def logits_of(model: Any, ids: Sequence[int]) -> Any:
 
 
 def check_likelihood(loaded: LoadedModel, truth: Any, config: Config) -> None:
-    found = [s for batch in likelihood.score(loaded.model, loaded.tokenizer, ITEMS, "sentiment", config) for s in batch]
+    found = [s for batch in likelihood.score(loaded.model, loaded.tokenizer, ITEMS, str, config) for s in batch]
     for item, scores in zip(ITEMS, found, strict=True):
-        for candidate, score in zip(
-            likelihood._candidates(item, "sentiment", loaded.tokenizer, config), scores, strict=True
-        ):
+        for candidate, score in zip(likelihood._candidates(item, str, loaded.tokenizer, config), scores, strict=True):
             with torch.no_grad():
                 logs = logits_of(truth, candidate.ids).log_softmax(-1)[candidate.start - 1 : -1]
             own = logs.gather(1, torch.tensor(candidate.ids[candidate.start :])[:, None]).mean()

@@ -241,7 +241,7 @@ def test_official_answers_are_the_mixtures(config: Config) -> None:
     assert all(torch.allclose(mix.flatten(), want, atol=1e-6) for mix in seen)
     seen.clear()
     several = [Item(prompt="Is it so?", question="q", answers=("maybe so", "no"), gold=0)]
-    list(official.choose(model.model, model.base.tokenizer, several, "boolean"))
+    list(official.choose(model.model, model.base.tokenizer, several))
     assert len(seen) > 1
     assert all(mix is not None for mix in seen)
     with pytest.raises(AdapterError, match="depends on the text"):

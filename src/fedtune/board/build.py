@@ -14,6 +14,7 @@ import numpy as np
 from fedtune import __version__
 from fedtune.board import pairs as pairs_of
 from fedtune.board.store import left_out_line, readable
+from fedtune.evaluation import scorers
 from fedtune.io import canonical, digest
 from fedtune.methods import METHODS
 from fedtune.results.entry import Entry
@@ -71,12 +72,13 @@ def _task(recipe: Recipe, score: Score) -> dict[str, Any]:
     base = [_score(arm, score) if (arm := e.arm("base")) else None for e in recipe.entries]
     mean = _mean([s.score if s else None for s in same])
     seeds = [s.score for s in same if s and s.score is not None]
-    known = mean is not None and score.metric == "accuracy" and score.n
+    known = mean is not None and scorers.metric(score.metric).hits and score.n
     low, high = _wilson(mean, score.n) if known and mean is not None else (score.interval or (None, None))
     return {
         "task": score.task,
         "mode": score.mode,
         "metric": score.metric,
+        "averaged": scorers.metric(score.metric).averaged,
         "n": score.n,
         "score": mean,
         "low": low,
@@ -121,7 +123,7 @@ def _size(millions: float | None) -> str:
 
 
 def _average(tasks: Sequence[dict[str, Any]], mode: str, key: str = "score") -> float | None:
-    return _mean([t[key] for t in tasks if t["mode"] == mode and t["metric"] != "nats_per_token"])
+    return _mean([t[key] for t in tasks if t["mode"] == mode and t["averaged"]])
 
 
 def remarks(recipe: Recipe) -> list[str]:

@@ -5,13 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from fedtune.evaluation import scorers
 from fedtune.io import write_bytes, write_json
 from fedtune.results.entry import Entry, inert
 from fedtune.results.schema import Score
 
 
 def _metric(score: Score) -> str:
-    return {"accuracy": "acc", "pass@1": "pass@1"}.get(score.metric, score.metric)
+    return scorers.metric(score.metric).short or score.metric
 
 
 def reproduce(entry: Entry) -> str:

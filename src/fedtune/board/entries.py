@@ -12,6 +12,7 @@ from fedtune.board import sets
 from fedtune.board.sets import samples
 from fedtune.config.load import read_toml
 from fedtune.domains import TASKS
+from fedtune.evaluation import scorers
 from fedtune.evaluation.known import samples_sha256
 from fedtune.evaluation.metrics import as_counted, sample_value
 from fedtune.io import only_files, read_json, read_lines, reading
@@ -29,13 +30,13 @@ def _answers(run: Path, arm: Arm) -> Iterator[tuple[str, Answers]]:
     if arm.per_client:
         return
     for score in arm.scores:
-        if score.metric == "nats_per_token" or score.task not in TASKS:
+        if score.task not in TASKS or not scorers.metric(score.metric).averaged:
             continue
         with reading(run / "evals" / arm.name / f"{score.task}.{score.mode}.jsonl"):
             rows = samples(run, arm.name, score.task, score.mode)
             values = [sample_value(r) for r in as_counted(rows)]
             # paired by what the samples hold, not by the hash that a submitter says
-            items = samples_sha256(rows, TASKS[score.task].kind)
+            items = samples_sha256(rows, scorers.key(TASKS[score.task]))
         if values and set(values) <= {0.0, 1.0}:
             packed = Answers.pack([v == 1 for v in values], items)
             yield f"{arm.name}/{score.task}/{score.mode}", packed

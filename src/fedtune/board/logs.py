@@ -10,6 +10,7 @@ from pathlib import Path
 from fedtune.board.archive import is_clutter
 from fedtune.board.samples import against
 from fedtune.board.sets import client_rooms, log_path, named_logs, samples
+from fedtune.config.schema import EvalSettings
 from fedtune.domains import TASKS
 from fedtune.io import read_json, read_lines
 from fedtune.methods import METHODS
@@ -93,12 +94,12 @@ def _point(folder: Path, entry: Entry, room: str, score: Score, in_the_end: Call
     if score.task not in TASKS:
         yield "is of no task that is known here"
         return
-    mean, settings = _personal(entry, "federated"), entry.config["eval"]
+    mean, settings = _personal(entry, "federated"), EvalSettings.model_validate(entry.config["eval"])
     rooms, last = (_rooms(folder, entry, name) for name in (room, "federated"))
     if len(rooms) != len(last):
         yield f"{len(rooms)} clients have samples, {len(last)} in the end"
         return
-    yield from against(folder, rooms, score, settings["max_error_rate"], mean=mean, samples=settings["samples"])
+    yield from against(folder, rooms, score, settings, mean=mean)
     # without samples of the round nothing is to be compared
     if not any(log_path(folder, name, score.task, score.mode).exists() for name in rooms):
         return

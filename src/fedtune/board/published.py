@@ -9,8 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from fedtune.board import sets
-from fedtune.domains import TASKS
-from fedtune.evaluation import published
+from fedtune.evaluation.published import SCORED, scored
 from fedtune.io import read_json, reading
 from fedtune.models.zoo import zoo
 from fedtune.results.entry import Answers, Costs, Entry
@@ -31,10 +30,9 @@ def _impossible(claim: float, n: int) -> str:
 
 def _again(root: Path, item: dict[str, Any]) -> tuple[Score, list[bool], str]:
     """Score one file of generations again, and tell which items are right and why they are not the whole known set."""
-    references = root / item["references_file"] if item.get("references_file") else None
-    if TASKS[item["task"]].kind != "program":
-        references = None
-    return published.scored(item["task"], root / item["generations_file"], "official", references, as_asked=False)
+    tests = item.get("references_file") if SCORED[item["task"]].with_tests else None
+    references = root / tests if tests else None
+    return scored(item["task"], root / item["generations_file"], "official", references, as_asked=False)
 
 
 def _judged(item: dict[str, Any], score: Score) -> str:
@@ -71,7 +69,7 @@ def _entry(root: Path, items: list[dict[str, Any]], facts: dict[str, Any], on_ta
         on_task(f"{first['participant']} {item['task']}")
         score, right, lacks = _again(root, item)
         unranked += [plain(f"{item['task']}: {lacks}", sets.MOST)] if lacks else []
-        if lacks and TASKS[item["task"]].kind == "program":
+        if lacks and SCORED[item["task"]].with_tests:
             worst = max(worst, "reported", key=WORSE.index)  # by tests that nobody here knows
         scores.append(score)
         answers[f"federated/{score.task}/{score.mode}"] = Answers.pack(right, score.items_sha256)
@@ -106,8 +104,8 @@ def _entry(root: Path, items: list[dict[str, Any]], facts: dict[str, Any], on_ta
 def _check_once(root: Path, items: Sequence[dict[str, Any]]) -> None:
     """Make sure a run has known tasks, each once: two runs in one row would be an average of nothing."""
     names = [item["task"] for item in items]
-    if unknown := next((n for n in names if n not in TASKS), ""):
-        raise CorruptFileError(f"{root / 'index.json'}: unknown task {unknown!r}; {nearest(str(unknown), TASKS)}")
+    if unknown := next((n for n in names if n not in SCORED), ""):
+        raise CorruptFileError(f"{root / 'index.json'}: unknown task {unknown!r}; {nearest(str(unknown), SCORED)}")
     if twice := sorted({n for n in names if names.count(n) > 1}):
         who = f"{items[0]['participant']}, {items[0]['domain']}, {items[0]['model']}"
         raise CorruptFileError(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 
+from fedtune.evaluation import scorers
 from fedtune.results.entry import Entry, inert
 from fedtune.results.schema import Arm, Score
 from fedtune.types import counted
@@ -17,7 +18,7 @@ STYLE = (
 
 
 def _number(value: float | None, metric: str) -> str:
-    return "withheld" if value is None else f"{value:.4f}" if metric == "nats_per_token" else f"{value:.1%}"
+    return "withheld" if value is None else format(value, scorers.metric(metric).report)
 
 
 def _interval(score: Score) -> str:

@@ -9,7 +9,7 @@ from typing import Any
 
 from fedtune.data.files import parse_rows, read_text_file
 from fedtune.domains import DOMAINS, TASKS
-from fedtune.evaluation import known
+from fedtune.evaluation import known, scorers
 from fedtune.io import digest, reading
 from fedtune.results.entry import Point
 from fedtune.results.schema import PATH_PART, Arm, Score
@@ -90,7 +90,7 @@ def samples(run: Path, room: str, task: str, mode: str) -> list[dict[str, Any]]:
 def missing_tasks(domain: str, scores: Sequence[Score]) -> Iterator[str]:
     """Yield, for each evaluation, which of the domain's benchmark sets a list of scores lacks."""
     wanted = [t.name for t in DOMAINS[domain].tasks] if domain in DOMAINS else []
-    for mode in sorted({s.mode for s in scores if s.metric != "nats_per_token"}):
+    for mode in sorted({s.mode for s in scores if scorers.metric(s.metric).averaged}):
         lacking = [name for name in wanted if name not in {s.task for s in scores if s.mode == mode}]
         if lacking:
             yield f"{mode}: not evaluated on {', '.join(lacking)}"
@@ -99,6 +99,11 @@ def missing_tasks(domain: str, scores: Sequence[Score]) -> Iterator[str]:
 MOST = 500  # letters of a reason that an entry keeps
 # what of a sample is the model's own, and not how it was judged or written down
 ANSWERED = ("i", "gold", "scores", "value", "output", "programs")
+
+
+def _distinct(score: Score) -> bool:
+    scorer = scorers.find(TASKS[score.task], score.mode) if score.task in TASKS else None
+    return scorer is not None and scorer.distinct
 
 
 def fingerprints(run: Path, arm: Arm, losses: Sequence[float | None]) -> dict[str, str]:
@@ -117,7 +122,7 @@ def fingerprints(run: Path, arm: Arm, losses: Sequence[float | None]) -> dict[st
         if any(logs):
             rows = [[[row.get(key) for key in ANSWERED] for row in log] for log in logs]
             with reading(run / "evals" / arm.name / f"{score.task}.{score.mode}.jsonl"):  # a number may be infinite
-                made = digest(rows if score.mode == "likelihood" else [rows, list(losses)])
+                made = digest(rows if _distinct(score) else [rows, list(losses)])
             found[f"{score.task}/{score.mode}"] = made
     return found
 
@@ -149,5 +154,6 @@ def _of_part(run: Path, arm: Arm) -> Iterator[str]:
         if score.score is None or task is None:
             continue
         logs = [samples(run, room, score.task, score.mode) for room in rooms]
-        found = {why for rows in logs if (why := known.shortfall(task.name, score.mode, task.kind, task.n, rows))}
+        key = scorers.key(task)
+        found = {why for rows in logs if (why := known.shortfall(task.name, score.mode, key, task.n, rows))}
         yield from (f"{task.name} ({score.mode}): {why}" for why in sorted(found))

@@ -21,7 +21,7 @@ from fedtune.board.traffic import byte_problems
 from fedtune.config import Config, read_protocol
 from fedtune.config.load import read_toml
 from fedtune.domains import TASKS
-from fedtune.evaluation import again
+from fedtune.evaluation import again, scorers
 from fedtune.io import file_sha256
 from fedtune.models import zoo
 from fedtune.results.entry import Entry
@@ -155,10 +155,9 @@ def _evaluated(folder: Path, entry: Entry) -> Iterator[Problem]:
     """Yield what the settings ask to be evaluated and an arm does not have."""
     config = load([read_toml(folder / "config.toml")], here=False).config
     wanted: set[tuple[str, str]] = {
-        (task.name, "greedy" if task.kind == "program" and mode == "likelihood" else mode)
+        (task.name, scorer.mode)
         for task in domains.chosen_tasks(config)
-        for mode in config.eval.modes
-        if not (mode == "official" and task.kind == "solution")
+        for scorer in scorers.planned(task, config.eval)
     }
     for arm in entry.arms:
         have = Counter((s.task, s.mode) for s in arm.scores)
@@ -183,7 +182,7 @@ def _scores(folder: Path, entry: Entry) -> Iterator[Problem]:
             where = f"{arm.name}/{score.task} ({score.mode})"
             if not arm.per_client and (why := impossible(score)):
                 yield Problem(where, why)
-            for problem in recomputed(folder, arm, score, settings.max_error_rate, settings.samples):
+            for problem in recomputed(folder, arm, score, settings):
                 yield Problem(where, problem)
 
 
@@ -251,8 +250,8 @@ def _found(check: Callable[[Path, Entry], Iterable[Problem]], folder: Path, entr
 def not_run_again(entry: Entry) -> list[str]:
     """Return which scores stand on outcomes of programs that cannot be run again on this machine, and why."""
     tasks = {s.task: TASKS[s.task] for arm in entry.arms for s in arm.scores if s.task in TASKS}
-    reasons = {name: again.unable(task) for name, task in tasks.items() if task.kind == "program"}
-    return [f"{name}: programs not run again here: {why}" for name, why in sorted(reasons.items()) if why]
+    reasons = {name: scorers.not_run_again(task) for name, task in tasks.items()}
+    return [f"{name}: {why}" for name, why in sorted(reasons.items()) if why]
 
 
 def added(path: Path, store: Path) -> bool:

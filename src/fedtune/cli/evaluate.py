@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, get_args
 
 import typer
 
@@ -17,7 +17,10 @@ if TYPE_CHECKING:
 
 
 def _modes(mode: str) -> list[str]:
-    known = {"official": ["official"], "likelihood": ["likelihood"], "both": ["likelihood", "official"]}
+    from fedtune.config.schema import Mode
+
+    words = sorted(get_args(Mode))
+    known = {"both": words, **{word: [word] for word in words}}
     if mode not in known:
         raise ConfigError("command line", [Problem(f"--mode {mode}", "unknown mode", "official, likelihood or both")])
     return known[mode]

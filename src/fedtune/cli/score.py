@@ -9,7 +9,6 @@ from typing import Annotated
 import typer
 
 from fedtune.cli.say import say
-from fedtune.types import ConfigError, Problem
 
 
 def score(
@@ -22,9 +21,7 @@ def score(
     """Score a generation file somebody published."""
     from fedtune.evaluation import published
 
-    if mode not in ("official", "strict"):
-        raise ConfigError("command line", [Problem(f"--mode {mode}", "unknown mode", "official or strict")])
-    result, _, why = published.scored(task, file, "official" if mode == "official" else "strict", references)
+    result, _, why = published.scored(task, file, mode, references)
     if why:
         say(f"{task}: not a score of the known set: {why}", err=True)
     if json_output:

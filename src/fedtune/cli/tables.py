@@ -8,6 +8,7 @@ from pathlib import Path
 from rich import box
 from rich.table import Column, Table
 
+from fedtune.evaluation import scorers
 from fedtune.evaluation.metrics import as_counted, sample_value, trivial_score
 from fedtune.io import read_lines, reading
 from fedtune.results.schema import Arm, Result, Score
@@ -17,7 +18,7 @@ from fedtune.types import counted
 
 def number(value: float | None, metric: str = "accuracy") -> str:
     """Return a score for people; withheld ones as a dash."""
-    return "-" if value is None else f"{value:.4f}" if metric == "nats_per_token" else f"{value:.3f}"
+    return "-" if value is None else format(value, scorers.metric(metric).table)
 
 
 def span(low: float, high: float, metric: str = "accuracy") -> str:
@@ -65,11 +66,9 @@ def _spread(arm: Arm, score: Score) -> str:
 
 def _row(run: Path | None, arm: Arm, score: Score) -> tuple[str, ...]:
     shown = number(score.score, score.metric) if not score.withheld else "withheld"
-    valid = "" if score.valid_rate is None else f"{score.valid_rate:.0%}"
-    if "compile_rate" in score.details:
-        valid = f"{score.details['compile_rate']:.0%}, {score.details['timeout_rate']:.0%}"
+    quality = scorers.metric(score.metric).quality_of(score)
     known = score.withheld or interval(score) + _spread(arm, score)
-    return arm.name, str(score.n), shown, known, _delta(run, arm, score), valid
+    return arm.name, str(score.n), shown, known, _delta(run, arm, score), quality
 
 
 def _majority(score: Score) -> tuple[str, ...] | None:
@@ -88,7 +87,7 @@ def _table(title: str, metric: str, rows: Sequence[tuple[str, ...]]) -> Table:
         Column("score", justify="right", no_wrap=True),
         Column("95 % interval", overflow="fold"),
         Column("gain over base, paired", overflow="fold"),
-        Column("compiles, timeouts" if metric == "pass@1" else "valid", justify="right", overflow="fold"),
+        Column(scorers.metric(metric).quality, justify="right", overflow="fold"),
     ]
     shown = [i for i in range(len(columns)) if any(row[i] for row in rows)]
     table = Table(*(columns[i] for i in shown), title=title, title_justify="left", title_style="bold")

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
 
 from fedtune.data.hub import HubSet
 from fedtune.domains import rows
 
-Kind = Literal["choice", "boolean", "sentiment", "solution", "program"]
 Row = rows.Row
 LETTERS = "ABCDEFGHIJ"
 SENTIMENTS = ("negative", "neutral", "positive")
@@ -51,7 +49,7 @@ class Task:
 
     Attributes:
         name: on the command line and in results.
-        kind: decides prompts, extraction and scoring.
+        kind: names its scorers (`fedtune.evaluation.scorers`), which decide how it is asked, read and scored.
         item: one row -> one item; None leaves the row out (no gold).
         hub: the sets on the Hub, in the benchmark's order; empty for a packaged set.
         file: the stem of its file under `eval/<domain>/` of a data folder.
@@ -65,7 +63,7 @@ class Task:
     """
 
     name: str
-    kind: Kind
+    kind: str
     item: Callable[[Row], Item | None]
     hub: tuple[HubSet, ...] = ()
     file: str = ""

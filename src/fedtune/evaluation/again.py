@@ -23,7 +23,6 @@ from fedtune.config.rows import DataSettings
 from fedtune.domains import DOMAINS
 from fedtune.domains.base import Item, Task
 from fedtune.evaluation import items, programs, sandbox
-from fedtune.results.schema import Score
 from fedtune.types import FedtuneError
 
 MAX_PROGRAMS, MAX_CHARS = 20_000, 200_000
@@ -165,9 +164,9 @@ def _tests_of_the_set(task: Task, count: int) -> tuple[list[str], str]:
         return [], f"run with the tests published beside them; those of the set are not at hand: {err}"
 
 
-def score_published(
+def run_published(
     task: Task, path: Path, references: Path | None = None, *, as_asked: bool = False
-) -> tuple[Score, list[dict[str, Any]], str]:
+) -> tuple[list[dict[str, Any]], str]:
     """Run a published generations file (a list of lists of programs) again, with the known set's tests.
 
     Args:
@@ -177,7 +176,7 @@ def score_published(
         as_asked: run them with `references` in any case.
 
     Returns:
-        The score, each problem's outcomes, and why the score is not that of the known set; empty where it is.
+        Each problem's outcomes, and why they are not those of the known set; empty where they are.
 
     Raises:
         DataError: no tests. CorruptFileError: the files do not fit. SandboxError: nothing can be run.
@@ -188,4 +187,4 @@ def score_published(
     if why or len(tests) != len(texts):
         tests = programs.published_tests(task, path, references, len(texts))
         why = why or "the set at hand has another number of problems; run with the tests published beside them"
-    return *programs.run_published(task, texts, tests), why
+    return programs.run_published(task, texts, tests), why

@@ -1,14 +1,18 @@
-"""What an answer is: FlowerTune's official extractor, bit-compatible, and a strict reading beside it. No torch."""
+"""How FlowerTune asks, and what it reads in an answer, bit-compatible; a strict reading beside it. No torch."""
 
 from __future__ import annotations
 
 import re
-
-from fedtune.domains.base import SENTIMENTS, Kind
+from collections.abc import Callable
 
 _READABLE = frozenset({"a", "b", "c", "d", "e", "yes", "no"})
 _FOLDS = (("yesyes", "yes"), ("nono", "no"), ("yesno", "yes"), ("noyes", "no"))
 ANSWER_MARK = "Answer: "
+
+
+def wrap(prompt: str) -> str:
+    """Wrap a question's prompt as the official evaluation does, ChatML-like; sentiment prompts stay as they are."""
+    return f"<|im_start|>question\n{prompt}<|im_end|>\n<|im_start|>answer\n"
 
 
 def _squeeze(text: str) -> str:
@@ -30,49 +34,42 @@ def official_label(text: str) -> str:
     return "negative" if "negative" in text or "Negative" in text else "neutral"
 
 
-def official_answer(output: str, kind: Kind) -> str:
+def _official(output: str, shorten: Callable[[str], str]) -> str:
     """Return what FlowerTune's `format_answer` reads in an output.
 
-    For multiple choice the first letter counts, so "Based on" is b. What cannot be read is the whole
-    lower-cased output, which then equals the gold answer only if it is exactly that (so "maybe" counts, and
-    "maybe." does not).
+    What cannot be read is the whole lower-cased output, which then equals the gold answer only if it is exactly that
+    (so "maybe" counts, and "maybe." does not).
     """
-    if kind == "sentiment":
-        return official_label(output)
     raw = output.lower()
     text = raw
     if "\n##" in text:
         text = text.split("\n##")[1].split("\n")[0].strip().lower()
-    text = _squeeze(text)
-    if kind == "boolean":
-        text = _fold(text)
-    text = text.encode("ascii", "ignore").decode("ascii")
-    if kind != "boolean":
-        text = text[:1]
+    text = shorten(_squeeze(text))
     return text if text in _READABLE else raw
 
 
-def official_correct(output: str, gold: str, kind: Kind) -> bool:
-    """Tell whether the official evaluation counts an output as right."""
-    if kind == "sentiment":
-        return official_label(output) == official_label(gold)
-    return official_answer(output, kind) == gold.lower()
+def official_letter(output: str) -> str:
+    """Return what is read of multiple choice: the first letter counts, so "Based on" is b."""
+    return _official(output, lambda text: text.encode("ascii", "ignore").decode("ascii")[:1])
+
+
+def official_verdict(output: str) -> str:
+    """Return what is read of yes, no, maybe, the first doubled one folded."""
+    return _official(output, lambda text: _fold(text).encode("ascii", "ignore").decode("ascii"))
 
 
 def bare(output: str) -> str:
-    """Return an output without its case and punctuation, as `strict_answer` holds it against letters and verdicts."""
+    """Return an output without its case and punctuation, as `strict_word` holds it against letters and verdicts."""
     return _squeeze(output).lower()
 
 
-def strict_answer(output: str, kind: Kind, answers: tuple[str, ...] | None = None) -> str | None:
-    """Return the answer if the output is one, else None.
-
-    A letter or a verdict must be the whole output but for case, space and punctuation; of the sentiment
-    words exactly one must occur.
-    """
-    if kind == "sentiment":
-        found = {w for w in re.findall(r"[a-z]+", output.lower()) if w in SENTIMENTS}
-        return found.pop() if len(found) == 1 else None
-    allowed = answers or (("yes", "no", "maybe") if kind == "boolean" else tuple("ABCDE"))
+def strict_word(output: str, answers: tuple[str, ...]) -> str | None:
+    """Return the letter or verdict that is the whole output but for case, space and punctuation, else None."""
     word = bare(output)
-    return next((a for a in allowed if a.lower() == word), None)
+    return next((a for a in answers if a.lower() == word), None)
+
+
+def strict_label(output: str, answers: tuple[str, ...]) -> str | None:
+    """Return the one of some words that occurs in an output alone, else None."""
+    found = {w for w in re.findall(r"[a-z]+", output.lower()) if w in answers}
+    return found.pop() if len(found) == 1 else None

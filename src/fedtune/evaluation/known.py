@@ -13,7 +13,6 @@ from collections.abc import Mapping, Sequence
 from importlib import resources
 from typing import Any
 
-from fedtune.domains.base import Kind
 from fedtune.io import digest
 
 Rows = Sequence[Mapping[str, Any]]
@@ -26,17 +25,22 @@ def sets() -> dict[str, dict[str, list[str]]]:
     return dict(json.loads(text))
 
 
-def samples_sha256(rows: Rows, kind: Kind) -> str:
-    """Return the hash of a log's samples as far as their set decides them."""
-    name = "group" if kind == "program" else "gold"
-    return digest([[r.get("i"), r.get(name), r.get("same_prompt_as")] for r in rows])
+def samples_sha256(rows: Rows, key: str) -> str:
+    """Return the hash of a log's samples as far as their set decides them.
+
+    Args:
+        rows: the samples.
+        key: the value that says, with its place, which item a sample is of: its right answer or its name.
+    """
+    return digest([[r.get("i"), r.get(key), r.get("same_prompt_as")] for r in rows])
 
 
-def shortfall(task: str, mode: str, kind: Kind, n: int, rows: Rows) -> str:
+def shortfall(task: str, mode: str, key: str, n: int, rows: Rows) -> str:
     """Say why samples are not those of a task's whole known set, or return an empty string.
 
     Args:
-        task, mode, kind: of the log.
+        task, mode: of the log.
+        key: as `samples_sha256` takes it.
         n: how many items the whole set has; 0 where that is not known.
         rows: the samples, without the log's first line.
     """
@@ -44,7 +48,7 @@ def shortfall(task: str, mode: str, kind: Kind, n: int, rows: Rows) -> str:
     if known is None:
         return "no whole set of this task is known"
     wanted = known.get(mode) or known["any"]
-    if samples_sha256(rows, kind) in wanted:
+    if samples_sha256(rows, key) in wanted:
         return ""
     if n and len(rows) != n:
         return f"{len(rows):,} items, the whole set has {n:,}"

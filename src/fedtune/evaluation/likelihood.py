@@ -6,7 +6,7 @@ the letter's own log-probability.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,17 +16,16 @@ from torch import Tensor
 from fedtune.config import Config
 from fedtune.data.encode import Encoded, encode_pair, escape_special, render, special_tokens
 from fedtune.domains.base import Item
-from fedtune.evaluation.official import wrap
 from fedtune.models.head import log_probabilities
 from fedtune.types import ModelError
 
 MAX_TOKENS = 4096
 
 
-def prompt_text(item: Item, kind: str, tokenizer: Any, config: Config) -> str:
+def prompt_text(item: Item, wrap: Callable[[str], str], tokenizer: Any, config: Config) -> str:
     """Return the prompt of an item: the training template, a chat template, or the official wrapping."""
     if config.eval.prompt == "official":
-        return wrap(item.prompt, kind)
+        return wrap(item.prompt)
     question = escape_special(item.question, special_tokens(tokenizer))
     if config.eval.prompt == "training":
         return render(config.prompt.template, question)
@@ -49,7 +48,7 @@ def check_prompt(tokenizer: Any, config: Config) -> None:
     Raises:
         ModelError: before anything is computed.
     """
-    if config.eval.prompt != "chat" or "likelihood" not in config.eval.modes:
+    if config.eval.prompt != "chat":
         return
     other = 'set eval.prompt to "training" or "official"'
     try:
@@ -59,8 +58,8 @@ def check_prompt(tokenizer: Any, config: Config) -> None:
         raise ModelError(f"{config.model.name}: eval.prompt is chat and {why}; {other}") from err
 
 
-def _candidates(item: Item, kind: str, tokenizer: Any, config: Config) -> list[Encoded]:
-    prompt = prompt_text(item, kind, tokenizer, config)
+def _candidates(item: Item, wrap: Callable[[str], str], tokenizer: Any, config: Config) -> list[Encoded]:
+    prompt = prompt_text(item, wrap, tokenizer, config)
     # a chat template writes all special tokens itself, those at the beginning too
     special = config.eval.prompt != "chat"
     return [encode_pair(tokenizer, prompt, answer, special=special) for answer in item.answers]
@@ -134,9 +133,17 @@ def _means(logs: Tensor, row: _Row) -> list[list[float]]:
 
 
 @torch.inference_mode()
-def score(model: Any, tokenizer: Any, items: Sequence[Item], kind: str, config: Config) -> Iterator[list[list[float]]]:
-    """Yield, batch by batch and in order, each item's score of each answer (mean log-probability, nats a token)."""
-    encoded = (_candidates(item, kind, tokenizer, config) for item in items)
+def score(
+    model: Any, tokenizer: Any, items: Sequence[Item], wrap: Callable[[str], str], config: Config
+) -> Iterator[list[list[float]]]:
+    """Yield, batch by batch and in order, each item's score of each answer (mean log-probability, nats per token).
+
+    Args:
+        model, tokenizer, items: what to ask whom.
+        wrap: the official prompt around an item's own.
+        config: which prompt is taken.
+    """
+    encoded = (_candidates(item, wrap, tokenizer, config) for item in items)
     for chosen in _batches(encoded, MAX_TOKENS):
         row = _plan(chosen)
         yield _means(log_probabilities(model, row.texts, row.keep, row.wanted, share_prefix=True), row)

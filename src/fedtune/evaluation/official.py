@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fedtune.domains.base import Item, Kind
+from fedtune.domains.base import Item
 from fedtune.evaluation import alone, pinned
 from fedtune.evaluation.decode import Row, run, windowed
-from fedtune.evaluation.extract import ANSWER_MARK
+from fedtune.evaluation.extract import ANSWER_MARK, wrap
 from fedtune.evaluation.likeliest import check_scores, likeliest
 from fedtune.models import sides
 from fedtune.models.attention import packed_logits, row_weights
@@ -42,18 +42,6 @@ HARMLESS = {
 }
 # more of them for a single token that is asked for without sampling; the penalty is applied
 HARMLESS_ONCE = HARMLESS | {"cache_implementation", "do_sample", "max_new_tokens", "repetition_penalty"}
-
-
-def wrap(prompt: str, kind: str) -> str:
-    """Wrap a prompt as the official evaluation does: ChatML-like for questions, nothing for sentiment."""
-    if kind == "sentiment":
-        return prompt
-    return f"<|im_start|>question\n{prompt}<|im_end|>\n<|im_start|>answer\n"
-
-
-def batch_size(kind: Kind) -> int:
-    """Return how many items the official evaluation takes at a time; it decides more than speed."""
-    return SENTIMENT_BATCH if kind == "sentiment" else CHOICE_BATCH
 
 
 def _repetition_penalty(model: Any) -> float:
@@ -107,7 +95,7 @@ def _generate_one(model: Any, tokenizer: Any, text: Sequence[int], new_tokens: i
 
 
 @torch.inference_mode()
-def choose(model: Any, tokenizer: Any, items: Sequence[Item], kind: Kind) -> Iterator[list[str]]:
+def choose(model: Any, tokenizer: Any, items: Sequence[Item]) -> Iterator[list[str]]:
     """Yield the outputs of one official batch of questions after the other.
 
     The number of new tokens is the token length of the first gold answer of the batch: for a letter it is
@@ -117,7 +105,7 @@ def choose(model: Any, tokenizer: Any, items: Sequence[Item], kind: Kind) -> Ite
     plain = not set(model.generation_config.to_diff_dict()) - HARMLESS_ONCE
     for start in range(0, len(items), CHOICE_BATCH):
         batch = items[start : start + CHOICE_BATCH]
-        texts = [tokenizer(wrap(item.prompt, kind))["input_ids"] for item in batch]
+        texts = [tokenizer(wrap(item.prompt))["input_ids"] for item in batch]
         new_tokens = len(tokenizer(batch[0].gold_answer, add_special_tokens=False)["input_ids"])
         if new_tokens == 1 and plain:
             yield [tokenizer.decode([t], skip_special_tokens=True) for t in _first_tokens(model, texts)]

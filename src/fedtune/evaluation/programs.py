@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +11,8 @@ from fedtune.data.files import read_text_file
 from fedtune.domains.base import Task
 from fedtune.domains.program_tests import WANTED, program_tests
 from fedtune.evaluation import sandbox
-from fedtune.evaluation.metrics import withheld
 from fedtune.evaluation.sandbox import CPP, JAVASCRIPT, PYTHON, Language, Outcome
 from fedtune.io import parse_json
-from fedtune.results.schema import Score
-from fedtune.results.stats import mean_interval, proportion_interval
 from fedtune.types import CorruptFileError, DataError, MissingFileError
 
 LANGUAGES: dict[str, Language] = {"python": PYTHON, "javascript": JAVASCRIPT, "c++": CPP}
@@ -71,52 +67,6 @@ def run(
     """
     pairs = [assemble(p, t, language) for p, t in zip(programs, tests, strict=True)]
     return list(sandbox.execute_all(pairs, LANGUAGES[language], on_done))
-
-
-def summarise(
-    task: str,
-    mode: str,
-    rows: Sequence[Mapping[str, Any]],
-    k: int = 1,
-    items: str = "",
-    max_error_rate: float = 0.01,
-) -> Score:
-    """Score a task from its problems' rows, each with the `outcomes` of its samples (kind and compiled).
-
-    Problems whose programs could not be run here at all withhold the score; so does too large a share of problems
-    for which generating raised (`error`).
-    """
-    n = len(rows)
-    kinds = Counter(o["kind"] for r in rows for o in r["outcomes"])
-    total = sum(kinds.values())
-    unrun = f"{kinds['no-sandbox']} programs could not be run" if kinds["no-sandbox"] else ""
-    why = unrun or withheld(rows, max_error_rate)
-    per_problem = [_passed(r) / len(r["outcomes"]) for r in rows]
-    single = all(len(r["outcomes"]) == 1 for r in rows)
-    spread = proportion_interval(round(sum(per_problem)), n) if single else mean_interval(per_problem)
-    extra = (
-        {f"pass@{k}": math.fsum(pass_at(len(r["outcomes"]), _passed(r), k) for r in rows) / n} if k > 1 and n else {}
-    )
-    shares = {f"share_{kind}": count / total for kind, count in sorted(kinds.items())}
-    compiled = sum(o["compiled"] for r in rows for o in r["outcomes"])
-    return Score(
-        task=task,
-        mode=mode,
-        metric="pass@1",
-        n=n,
-        score=None if why else math.fsum(per_problem) / n,
-        interval=(spread.low, spread.high) if spread and not why else None,
-        errors=sum(bool(r.get("error")) for r in rows),
-        withheld=why,
-        details={**extra, **shares, "compile_rate": compiled / total, "timeout_rate": kinds["timeout"] / total}
-        if total
-        else {},
-        items_sha256=items,
-    )
-
-
-def _passed(row: Mapping[str, Any]) -> int:
-    return sum(o["kind"] == "passed" for o in row["outcomes"])
 
 
 def outcome_rows(programs: Sequence[Sequence[str]], outcomes: Sequence[Outcome]) -> list[Sample]:
@@ -183,9 +133,8 @@ def published_tests(task: Task, path: Path, references: Path | None, count: int)
     return _tests(entries, found, task.language)
 
 
-def run_published(task: Task, programs: Sequence[Sequence[str]], tests: Sequence[str]) -> tuple[Score, list[Sample]]:
-    """Run published programs with each problem's tests; return the score and each problem's outcomes."""
+def run_published(task: Task, programs: Sequence[Sequence[str]], tests: Sequence[str]) -> list[Sample]:
+    """Run published programs with each problem's tests; return each problem's outcomes."""
     flat = [p for samples in programs for p in samples]
     repeated = [t for t, samples in zip(tests, programs, strict=True) for _ in samples]
-    rows = outcome_rows(programs, run(flat, repeated, task.language))
-    return summarise(task.name, "official", rows), rows
+    return outcome_rows(programs, run(flat, repeated, task.language))

@@ -11,12 +11,9 @@ from pathlib import Path
 from torch import Tensor
 
 from fedtune import domains
-from fedtune.config import Config, Settings
+from fedtune.config import Settings
 from fedtune.data.check import WORDS
-from fedtune.domains.base import Task
-from fedtune.evaluation import items as item_sets
-from fedtune.evaluation.code import unavailable
-from fedtune.evaluation.likelihood import check_prompt
+from fedtune.evaluation.run import check_prompts, check_tasks
 from fedtune.experiment import arms, folder
 from fedtune.experiment.arms import Arm
 from fedtune.experiment.folder import RESULT, RunFolder, cancellable, open_run, status
@@ -163,14 +160,6 @@ def _result(
     )
 
 
-def _check_items(tasks: Sequence[Task], config: Config) -> None:
-    """Load every evaluation set once, so that a missing one, or a missing sandbox, is known before any training."""
-    for task in tasks:
-        loaded = item_sets.load(task, config, 1)
-        if task.kind == "program":
-            unavailable(loaded)
-
-
 def _report_data(
     run: RunFolder, data: workload.TrainingData, shards: workload.EncodedShards, reporter: Reporter
 ) -> None:
@@ -258,10 +247,10 @@ def run(
     with folder_lock(path), cancellable(again) if resident is None else contextlib.nullcontext():
         data = workload.load(arms.derive(config, config.arm))
         tasks = domains.chosen_tasks(config)
-        _check_items(tasks, config)
+        check_tasks(tasks, config)
         shared = resident or Resident.of(config, [config.seed])
         base = shared.base
-        check_prompt(base.tokenizer, config)
+        check_prompts(base.tokenizer, tasks, config)
         known = folder.identity(config, data.hash, base.revision, str(base.model.dtype).removeprefix("torch."))
         unranked = (*settings.unranked, *zoo.unranked_reasons(config), *domains.unranked_reasons(config))
         opened = open_run(path, settings, known, unranked, resume=resume, force=force)

@@ -218,7 +218,7 @@ function curve(title, points) {
 }
 function bars(rows) {
   const names = [...new Set(rows.flatMap((r) => r.tasks.map((t) => t.task + " (" + t.mode + ")")))];
-  const of = (row, name) => row.tasks.find((t) => t.task + " (" + t.mode + ")" === name && t.metric !== "nats_per_token");
+  const of = (row, name) => row.tasks.find((t) => t.task + " (" + t.mode + ")" === name && t.averaged);
   const used = names.filter((n) => rows.some((r) => of(r, n))), step = 14 * rows.length + 22, w = 430, h = used.length * step + 6;
   const parts = used.flatMap((name, i) => [svg("text", { x: 0, y: i * step + 12, text: name }), ...rows.flatMap((row, j) => {
     const t = of(row, name), top = i * step + 16 + 14 * j;

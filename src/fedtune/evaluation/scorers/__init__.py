@@ -1,0 +1,79 @@
+"""The scorers of each kind of task, by the words of `eval.modes`. No torch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+from fedtune.config.schema import EvalSettings
+from fedtune.domains.base import Task
+from fedtune.evaluation.scorers.base import Metric, Scorer, Solver
+from fedtune.evaluation.scorers.choice import BOOLEAN, CHOICE
+from fedtune.evaluation.scorers.program import PROGRAM
+from fedtune.evaluation.scorers.sentiment import SENTIMENT
+from fedtune.evaluation.scorers.solution import SOLUTION
+from fedtune.types import nearest
+
+KINDS: dict[str, Mapping[str, Scorer]] = {
+    "choice": CHOICE,
+    "boolean": BOOLEAN,
+    "sentiment": SENTIMENT,
+    "solution": SOLUTION,
+    "program": PROGRAM,
+}
+
+__all__ = [
+    "KINDS",
+    "Metric",
+    "Scorer",
+    "Solver",
+    "find",
+    "key",
+    "metric",
+    "not_run_again",
+    "of",
+    "planned",
+    "published",
+]
+
+
+def of(task: Task) -> Mapping[str, Scorer]:
+    """Return a task's scorers by the words of `eval.modes`.
+
+    Raises:
+        ValueError: its kind has none.
+    """
+    if task.kind not in KINDS:
+        raise ValueError(f"{task.name}: no scorer for the kind {task.kind!r}; {nearest(task.kind, KINDS)}")
+    return KINDS[task.kind]
+
+
+def planned(task: Task, settings: EvalSettings) -> Iterator[Scorer]:
+    """Yield what scores a task under some settings, in their order; not every kind has every mode."""
+    scorers = of(task)
+    yield from (scorers[mode] for mode in settings.modes if mode in scorers)
+
+
+def find(task: Task, mode: str) -> Scorer | None:
+    """Return what scores a task in a mode as results name it; None where its kind has none such."""
+    return next((scorer for scorer in of(task).values() if scorer.mode == mode), None)
+
+
+def key(task: Task) -> str:
+    """Return the value of a task's samples that says, with its place, which item one is of."""
+    return next(iter(of(task).values())).key
+
+
+def not_run_again(task: Task) -> str:
+    """Say why what a task's samples stand on cannot be made again on this machine, or return an empty string."""
+    return next(iter(of(task).values())).not_run_again(task)
+
+
+def published(task: Task) -> Scorer | None:
+    """Return what scores files of answers that somebody published; None where nobody does."""
+    return next((scorer for scorer in of(task).values() if scorer.readings), None)
+
+
+def metric(name: str) -> Metric:
+    """Return a score's metric by the name it has in files; one that is not known here is shown as a share."""
+    known = {scorer.metric.name: scorer.metric for scorers in KINDS.values() for scorer in scorers.values()}
+    return known.get(name, Metric(name))

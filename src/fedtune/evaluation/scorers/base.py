@@ -1,0 +1,205 @@
+"""What a scorer is: how a task's answers are made, read, summed up, shown, and made again from a log. No torch.
+
+Whatever needs a model is its solver's, which is imported when a model is asked.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+from fedtune.config import Config
+from fedtune.config.schema import EvalSettings
+from fedtune.domains.base import Item, Task
+from fedtune.evaluation.items import TaskItems
+from fedtune.evaluation.retry import Failed
+from fedtune.results.schema import Score
+from fedtune.results.stats import Interval
+
+Sample = dict[str, Any]
+Row = Mapping[str, Any]
+
+
+def _readable(score: Score) -> str:
+    return "" if score.valid_rate is None else f"{score.valid_rate:.0%}"
+
+
+@dataclass(frozen=True)
+class Metric:
+    """What the number of a score is, and how it is shown.
+
+    Attributes:
+        name: in files.
+        short: in lm-eval's results and on the Hub, where it has another name there.
+        table, report: the number's format on the terminal and in a report.
+        averaged: whether it counts in a domain's average, and so in a board's ranks.
+        hits: whether it is a whole number of right items out of all items.
+        quality: the heading of a table's last column.
+        quality_of: what that column says of a score.
+    """
+
+    name: str
+    short: str = ""
+    table: str = ".3f"
+    report: str = ".1%"
+    averaged: bool = True
+    hits: bool = False
+    quality: str = "valid"
+    quality_of: Callable[[Score], str] = _readable
+
+
+class Solver:
+    """Makes a model's answers to items.
+
+    Attributes:
+        size: items of a batch, which are asked again together where one of them raises.
+        whole: whether the other items of a batch decide an answer too; a log is then continued at a batch's beginning.
+    """
+
+    size: ClassVar[int]
+    whole: ClassVar[bool] = False
+
+    def check(self, tokenizer: Any, config: Config) -> None:
+        """Refuse settings by which this model cannot be asked. Raises ModelError."""
+
+    def prepared(self, model: Any) -> contextlib.AbstractContextManager[None]:
+        """Return the context in which the model is asked."""
+        return contextlib.nullcontext()
+
+    def answers(
+        self, model: Any, tokenizer: Any, loaded: TaskItems, first: int, last: int, config: Config
+    ) -> Iterator[list[Any]]:
+        """Yield the answers to items first..last-1, batch by batch and in order, in whatever form the scorer reads."""
+        raise NotImplementedError
+
+
+class Scorer(ABC):
+    """Scores tasks of one kind in one mode.
+
+    Attributes:
+        mode: in results and in logs' names.
+        metric: what its number is.
+        notices: settings of `eval` that its samples depend on, of those that not every scorer heeds.
+        distinct: whether no two models give the same samples of a whole set.
+        key: the value of a sample that says, with its place, which item it is of.
+        dispensable: whether there may be no samples because a machine lacks what it takes to make them.
+        readings: how a published file of answers can be read, the usual way first; none where nobody publishes such.
+        with_tests: whether a published file of answers needs one with tests beside it.
+    """
+
+    mode: str
+    metric: ClassVar[Metric]
+    notices: frozenset[str] = frozenset()
+    distinct: bool = False
+    key: ClassVar[str] = "gold"
+    dispensable: ClassVar[bool] = False
+    readings: ClassVar[tuple[str, ...]] = ()
+    with_tests: ClassVar[bool] = False
+
+    @abstractmethod
+    def solver(self) -> Solver:
+        """Return what makes the answers."""
+
+    @abstractmethod
+    def summarise(self, task: str, rows: Sequence[Row], settings: EvalSettings | None = None, items: str = "") -> Score:
+        """Score a task from all its samples.
+
+        Args:
+            task: its name.
+            rows: one a sample.
+            settings: of the evaluation; the defaults for answers that somebody published.
+            items: hash of the items.
+        """
+
+    @abstractmethod
+    def recheck(self, row: Row) -> str:
+        """Say in what a sample is not what its own answer gives, or return an empty string; a stranger wrote it."""
+
+    def samples(self, loaded: TaskItems, first: int, answers: Sequence[Any], settings: EvalSettings) -> list[Sample]:
+        """Read the answers to some items, one by one unless a scorer does otherwise.
+
+        Args:
+            loaded: the items.
+            first: which of them the first answer is to.
+            answers: the solver's; `Failed` stands for that to an item that raised.
+            settings: of the evaluation.
+
+        Returns:
+            What the log says of each: its place in the set `i`, its group, and how it was answered.
+        """
+        made = []
+        for number, answer in enumerate(answers, first):
+            item = loaded.items[number]
+            read = self.failed(item, answer.text) if isinstance(answer, Failed) else self.sample(item, answer)
+            made.append({"i": loaded.places[number], "group": item.group, **read})
+        return made
+
+    def sample(self, item: Item, answer: Any) -> Sample:
+        """Read the answer to one item: what its sample says beside its place and group."""
+        raise NotImplementedError
+
+    def failed(self, item: Item, why: str) -> Sample:
+        """Return what the sample of an item that raised says: it is wrong, and never left out of the mean."""
+        raise NotImplementedError
+
+    def limit(self, settings: EvalSettings) -> int:
+        """Return how many items are evaluated; 0 is all."""
+        official = settings.official_limit if "official_limit" in self.notices else 0
+        return min([n for n in (settings.limit, official) if n], default=0)
+
+    def depends_on(self, config: Config) -> list[Any]:
+        """Return the settings that samples depend on: a log made with others is not continued."""
+        return [config.eval.prompt, config.prompt.model_dump(mode="json")]
+
+    def marks(self, loaded: TaskItems) -> dict[int, Sample]:
+        """Return by an item's place what its sample says more, because of the other items of the set."""
+        return {}
+
+    def unavailable(self, task: Task) -> str:
+        """Say why the samples cannot be made on this machine, or return an empty string.
+
+        Raises:
+            FedtuneError: nothing of this kind can be scored here at all.
+        """
+        return ""
+
+    def recheck_all(self, rows: Sequence[Row], settings: EvalSettings) -> str:
+        """Say in what sound samples are together not what the settings ask for, or return an empty string."""
+        return ""
+
+    def run_again(self, task: Task, rows: Sequence[Row]) -> Iterator[str]:
+        """Yield what making the samples' outcomes again shows, where they have any and that can be done here."""
+        yield from ()
+
+    def not_run_again(self, task: Task) -> str:
+        """Say why outcomes cannot be made again on this machine, or return an empty string."""
+        return ""
+
+    def published(
+        self, task: Task, path: Path, reading: str, references: Path | None = None, *, as_asked: bool = True
+    ) -> tuple[list[Sample], str]:
+        """Read a file of answers that somebody published.
+
+        Args:
+            task: which.
+            path: the file.
+            reading: one of `readings`.
+            references: tests, where the kind has them; the set's own, or those published beside the file, by default.
+            as_asked: whether `references` go before the set's own tests.
+
+        Returns:
+            The samples, and why they are not those of the whole known set; empty where they are.
+
+        Raises:
+            CorruptFileError: the file cannot be read so.
+        """
+        raise NotImplementedError
+
+
+def pair(interval: Interval | None) -> tuple[float, float] | None:
+    """Return an interval as a score has it."""
+    return (interval.low, interval.high) if interval else None
