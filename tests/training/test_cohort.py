@@ -15,7 +15,7 @@ from fedtune.config import Config, Settings
 from fedtune.config.schema import ModelSettings
 from fedtune.data.encode import Encoded
 from fedtune.lora.state import to_tensors
-from fedtune.methods.local import Tensors
+from fedtune.methods.requests import Tensors
 from fedtune.models.adapter import AdaptedModel, attach
 from fedtune.models.load import load
 from fedtune.training.cohort import Cohort

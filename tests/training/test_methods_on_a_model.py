@@ -21,7 +21,7 @@ from fedtune.lora import base_delta, dora
 from fedtune.lora.product import Product
 from fedtune.lora.state import PREFIX, fresh, to_tensors, with_rank, with_tensors
 from fedtune.methods import ClientUpdate, ServerState
-from fedtune.methods.local import Correction
+from fedtune.methods.requests import Correction
 from fedtune.models.adapter import AdaptedModel, attach, base_weight, save
 from fedtune.models.attention import packed_logits, text_features
 from fedtune.models.load import load

@@ -14,20 +14,21 @@ from fedtune import methods
 from fedtune.config import Config
 from fedtune.experiment.devices import Told, reported
 from fedtune.experiment.reporter import Reporter
-from fedtune.federation.app import Runtime, client_app
+from fedtune.federation.app import Runtime, jobs
 from fedtune.federation.checkpoint import Progress, folders
 from fedtune.federation.faults import FaultyGrid
 from fedtune.federation.fleet import Fleet, FleetGrid, costs_of
 from fedtune.federation.local import LocalGrid
+from fedtune.federation.pool import LocalPool, Steps
 from fedtune.federation.private import PrivateStore
-from fedtune.federation.rounds import Federation, draw, run_rounds
+from fedtune.federation.rounds import Federation, draw, rounds
 from fedtune.lora.base_delta import as_adapter, join, side_tensors
 from fedtune.lora.dora import to_magnitudes
 from fedtune.lora.state import AdapterState, to_tensors, with_tensors
 from fedtune.methods import Recipe, ServerState
 from fedtune.models.adapter import AdaptedModel
 from fedtune.models.budget import message_bytes
-from fedtune.training.executor import Executor
+from fedtune.training.executor import Sequential
 from fedtune.training.workload import EncodedShards, poisoned
 from fedtune.types import RoundRecord
 
@@ -106,8 +107,7 @@ class Arm:
         run_id: of the run.
         folder: the arm's own.
         reporter: who watches.
-        executor: makes the optimiser steps.
-        fleet: trains clients on other devices instead, where there are several.
+        pool: answers clients, in this process or on other devices.
         on_round: called after each round with its record and the state.
     """
 
@@ -118,9 +118,8 @@ class Arm:
     run_id: str
     folder: Path
     reporter: Reporter
-    executor: Executor
+    pool: LocalPool | Fleet
     on_round: Callable[[RoundRecord, ServerState], None] | None = None
-    fleet: Fleet | None = None
 
     @property
     def private(self) -> PrivateStore:
@@ -169,17 +168,19 @@ def _grid(arm: Arm, recipe: Recipe, only: int | None) -> LocalGrid:
     """Return the clients: in this process, or on the devices of a fleet, which get what is asked for and no more."""
     clients = arm.config.federation.clients
     shards = poisoned(arm.shards, arm.config)
-    if arm.fleet is not None:
+    pool = arm.pool
+    if isinstance(pool, Fleet):
         key = _key(arm)
         asked = shards if only is None else shards.of(only)
-        arm.fleet.workers.prepare(key, Told(arm.config, arm.folder, arm.start, asked))
+        pool.workers.prepare(key, Told(arm.config, arm.folder, arm.start, asked))
         means = {c: sum(len(e.ids) for e in shard) / max(1, len(shard)) for c, shard in enumerate(arm.shards.shards)}
-        return FleetGrid(arm.fleet, key, clients, costs_of(means), reported(arm.reporter))
-    runtime = Runtime(arm.config, arm.adapted, recipe, arm.start, shards, arm.private, arm.reporter.step, arm.executor)
-    return LocalGrid(client_app(lambda context: runtime), clients, crew=arm.executor)
+        return FleetGrid(pool, key, clients, costs_of(means), reported(arm.reporter))
+    executor = pool.executor or Sequential(arm.adapted)
+    runtime = Runtime(arm.config, arm.adapted, recipe, arm.start, shards, executor, arm.private, arm.reporter.step)
+    return LocalGrid(jobs(runtime), clients, pool=pool)
 
 
-def train(arm: Arm, only: int | None = None) -> Progress:
+def train(arm: Arm, only: int | None = None) -> Steps[Progress]:
     """Run the rounds of an arm, or of one client alone, in this process.
 
     Raises:
@@ -208,7 +209,7 @@ def train(arm: Arm, only: int | None = None) -> Progress:
         on_note=arm.reporter.note,
     )
     try:
-        return run_rounds(federation, recipe.initial(arm.start))
+        return (yield from rounds(federation, recipe.initial(arm.start)))
     finally:
-        if arm.fleet is not None:
-            arm.fleet.workers.release(_key(arm))
+        if isinstance(arm.pool, Fleet):
+            arm.pool.workers.release(_key(arm))

@@ -73,8 +73,8 @@ def resident_clients(told: Told, device: str, how: Plan) -> ClientApp:
         methods.create(config),
         told.start,
         told.shards,
+        executor(how, adapted),
         private,
-        executor=executor(how, adapted),
     )
     return client_app(lambda context: runtime)
 

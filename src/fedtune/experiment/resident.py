@@ -8,9 +8,10 @@ from dataclasses import dataclass
 from fedtune.config import Config
 from fedtune.experiment import devices
 from fedtune.federation.fleet import Fleet
+from fedtune.federation.pool import LocalPool
 from fedtune.lora.state import AdapterState
 from fedtune.models import adapter, load
-from fedtune.training.executor import Executor, Sequential
+from fedtune.training.executor import Sequential
 from fedtune.training.plan import Plan, executor, plan
 from fedtune.training.workload import EncodedShards
 from fedtune.types import derive_seed
@@ -24,18 +25,18 @@ class Resident:
         base: the base model.
         adapted: with an adapter of the runs' settings.
         starts: the adapter each seed's run starts from.
-        executor: made by the first run's plan, which then holds for all.
-        how: that plan.
-        fleet: of the other devices, where the settings name some; `end` ends it.
+        how: the first run's plan, which then holds for all.
+        pool: answers the clients of all runs, in this process or on the devices that the settings name; `end` ends it.
     """
 
     base: load.LoadedModel
     adapted: adapter.AdaptedModel
     starts: Mapping[int, AdapterState]
-    executor: Executor | None = None
     how: Plan | None = None
-    fleet: Fleet | None = None
     end: Callable[[], None] = lambda: None
+
+    def __post_init__(self) -> None:
+        self.pool: LocalPool | Fleet = LocalPool(Sequential(self.adapted))
 
     @staticmethod
     def of(config: Config, seeds: Iterable[int]) -> Resident:
@@ -49,17 +50,12 @@ class Resident:
         # any seed will do: every use of the model loads its own numbers
         return Resident(base, adapter.attach(base, config.lora, 0), starts)
 
-    @property
-    def crew(self) -> Fleet | Executor:
-        """What runs several calls together: the fleet, if there is one."""
-        return self.fleet or self.executor or Sequential(self.adapted)
-
     def planned(self, config: Config, shards: EncodedShards, before: Plan | None = None) -> Plan:
         """Return the plan by which all runs train: the first one's, or that with which it began."""
         if self.how is None:
             self.how = before or plan(config, self.adapted, shards.longest, shards.mean * config.train.batch)
-            self.executor = executor(self.how, self.adapted)
+            self.pool = LocalPool(executor(self.how, self.adapted))
             if config.engine.side_by_side:
                 names = devices.named(config)
-                self.fleet, self.end = devices.fleet(names, self.how, threads=config.engine.threads)
+                self.pool, self.end = devices.fleet(names, self.how, threads=config.engine.threads)
         return self.how

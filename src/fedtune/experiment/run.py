@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-
-from torch import Tensor
 
 from fedtune import domains
 from fedtune.config import Settings
@@ -19,19 +17,20 @@ from fedtune.experiment.arms import Arm
 from fedtune.experiment.folder import RESULT, RunFolder, cancellable, open_run, status
 from fedtune.experiment.reporter import Reporter
 from fedtune.experiment.resident import Resident
-from fedtune.experiment.session import Session
+from fedtune.experiment.session import OwnModels, Session
 from fedtune.federation.checkpoint import Progress, rounds_of, together
 from fedtune.federation.faults import kill_point
+from fedtune.federation.pool import Steps, finish
 from fedtune.io import folder_lock, only_files, read_lines, write_json, write_lines
 from fedtune.methods.base import ServerState
 from fedtune.models import adapter as adapters
 from fedtune.models import budget, zoo
 from fedtune.results import schema
 from fedtune.training import workload
-from fedtune.training.executor import Sequential
 from fedtune.training.plan import Plan
 from fedtune.types import RoundRecord, RunFailedError, counted
 
+Trained = tuple[schema.Arm, Sequence[RoundRecord]]
 ARMS = ("federated", "local-only", "centralised")
 
 
@@ -52,8 +51,7 @@ def _prepare(session: Session, name: str, where: Path, data: workload.TrainingDa
         session.run.run_id,
         where,
         session.reporter,
-        session.executor,
-        fleet=session.fleet,
+        session.pool,
     )
     every = config.eval.every
 
@@ -72,20 +70,18 @@ def _put_on_curve(path: Path, round_: int, scores: Sequence[schema.Score]) -> No
     write_lines(path, [*before, *({"round": round_, **s.model_dump(mode="json")} for s in scores)])
 
 
-def _train(session: Session, arm: Arm, only: int | None = None) -> Progress:
+def _train(session: Session, arm: Arm, only: int | None = None) -> Steps[Progress]:
     started = time.monotonic()
     try:
-        return arms.train(arm, only)
+        return (yield from arms.train(arm, only))
     finally:
         session.run.add_seconds("training", time.monotonic() - started)
 
 
-def _single(
-    session: Session, name: str, where: Path, data: workload.TrainingData | None
-) -> tuple[schema.Arm, Sequence[RoundRecord]]:
+def _single(session: Session, name: str, where: Path, data: workload.TrainingData | None) -> Steps[Trained]:
     """Train and evaluate the federated or the centralised arm; a global model is saved as a PEFT folder."""
     arm = _prepare(session, name, where, data)
-    progress = _train(session, arm)
+    progress = yield from _train(session, arm)
     if arm.recipe.method.global_adapter:
         adapters.save(session.adapted, arm.adapter_of(progress.state), where / "adapter")
     scores, each = session.evaluate_state(arm, progress.state, progress.round, name)
@@ -93,9 +89,7 @@ def _single(
     return schema.Arm(name=name, scores=scores, steps=steps, per_client=each), progress.records
 
 
-def _local_only(
-    session: Session, where: Path, data: workload.TrainingData | None
-) -> tuple[schema.Arm, Sequence[RoundRecord]]:
+def _local_only(session: Session, where: Path, data: workload.TrainingData | None) -> Steps[Trained]:
     """Train and evaluate every client alone, in the rounds in which the federation would have asked it.
 
     Raises:
@@ -104,20 +98,18 @@ def _local_only(
     arm = _prepare(session, "local-only", where, data)
     asked = [client for client, examples in arm.shards.sizes.items() if examples]
     failed: dict[int, str] = {}
-
-    def models() -> Iterator[tuple[int, Mapping[str, Tensor]]]:
-        for client in asked:
-            own = arm.for_client(client)
-            try:
-                state = _train(session, own, client).state
-            except RunFailedError as err:
-                failed[client] = str(err)
-                session.reporter.note(f"local-only: client {client} has no model: {err}")
-                continue
-            adapters.save(session.adapted, own.adapter_of(state), own.folder / "adapter")
-            yield client, own.shared_model(state)
-
-    scores, each = session.evaluate_each(models(), "local-only")
+    models = OwnModels(session, "local-only")
+    for client in asked:
+        own = arm.for_client(client)
+        try:
+            state = (yield from _train(session, own, client)).state
+        except RunFailedError as err:
+            failed[client] = str(err)
+            session.reporter.note(f"local-only: client {client} has no model: {err}")
+            continue
+        adapters.save(session.adapted, own.adapter_of(state), own.folder / "adapter")
+        models.evaluate(client, own.shared_model(state))
+    scores, each = models.scored()
     if len(failed) == len(asked):
         raise RunFailedError(f"local-only: no client has a model: {failed[asked[0]]}")
     records = together([rounds_of(arm.for_client(client).folder) for client in asked])
@@ -125,12 +117,12 @@ def _local_only(
     return schema.Arm(name="local-only", scores=scores, steps=steps, per_client=each, failed=failed), records
 
 
-def _arm(
-    session: Session, name: str, main: bool, data: workload.TrainingData
-) -> tuple[schema.Arm, Sequence[RoundRecord]]:
+def _arm(session: Session, name: str, main: bool, data: workload.TrainingData) -> Steps[Trained]:
     where = session.run.path if main and name != "local-only" else session.run.path / "arms" / name
     mine = data if main else None
-    return (_local_only if name == "local-only" else lambda s, w, d: _single(s, name, w, d))(session, where, mine)
+    if name == "local-only":
+        return (yield from _local_only(session, where, mine))
+    return (yield from _single(session, name, where, mine))
 
 
 def _result(
@@ -180,13 +172,15 @@ def _report_data(
         reporter.note(f"{counted(len(empty), 'client')} without examples, never asked: {empty[:10]}")
 
 
-def _work(session: Session, data: workload.TrainingData, extra: Sequence[str], shared: Resident) -> schema.Result:
+def _work(
+    session: Session, data: workload.TrainingData, extra: Sequence[str], shared: Resident
+) -> Steps[schema.Result]:
     config = session.config
     shards = workload.encode_shards(data, session.adapted.base.tokenizer, config)
     _report_data(session.run, data, shards, session.reporter)
     before = session.run.manifest.get("plan")
     how = shared.planned(config, shards, Plan.read(before) if before else None)
-    session.executor, session.fleet = shared.executor or session.executor, shared.fleet
+    session.pool = shared.pool
     planned = budget.predict(
         arms.derive(config, config.arm),
         session.adapted,
@@ -199,11 +193,11 @@ def _work(session: Session, data: workload.TrainingData, extra: Sequence[str], s
     session.reporter.plan(config, planned)
     session.reporter.note(f"engine: {how.line()} ({'; '.join(how.why)})")
     done = [schema.Arm(name="base", scores=session.evaluate(None, "base"))] if config.eval.base else []
-    main, records = _arm(session, config.arm, True, data)
+    main, records = yield from _arm(session, config.arm, True, data)
     done.append(main)
     for name in extra:
         if name != config.arm:
-            done.append(_arm(session, name, False, data)[0])
+            done.append((yield from _arm(session, name, False, data))[0])
     result = _result(session, data, done, records)
     write_json(session.run.path / RESULT, result.model_dump(mode="json"))
     session.run.update(bytes={"down": result.bytes_down, "up": result.bytes_up})
@@ -220,7 +214,24 @@ def run(
     reporter: Reporter | None = None,
     resident: Resident | None = None,
 ) -> tuple[Path, schema.Result]:
-    """Run an experiment, or continue one.
+    """Run an experiment, or continue one, beside no other; see `steps`."""
+    alone = steps(
+        settings, out, resume=resume, force=force, extra_arms=extra_arms, reporter=reporter, resident=resident
+    )
+    return finish([alone])[0].result()
+
+
+def steps(
+    settings: Settings,
+    out: Path | None = None,
+    *,
+    resume: bool = False,
+    force: bool = False,
+    extra_arms: Sequence[str] = (),
+    reporter: Reporter | None = None,
+    resident: Resident | None = None,
+) -> Steps[tuple[Path, schema.Result]]:
+    """Run an experiment, or continue one, as a generator that waits for its clients.
 
     Args:
         settings: validated.
@@ -256,12 +267,12 @@ def run(
         opened = open_run(path, settings, known, unranked, resume=resume, force=force)
         try:
             with status(opened):
-                one_by_one, start = Sequential(shared.adapted), shared.starts[config.seed]
-                session = Session(settings, opened, shared.adapted, start, tasks, watch, one_by_one)
+                start = shared.starts[config.seed]
+                session = Session(settings, opened, shared.adapted, start, tasks, watch, shared.pool)
                 # a continued run finishes the arms it was started with
                 wanted = list(extra_arms) or list(opened.manifest.get("arms", []))
                 opened.update(arms=wanted)
-                return path, _work(session, data, wanted, shared)
+                return path, (yield from _work(session, data, wanted, shared))
         finally:
             watch.close()
             if resident is None:

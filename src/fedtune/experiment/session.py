@@ -19,13 +19,13 @@ from fedtune.experiment.evaluate import identity
 from fedtune.experiment.folder import RunFolder
 from fedtune.experiment.reporter import Reporter
 from fedtune.federation.fleet import Fleet
+from fedtune.federation.pool import LocalPool
 from fedtune.io import digest
 from fedtune.lora.state import AdapterState
 from fedtune.methods.base import ServerState
 from fedtune.models.adapter import AdaptedModel
 from fedtune.models.merge import folded
 from fedtune.results import schema
-from fedtune.training.executor import Executor
 
 Scored = tuple[list[schema.Score], dict[str, list[float | None]]]
 
@@ -40,8 +40,7 @@ class Session:
     start: AdapterState
     tasks: tuple[Task, ...]
     reporter: Reporter
-    executor: Executor
-    fleet: Fleet | None = None
+    pool: LocalPool | Fleet
 
     @property
     def config(self) -> Config:
@@ -70,16 +69,10 @@ class Session:
 
     def evaluate_each(self, models: Iterable[tuple[int, Mapping[str, Tensor]]], where: str) -> Scored:
         """Evaluate every client's own model; the scores are the clients' means, with each one's beside them."""
-        found: dict[str, list[schema.Score]] = {}
-        logs: dict[str, list[Path]] = {}
+        own = OwnModels(self, where)
         for client, tensors in models:
-            room = f"{where}/client-{client:04d}"
-            for score in self.evaluate(tensors, room):
-                key = f"{score.task}/{score.mode}"
-                found.setdefault(key, []).append(score)
-                logs.setdefault(key, []).append(self.run.path / "evals" / room / f"{score.task}.{score.mode}.jsonl")
-        means = [mean_score(scores, logs[key]) for key, scores in found.items()]
-        return means, {key: [s.score for s in scores] for key, scores in found.items()}
+            own.evaluate(client, tensors)
+        return own.scored()
 
     def evaluate_state(self, arm: Arm, state: ServerState, after: int, where: str) -> Scored:
         """Evaluate the global model after a round, or each client's where the method has no single one."""
@@ -87,6 +80,29 @@ class Session:
             return self.evaluate(arm.shared_model(state), where), {}
         asked = (client for client, examples in arm.shards.sizes.items() if examples)
         return self.evaluate_each(((c, arm.own_model(state, c, after)) for c in asked), where)
+
+
+class OwnModels:
+    """Evaluates the clients' own models, one after the other."""
+
+    def __init__(self, session: Session, where: str) -> None:
+        self._session, self._where = session, where
+        self._scores: dict[str, list[schema.Score]] = {}
+        self._logs: dict[str, list[Path]] = {}
+
+    def evaluate(self, client: int, tensors: Mapping[str, Tensor]) -> None:
+        """Evaluate one client's model."""
+        folder = f"{self._where}/client-{client:04d}"
+        for score in self._session.evaluate(tensors, folder):
+            key = f"{score.task}/{score.mode}"
+            log = self._session.run.path / "evals" / folder / f"{score.task}.{score.mode}.jsonl"
+            self._scores.setdefault(key, []).append(score)
+            self._logs.setdefault(key, []).append(log)
+
+    def scored(self) -> Scored:
+        """Return the means over clients, and each one's scores."""
+        means = [mean_score(scores, self._logs[key]) for key, scores in self._scores.items()]
+        return means, {key: [s.score for s in scores] for key, scores in self._scores.items()}
 
 
 def _sha256(tensor: Tensor) -> str:

@@ -11,7 +11,6 @@ import statistics
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,8 @@ from fedtune.config import Config, Settings
 from fedtune.experiment.folder import MANIFEST, RESULT, cancellable
 from fedtune.experiment.reporter import Reporter
 from fedtune.experiment.resident import Resident
-from fedtune.experiment.run import run
+from fedtune.experiment.run import steps
+from fedtune.federation.pool import Steps, finish
 from fedtune.io import digest, read_json, write_json
 from fedtune.results import schema
 from fedtune.results.stats import student
@@ -105,36 +105,26 @@ def groups(chosen: Sequence[Point]) -> list[list[Point]]:
 
 
 class _Watch(Reporter):
-    """Passes on what one run of a sweep says, under its name, and ends the run where the sweep is ending."""
+    """Passes on what one run of a sweep says, under its name."""
 
-    def __init__(self, inner: Reporter, name: str, resident: Resident) -> None:
-        self._inner, self._name, self._resident = inner, name, resident
-
-    def _look(self) -> None:
-        stopping = self._resident.crew.stopping
-        if stopping is not None:
-            raise stopping
+    def __init__(self, inner: Reporter, name: str) -> None:
+        self._inner, self._name = inner, name
 
     def note(self, text: str) -> None:
         self._inner.note(f"{self._name}: {text}")
-
-    def step(self, client: int, tokens: int, loss: float) -> None:
-        self._look()
 
     def round(self, record: Any) -> None:
         losses = [c.loss for c in record.clients if c.loss is not None]
         shown = f", loss {statistics.fmean(losses):.4f}" if losses else ""
         self._inner.note(f"{self._name}: round {record.round} {record.status}{shown}")
 
-    def evaluating(self, what: str, done: int, total: int) -> None:
-        self._look()
 
-
-def _one(point: Point, resident: Resident, watch: Reporter) -> str:
+def _one(point: Point, resident: Resident, watch: Reporter) -> Steps[str]:
     """Do one run; a fault of its own ends it alone."""
-    reporter = _Watch(watch, point.name, resident)
+    reporter = _Watch(watch, point.name)
     try:
-        run(point.settings, point.folder, resume=_state(point) != "new", reporter=reporter, resident=resident)
+        again = _state(point) != "new"
+        yield from steps(point.settings, point.folder, resume=again, reporter=reporter, resident=resident)
     except Exception as err:  # out of memory, say: the next one may need less
         watch.note(f"{point.name}: failed: {_fault(err)}")
         return _fault(err)
@@ -156,10 +146,10 @@ def _group(chosen: Sequence[Point], watch: Reporter) -> dict[str, str]:
     watch.note(f"{len(chosen)} runs on {first.model.name}: {how.line()}")
     faults: dict[str, str] = {}
     try:
-        for start in range(0, len(chosen), resident.crew.size):
-            some = chosen[start : start + resident.crew.size]
-            ended = resident.crew.together([partial(_one, point, resident, watch) for point in some])
-            faults |= {p.name: fault for p, fault in zip(some, ended, strict=True) if fault}
+        for start in range(0, len(chosen), resident.pool.size):
+            some = chosen[start : start + resident.pool.size]
+            ended = finish([_one(point, resident, watch) for point in some])
+            faults |= {p.name: fault for p, done in zip(some, ended, strict=True) if (fault := done.result())}
     finally:
         resident.end()
     return faults

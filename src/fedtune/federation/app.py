@@ -5,16 +5,17 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from flwr.app import ConfigRecord, Context, Message, RecordDict
+from flwr.app import ConfigRecord, Context, Message, MessageType, RecordDict
 from flwr.clientapp import ClientApp
 
 from fedtune.config import Config
 from fedtune.federation import messages
+from fedtune.federation.local import Client
 from fedtune.federation.private import PrivateStore
 from fedtune.lora.state import AdapterState
 from fedtune.methods import Recipe
 from fedtune.models.adapter import AdaptedModel
-from fedtune.training.executor import Executor
+from fedtune.training.executor import Executor, Jobs, alone
 from fedtune.training.local import LocalWork, OnStep
 from fedtune.training.workload import EncodedShards
 from fedtune.types import DataError
@@ -30,9 +31,9 @@ class Runtime:
         recipe: its client half is used.
         layout: the adapter as the run's seed made it.
         shards: every client's examples.
+        executor: makes the optimiser steps.
         private: what clients keep to themselves.
         on_step: progress, called with (client, tokens, loss).
-        executor: makes the optimiser steps.
     """
 
     config: Config
@@ -40,12 +41,12 @@ class Runtime:
     recipe: Recipe
     layout: AdapterState
     shards: EncodedShards
+    executor: Executor
     private: PrivateStore = field(default_factory=lambda: PrivateStore(None))
     on_step: OnStep | None = None
-    executor: Executor | None = None
 
 
-def _train(runtime: Runtime, message: Message, context: Context) -> Message:
+def _train(runtime: Runtime, message: Message, context: Context) -> Jobs[Message]:
     order = message.content[messages.ORDER]
     if not isinstance(order, ConfigRecord):
         raise DataError("the training order is not a ConfigRecord")
@@ -65,9 +66,9 @@ def _train(runtime: Runtime, message: Message, context: Context) -> Message:
         runtime.config,
         (client, *when),
         runtime.on_step,
-        runtime.executor,
+        runtime.executor.limits.tokens,
     )
-    fitted = recipe.fit(local, messages.unpack(record))
+    fitted = yield from local.run(recipe.fit(local.context, messages.unpack(record)))
     if fitted.kept:
         private.save(client, when, fitted.kept)
     metrics = {"examples": local.examples, "tokens": local.tokens, "steps": len(local.losses_seen), "loss": local.loss}
@@ -81,8 +82,19 @@ def _query(runtime: Runtime, message: Message, context: Context) -> Message:
     return Message(RecordDict({messages.IDENTITY: ConfigRecord(dict(known))}), reply_to=message)
 
 
+def jobs(runtime: Runtime) -> Client:
+    """Return what makes a client's answer to a message, for a grid that runs several clients together."""
+
+    def answer(message: Message, context: Context) -> Jobs[Message]:
+        if message.metadata.message_type == MessageType.QUERY:
+            return _query(runtime, message, context)
+        return (yield from _train(runtime, message, context))
+
+    return answer
+
+
 def client_app(runtime: Callable[[Context], Runtime]) -> ClientApp:
-    """Build the ClientApp.
+    """Build the ClientApp: each message is answered on its own.
 
     Args:
         runtime: returns the process's resident runtime; called for every message, so it must keep it.
@@ -91,7 +103,8 @@ def client_app(runtime: Callable[[Context], Runtime]) -> ClientApp:
 
     @app.train()
     def train(message: Message, context: Context) -> Message:
-        return _train(runtime(context), message, context)
+        own = runtime(context)
+        return alone(_train(own, message, context), own.executor)
 
     @app.query()
     def query(message: Message, context: Context) -> Message:

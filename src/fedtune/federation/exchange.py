@@ -13,6 +13,7 @@ from torch import Tensor
 from fedtune.federation import messages
 from fedtune.federation.faults import kill_point
 from fedtune.federation.guard import aggregated
+from fedtune.federation.pool import Steps, exchange
 from fedtune.lora.algebra import RunningMean
 from fedtune.lora.state import copied
 from fedtune.methods import ClientUpdate, ServerState
@@ -178,16 +179,20 @@ class _Updates:
         return [ClientUpdate(0, self._sum.mean(), self._sum.weight)]
 
 
-def _exchange(fed: Federation, cohort: Sequence[int], when: When, state: ServerState) -> Exchange:
+def _exchange(fed: Federation, cohort: Sequence[int], when: When, state: ServerState) -> Steps[Exchange]:
     settings = fed.config.federation
     orders, screening = _Orders(fed, cohort, when, state), Screening(_expected(fed, cohort, when, state))
     updates, up = _Updates(summed=fed.recipe.streams), 0
-    for message in fed.grid.send_and_receive(orders, timeout=settings.deadline):
+
+    def take(message: Message) -> None:
+        nonlocal up
         reply = messages.read_reply(message, fed.nodes)
         up += reply.bytes
         update = screening.take(replace(reply, asked=orders.answered(reply.client, message)))
         if update is not None:
             updates.add(update)
+
+    yield from exchange(fed.grid, orders, take, settings.deadline)
     kill_point(when[0], "screen")
     good, screened = tuple(screening.good), screening.close(updates.close())
     return Exchange(screened, good, (orders.bytes, up), fed)
@@ -195,18 +200,18 @@ def _exchange(fed: Federation, cohort: Sequence[int], when: When, state: ServerS
 
 def all_exchanges(
     fed: Federation, cohort: Sequence[int], round_: int, state: ServerState
-) -> tuple[Exchange, ServerState]:
+) -> Steps[tuple[Exchange, ServerState]]:
     """Make a round's exchanges; return the last one, with everything rejected on the way, and the state it answers.
 
     A client that is lost on the way is not asked again in the round.
     """
-    done = _exchange(fed, cohort, (round_, 1), state)
+    done = yield from _exchange(fed, cohort, (round_, 1), state)
     for phase in range(2, fed.recipe.phases + 1):
         if done.enough:
             done, state = _between(fed, done, state, round_)
         if not done.enough:
             break
-        done = _joined(done, _exchange(fed, done.good, (round_, phase), state))
+        done = _joined(done, (yield from _exchange(fed, done.good, (round_, phase), state)))
     return done, state
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import random
 import signal
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Literal
 
 from flwr.app import Error, Message, RecordDict
@@ -13,6 +13,7 @@ from flwr.serverapp import Grid
 
 from fedtune.config.schema import FaultSettings
 from fedtune.federation.messages import ORDER
+from fedtune.federation.pool import Steps, exchange, finish
 from fedtune.types import derive_seed
 
 Fault = Literal["", "dropout", "straggler", "error"]
@@ -93,7 +94,15 @@ class FaultyGrid(Grid):
         return planned(self._faults, self._seed, *(int(order[key]) for key in ("round", "client", "phase")))
 
     def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterator[Message]:
-        """Send to the clients that can be reached, as they come; hear those in time, answer for those that fail."""
+        """Send to the clients that can be reached; return the replies in time, and errors for those that fail."""
+        replies: list[Message] = []
+        finish([self.exchange(messages, replies.append, timeout)])[0].result()
+        return iter(replies)
+
+    def exchange(
+        self, messages: Iterable[Message], take: Callable[[Message], None], timeout: float | None = None
+    ) -> Steps[None]:
+        """Do the same as a step of a run."""
         failed: list[Message] = []
         late: set[int] = set()
 
@@ -107,6 +116,10 @@ class FaultyGrid(Grid):
                 if fault in ("", "straggler"):
                     yield message
 
-        replies = self._grid.send_and_receive(reached(), timeout=timeout)
-        yield from (reply for reply in replies if reply.metadata.src_node_id not in late)
-        yield from (Message(Error(5, "simulated client error"), reply_to=message) for message in failed)
+        def in_time(reply: Message) -> None:
+            if reply.metadata.src_node_id not in late:
+                take(reply)
+
+        yield from exchange(self._grid, reached(), in_time, timeout)
+        for message in failed:
+            take(Message(Error(5, "simulated client error"), reply_to=message))

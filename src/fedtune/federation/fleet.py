@@ -12,15 +12,16 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import chain, islice
+from itertools import chain
 from typing import Any, Protocol
 
 from flwr.app import Context, Error, Message
 
 from fedtune.federation.local import CLIENT_ERROR, LocalGrid, answer_to
 from fedtune.federation.messages import ORDER
+from fedtune.federation.pool import Replies
 from fedtune.training import lpt
-from fedtune.training.meeting import Meeting
+from fedtune.training.executor import Jobs
 
 RUN = "run"
 AT_ONCE = 16
@@ -81,30 +82,19 @@ class Fleet:
         workers: the devices.
     """
 
-    size = 64
-
     def __init__(self, workers: Workers) -> None:
         self.workers = workers
-        self._meeting = Meeting(self._answer)
         self.busy: list[list[float]] = [[] for _ in range(workers.count)]
 
     @property
-    def stopping(self) -> BaseException | None:
-        """Why the runs under way are to end, if they are."""
-        return self._meeting.stopped_by
+    def size(self) -> int:
+        """How many tasks of a run are worth giving at a time; no more orders and replies of it are held at once."""
+        return max(AT_ONCE, 4 * self.workers.count)
 
-    def together(self, calls: Sequence[Callable[[], Any]]) -> list[Any]:
-        """Run whole runs at a time, so that the clients of all share the devices."""
-        return self._meeting.together(calls)
-
-    def replies(self, tasks: Sequence[Task]) -> list[Message | None]:
+    def answer(self, batches: Sequence[Sequence[Task]]) -> list[Replies]:
         """Return the reply to each task, in their order, whoever was done first; None where one took too long."""
-        done: list[Message | None] = self._meeting.ask(list(tasks))
-        return done
-
-    def _answer(self, questions: list[list[Task]]) -> list[list[Message | None]]:
-        found = iter(self._work(list(chain.from_iterable(questions))))
-        return [[next(found) for _ in tasks] for tasks in questions]
+        found = iter(self._work(list(chain.from_iterable(batches))))
+        return [[next(found) for _ in tasks] for tasks in batches]
 
     def _work(self, tasks: Sequence[Task]) -> list[Message | None]:
         """Keep every worker busy until all tasks are done or have taken too long, the costliest first."""
@@ -169,28 +159,21 @@ class FleetGrid(LocalGrid):
         costs: Callable[[Message], float],
         on_reply: Callable[[Message], None] | None = None,
     ) -> None:
-        super().__init__(_nobody, nodes, {RUN: run})  # type: ignore[arg-type]
-        self._fleet, self._costs, self._on_reply = fleet, costs, on_reply
+        super().__init__(_nobody, nodes, {RUN: run}, fleet)
+        self._costs, self._on_reply = costs, on_reply
 
-    def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterator[Message]:
-        """Answer messages on the fleet; replies come in the order the messages were sent.
+    def _calls(self, messages: Sequence[Message], timeout: float | None) -> Sequence[Task]:
+        """Return the fleet's tasks; a client's seconds count from when a device begins it."""
+        return [Task(m, self._context(m.metadata.dst_node_id), self._costs(m), timeout) for m in messages]
 
-        A client may work for `timeout` seconds, counted from when a device begins it; then its device goes to others.
-        """
-        waiting = iter(messages)
-        while some := list(islice(waiting, max(AT_ONCE, 4 * self._fleet.workers.count))):
-            tasks = [Task(m, self._context(m.metadata.dst_node_id), self._costs(m), timeout) for m in some]
-            for reply in self._fleet.replies(tasks):
-                if reply is not None:
-                    self._tell(reply)
-                    yield reply
-
-    def _tell(self, reply: Message) -> None:
-        if self._on_reply and isinstance(reply, Message) and not reply.has_error():
-            self._on_reply(reply)
+    def _heard(self, replies: Replies) -> Iterator[Message]:
+        for reply in super()._heard(replies):
+            if self._on_reply and isinstance(reply, Message) and not reply.has_error():
+                self._on_reply(reply)
+            yield reply
 
 
-def _nobody(message: Message, context: Any) -> Message:
+def _nobody(message: Message, context: Context) -> Jobs[Message]:
     raise NotImplementedError("this grid's clients live on its fleet")
 
 

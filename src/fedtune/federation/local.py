@@ -6,9 +6,8 @@ import itertools
 import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from functools import partial
 from types import SimpleNamespace
-from typing import Any, Protocol
+from typing import Any
 
 from flwr.app import Context, Error, Message, RecordDict
 from flwr.app.metadata import Metadata
@@ -16,8 +15,11 @@ from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid
 
 from fedtune.federation.messages import FALSE_REPLY
+from fedtune.federation.pool import Batch, Call, LocalPool, Pool, Replies, Steps
+from fedtune.training.executor import Jobs
 from fedtune.types import plain
 
+Client = Callable[[Message, Context], Jobs[Message]]
 SERVER_NODE = 1
 FIRST_NODE = 2
 CLIENT_ERROR = 5
@@ -51,21 +53,14 @@ def answer_to(message: Message, reply: Any) -> Message:
     return Message(Error(FALSE_REPLY, plain(flaw)), reply_to=message) if flaw else reply
 
 
-class Crew(Protocol):
-    """Runs calls, `size` of them at a time at best, and returns their results in order."""
+def _at_once(app: ClientApp) -> Client:
+    """Return a ClientApp's answers as jobs that ask for nothing."""
 
-    @property
-    def size(self) -> int:
-        """How many calls are worth running together."""
-        ...
+    def answer(message: Message, context: Context) -> Jobs[Message]:
+        yield from ()
+        return app(message, context)
 
-    def together(self, calls: Sequence[Callable[[], Any]]) -> list[Any]:
-        """Run calls and return their results in order."""
-        ...
-
-    def clock(self) -> float:
-        """Return seconds, of which differences count: inside a call only those of its own work."""
-        ...
+    return answer
 
 
 class LocalGrid(Grid):
@@ -75,25 +70,25 @@ class LocalGrid(Grid):
     answered in the order they were sent, so a run is the same every time.
 
     Args:
-        client_app: what every node runs.
+        clients: what every node runs: a ClientApp, or what makes jobs.
         nodes: how many.
         run_config: given to every client's context.
-        crew: runs some clients' calls together; one after the other by default.
+        pool: answers some clients' messages together; one after the other by default.
     """
 
     in_process = True
 
     def __init__(
         self,
-        client_app: ClientApp,
+        clients: ClientApp | Client,
         nodes: int,
         run_config: dict[str, Any] | None = None,
-        crew: Crew | None = None,
+        pool: Pool | None = None,
     ) -> None:
-        self._app = client_app
+        self._client = _at_once(clients) if isinstance(clients, ClientApp) else clients
         self._nodes = nodes
         self._run_config = run_config or {}
-        self._crew = crew
+        self.pool = pool or LocalPool()
         # Flower's Run class moves between versions; only its id is needed
         self._run: Any = SimpleNamespace(run_id=1)
         self._contexts: dict[int, Context] = {}
@@ -149,28 +144,31 @@ class LocalGrid(Grid):
             self._contexts[node] = Context(self._run.run_id, node, config, RecordDict(), self._run_config)
         return self._contexts[node]
 
-    def _answer(self, message: Message) -> Message:
+    def _job(self, message: Message) -> Jobs[Message]:
         """Run the client; an exception becomes an error reply with its traceback, as over a wire."""
         if not message.metadata.message_id:
             message.metadata.__dict__["_message_id"] = f"local-{next(self._ids)}"
         try:
-            return answer_to(message, self._app(message, self._context(message.metadata.dst_node_id)))
+            reply = yield from self._client(message, self._context(message.metadata.dst_node_id))
+            return answer_to(message, reply)
         except (Exception, SystemExit):  # a client that calls exit() ends itself and not the run
             reason = plain(traceback.format_exc(limit=-4))
             return Message(Error(CLIENT_ERROR, reason), reply_to=message)
 
-    def _in_time(self, message: Message, timeout: float | None) -> Message | None:
-        """Return a client's reply; None if it took longer than it may."""
-        clock = self._crew.clock if self._crew else time.monotonic
-        start, reply = clock(), self._answer(message)
-        return None if timeout is not None and clock() - start > timeout else reply
+    def _calls(self, messages: Sequence[Message], timeout: float | None) -> Sequence[Any]:
+        """Return what the pool is to do."""
+        return [Call(self._job(message), timeout) for message in messages]
+
+    def _heard(self, replies: Replies) -> Iterator[Message]:
+        """Yield the replies that came in time."""
+        return (reply for reply in replies if reply is not None)
 
     def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
         """Answer messages at once and keep the replies until they are pulled."""
-        ids = []
-        for message in messages:
-            self._replies[message.metadata.message_id] = self._answer(message)
-            ids.append(message.metadata.message_id)
+        sent = list(messages)
+        replies = self.pool.answer([self._calls(sent, None)])[0]
+        ids = [message.metadata.message_id for message in sent]
+        self._replies |= {i: reply for i, reply in zip(ids, replies, strict=True) if reply is not None}
         return ids
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
@@ -178,14 +176,20 @@ class LocalGrid(Grid):
         return [self._replies.pop(i) for i in message_ids if i in self._replies]
 
     def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterator[Message]:
-        """Answer messages one after the other, or a crew's size at a time; replies go on before the next ones start.
+        """Answer messages, as many together as the pool takes; replies go on before the next ones start.
 
         A timeout is each client's own, as if all had worked at the same time on machines of their own: the reply of
         one that works longer is lost, and nobody else's.
         """
         waiting = iter(messages)
-        size = self._crew.size if self._crew else 1
-        while some := list(itertools.islice(waiting, size)):
-            calls = [partial(self._in_time, message, timeout) for message in some]
-            replies = self._crew.together(calls) if self._crew else [calls[0]()]
-            yield from (reply for reply in replies if reply is not None)
+        while some := list(itertools.islice(waiting, self.pool.size)):
+            yield from self._heard(self.pool.answer([self._calls(some, timeout)])[0])
+
+    def exchange(
+        self, messages: Iterable[Message], take: Callable[[Message], None], timeout: float | None = None
+    ) -> Steps[None]:
+        """Do the same as a step of a run, beside which other runs may wait for theirs."""
+        waiting = iter(messages)
+        while some := list(itertools.islice(waiting, self.pool.size)):
+            for reply in self._heard((yield Batch(self.pool, self._calls(some, timeout)))):
+                take(reply)

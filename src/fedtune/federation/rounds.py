@@ -19,6 +19,7 @@ from fedtune.federation.exchange import Exchange, all_exchanges
 from fedtune.federation.faults import kill_point
 from fedtune.federation.guard import aggregated, state_problem
 from fedtune.federation.nodes import connect
+from fedtune.federation.pool import Steps, finish
 from fedtune.methods import ClientUpdate, Recipe, ServerState
 from fedtune.methods.sound import LARGEST
 from fedtune.training.schedule import learning_rate
@@ -104,7 +105,7 @@ def _stepped(
     return done, found.state if done.enough else before
 
 
-def one_round(fed: Federation, round_: int, progress: Progress) -> Progress:
+def one_round(fed: Federation, round_: int, progress: Progress) -> Steps[Progress]:
     """Ask, screen, aggregate, record. Too few good updates leave the state untouched.
 
     Raises:
@@ -114,7 +115,7 @@ def one_round(fed: Federation, round_: int, progress: Progress) -> Progress:
     cohort = _cohort(fed, round_)
     started = time.monotonic()
     kill_point(round_, "send")
-    done, asked = all_exchanges(fed, cohort, round_, state)
+    done, asked = yield from all_exchanges(fed, cohort, round_, state)
     trained = time.monotonic()
     kill_point(round_, "aggregate")
     done, new_state = _stepped(fed, done, asked, state, round_)
@@ -167,7 +168,7 @@ def _continued(fed: Federation, start: ServerState) -> Progress:
     return progress
 
 
-def run_rounds(fed: Federation, start: ServerState) -> Progress:
+def rounds(fed: Federation, start: ServerState) -> Steps[Progress]:
     """Run all rounds that are not over yet, continuing from the newest whole checkpoint.
 
     Raises:
@@ -181,7 +182,7 @@ def run_rounds(fed: Federation, start: ServerState) -> Progress:
     fed.places.update({client: node for node, client in fed.nodes.items()})
     progress = _continued(fed, start)
     for round_ in range(progress.round + 1, config.federation.rounds + 1):
-        progress = one_round(fed, round_, progress)
+        progress = yield from one_round(fed, round_, progress)
         kill_point(round_, "checkpoint")
         checkpoint.save(fed.folder, progress, fed.run_id, config.federation.keep_checkpoints)
         kill_point(round_, "recorded")
@@ -191,6 +192,11 @@ def run_rounds(fed: Federation, start: ServerState) -> Progress:
     if progress.state.round == 0:
         raise RunFailedError(_why_untouched(fed, progress))
     return progress
+
+
+def run_rounds(fed: Federation, start: ServerState) -> Progress:
+    """Run all rounds beside no other run; see `rounds`."""
+    return finish([rounds(fed, start)])[0].result()
 
 
 def _check_skipped(fed: Federation, progress: Progress) -> None:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, ClassVar, NamedTuple
 
 from fedtune.config.schema import Section
-from fedtune.methods.local import Fitted, Local, Tensors
+from fedtune.methods.requests import ClientContext, Fitted, Program, Tensors, Train
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -173,11 +173,11 @@ class Method:
         """
         return None
 
-    def fit(self, local: Local, start: Tensors) -> Fitted:
+    def fit(self, client: ClientContext, start: Tensors) -> Program[Fitted]:
         """Do a client's work of one round: train what is trainable from `start`; return what it sends and keeps."""
-        names = [n for n in start if self.trainable(local.round, n)]
-        trained = local.train(start, names, lambda now: self.loss_term(now, start))
-        return Fitted(self.payload(trained, start, local.round))
+        names = [n for n in start if self.trainable(client.round, n)]
+        trained = yield Train(start, names, lambda now: self.loss_term(now, start))
+        return Fitted(self.payload(trained, start, client.round))
 
     def payload(self, tensors: Tensors, start: Tensors, round_: int) -> dict[str, Tensor]:
         """Return what a client sends after its local training."""

@@ -15,7 +15,7 @@ from pydantic import Field
 
 from fedtune.config.schema import Section
 from fedtune.methods.base import ClientUpdate, Method, ServerState
-from fedtune.methods.local import Fitted, Local, Tensors
+from fedtune.methods.requests import ClientContext, Fitted, Program, Tensors
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -75,16 +75,16 @@ class MovesBase(Method):
         joined = {path: product.total(*(p[path] for p in pieces if path in p)) for path in paths}
         return {**super().begin(layout, new, {}, round_), **base_delta.side_tensors(joined)}
 
-    def fit(self, local: Local, start: Tensors) -> Fitted:
+    def fit(self, client: ClientContext, start: Tensors) -> Program[Fitted]:
         """Train the adapter beside the frozen side adapters, and keep those."""
         import torch
 
         from fedtune.lora import base_delta
 
-        fitted = super().fit(local, start)
+        fitted = yield from super().fit(client, start)
         columns = {path: p.inner for path, p in base_delta.from_side_tensors(start).items()}
-        row = torch.tensor([[local.round, *(columns.get(path, 0) for path in sorted(local.layout))]])
-        held = torch.cat([local.kept[_HELD], row]) if _HELD in local.kept else row
+        row = torch.tensor([[client.round, *(columns.get(path, 0) for path in sorted(client.layout))]])
+        held = torch.cat([client.kept[_HELD], row]) if _HELD in client.kept else row
         sides = {n: t for n, t in start.items() if is_base_side(n)}
         return Fitted(fitted.payload, {**fitted.kept, **sides, _HELD: held})
 

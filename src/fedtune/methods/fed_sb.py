@@ -14,7 +14,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from fedtune.methods.base import ClientUpdate, Method, ServerState, Sizes
-from fedtune.methods.local import Fitted, Local, Tensors
+from fedtune.methods.requests import ClientContext, Fitted, Gradients, Program, Tensors, Train
 from fedtune.methods.sketches import evened
 from fedtune.methods.sound import LOOSE
 from fedtune.types import derive_seed
@@ -66,11 +66,11 @@ class FedSB(Method):
         """Count the steps, or one loss for each sketch."""
         return max(steps, LEFT + RIGHT)
 
-    def fit(self, local: Local, start: Tensors) -> Fitted:
+    def fit(self, client: ClientContext, start: Tensors) -> Program[Fitted]:
         """Send sketches of the gradient while there are no bases, then train R."""
         if not any(n.endswith(_R) for n in start):
-            return Fitted(self._sketches(local))
-        trained = local.train(start, [n for n in start if self.trainable(local.round, n)])
+            return Fitted((yield from self._sketches(client)))
+        trained = yield Train(start, [n for n in start if self.trainable(client.round, n)])
         bases = {n: t for n, t in start.items() if not n.endswith(_R)}
         return Fitted({n: t for n, t in trained.items() if n.endswith(_R)}, bases)
 
@@ -82,19 +82,19 @@ class FedSB(Method):
         left = fresh(turned, derive_seed(self.seed, "left probes"), -number)  # a stream of their own
         return {p: replace(m, b=left[p].a.T) for p, m in fresh(layout, self.seed, -number).items()}
 
-    def _sketches(self, local: Local) -> dict[str, Tensor]:
+    def _sketches(self, client: ClientContext) -> Program[dict[str, Tensor]]:
         """Return G A^T and B^T G for each probe, of the round's first step."""
         from fedtune.lora.state import to_tensors
 
         sent: dict[str, Tensor] = {}
         for number in range(1, LEFT + 1):
-            probe = self._probe(local.layout, number)
+            probe = self._probe(client.layout, number)
             for end, zero in ((_B, "b"), (_A, "a")):
                 if zero == "b" and number > RIGHT:
                     continue
                 at = {p: replace(m, **{zero: getattr(m, zero) * 0}) for p, m in probe.items()}
                 tensors = to_tensors(at)
-                found = local.gradients(tensors, [n for n in tensors if n.endswith(end)])
+                found = yield Gradients(tensors, [n for n in tensors if n.endswith(end)])
                 sent |= {f"{n}.{number}": g for n, g in found.items()}
         return sent
 

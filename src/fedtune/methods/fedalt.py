@@ -12,7 +12,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from fedtune.methods.base import ClientUpdate, Method, ServerState
-from fedtune.methods.local import Fitted, Local, Tensors
+from fedtune.methods.requests import ClientContext, Fitted, Program, Tensors, Train
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -74,14 +74,14 @@ class FedALT(Method):
             own.setdefault(PREFIX + path + ".router.weight", module.a.new_zeros(2, module.a.shape[1]))
         return own
 
-    def fit(self, local: Local, start: Tensors) -> Fitted:
+    def fit(self, client: ClientContext, start: Tensors) -> Program[Fitted]:
         """Train; keep the adapter and the router, send the adapter."""
         import torch
 
-        names = [n for n in start if self.trainable(local.round, n)]
-        trained = local.train(start, names)
+        names = [n for n in start if self.trainable(client.round, n)]
+        trained = yield Train(start, names)
         own = {n: trained[n] for n in names}
-        kept = {**own, **{_WAS + n: start[n] for n in names}, _AT: torch.tensor(local.round)}
+        kept = {**own, **{_WAS + n: start[n] for n in names}, _AT: torch.tensor(client.round)}
         return Fitted({n: t for n, t in own.items() if n.endswith(_FACTORS)}, kept)
 
     def server_step(self, updates: Sequence[ClientUpdate], state: ServerState, round_: int) -> ServerState:

@@ -16,7 +16,7 @@ from pydantic import Field
 
 from fedtune.methods.base import ClientUpdate, ServerState, Sizes
 from fedtune.methods.base_delta import MovesBase, is_kept
-from fedtune.methods.local import Fitted, Local, Tensors
+from fedtune.methods.requests import ClientContext, Fitted, Program, Tensors
 from fedtune.methods.sketches import directions, evened
 from fedtune.methods.sound import GROWTH, LOOSE
 from fedtune.types import UpdateError, derive_seed
@@ -71,19 +71,19 @@ class FedASK(MovesBase):
         generator = torch.Generator().manual_seed(derive_seed(self.seed, "omega", round_, path))
         return torch.randn(width, inner, generator=generator, dtype=torch.float64).T
 
-    def fit(self, local: Local, start: Tensors) -> Fitted:
+    def fit(self, client: ClientContext, start: Tensors) -> Program[Fitted]:
         """Train and send the first sketch; in the second exchange send the second."""
         from fedtune.lora.state import with_tensors
 
-        if local.phase == 2:
-            own = {n.removeprefix(_OWN): t for n, t in local.kept.items() if n.startswith(_OWN)}
-            kept = {n: t for n, t in local.kept.items() if is_kept(n)}
+        if client.phase == 2:
+            own = {n.removeprefix(_OWN): t for n, t in client.kept.items() if n.startswith(_OWN)}
+            kept = {n: t for n, t in client.kept.items() if is_kept(n)}
             bases = {n.removeprefix(_Q): t for n, t in start.items()}
-            return Fitted(self.second(with_tensors(local.layout, own), bases), kept)
-        fitted = super().fit(local, start)
-        adapter = with_tensors(local.layout, fitted.payload)
+            return Fitted(self.second(with_tensors(client.layout, own), bases), kept)
+        fitted = yield from super().fit(client, start)
+        adapter = with_tensors(client.layout, fitted.payload)
         own = {_OWN + n: t for n, t in fitted.payload.items()}
-        return Fitted(self.first(adapter, self._widths(adapter), local.round), {**fitted.kept, **own})
+        return Fitted(self.first(adapter, self._widths(adapter), client.round), {**fitted.kept, **own})
 
     def _widths(self, adapter: AdapterState) -> dict[str, int]:
         """Return each layer's sketch width, which must not depend on the client's own rank."""

@@ -13,7 +13,7 @@ from pydantic import Field
 
 from fedtune.config.schema import Section
 from fedtune.methods.base import Method, ServerState
-from fedtune.methods.local import Fitted, Local, Tensors
+from fedtune.methods.requests import ClientContext, Features, Fitted, Program, Tensors, Train
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -60,21 +60,22 @@ class FedDPA(Method):
         """Count both trainings: of the global adapter, and of the local one."""
         return 2 * steps
 
-    def fit(self, local: Local, start: Tensors) -> Fitted:
+    def fit(self, client: ClientContext, start: Tensors) -> Program[Fitted]:
         """Train the global adapter, then the local one; send the first, keep the second."""
         import torch
 
         from fedtune.lora.state import to_tensors
 
         shared = {n: t for n, t in start.items() if _GLOBAL in n}
-        sent = local.train(shared, list(shared), lambda now: self.loss_term(now, shared))
+        sent = yield Train(shared, list(shared), lambda now: self.loss_term(now, shared))
         own = {n: t for n, t in start.items() if _LOCAL in n}
-        own = own or {n.replace(_GLOBAL, _LOCAL): t for n, t in to_tensors(local.layout).items()}
+        own = own or {n.replace(_GLOBAL, _LOCAL): t for n, t in to_tensors(client.layout).items()}
         # the weights of the mixture are fixed while the local adapter is trained
         both = {**shared, **own, MIX: torch.tensor(0.5)}
-        trained = local.train(both, list(own))
+        trained = yield Train(both, list(own))
         kept = {n: t for n, t in trained.items() if _LOCAL in n}
-        return Fitted(self.payload(sent, shared, local.round), {**kept, ANCHORS: local.features(self._own.samples)})
+        anchors = yield Features(self._own.samples)
+        return Fitted(self.payload(sent, shared, client.round), {**kept, ANCHORS: anchors})
 
     def expected(self, state: ServerState, client: int, round_: int) -> dict[str, Tensor]:
         """Expect the global adapter."""

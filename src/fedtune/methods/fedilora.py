@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, cast
 from pydantic import Field
 
 from fedtune.config.schema import Section
-from fedtune.methods.local import Tensors
 from fedtune.methods.rbla import RBLA
+from fedtune.methods.requests import Tensors
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -17,7 +17,7 @@ from pydantic import Field
 
 from fedtune.config.schema import Section
 from fedtune.methods.base import ClientUpdate, Method, ServerState, Sizes
-from fedtune.methods.local import Fitted, Local, Tensors
+from fedtune.methods.requests import ClientContext, Fitted, Losses, Program, Tensors
 from fedtune.types import derive_seed
 
 if TYPE_CHECKING:
@@ -87,18 +87,18 @@ class FedKSeed(Method):
         """Return what draws the directions of a client's steps in a round, one after the other."""
         return random.Random(derive_seed(self.seed, "walk", client, round_))
 
-    def fit(self, local: Local, start: Tensors) -> Fitted:
+    def fit(self, client: ClientContext, start: Tensors) -> Program[Fitted]:
         """Walk along random directions; send what was found for each."""
         import torch
 
         own, found = self._own, torch.zeros(self._own.seeds)
-        chance = self._chance(local.client, local.round)
+        chance = self._chance(client.client, client.round)
         now = {n: t.clone() for n, t in start.items()}
-        for step in range(own.steps or local.steps):
+        for step in range(own.steps or client.steps):
             number = chance.randrange(own.seeds)
             z = self.direction(number, now)
             ends = [{n: t.add(z[n], alpha=sign * own.epsilon) for n, t in now.items()} for sign in (1, -1)]
-            plus, minus = local.losses(step % local.steps, ends)
+            plus, minus = yield Losses(step % client.steps, ends)
             slope = torch.tensor((plus - minus) / (2 * own.epsilon), dtype=torch.float32)
             found[number] += slope
             for name, tensor in now.items():

@@ -10,7 +10,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from fedtune.methods.base import Method, ServerState, Sizes
-from fedtune.methods.local import Fitted, Local, Tensors
+from fedtune.methods.requests import ClientContext, Fitted, Program, Tensors, Train
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -44,11 +44,11 @@ class FedSALoRA(Method):
         """Start from the mean A and this client's own B."""
         return {**super().begin(layout, download, {}, round_), **kept}
 
-    def fit(self, local: Local, start: Tensors) -> Fitted:
+    def fit(self, client: ClientContext, start: Tensors) -> Program[Fitted]:
         """Train both; send A, keep B."""
-        trained = local.train(start, list(start), lambda now: self.loss_term(now, start))
+        trained = yield Train(start, list(start), lambda now: self.loss_term(now, start))
         kept = {n: t for n, t in trained.items() if not self._shared(n)}
-        return Fitted(self.payload(trained, start, local.round), kept)
+        return Fitted(self.payload(trained, start, client.round), kept)
 
     def payload(self, tensors: Tensors, start: Tensors, round_: int) -> dict[str, Tensor]:
         """Send A."""

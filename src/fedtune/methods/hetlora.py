@@ -16,8 +16,8 @@ from pydantic import Field
 
 from fedtune.config.schema import Section
 from fedtune.methods.base import ClientUpdate, ServerState
-from fedtune.methods.local import Fitted, Local, Tensors
 from fedtune.methods.rbla import RBLA
+from fedtune.methods.requests import ClientContext, Fitted, Program, Tensors
 from fedtune.methods.sound import capped
 
 if TYPE_CHECKING:
@@ -72,15 +72,15 @@ class HetLoRA(RBLA):
         ]
         return weight * sum(parts[1:], parts[0]) if parts and weight else None
 
-    def fit(self, local: Local, start: Tensors) -> Fitted:
+    def fit(self, client: ClientContext, start: Tensors) -> Program[Fitted]:
         """Train, and cut the rank where the tail shrank over the round; B takes up what alpha/r changes."""
         from fedtune.lora.state import to_tensors, with_rank, with_tensors
 
-        trained = super().fit(local, start).payload
+        trained = (yield from super().fit(client, start)).payload
         before, after = (sum(float(a.norm() * b.norm()) for a, b in self._tail(t).values()) for t in (start, trained))
         if not 0 < after < before:
             return Fitted(trained)
-        adapter = with_tensors(local.layout, trained)
+        adapter = with_tensors(client.layout, trained)
         return Fitted(to_tensors({path: with_rank(m, self.pruned(m.rank)) for path, m in adapter.items()}))
 
     def pruned(self, rank: int) -> int:

@@ -16,7 +16,7 @@ from pydantic import Field
 
 from fedtune.config.schema import Section
 from fedtune.methods.base import ClientUpdate, Method, ServerState, Sizes
-from fedtune.methods.local import Fitted, Local, Tensors
+from fedtune.methods.requests import ClientContext, Fitted, Program, Tensors, Train
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -73,11 +73,11 @@ class LoRAA2(Method):
         """Count both trainings: of all ranks, and of those chosen."""
         return 2 * steps
 
-    def fit(self, local: Local, start: Tensors) -> Fitted:
+    def fit(self, client: ClientContext, start: Tensors) -> Program[Fitted]:
         """Score all ranks, train the best again, and send those."""
-        names = [n for n in start if self.trainable(local.round, n)]
-        chosen = self.choose(local.train(start, names), start, names, self.budget(local.layout, local.client))
-        trained = local.train(start, names, masks=_masks(start, chosen))
+        names = [n for n in start if self.trainable(client.round, n)]
+        chosen = self.choose((yield Train(start, names)), start, names, self.budget(client.layout, client.client))
+        trained = yield Train(start, names, masks=_masks(start, chosen))
         sent = {n: trained[n].index_select(_axis(n), chosen[n]) for n in names}
         return Fitted({**sent, **{n + _CHOSEN: chosen[n] for n in names}})
 

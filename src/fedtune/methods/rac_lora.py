@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from fedtune.methods.base import ClientUpdate, ServerState, Sizes
 from fedtune.methods.base_delta import MovesBase, is_base_side
-from fedtune.methods.local import Tensors
+from fedtune.methods.requests import Tensors
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -15,7 +15,7 @@ from fedtune.methods import sound
 from fedtune.methods.around import attack, drift, optimizer, robust
 from fedtune.methods.around.weighing import reweighed
 from fedtune.methods.base import ClientUpdate, Method, ServerState
-from fedtune.methods.local import Fitted, Local, Tensors
+from fedtune.methods.requests import ClientContext, Fitted, Program, RowNorms, Tensors
 from fedtune.types import RunFailedError, UpdateError, derive_seed
 
 if TYPE_CHECKING:
@@ -88,49 +88,58 @@ class Recipe:
         layout = self.initial(layout).adapter
         return self.method.begin(layout, drift.split(download)[0], drift.split(kept)[0], round_)
 
-    def fit(self, local: Local, download: Tensors) -> Fitted:
+    def fit(self, client: ClientContext, download: Tensors) -> Program[Fitted]:
         """Do a client's work of one exchange."""
         sent, controls = drift.split(download)
-        begun = self.begin(local.layout, sent, local.kept, local.round) if local.phase == 1 else dict(sent)
-        start = self._started(local, begun)
-        own = drift.believed(drift.split(local.kept)[1], controls)
-        corrected = drift.Corrected(
-            local, self.config.drift.proximal_mu, (controls, own) if self.config.drift.scaffold else None
-        )
-        fitted = self.method.fit(corrected, start)
-        payload = self._mapped(local, fitted.payload, start, begun)
-        kept = dict(fitted.kept)
-        if corrected.changes:
-            payload |= drift.named(corrected.changes)
-            kept |= drift.named(drift.keeping(own, corrected.changes, local.round))
-        return Fitted(self._tampered(local, payload, start, begun), kept)
+        begun = self.begin(client.layout, sent, client.kept, client.round) if client.phase == 1 else dict(sent)
+        start = yield from self._started(begun)
+        fitted, more = yield from self._corrected(client, self.method.fit(client, start), controls)
+        payload = yield from self._mapped(fitted.payload, start, begun)
+        sending = yield from self._tampered(client, {**payload, **more.payload}, start, begun)
+        return Fitted(sending, {**fitted.kept, **more.kept})
 
-    def _tampered(self, local: Local, payload: dict[str, Tensor], start: Tensors, begun: Tensors) -> dict[str, Tensor]:
+    def _corrected(
+        self, client: ClientContext, program: Program[Fitted], controls: Tensors
+    ) -> Program[tuple[Fitted, Fitted]]:
+        """Run the method's program with drift corrections; also return what these send and keep."""
+        settings = self.config.drift
+        if settings.proximal_mu:
+            program = drift.pulled(program, settings.proximal_mu)
+        if not settings.scaffold:
+            return (yield from program), Fitted({})
+        own = drift.believed(drift.split(client.kept)[1], controls)
+        fitted, changes = yield from drift.corrected(program, controls, own, client)
+        kept = drift.keeping(own, changes, client.round) if changes else {}
+        return fitted, Fitted(drift.named(changes), drift.named(kept))
+
+    def _tampered(
+        self, client: ClientContext, payload: dict[str, Tensor], start: Tensors, begun: Tensors
+    ) -> Program[dict[str, Tensor]]:
         """Return what a client sends; an attacker compares it with its start in the form that is sent.
 
         Its magnitudes are those it would have sent or, where no server takes these, the nearest.
         """
-        if local.client not in self.config.attack.clients:
+        if client.client not in self.config.attack.clients:
             return payload
         from fedtune.lora import dora
 
-        seed = derive_seed(self.config.seed, "attack", local.client, local.round)
-        was = self._mapped(local, dict(start), start, begun)
-        bad = attack.tampered(payload, was, self.config.attack, local.client, seed)
+        seed = derive_seed(self.config.seed, "attack", client.client, client.round)
+        was = yield from self._mapped(dict(start), start, begun)
+        bad = attack.tampered(payload, was, self.config.attack, client.client, seed)
         return dora.clamped(bad, begun) if self.config.lora.dora else bad
 
-    def _started(self, local: Local, begun: dict[str, Tensor]) -> dict[str, Tensor]:
+    def _started(self, begun: dict[str, Tensor]) -> Program[dict[str, Tensor]]:
         """Return a client's tensors with the magnitudes as PEFT has them."""
         from fedtune.lora import dora
 
-        return dora.to_magnitudes(begun, local.row_norms(begun)) if self.exact_dora else begun
+        return dora.to_magnitudes(begun, (yield RowNorms(begun))) if self.exact_dora else begun
 
-    def _mapped(self, local: Local, payload: dict[str, Tensor], start: Tensors, begun: Tensors) -> dict[str, Tensor]:
+    def _mapped(self, payload: dict[str, Tensor], start: Tensors, begun: Tensors) -> Program[dict[str, Tensor]]:
         """Return trained tensors as they are sent; no magnitude is further from `begun` than is accepted."""
         from fedtune.lora import dora
 
         if self.exact_dora:
-            return dora.to_wire(payload, local.row_norms({**start, **payload}), begun)
+            return dora.to_wire(payload, (yield RowNorms({**start, **payload})), begun)
         return dora.clamped(payload, begun) if self.config.lora.dora else payload
 
     # server half

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from fedtune.lora.state import AdapterState
-    from fedtune.methods.local import Tensors
+    from fedtune.methods.requests import Tensors
 
 LARGEST = 1e9
 # how much larger (Frobenius norm) a tensor may be than what the client was sent. Trained factors have norms of 0.1 to

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fedtune.data.encode import Encoded
 from fedtune.lora.state import to_tensors
-from fedtune.methods.local import Tensors
+from fedtune.methods.requests import Tensors
 from fedtune.models.adapter import AdaptedModel
 from fedtune.models.interface import inner
 from fedtune.models.proof import COARSE_GRADIENT, far, proof_of, texts_for
@@ -31,7 +31,7 @@ from fedtune.training.executor import (
     training,
 )
 from fedtune.training.loss import Part, passes
-from fedtune.training.meeting import Meeting
+from fedtune.training.scheduler import Outcome, attempted
 from fedtune.types import last_line
 
 _log = logging.getLogger(__name__)
@@ -105,74 +105,30 @@ class Cohort:
         self._adapted = adapted
         self._one = Sequential(adapted, limits)
         self.limits = self._one.limits
-        self._meeting = Meeting(self.run_all, self._seconds_of)
-        self._seconds: dict[int, float] = {}
         self.size = size
         self.stacked = 0
 
-    @property
-    def stopping(self) -> BaseException | None:
-        """Why the calls under way are to end, if they are."""
-        return self._meeting.stopped_by
-
-    def run(self, work: Work) -> dict[str, Tensor]:
-        """Make the steps together with those of all other calls that are under way."""
-        trained: dict[str, Tensor] = self._meeting.ask(work)
-        return trained
-
-    def together(self, calls: Sequence[Callable[[], Any]]) -> list[Any]:
-        """Run calls that may ask for work, each in its turn, and do what they ask for at once."""
-        return self._meeting.together(calls)
-
-    def clock(self) -> float:
-        """Return seconds of a call's own work."""
-        return self._meeting.clock()
-
-    def run_all(self, works: Sequence[Work]) -> list[dict[str, Tensor] | BaseException]:
+    def run_all(self, works: Sequence[Work]) -> list[Outcome[dict[str, Tensor]]]:
         """Make the steps of several clients; a client that fails alone gets its error alone."""
-        found: dict[int, dict[str, Tensor] | BaseException] = {}
-        self._seconds = {id(work): 0.0 for work in works}
+        found: dict[int, Outcome[dict[str, Tensor]]] = {}
         for places in self._groups(works):
             found |= zip(places, self._group([works[i] for i in places]), strict=True)
         return [found[i] for i in range(len(works))]
 
-    def _seconds_of(self, works: Sequence[Work]) -> list[float]:
-        """Return what each of the works made last took: its own seconds, and its share of those of several."""
-        return [self._seconds.get(id(work), 0.0) for work in works]
-
-    @contextlib.contextmanager
-    def _timed(self, works: Sequence[Work]) -> Iterator[None]:
-        """Charge seconds to works made at once, each by its tokens: long texts take nobody else's time."""
-        since = time.monotonic()
-        try:
-            yield
-        finally:
-            tokens = [sum(len(e.ids) for step in work.steps for e in step) for work in works]
-            each = (time.monotonic() - since) / max(1, sum(tokens))
-            for work, count in zip(works, tokens, strict=True):
-                self._seconds[id(work)] = self._seconds.get(id(work), 0.0) + each * count
-
-    def _group(self, works: Sequence[Work]) -> list[dict[str, Tensor] | BaseException]:
+    def _group(self, works: Sequence[Work]) -> list[Outcome[dict[str, Tensor]]]:
         """Make the steps of a group; one that fails (of memory, or of a client's own) is tried again by halves."""
         if len(works) == 1 or not stacks(self._adapted):
-            return [self._alone(work) for work in works]
-        try:
-            with self._timed(works):
-                return list(self._stacked(works))
-        except Exception as err:
-            _log.info("%d clients in one pass failed and are tried by halves: %s", len(works), last_line(str(err)))
-        # outside of `except`: the error holds on to the tensors of the pass
+            return self._one.run_all(works)
+        made = attempted(lambda: list(self._stacked(works)))
+        if made.error is None:
+            return [Outcome(t, seconds=s) for t, s in zip(made.result(), _shares(works, made.seconds), strict=True)]
+        _log.info("%d clients in one pass failed and are tried by halves: %s", len(works), last_line(str(made.error)))
+        failed, made = made.seconds, Outcome()  # the error holds on to the tensors of the pass
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
         half = len(works) // 2
-        return [*self._group(works[:half]), *self._group(works[half:])]
-
-    def _alone(self, work: Work) -> dict[str, Tensor] | BaseException:
-        try:
-            with self._timed([work]):
-                return self._one.run(work)
-        except Exception as err:  # one client's fault is one client's error
-            return err
+        done = [*self._group(works[:half]), *self._group(works[half:])]
+        return [replace(d, seconds=d.seconds + s) for d, s in zip(done, _shares(works, failed), strict=True)]
 
     def _groups(self, works: Sequence[Work]) -> Iterator[list[int]]:
         """Yield the places of works that go together, at most `size` at a time."""
@@ -224,6 +180,13 @@ class Cohort:
             own = one_pass(self._adapted, list(parts.values()), exact=exact, on_rows=on_rows)
         for client, value in zip(parts, own, strict=True):
             losses[client] += value
+
+
+def _shares(works: Sequence[Work], seconds: float) -> list[float]:
+    """Return each work's share of the seconds they took at once, by its tokens: long texts take nobody else's time."""
+    tokens = [sum(len(e.ids) for step in work.steps for e in step) for work in works]
+    each = seconds / max(1, sum(tokens))
+    return [each * count for count in tokens]
 
 
 def _fixed(work: Work) -> dict[str, Tensor]:

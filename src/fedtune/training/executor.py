@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -14,13 +13,15 @@ from torch import Tensor
 from fedtune.config.schema import TrainSettings
 from fedtune.data.encode import Encoded
 from fedtune.lora.state import to_tensors
-from fedtune.methods.local import Correction, Tensors, Term
+from fedtune.methods.requests import Correction, Tensors, Term
 from fedtune.models.adapter import AdaptedModel
 from fedtune.models.interface import attending, inner
 from fedtune.models.proof import proof_of, texts_for
 from fedtune.training.loss import Part, joint_loss, keyed, lots, passes, regrouped
+from fedtune.training.scheduler import Outcome, attempted, together
 from fedtune.types import ModelError, derive_seed
 
+T = TypeVar("T")
 Slots = Mapping[str, torch.nn.Parameter]
 
 
@@ -107,6 +108,10 @@ class Work:
         return derive_seed(self.seed, "step", step)
 
 
+# what a client has to do: it asks for optimiser steps, and goes on with the tensors that are trained
+Jobs = Generator[Work, Any, T]
+
+
 @dataclass(frozen=True)
 class Limits:
     """What fits the machine: tokens of a pass at most (a longer text alone), and whether activations are recomputed."""
@@ -120,27 +125,22 @@ class Executor(Protocol):
 
     limits: Limits
 
-    def run(self, work: Work) -> dict[str, Tensor]:
-        """Make the steps; return the model's tensors afterwards, in the shapes and on the CPU as they came."""
-        ...
-
-    def together(self, calls: Sequence[Callable[[], Any]]) -> list[Any]:
-        """Run calls that may ask for work, and return their results in order; what they ask may be done at once."""
-        ...
-
-    def clock(self) -> float:
-        """Return seconds, of which differences count: inside a call only those of its own work."""
-        ...
-
     @property
     def size(self) -> int:
-        """How many calls are worth running together."""
+        """How many clients are worth training together."""
         ...
 
-    @property
-    def stopping(self) -> BaseException | None:
-        """Why the calls under way are to end (they cannot be interrupted), if they are."""
+    def run_all(self, works: Sequence[Work]) -> list[Outcome[dict[str, Tensor]]]:
+        """Make the steps of several clients; a client that fails gets its error, and nobody else does.
+
+        The outcomes are the model's tensors afterwards, in the shapes and on the CPU as they came.
+        """
         ...
+
+
+def alone(job: Jobs[T], executor: Executor) -> T:
+    """Run one client's job."""
+    return together([job], executor.run_all)[0].result()
 
 
 @contextlib.contextmanager
@@ -271,14 +271,17 @@ class Sequential:
     """One client after the other in PEFT's own layers: the reference that every other executor is tested against."""
 
     size = 1
-    stopping: BaseException | None = None
 
     def __init__(self, adapted: AdaptedModel, limits: Limits | None = None) -> None:
         self._adapted = adapted
         self.limits = limits or Limits()
 
+    def run_all(self, works: Sequence[Work]) -> list[Outcome[dict[str, Tensor]]]:
+        """Make the steps of one client after the other."""
+        return [attempted(lambda work=work: self.run(work)) for work in works]  # type: ignore[misc]
+
     def run(self, work: Work) -> dict[str, Tensor]:
-        """Make the steps; return the model's tensors afterwards."""
+        """Make one client's steps; return the model's tensors afterwards."""
         work.on_start()
         chosen = place(self._adapted, work.start, work.names)
         made = optimizer([(list(chosen.values()), work.rate)], work.settings)
@@ -290,11 +293,3 @@ class Sequential:
                 work.extras.step(chosen, list(chosen.values()), work.settings.max_grad_norm, made)
                 work.on_step(examples, loss)
         return self._adapted.read(work.start)
-
-    def together(self, calls: Sequence[Callable[[], Any]]) -> list[Any]:
-        """Run calls one after the other."""
-        return [call() for call in calls]
-
-    def clock(self) -> float:
-        """Return seconds; the call is alone."""
-        return time.monotonic()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -11,19 +12,32 @@ from torch import Tensor
 from fedtune.config import Config
 from fedtune.data.encode import Encoded
 from fedtune.lora.state import AdapterState
-from fedtune.methods.local import Correction, Tensors, Term
+from fedtune.methods.requests import (
+    ClientContext,
+    Correction,
+    Features,
+    Gradients,
+    Losses,
+    Program,
+    Request,
+    RowNorms,
+    Tensors,
+    Train,
+    handled,
+)
 from fedtune.models.adapter import AdaptedModel
 from fedtune.models.attention import text_features
 from fedtune.training import schedule
-from fedtune.training.executor import Executor, Extras, Sequential, Work, backpropagate, place
+from fedtune.training.executor import Extras, Jobs, Limits, Work, backpropagate, place
 from fedtune.training.loss import joint_loss, passes
 from fedtune.types import derive_seed
 
+T = TypeVar("T")
 OnStep = Callable[[int, int, float], None]
 
 
 class LocalWork:
-    """One client's work of one round on the resident model; what methods see as `Local`.
+    """One client's work of one round on the resident model: it answers what a method's program asks for.
 
     Args:
         adapted: the resident model; its adapter is overwritten.
@@ -33,7 +47,7 @@ class LocalWork:
         config: the run's settings.
         key: (client, round, exchange); with the seed it keys every random draw, so the result depends on nothing else.
         on_step: called with (client, tokens, loss) after each optimiser step.
-        executor: makes the optimiser steps; one client after the other by default.
+        tokens: of a pass at most.
     """
 
     def __init__(
@@ -45,10 +59,10 @@ class LocalWork:
         config: Config,
         key: tuple[int, int, int],
         on_step: OnStep | None = None,
-        executor: Executor | None = None,
+        tokens: int = Limits.tokens,
     ) -> None:
         self._adapted, self._shard, self._config, self._on_step = adapted, shard, config, on_step
-        self._executor = executor or Sequential(adapted)
+        self._tokens = tokens
         self.client, self.round, self.phase = key
         self.layout, self.kept = layout, kept
         self.rate = schedule.learning_rate(config.train, self.round, config.federation.rounds)
@@ -66,15 +80,34 @@ class LocalWork:
     def _examples(self, step: int) -> list[Encoded]:
         return [self._shard[i] for i in self.plan[step]]
 
-    def train(
-        self,
-        start: Tensors,
-        names: Sequence[str],
-        term: Term | None = None,
-        masks: Tensors | None = None,
-        correction: Tensors | None = None,
-    ) -> dict[str, Tensor]:
-        """Make the round's optimiser steps on `names` and return all tensors of the model afterwards."""
+    @property
+    def context(self) -> ClientContext:
+        """What the method knows of this client."""
+        return ClientContext(self.client, self.round, self.phase, self.layout, self.kept, self.rate, self.steps)
+
+    def run(self, program: Program[T]) -> Jobs[T]:
+        """Run a method's program; what it trains is left to an executor, everything else is done on the spot."""
+        return handled(program, self._handle)
+
+    def _handle(self, request: Request) -> Jobs[Any]:
+        if isinstance(request, Train):
+            return (yield self._work(request))
+        return self._answer(request)
+
+    def _answer(self, request: Request) -> Any:
+        match request:
+            case Gradients(at, names):
+                return self._gradients(at, names)
+            case Losses(step, points):
+                return self._losses(step, points)
+            case Features(count):
+                return self._features(count)
+            case RowNorms(at):
+                return self._adapted.row_norms(at)
+        raise TypeError(f"a method asked for {type(request).__name__}, which is no request")
+
+    def _work(self, request: Train) -> Work:
+        """Return the round's optimiser steps; a second training in a round has dropout of its own."""
         more = (self.passes,) if self.passes else ()
         self.passes += 1
         before = len(self.losses_seen), self.tokens
@@ -82,22 +115,21 @@ class LocalWork:
         def again() -> None:
             del self.losses_seen[before[0] :]
             self.tokens = before[1]
-            if isinstance(correction, Correction):
-                correction.sums.clear()
+            if isinstance(request.correction, Correction):
+                request.correction.sums.clear()
 
-        work = Work(
-            start,
-            names,
+        return Work(
+            request.start,
+            request.names,
             [self._examples(step) for step in range(self.steps)],
             self.rate,
             self._config.train,
             derive_seed(self._config.seed, "dropout", self.client, self.round, *more),
             self._exact,
-            Extras(term, masks, correction),
+            Extras(request.term, request.masks, request.correction),
             self._report,
             again,
         )
-        return self._executor.run(work)
 
     @property
     def _exact(self) -> bool:
@@ -110,15 +142,15 @@ class LocalWork:
         if self._on_step:
             self._on_step(self.client, tokens, loss)
 
-    def gradients(self, at: Tensors, names: Sequence[str]) -> dict[str, Tensor]:
+    def _gradients(self, at: Tensors, names: Sequence[str]) -> dict[str, Tensor]:
         """Return the gradient of the round's first step at a point."""
         chosen = place(self._adapted, at, names)
-        examples, tokens = self._examples(0), self._executor.limits.tokens
+        examples, tokens = self._examples(0), self._tokens
         self._report(examples, backpropagate(self._adapted, examples, tokens, exact=self._exact))
         return {n: (torch.zeros_like(p) if p.grad is None else p.grad).to("cpu", copy=True) for n, p in chosen.items()}
 
     @torch.no_grad()
-    def losses(self, step: int, points: Sequence[Tensors]) -> list[float]:
+    def _losses(self, step: int, points: Sequence[Tensors]) -> list[float]:
         """Return the loss of one of the round's steps at several points, without gradients."""
         examples = self._examples(step)
         found = []
@@ -129,17 +161,13 @@ class LocalWork:
         return found
 
     def _plain_loss(self, examples: Sequence[Encoded]) -> float:
-        runs = (list(parts.values()) for parts in passes([examples], [0], self._executor.limits.tokens))
+        runs = (list(parts.values()) for parts in passes([examples], [0], self._tokens))
         return sum(sum(joint_loss(self._adapted.model, parts, share_prefix=True)[1]) for parts in runs)
 
-    def features(self, count: int) -> Tensor:
+    def _features(self, count: int) -> Tensor:
         """Return the base model's last hidden state [count, hidden] at the end of the first examples' prompts."""
         texts = [e.ids[: e.start] for e in self._shard[:count]]
         return text_features(self._adapted.model, texts).float().cpu()
-
-    def row_norms(self, at: Tensors) -> dict[str, Tensor]:
-        """Return ||W0 + s B A|| of each output row, by layer."""
-        return self._adapted.row_norms(at)
 
     @property
     def loss(self) -> float:

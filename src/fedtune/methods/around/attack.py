@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from fedtune.methods.local import Tensors
+from fedtune.methods.requests import Tensors
 from fedtune.types import derive_seed
 
 if TYPE_CHECKING:

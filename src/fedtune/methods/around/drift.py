@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from fedtune.methods.local import Correction, Local, Tensors, Term
+from fedtune.methods.requests import ClientContext, Correction, Program, Request, Tensors, Term, Train, handled
 from fedtune.methods.sound import CLIPPED, GROWTH
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from fedtune.config.schema import TrainSettings
-    from fedtune.lora.state import AdapterState
 
+T = TypeVar("T")
 CONTROL = "scaffold/"
 # among the controls: the round a client was last heard in (server, by client; download), and what a client keeps beside
 # its newest controls: their round, and those it had when it was last heard
@@ -37,73 +38,55 @@ def named(controls: Tensors) -> dict[str, Tensor]:
     return {CONTROL + n: t for n, t in controls.items()}
 
 
-class Corrected:
-    """A client's work with drift corrections in every step; otherwise as it was.
+def pulled(program: Program[T], mu: float) -> Program[T]:
+    """Run a program with FedProx's term in the loss of every step."""
 
-    Attributes:
-        changes: after training with SCAFFOLD, how each control variate changed: c_i+ - c_i.
-    """
-
-    def __init__(self, local: Local, mu: float, controls: tuple[Tensors, Tensors] | None) -> None:
-        self._local = local
-        self._mu = mu
-        self._controls = controls
-        self.changes: dict[str, Tensor] = {}
-        self.client, self.round, self.phase = local.client, local.round, local.phase
-        self.layout: AdapterState = local.layout
-        self.kept, self.rate, self.steps = local.kept, local.rate, local.steps
-
-    def _term(self, start: Tensors, term: Term | None) -> Term | None:
-        if not self._mu:
-            return term
-
+    def nearer(start: Tensors, term: Term | None) -> Term:
         def both(now: Tensors) -> Tensor:
             own = term(now) if term else None
-            pull = proximal(now, start, self._mu)
+            pull = proximal(now, start, mu)
             return pull if own is None else own + pull
 
         return both
 
-    def train(
-        self,
-        start: Tensors,
-        names: Sequence[str],
-        term: Term | None = None,
-        masks: Tensors | None = None,
-        correction: Tensors | None = None,
-    ) -> dict[str, Tensor]:
-        """Train with the corrections (option II of SCAFFOLD: c_i+ = c_i - c + (x - y_i) / (K lr)).
+    def handle(request: Request) -> Program[Any]:
+        if isinstance(request, Train):
+            request = replace(request, term=nearer(request.start, request.term))
+        return (yield request)
 
-        That is the mean of the gradients the client's steps were made of, clipped and with weight decay, and is made of
-        their sum: at a small rate x - y_i has hardly a digit left in float32. A round with a rate of 0 makes no steps:
-        the controls stay.
-        """
-        if self._controls is None:
-            return self._local.train(start, names, self._term(start, term), masks, correction)
-        server, own = self._controls
-        drift = Correction({n: server[n] - own[n] if n in own else server[n] for n in names if n in server})
-        trained = self._local.train(start, names, self._term(start, term), masks, drift)
+    return handled(program, handle)
+
+
+def corrected(
+    program: Program[T], server: Tensors, own: Tensors, client: ClientContext
+) -> Program[tuple[T, dict[str, Tensor]]]:
+    """Run a program with SCAFFOLD's correction of every step; also return how each control changed: c_i+ - c_i.
+
+    Option II of SCAFFOLD: c_i+ = c_i - c + (x - y_i) / (K lr). That is the mean of the gradients the client's steps
+    were made of, clipped and with weight decay, and is made of their sum: at a small rate x - y_i has hardly a digit
+    left in float32. A round with a rate of 0 makes no steps: the controls stay.
+
+    Args:
+        program: the client's.
+        server: c.
+        own: c_i.
+        client: how many steps it makes, and at what rate.
+    """
+    changes: dict[str, Tensor] = {}
+
+    def handle(request: Request) -> Program[Any]:
+        if not isinstance(request, Train):
+            return (yield request)
+        drift = Correction({n: server[n] - own[n] if n in own else server[n] for n in request.names if n in server})
+        trained = yield replace(request, correction=drift)
         for name in drift:
-            zero = start[name].new_zeros(start[name].shape)
-            mean = drift.sums[name].to(zero.device, zero.dtype) / self.steps if name in drift.sums else zero
-            self.changes[name] = mean - own.get(name, zero) if self.rate else zero
+            zero = request.start[name].new_zeros(request.start[name].shape)
+            mean = drift.sums[name].to(zero.device, zero.dtype) / client.steps if name in drift.sums else zero
+            changes[name] = mean - own.get(name, zero) if client.rate else zero
         return trained
 
-    def gradients(self, at: Tensors, names: Sequence[str]) -> dict[str, Tensor]:
-        """Return the gradient of the round's first step at a point."""
-        return self._local.gradients(at, names)
-
-    def features(self, count: int) -> Tensor:
-        """Return the base model's last hidden state of the first examples."""
-        return self._local.features(count)
-
-    def row_norms(self, at: Tensors) -> dict[str, Tensor]:
-        """Return ||W0 + s B A|| of each output row, by layer."""
-        return self._local.row_norms(at)
-
-    def losses(self, step: int, points: Sequence[Tensors]) -> list[float]:
-        """Return the loss of one of the round's steps at several points."""
-        return self._local.losses(step, points)
+    result = yield from handled(program, handle)
+    return result, changes
 
 
 def heard(controls: Tensors, clients: int) -> Tensor:
