@@ -54,6 +54,7 @@ def measure(clients: int, rank: int, length: int, model: str) -> dict[str, float
     from fedtune.data.encode import Encoded
     from fedtune.experiment import arms
     from fedtune.experiment.reporter import Reporter
+    from fedtune.federation.pool import LocalPool, complete
     from fedtune.io import read_lines
     from fedtune.models import adapter
     from fedtune.models.load import LoadedModel
@@ -82,10 +83,10 @@ def measure(clients: int, rank: int, length: int, model: str) -> dict[str, float
     before = peak()
     with TemporaryDirectory() as folder:
         shards = EncodedShards((texts,) * clients, (), 0)
-        executor = Sequential(adapted, Limits(4096))
-        arm = arms.Arm(config, adapted, shards, adapted.state(), "r", Path(folder), Reporter(), executor)
+        pool = LocalPool(Sequential(adapted, Limits(4096)))
+        arm = arms.Arm(config, adapted, shards, adapted.state(), "r", Path(folder), Reporter(), pool)
         started = time.perf_counter()
-        arms.train(arm)
+        complete(arms.train(arm))
         whole = time.perf_counter() - started
         lines = read_lines(Path(folder) / "timings.jsonl")[1:]
     return {

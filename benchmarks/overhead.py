@@ -33,6 +33,7 @@ from fedtune.federation import checkpoint, messages  # noqa: E402
 from fedtune.federation.checkpoint import Progress  # noqa: E402
 from fedtune.federation.local import LocalGrid  # noqa: E402
 from fedtune.federation.nodes import connect  # noqa: E402
+from fedtune.federation.pool import complete  # noqa: E402
 from fedtune.federation.rounds import Federation, one_round  # noqa: E402
 from fedtune.lora.state import LoraModule  # noqa: E402
 from fedtune.methods import ServerState  # noqa: E402
@@ -120,7 +121,7 @@ def ours(clients: int, rounds: int) -> tuple[list[float], list[float]]:
         progress = Progress(ServerState(adapter))
         for round_ in range(1, rounds + 2):
             began = time.perf_counter()
-            progress = one_round(fed, round_, progress)
+            progress = complete(one_round(fed, round_, progress))
             middle = time.perf_counter()
             checkpoint.save(fed.folder, progress, "run", 2)
             engine.append(middle - began)

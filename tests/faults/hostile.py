@@ -20,6 +20,7 @@ from fedtune.federation import messages
 from fedtune.federation.private import PrivateStore
 from fedtune.lora.state import AdapterState
 from fedtune.methods import Recipe
+from tests.clients import fit_by
 
 VALUES = (math.nan, math.inf, -math.inf, 3e38, -3e38, 1e20, 1e10, 9e3, 50.0, 1e-30, 1e-45, 0.0, -1.0)
 COUNTS = (math.nan, math.inf, -math.inf, -1.0, 0.0, 0.5, 1e308, -1e308, 2**63, 10**400, -(10**400), 1e15, 7, 1)
@@ -77,7 +78,7 @@ def clients(
         order = message.content.config_records[messages.ORDER]
         when = int(str(order["round"])), int(str(order["phase"]))
         local = kind(client, *when, recipe.method.cut(start, client), private.load(client, when))
-        fitted = recipe.fit(local, messages.unpack(message.content.array_records[messages.ADAPTER]))
+        fitted = fit_by(recipe, local, messages.unpack(message.content.array_records[messages.ADAPTER]))
         private.save(client, when, fitted.kept)
         metrics = {"examples": 8.0, "tokens": 80.0, "steps": 2.0, "loss": 1.0}
         answer = messages.train_answer(order, fitted.payload, metrics, in_process=True)

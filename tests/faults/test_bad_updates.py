@@ -5,7 +5,7 @@ import math
 import pickle
 import re
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from fedtune.federation import messages
 from fedtune.federation.faults import FaultyGrid
 from fedtune.federation.guard import state_problem
 from fedtune.federation.local import LocalGrid
+from fedtune.federation.pool import Steps
 from fedtune.federation.rounds import Federation, run_rounds
 from fedtune.io import read_lines
 from fedtune.lora import state
@@ -242,13 +243,14 @@ def test_a_nan_loss_is_null_in_the_record_and_on_disk(config: Config, tmp_path: 
 class Doubling(LocalGrid):
     """Delivers one client's reply twice, and one from a node nobody asked."""
 
-    def send_and_receive(self, messages: Any, *, timeout: float | None = None) -> Iterator[Message]:
-        for reply in super().send_and_receive(messages, timeout=timeout):
-            yield reply
+    def exchange(self, messages: Any, take: Callable[[Message], None], timeout: float | None = None) -> Steps[None]:
+        def twice(reply: Message) -> None:
+            take(reply)
             if reply.metadata.src_node_id == 2 + BAD:
-                yield reply
-                stranger = Message(reply.content, reply_to=self.create_message(RecordDict(), "train", 999, "1"))
-                yield stranger
+                take(reply)
+                take(Message(reply.content, reply_to=self.create_message(RecordDict(), "train", 999, "1")))
+
+        return super().exchange(messages, twice, timeout)
 
 
 def test_duplicates_and_strangers_are_counted_not_used(config: Config, tmp_path: Path) -> None:
@@ -477,11 +479,13 @@ def test_a_second_reply_does_not_make_its_client_one_of_those_refused(
     """Else a client whose first reply counts would use up the malicious ones that the rule reckons with."""
 
     class Twice(LocalGrid):
-        def send_and_receive(self, messages: Any, *, timeout: float | None = None) -> Iterator[Message]:
-            for reply in super().send_and_receive(messages, timeout=timeout):
-                yield reply
+        def exchange(self, messages: Any, take: Callable[[Message], None], timeout: float | None = None) -> Steps[None]:
+            def twice(reply: Message) -> None:
+                take(reply)
                 change(reply)
-                yield reply
+                take(reply)
+
+            return super().exchange(messages, twice, timeout)
 
     tree = {"method": {"name": "flexlora"}, "robust": {"rule": "krum"}}
     config = settings(**tree, federation={"clients": 5, "rounds": 1}).config

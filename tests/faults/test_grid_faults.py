@@ -16,10 +16,10 @@ from fedtune.config.schema import FaultSettings
 from fedtune.federation.faults import FaultyGrid, planned
 from fedtune.federation.local import LocalGrid
 from fedtune.federation.nodes import connect
+from fedtune.federation.pool import LocalPool, Steps
 from fedtune.federation.rounds import able, draw, run_rounds
 from fedtune.methods import Recipe
 from fedtune.methods.base import ServerState
-from fedtune.training.meeting import Meeting
 from fedtune.types import RunFailedError, derive_seed
 from tests.faults.hostile import clients
 from tests.faults.test_bad_updates import federation, start, toy_app
@@ -97,11 +97,13 @@ def test_a_client_may_be_lost_between_the_exchanges_of_a_round(
     asked: list[tuple[int, int, int]] = []
 
     class Watching(LocalGrid):
-        def send_and_receive(self, orders: Any, *, timeout: float | None = None) -> Any:
-            for reply in super().send_and_receive(orders, timeout=timeout):
+        def exchange(self, orders: Any, take: Callable[[Message], None], timeout: float | None = None) -> Steps[None]:
+            def noted(reply: Message) -> None:
                 said = reply.content.config_records["identity"]
                 asked.append(tuple(int(str(said[key])) for key in ("round", "phase", "client")))  # type: ignore[arg-type]
-                yield reply
+                take(reply)
+
+            return super().exchange(orders, noted, timeout)
 
     inside = Watching(clients(recipe, start(), -1, lambda reply: reply), 4)
     grid = FaultyGrid(inside, config.federation.faults, config.seed)
@@ -129,9 +131,9 @@ class Watched:
         monkeypatch.setattr("time.monotonic", lambda: self.now)
 
 
-@pytest.mark.parametrize("crew", [None, 2, 4])
+@pytest.mark.parametrize("together", [1, 2, 4])
 def test_a_slow_client_misses_the_deadline_and_nobody_else_does(
-    settings: Callable[..., Settings], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, crew: int | None
+    settings: Callable[..., Settings], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, together: int
 ) -> None:
     watch, honest, app = Watched(monkeypatch), toy_app(), ClientApp()
 
@@ -141,38 +143,12 @@ def test_a_slow_client_misses_the_deadline_and_nobody_else_does(
         return honest(message, context)
 
     config = settings(federation={"clients": 4, "rounds": 2, "deadline": 1.0}).config
-    grid = LocalGrid(app, 4, crew=Together(crew) if crew else None)
+    pool = LocalPool()
+    pool.size = together
+    grid = LocalGrid(app, 4, pool=pool)
     for record in run_rounds(federation(config, tmp_path, app, grid=grid), ServerState(start())).records:
         assert [c.client for c in record.clients] == [0, 2, 3]
         assert [(r.client, r.reason) for r in record.rejected] == [(1, "no_reply")]
-
-
-class Together(Meeting):
-    """A crew whose calls take turns."""
-
-    def __init__(self, size: int) -> None:
-        super().__init__(list)
-        self.size = size
-
-
-def test_a_call_is_charged_its_own_work_and_its_share_of_the_joint_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    watch = Watched(monkeypatch)
-
-    def answer(questions: list[float]) -> list[float]:
-        watch.now += 10.0
-        return questions
-
-    meeting = Meeting(answer)
-
-    def call(own: float) -> float:
-        begun = meeting.clock()
-        watch.now += own
-        meeting.ask(own)
-        watch.now += own
-        return meeting.clock() - begun
-
-    spent = meeting.together([lambda own=own: call(own) for own in (1.0, 2.0, 7.0, 0.0)])
-    assert spent == pytest.approx([4.5, 6.5, 16.5, 2.5])
 
 
 class Lonely(LocalGrid):

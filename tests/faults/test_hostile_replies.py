@@ -21,6 +21,7 @@ from fedtune.federation.checkpoint import Progress
 from fedtune.federation.guard import state_problem
 from fedtune.federation.local import LocalGrid
 from fedtune.federation.nodes import connect
+from fedtune.federation.pool import complete
 from fedtune.federation.rounds import Federation, one_round
 from fedtune.lora.state import AdapterState, LoraModule
 from fedtune.methods import METHODS
@@ -84,7 +85,7 @@ class Scene:
         self.start = recipe.initial(start)
         self.before = Progress(self.start)
         for round_ in (1, 2):
-            self.before = one_round(self.fed, round_, self.before)
+            self.before = complete(one_round(self.fed, round_, self.before))
         assert [r.status for r in self.before.records] == ["ok", "ok"], self.before.records[-1]
         assert all(len(r.clients) == 4 for r in self.before.records)
 
@@ -92,11 +93,11 @@ class Scene:
         draw = random.Random(seed)
         self.mutate = lambda reply: mutated(draw, reply)
         before = Progress(self.before.state, list(self.before.records))
-        return one_round(self.fed, 3, before)
+        return complete(one_round(self.fed, 3, before))
 
     def go_on(self, progress: Progress) -> RoundRecord:
         self.mutate = lambda reply: reply
-        return one_round(self.fed, 4, progress).records[-1]
+        return complete(one_round(self.fed, 4, progress)).records[-1]
 
 
 def _largest(progress: Progress) -> float:
@@ -185,7 +186,7 @@ def test_who_starts_from_an_accepted_state_is_accepted(tmp_path: Path, size: flo
         for round_ in range(3, 9):
             names = NAMES[(number + round_) % len(NAMES)]
             scene.mutate = (lambda reply, names=names: _longest(reply, names, size)) if round_ < 6 else lambda r: r
-            now = one_round(scene.fed, round_, now)
+            now = complete(one_round(scene.fed, round_, now))
             record = now.records[-1]
             used = {c.client for c in record.clients}
             assert record.status == "ok", (method, around, record)
@@ -196,7 +197,7 @@ def test_who_starts_from_an_accepted_state_is_accepted(tmp_path: Path, size: flo
 def test_a_control_is_no_larger_than_clipped_gradients_make_it(tmp_path: Path, size: float, refused: list[str]) -> None:
     scene = Scene("fedit", "scaffold", tmp_path)
     scene.mutate = lambda reply: _longest(reply, "scaffold", size)
-    record = one_round(scene.fed, 3, scene.before).records[-1]
+    record = complete(one_round(scene.fed, 3, scene.before)).records[-1]
     assert [r.reason for r in record.rejected] == refused
 
 
@@ -217,7 +218,7 @@ def test_the_bound_of_what_is_added_up_does_not_grow_with_the_sum(
     first = limit(3)
     for round_ in range(3, 9):
         scene.mutate = lambda reply, size=0.999 * limit(round_): _longest(reply, names, size)
-        now = one_round(scene.fed, round_, now)
+        now = complete(one_round(scene.fed, round_, now))
         assert BAD in {c.client for c in now.records[-1].clients}, now.records[-1].rejected
     assert limit(9) == first
     sums = {n: float(t.norm()) for n, t in now.state.extra.items() if n.startswith(names)}

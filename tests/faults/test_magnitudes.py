@@ -15,6 +15,7 @@ from fedtune.federation import messages
 from fedtune.federation.checkpoint import Progress
 from fedtune.federation.local import LocalGrid
 from fedtune.federation.nodes import connect
+from fedtune.federation.pool import complete
 from fedtune.federation.rounds import Federation, one_round
 from fedtune.lora import dora
 from fedtune.lora.state import PREFIX, A, AdapterState, B, LoraModule, M
@@ -89,7 +90,7 @@ class Race:
     def run(self, rounds: int) -> Race:
         done = len(self.now.records)
         for round_ in range(done + 1, done + rounds + 1):
-            self.now = one_round(self.fed, round_, self.now)
+            self.now = complete(one_round(self.fed, round_, self.now))
         return self
 
     @property

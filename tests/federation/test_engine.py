@@ -22,6 +22,7 @@ from fedtune.experiment.arms import Arm
 from fedtune.experiment.reporter import Reporter
 from fedtune.federation import messages
 from fedtune.federation.checkpoint import Progress
+from fedtune.federation.pool import LocalPool, Steps, complete
 from fedtune.lora.algebra import RunningMean, weighted_mean
 from fedtune.lora.state import to_tensors
 from fedtune.methods import METHODS, Recipe, ServerState
@@ -42,7 +43,7 @@ def arm(config: Config, folder: Path, clients: int, cohort: int = 1) -> Arm:
     shards = tuple((TEXTS[c % 5], TEXTS[(c + 1) % 5]) for c in range(clients))
     executor: Executor = Cohort(adapted, cohort) if cohort > 1 else Sequential(adapted)
     encoded = EncodedShards(shards, (), 0)
-    return Arm(config, adapted, encoded, adapted.state(), "run", folder, Reporter(), executor)
+    return Arm(config, adapted, encoded, adapted.state(), "run", folder, Reporter(), LocalPool(executor))
 
 
 def test_nothing_is_serialised_in_one_process(
@@ -53,7 +54,7 @@ def test_nothing_is_serialised_in_one_process(
 
     monkeypatch.setattr(messages.TensorArray, "data", property(refuse))
     config = settings(federation={"clients": 3, "rounds": 2}).config
-    assert arms.train(arm(config, tmp_path, 3)).round == 2
+    assert complete(arms.train(arm(config, tmp_path, 3))).round == 2
 
 
 def test_messages_of_one_process_carry_the_tensor_itself() -> None:
@@ -65,7 +66,7 @@ def test_messages_of_one_process_carry_the_tensor_itself() -> None:
 
 
 def _run(config: Config, folder: Path, clients: int, cohort: int = 1) -> dict[str, Tensor]:
-    return to_tensors(arms.train(arm(config, folder, clients, cohort)).state.adapter)
+    return to_tensors(complete(arms.train(arm(config, folder, clients, cohort))).state.adapter)
 
 
 @pytest.mark.parametrize("name", [n for n, kind in METHODS.items() if kind.running and not kind.by_client])
@@ -85,7 +86,7 @@ def test_what_honest_clients_report_is_what_the_plan_allows(
     settings: Callable[..., Settings], tmp_path: Path, name: str, own: dict[str, Any]
 ) -> None:
     config = settings(federation={"clients": 2, "rounds": 2}, method={"name": name, **own}).config
-    for record in arms.train(arm(config, tmp_path, 2)).records:
+    for record in complete(arms.train(arm(config, tmp_path, 2))).records:
         assert record.notes == ()
         assert record.rejected == ()
         assert all(
@@ -153,7 +154,7 @@ def test_a_thousand_clients_of_a_hundred_thousand(settings: Callable[..., Settin
     train = {"max_steps": 1, "per_device_train_batch_size": 1}
     config = settings(federation=changes, train=train).config
     large = arm(config, tmp_path, 100_000)
-    progress = arms.train(large)
+    progress = complete(arms.train(large))
     record = progress.records[0]
     assert (len(record.cohort), len(record.clients), record.rejected) == (1000, 1000, ())
     assert arms.wire(config, large.start)(1) == record.bytes_down + record.bytes_up  # type: ignore[misc]
@@ -187,13 +188,16 @@ def test_a_client_asked_twice_counts_once(settings: Callable[..., Settings], tmp
     plain = _run(config, tmp_path / "a", 3)
 
     class Twice(arms.LocalGrid):
-        def send_and_receive(self, orders: Any, *, timeout: float | None = None) -> Any:
-            for reply in super().send_and_receive(orders, timeout=timeout):
-                yield from (reply, reply)
+        def exchange(self, orders: Any, take: Callable[[Any], None], timeout: float | None = None) -> Steps[None]:
+            def twice(reply: Any) -> None:
+                take(reply)
+                take(reply)
+
+            return super().exchange(orders, twice, timeout)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(arms, "LocalGrid", Twice)
-        done = arms.train(arm(config, tmp_path / "b", 3))
+        done = complete(arms.train(arm(config, tmp_path / "b", 3)))
     assert [r.reason for r in done.records[0].rejected] == ["duplicate"] * 3
     assert all(torch.equal(t, plain[n]) for n, t in to_tensors(done.state.adapter).items())
     assert replace(done.records[0], rejected=()).clients == done.records[0].clients

@@ -16,7 +16,10 @@ from fedtune.config.schema import AttackSettings, RobustSettings, ServerSettings
 from fedtune.lora.state import to_tensors
 from fedtune.methods import METHODS, ClientUpdate, Recipe, ServerState, build, client_ranks, create
 from fedtune.methods.around import attack, drift, optimizer, robust
+from fedtune.methods.requests import Train
+from tests.clients import fit_by, ran_by
 from tests.methods.test_methods import START, adapter, dense, mean, same
+from tests.training.programs import asking
 
 OPTIMIZERS = ["fedavgm", "fedadagrad", "fedyogi", "fedadam"]
 
@@ -163,7 +166,7 @@ def _drifting(scaffold: bool, rounds: int = 200, lost: frozenset[int] = frozense
         for client in (0, 1):
             local = Quadratic(client, kept[client])
             local.round = round_
-            fitted = made.fit(local, made.view(state, client))  # type: ignore[arg-type]
+            fitted = fit_by(made, local, made.view(state, client))
             kept[client] = fitted.kept
             if client == 0 or round_ not in lost:
                 sent.append(ClientUpdate(client, fitted.payload, 1.0))
@@ -188,7 +191,7 @@ def test_scaffolds_first_round_is_averaging_and_full_participation_means_the_mea
     results = []
     for one in (made, plain):
         state = one.initial(START)
-        fits = [one.fit(Quadratic(c, {}), one.view(state, c)) for c in (0, 1)]  # type: ignore[arg-type]
+        fits = [fit_by(one, Quadratic(c, {}), one.view(state, c)) for c in (0, 1)]
         results.append((one.server_step([ClientUpdate(c, f.payload, 1.0) for c, f in enumerate(fits)], state, 1), fits))
     assert same(dense(results[0][0]), dense(results[1][0]))
     controls = [drift.split(f.kept)[1] for f in results[0][1]]
@@ -300,11 +303,11 @@ def test_a_gauge_attack_hits_the_mean_of_factors_and_nothing_in_product_space() 
 
 def test_a_round_at_rate_zero_leaves_the_controls_as_they_are() -> None:
     made = recipe(drift={"scaffold": True}, train={"optimizer": "sgd"}, federation={"clients": 2})
-    first = made.fit(Quadratic(0, {}), made.view(made.initial(START), 0))  # type: ignore[arg-type]
+    first = fit_by(made, Quadratic(0, {}), made.view(made.initial(START), 0))
     state = made.server_step([ClientUpdate(0, first.payload, 1.0)], made.initial(START), 1)
     local = Quadratic(0, first.kept)
     local.round, local.rate = 2, 0.0
-    last = made.fit(local, made.view(state, 0))  # type: ignore[arg-type]
+    last = fit_by(made, local, made.view(state, 0))
     assert not any(t.any() for t in drift.split(last.payload)[1].values())
     before, after = drift.split(first.kept)[1], drift.split(last.kept)[1]
     assert all(torch.equal(before[n], after[n]) for n in to_tensors(START))
@@ -335,9 +338,9 @@ def test_scaffolds_controls_are_the_mean_of_the_gradients_that_steps_are_made_of
             return {"p": parameter.detach()}
 
     server, own = {"p": torch.tensor([5.0, -2.0])}, {"p": torch.tensor([1.0, 3.0])}
-    work = drift.Corrected(Clipped(), 0.0, (server, own))  # type: ignore[arg-type]
-    work.train(start, ["p"])
-    assert torch.allclose(own["p"] + work.changes["p"], slope / slope.norm() * limit, atol=1e-5)
+    work: Any = Clipped()
+    _, changes = ran_by(work, drift.corrected(asking(Train(start, ["p"])), server, own, work))
+    assert torch.allclose(own["p"] + changes["p"], slope / slope.norm() * limit, atol=1e-5)
 
 
 @pytest.mark.parametrize("decay", [0.0, 0.01, 1.0])
@@ -392,10 +395,10 @@ def test_scaffolds_controls_have_their_digits_at_any_rate(kind: torch.dtype, rat
     for _ in range(12):
         seen.clear()
         server = {"p": 0.5 * own["p"]}
-        work = drift.Corrected(Bowl(), 0.0, (server, own))  # type: ignore[arg-type]
-        after = work.train(begun, ["p"])
+        work: Any = Bowl()
+        after, changes = ran_by(work, drift.corrected(asking(Train(begun, ["p"])), server, own, work))
         told = own["p"] - server["p"] + (begun["p"] - after["p"]) / (20 * rate)
-        own = {"p": own["p"] + work.changes["p"]}
+        own = {"p": own["p"] + changes["p"]}
         assert float((own["p"] - torch.stack(seen).mean(0)).norm()) < 1e-5 * float(own["p"].norm())
         if kind == torch.float64:
             assert torch.allclose(own["p"], told, rtol=1e-8)
@@ -421,8 +424,8 @@ def test_an_attacker_with_magnitudes_that_learned_nothing_sends_the_unchanged_mo
         def row_norms(self, at: Any) -> dict[str, Tensor]:
             return {p: torch.linspace(1, 2, m.b.shape[0]).double() for p, m in START.items()}
 
-    bad = made.fit(Idle(), made.view(state, 0)).payload  # type: ignore[arg-type]
-    honest = recipe(method={"name": "flexlora"}, lora={"dora": True}).fit(Idle(), made.view(state, 0)).payload  # type: ignore[arg-type]
+    bad = fit_by(made, Idle(), made.view(state, 0)).payload
+    honest = fit_by(recipe(method={"name": "flexlora"}, lora={"dora": True}), Idle(), made.view(state, 0)).payload
     assert all(torch.allclose(bad[n], honest[n], atol=1e-12) for n in honest)
 
 

@@ -17,6 +17,7 @@ from fedtune.methods.around import robust
 from fedtune.training import schedule
 from fedtune.training.executor import Extras, optimizer
 from fedtune.types import RunFailedError, UpdateError, derive_seed
+from tests.clients import fit_by
 
 CLIENTS, ROUNDS = 5, 3
 BASE: dict[str, Any] = {
@@ -135,7 +136,7 @@ def _outcome(text: str) -> list[Tensor]:
         for phase in range(1, made.phases + 1):
             sent = []
             for client in range(CLIENTS):
-                fitted = made.fit(Toy(config, client, round_, phase, kept[client]), made.view(state, client))
+                fitted = fit_by(made, Toy(config, client, round_, phase, kept[client]), made.view(state, client))
                 kept[client] = fitted.kept or kept[client]
                 sent.append(ClientUpdate(client, fitted.payload, 10.0 + client))
             state = _stepped(made.middle if phase < made.phases else made.server_step, sent, state, round_)

@@ -14,6 +14,7 @@ from fedtune.lora.state import PREFIX, AdapterState, LoraModule, to_tensors, wit
 from fedtune.methods import METHODS, Recipe, ServerState, create
 from fedtune.methods.base import ClientUpdate
 from fedtune.methods.fed_sb import FedSB
+from tests.clients import fit_by
 from tests.faults.hostile import Toy
 from tests.methods.test_methods import GLOBAL, make, mean, same
 
@@ -63,7 +64,7 @@ def _round(made: Recipe, start: AdapterState, state: ServerState, kept: dict[int
     for phase in range(1, made.phases + 1):
         sent = []
         for client in kept:
-            fitted = made.fit(Toy(client, round_, phase, start, kept[client]), made.view(state, client))
+            fitted = fit_by(made, Toy(client, round_, phase, start, kept[client]), made.view(state, client))
             kept[client], expected = fitted.kept, made.expected(state, client, round_)
             if not made.method.ragged:
                 assert shapes(fitted.payload) == shapes(expected)
@@ -107,7 +108,7 @@ def test_fed_sb_trains_a_layer_narrower_than_the_rank_as_it_does_at_the_layers_o
         state, kept = ServerState(start), {}
         for round_ in (1, 2):
             local = cast(Any, Descent)(0, round_, 1, start, kept)
-            fitted = method.fit(local, method.begin(start, method.view(state, 0), kept, round_))
+            fitted = fit_by(method, local, method.begin(start, method.view(state, 0), kept, round_))
             kept = fitted.kept
             expected = method.expected(state, 0, round_)
             assert shapes(fitted.payload) == shapes(expected)

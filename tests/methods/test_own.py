@@ -24,6 +24,7 @@ from fedtune.methods.flora import FLoRA
 from fedtune.methods.hetlora import HetLoRA
 from fedtune.methods.lora_a2 import LoRAA2
 from fedtune.methods.rbla import RBLA
+from tests.clients import fit_by
 from tests.faults.hostile import Toy
 from tests.methods.test_methods import IN, OUT, START, adapter, dense, make, mean, run, same
 
@@ -303,7 +304,7 @@ def test_fed_sb_averages_the_core_and_keeps_the_bases() -> None:
                 found[name] = gradient[path] @ a.T if name.endswith(B) else b.T @ gradient[path]
             return found
 
-    sketches = method.fit(cast(Any, Fake()), {**to_tensors(layout)}).payload
+    sketches = fit_by(method, Fake(), {**to_tensors(layout)}).payload
     assert set(sketches) == set(method.expected(ServerState(START), 0, 1))
     state = method.server_step([ClientUpdate(0, sketches, 3.0)], ServerState(START), 1)
     for path in START:
@@ -378,7 +379,7 @@ def test_fedalts_skipped_rounds_are_in_no_mean() -> None:
         sent = []
         for client in kept:
             local = Toy(client, round_, 1, START, kept[client])
-            fitted = method.fit(local, method.begin(START, method.view(state, client), kept[client], round_))
+            fitted = fit_by(method, local, method.begin(START, method.view(state, client), kept[client], round_))
             kept[client] = fitted.kept
             sent.append(ClientUpdate(client, fitted.payload, 8.0))
         return sent
@@ -425,7 +426,7 @@ def test_fedkseed_replays_bit_for_bit_and_in_any_order() -> None:
     start32 = {p: replace(m, a=m.a.float(), b=m.b.float()) for p, m in START.items()}
     state = ServerState(start32)
     begun = method.begin(start32, method.view(state, 0), {}, 1)
-    sent = [ClientUpdate(c, method.fit(cast(Any, Slope(c)), begun).payload, 1.0) for c in (0, 1)]
+    sent = [ClientUpdate(c, fit_by(method, Slope(c), begun).payload, 1.0) for c in (0, 1)]
     assert set(sent[0].tensors) == {"fedkseed/scalars"}
     assert sent[0].tensors["fedkseed/scalars"].shape == (16,)
     after = method.server_step(sent, state, 1)
@@ -458,7 +459,7 @@ def test_fedkseed_goes_downhill() -> None:
     method = cast(FedKSeed, make("fedkseed", seeds=64, learning_rate=5e-3, steps=40))
     state = ServerState({p: replace(m, a=m.a.float(), b=m.b.float()) for p, m in START.items()})
     begun, client = to_tensors(state.adapter), Slope(0)
-    after = method.server_step([ClientUpdate(0, method.fit(cast(Any, client), begun).payload, 1.0)], state, 1)
+    after = method.server_step([ClientUpdate(0, fit_by(method, client, begun).payload, 1.0)], state, 1)
     one, two = client.losses(0, [begun, dict(to_tensors(after.adapter))])
     assert two < 0.8 * one
 
@@ -484,7 +485,7 @@ def _rounds(method: MovesBase, rounds: int, clients: list[int]) -> tuple[ServerS
             if client == 1 and round_ % 2 == 0:
                 continue  # misses every second round
             local = Canned(client, round_, kept[client])
-            fitted = method.fit(cast(Any, local), method.begin(START, method.view(state, client), kept[client], round_))
+            fitted = fit_by(method, local, method.begin(START, method.view(state, client), kept[client], round_))
             kept[client] = fitted.kept
             if client == 2 and round_ in (2, 3):
                 continue  # its answer is lost, what it keeps is not

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import Any
 
 import pytest
@@ -15,12 +14,14 @@ from fedtune.config import Config, Settings
 from fedtune.config.schema import ModelSettings
 from fedtune.data.encode import Encoded
 from fedtune.lora.state import to_tensors
-from fedtune.methods.requests import Tensors
+from fedtune.methods.requests import Program, Tensors, Train
 from fedtune.models.adapter import AdaptedModel, attach
 from fedtune.models.load import load
 from fedtune.training.cohort import Cohort
 from fedtune.training.executor import Executor, Limits, Sequential
 from fedtune.training.local import LocalWork
+from fedtune.training.scheduler import together
+from tests.training.programs import all_asked, asking
 
 Shards = list[list[Encoded]]
 
@@ -74,14 +75,11 @@ def trained(
     """Local training of some clients, as the executor does it."""
     chosen = list(range(len(starts))) if clients is None else list(clients)
 
-    def one(client: int) -> dict[str, Tensor]:
-        local = LocalWork(adapted, data[client], adapted.layout, {}, config, (client, 1, 1), executor=executor)
-        done = local.train(starts[client], list(starts[client]))
-        if losses is not None:
-            losses.append(local.loss)
-        return done
-
-    return executor.together([partial(one, client) for client in chosen])
+    works = [LocalWork(adapted, data[c], adapted.layout, {}, config, (c, 1, 1)) for c in chosen]
+    done = all_asked(works, [Train(starts[c], list(starts[c])) for c in chosen], executor)
+    if losses is not None:
+        losses += [work.loss for work in works]
+    return done
 
 
 def distance(one: Tensors, two: Tensors) -> float:
@@ -96,19 +94,19 @@ def test_float64_cohort_is_one_client_at_a_time(build: Any, dropout: float) -> N
     starts, data = [started(adapted)] * 4, shards(4)
     cohort, alone_losses, losses = Cohort(adapted, 4), [], []
     alone = trained(adapted, config, Sequential(adapted), starts, data, losses=alone_losses)
-    together = trained(adapted, config, cohort, starts, data, losses=losses)
+    stacked = trained(adapted, config, cohort, starts, data, losses=losses)
     assert cohort.stacked == 4
-    assert max(map(distance, together, alone)) < 1e-12
+    assert max(map(distance, stacked, alone)) < 1e-12
     assert losses == pytest.approx(alone_losses, rel=1e-12)
-    assert min(distance(t, starts[0]) for t in together) > 1e-2
+    assert min(distance(t, starts[0]) for t in stacked) > 1e-2
 
 
 def test_float32_cohort_is_one_client_at_a_time(build: Any) -> None:
     adapted, config = build(torch.float32, lora__dropout=0.075)
     starts, data, alone_losses, losses = [started(adapted, torch.float32)] * 4, shards(4), [], []
     alone = trained(adapted, config, Sequential(adapted), starts, data, losses=alone_losses)
-    together = trained(adapted, config, Cohort(adapted, 4), starts, data, losses=losses)
-    assert max(map(distance, together, alone)) < 1e-4
+    stacked = trained(adapted, config, Cohort(adapted, 4), starts, data, losses=losses)
+    assert max(map(distance, stacked, alone)) < 1e-4
     assert losses == pytest.approx(alone_losses, rel=1e-5)
 
 
@@ -118,10 +116,10 @@ def test_bfloat16_cohort_is_nearer_to_one_at_a_time_than_that_is_to_float32(buil
     wide, _ = build(torch.float32)
     starts, data = [started(half, torch.float32)] * 4, shards(4)
     alone = trained(half, config, Sequential(half), starts, data)
-    together = trained(half, config, Cohort(half, 4), starts, data)
+    stacked = trained(half, config, Cohort(half, 4), starts, data)
     exact = trained(wide, config, Sequential(wide), starts, data)
-    assert {t.dtype for t in together[0].values()} == {torch.float32}
-    near, far = (sum(map(distance, one, alone)) for one in (together, exact))
+    assert {t.dtype for t in stacked[0].values()} == {torch.float32}
+    near, far = (sum(map(distance, one, alone)) for one in (stacked, exact))
     assert near <= 0.7 * far
 
 
@@ -155,21 +153,20 @@ def test_mixed_ranks_rates_and_optimisers(build: Any) -> None:
     starts = [{n: (t[:r] if ".lora_A" in n else t[:, :r]).clone() for n, t in full.items()} for r in ranks]
 
     def run(executor: Executor) -> list[dict[str, Tensor]]:
-        def one(client: int) -> dict[str, Tensor]:
+        def work(client: int) -> LocalWork:
             train = config.train.model_copy(
                 update={"optimizer": rates[client], "learning_rate_max": 1e-3 * (1 + client)}
             )
             own = config.model_copy(update={"train": train})
-            local = LocalWork(adapted, data[client], adapted.layout, {}, own, (client, 1, 1), executor=executor)
-            return local.train(starts[client], list(starts[client]))
+            return LocalWork(adapted, data[client], adapted.layout, {}, own, (client, 1, 1))
 
-        return executor.together([partial(one, c) for c in range(3)])
+        return all_asked([work(c) for c in range(3)], [Train(start, list(start)) for start in starts], executor)
 
     cohort = Cohort(adapted, 3)
-    alone, together = run(Sequential(adapted)), run(cohort)
+    alone, stacked = run(Sequential(adapted)), run(cohort)
     assert cohort.stacked == 3
-    assert [t[next(iter(t))].shape[0] for t in together] == list(ranks)
-    assert max(map(distance, together, alone)) < 1e-12
+    assert [t[next(iter(t))].shape[0] for t in stacked] == list(ranks)
+    assert max(map(distance, stacked, alone)) < 1e-12
 
 
 def test_clients_with_fewer_steps_are_done_earlier(build: Any) -> None:
@@ -178,22 +175,19 @@ def test_clients_with_fewer_steps_are_done_earlier(build: Any) -> None:
     starts, data, counts = [started(adapted)] * 3, shards(3), (4, 1, 6)
 
     def run(executor: Executor) -> tuple[list[dict[str, Tensor]], list[int]]:
-        seen = [0, 0, 0]
-
-        def one(client: int) -> dict[str, Tensor]:
+        def work(client: int) -> LocalWork:
             own = config.model_copy(update={"train": config.train.model_copy(update={"max_steps": counts[client]})})
-            local = LocalWork(adapted, data[client], adapted.layout, {}, own, (client, 1, 1), executor=executor)
-            done = local.train(starts[client], list(starts[client]))
-            seen[client] = len(local.losses_seen)
-            return done
+            return LocalWork(adapted, data[client], adapted.layout, {}, own, (client, 1, 1))
 
-        return executor.together([partial(one, c) for c in range(3)]), seen
+        works = [work(client) for client in range(3)]
+        done = all_asked(works, [Train(start, list(start)) for start in starts], executor)
+        return done, [len(work.losses_seen) for work in works]
 
     cohort = Cohort(adapted, 3)
-    (alone, steps), (together, same) = run(Sequential(adapted)), run(cohort)
+    (alone, steps), (stacked, same) = run(Sequential(adapted)), run(cohort)
     assert cohort.stacked == 3
     assert steps == same == list(counts)
-    assert max(map(distance, together, alone)) < 1e-12
+    assert max(map(distance, stacked, alone)) < 1e-12
 
 
 def test_small_passes_and_recomputed_activations_change_nothing(build: Any) -> None:
@@ -212,15 +206,16 @@ def test_every_method_fits_the_same_in_a_cohort(build: Any, name: str) -> None:
     recipe, data = methods.create(config), shards(3)
     state = recipe.initial(adapted.layout)
 
-    def fit(executor: Executor, round_: int, client: int) -> Any:
+    def fit(round_: int, client: int) -> Any:
         layout = recipe.method.cut(adapted.layout, client)
-        local = LocalWork(adapted, data[client], layout, {}, config, (client, round_, 1), executor=executor)
-        return recipe.fit(local, recipe.view(state, client))
+        local = LocalWork(adapted, data[client], layout, {}, config, (client, round_, 1))
+        return local.run(recipe.fit(local.context, recipe.view(state, client)))
 
     for round_ in (1, 2):
         results = []
         for executor in (Sequential(adapted), Cohort(adapted, 3)):
-            results.append(executor.together([partial(fit, executor, round_, c) for c in range(3)]))
+            done = together([fit(round_, c) for c in range(3)], executor.run_all)
+            results.append([outcome.result() for outcome in done])
         for one, two in zip(*results, strict=True):
             assert one.payload.keys() == two.payload.keys()
             assert distance(one.payload, two.payload) < 1e-4
@@ -232,24 +227,17 @@ def test_a_client_that_fails_fails_alone(build: Any) -> None:
     starts, data = [started(adapted)] * 3, shards(3)
     cohort = Cohort(adapted, 3)
 
-    def one(client: int) -> Any:
+    def program(client: int) -> Program[Any]:
         if client == 1:
             raise ValueError("its own fault")
-        local = LocalWork(adapted, data[client], adapted.layout, {}, config, (client, 1, 1), executor=cohort)
-        return local.train(starts[client], list(starts[client]))
+        return (yield Train(starts[client], list(starts[client])))
 
-    def guarded(client: int) -> Any:
-        try:
-            return one(client)
-        except ValueError as err:
-            return str(err)
-
-    done = cohort.together([partial(guarded, c) for c in range(3)])
-    assert done[1] == "its own fault"
-    assert cohort.stacked == 2
+    works = [LocalWork(adapted, data[c], adapted.layout, {}, config, (c, 1, 1)) for c in range(3)]
+    done = together([work.run(program(c)) for c, work in enumerate(works)], cohort.run_all)
     with pytest.raises(ValueError, match="its own fault"):
-        cohort.together([partial(one, c) for c in range(3)])
-    assert trained(adapted, config, cohort, starts, data)[0].keys() == done[0].keys()
+        done[1].result()
+    assert cohort.stacked == 2
+    assert trained(adapted, config, cohort, starts, data)[0].keys() == done[0].result().keys()
 
 
 def test_a_pass_that_fails_is_tried_by_halves_until_the_culprit_is_alone(
@@ -280,19 +268,13 @@ def test_a_pass_that_fails_is_tried_by_halves_until_the_culprit_is_alone(
 
     monkeypatch.setattr(cohort, "_stacked", tight)
     monkeypatch.setattr(cohort._one, "run", odd)
-    locals_ = [LocalWork(adapted, data[c], adapted.layout, {}, config, (c, 1, 1), executor=cohort) for c in range(5)]
-
-    def one(client: int) -> Any:
-        try:
-            return locals_[client].train(starts[client], list(starts[client]))
-        except ValueError as err:
-            return str(err)
-
-    done = cohort.together([partial(one, c) for c in range(5)])
+    locals_ = [LocalWork(adapted, data[c], adapted.layout, {}, config, (c, 1, 1)) for c in range(5)]
+    jobs = [work.run(asking(Train(s, list(s)))) for work, s in zip(locals_, starts, strict=True)]
+    done = together(jobs, cohort.run_all)
     assert sizes == [5, 2, 3, 2]
-    assert done[3] == "odd tensors"
+    assert str(done[3].error) == "odd tensors"
     for client in (0, 1, 2, 4):
-        assert distance(done[client], plain[client]) < 1e-12
+        assert distance(done[client].result(), plain[client]) < 1e-12
         assert len(locals_[client].losses_seen) == 2, "an attempt that failed counts for nothing"
         assert 99.0 not in locals_[client].losses_seen
 
@@ -305,17 +287,14 @@ def test_masked_entries_stay_bit_for_bit_in_a_cohort_as_alone(build: Any) -> Non
     masks = {n: torch.zeros_like(begun[n]).index_fill_(1, torch.tensor([1]), 1.0) for n in names}
 
     def done(executor: Executor) -> list[dict[str, Tensor]]:
-        def one(client: int) -> dict[str, Tensor]:
-            local = LocalWork(adapted, data[client], adapted.layout, {}, config, (client, 1, 1), executor=executor)
-            return local.train(begun, names, masks=masks)
-
-        return executor.together([partial(one, client) for client in range(3)])
+        works = [LocalWork(adapted, data[c], adapted.layout, {}, config, (c, 1, 1)) for c in range(3)]
+        return all_asked(works, [Train(begun, names, masks=masks)] * 3, executor)
 
     cohort = Cohort(adapted, 3)
-    alone, together = done(Sequential(adapted)), done(cohort)
+    alone, stacked = done(Sequential(adapted)), done(cohort)
     assert cohort.stacked == 3
-    assert max(map(distance, together, alone)) < 1e-12
-    for made in (*alone, *together):
+    assert max(map(distance, stacked, alone)) < 1e-12
+    for made in (*alone, *stacked):
         for name in names:
             frozen = masks[name] == 0
             assert torch.equal(made[name][frozen], begun[name][frozen])
@@ -333,16 +312,10 @@ def test_long_texts_cost_their_own_client_time_and_nobody_else(
     monkeypatch.setattr("time.monotonic", lambda: now[0])
     start = {n: t.double() for n, t in to_tensors(adapted.layout).items()}
 
-    def one(client: int) -> float:
-        local = LocalWork(
-            adapted, data[client], adapted.layout, {}, config, (client, 1, 1), lambda c, n, loss: turn(n), cohort
-        )
-        begun = cohort.clock()
-        local.train(start, list(start))
-        return cohort.clock() - begun
-
-    def turn(tokens: int) -> None:
+    def turn(client: int, tokens: int, loss: float) -> None:
         now[0] += tokens
 
-    assert cohort.together([partial(one, c) for c in range(3)]) == pytest.approx([800.0, 80.0, 80.0])
+    works = [LocalWork(adapted, data[c], adapted.layout, {}, config, (c, 1, 1), turn) for c in range(3)]
+    done = together([work.run(asking(Train(start, list(start)))) for work in works], cohort.run_all)
+    assert [outcome.seconds for outcome in done] == pytest.approx([800.0, 80.0, 80.0])
     assert cohort.stacked == (0 if dora else 3)

@@ -20,7 +20,9 @@ from fedtune.config.schema import ModelSettings
 from fedtune.data.encode import Encoded
 from fedtune.experiment import arms
 from fedtune.experiment.reporter import Reporter
+from fedtune.federation.pool import LocalPool, complete
 from fedtune.lora.state import to_tensors
+from fedtune.methods.requests import Train
 from fedtune.models.adapter import attach
 from fedtune.models.load import load
 from fedtune.training import schedule
@@ -28,6 +30,7 @@ from fedtune.training.cohort import Cohort
 from fedtune.training.executor import Sequential
 from fedtune.training.local import LocalWork
 from fedtune.training.workload import EncodedShards
+from tests.training.programs import asked
 from tests.training.test_cohort import distance, shards
 
 
@@ -45,7 +48,7 @@ def test_c9_one_client_is_stock_peft_and_the_stock_trainer(config: Config, tmp_p
     adapted = attach(load(ModelSettings(name=config.model.name)), config.lora, seed=3)
     shard, start = shards(1)[0], to_tensors(adapted.state())
     local = LocalWork(adapted, shard, adapted.layout, {}, config, (0, 1, 1))
-    ours = local.train(start, list(start))
+    ours = asked(local, Train(start, list(start)))
     stock = Reference(Path(config.model.name), config, checkpointing=False).model()
     set_peft_model_state_dict(stock, start)
     steps = [[shard[i] for i in rows] for rows in local.plan]
@@ -92,8 +95,8 @@ def test_c10_rounds_are_those_of_the_references_procedure(config: Config, tmp_pa
     start, data = adapted.state(), shards(3)
     executor = Cohort(adapted, cohort) if cohort > 1 else Sequential(adapted)
     encoded = EncodedShards(tuple(map(tuple, data)), (), 0)
-    arm = arms.Arm(config, adapted, encoded, start, "run", tmp_path, Reporter(), executor)
-    ours = to_tensors(arms.train(arm).state.adapter)
+    arm = arms.Arm(config, adapted, encoded, start, "run", tmp_path, Reporter(), LocalPool(executor))
+    ours = to_tensors(complete(arms.train(arm)).state.adapter)
     reference, state = Reference(Path(config.model.name), config), dict(to_tensors(start))
     for round_ in range(1, 4):
         rate, done, weights = schedule.learning_rate(config.train, round_, 3), [], []

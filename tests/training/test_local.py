@@ -18,7 +18,7 @@ from fedtune.models.attention import packed_logits
 from fedtune.models.load import load
 from fedtune.models.packing import Span, pack
 from fedtune.training import schedule
-from fedtune.training.executor import Limits, Sequential
+from fedtune.training.executor import Limits, Sequential, alone
 from fedtune.training.local import LocalWork
 from fedtune.training.loss import Part, joint_loss, micro_batches
 
@@ -49,8 +49,9 @@ def fit(
 ) -> Done:
     """One client's work of one round, as the ClientApp does it."""
     executor = Sequential(adapted, limits)
-    local = LocalWork(adapted, shard, adapted.layout, {}, config, (client, round_, 1), executor=executor)
-    return Done(recipe.fit(local, start).payload, len(local.losses_seen), local.examples)
+    local = LocalWork(adapted, shard, adapted.layout, {}, config, (client, round_, 1), tokens=executor.limits.tokens)
+    fitted = alone(local.run(recipe.fit(local.context, start)), executor)
+    return Done(fitted.payload, len(local.losses_seen), local.examples)
 
 
 SHARD = [_example(i, 4 + i % 7, 1 + i % 3) for i in range(17)]

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +20,14 @@ from fedtune.lora import base_delta, dora
 from fedtune.lora.product import Product
 from fedtune.lora.state import PREFIX, fresh, to_tensors, with_rank, with_tensors
 from fedtune.methods import ClientUpdate, ServerState
-from fedtune.methods.requests import Correction
+from fedtune.methods.requests import Correction, Gradients, Train
 from fedtune.models.adapter import AdaptedModel, attach, base_weight, save
 from fedtune.models.attention import packed_logits, text_features
 from fedtune.models.load import load
 from fedtune.training.cohort import Cohort
 from fedtune.training.local import LocalWork
 from fedtune.types import AdapterError
+from tests.training.programs import all_asked, asked, ran
 from tests.training.test_local import SHARD, _stock_training
 
 TEXTS = [e.ids for e in SHARD[:4]]
@@ -124,7 +124,7 @@ def test_a_client_of_a_smaller_rank_trains_as_stock_peft_of_that_rank(config: Co
     want = _stock_training(config, narrow, 2)
     work = LocalWork(wide, SHARD, start, {}, config, (1, 2, 1))
     tensors = to_tensors(start)
-    got = work.train(tensors, list(tensors))
+    got = asked(work, Train(tensors, list(tensors)))
     assert all(torch.allclose(got[n], want[n], atol=2e-4) for n in want)
     assert {t.shape for t in got.values()} == {t.shape for t in tensors.values()}
     assert all(not p[2:].any() for n, p in wide.slots.items() if "lora_A" in n)
@@ -149,7 +149,7 @@ def _full_gradients(model: AdaptedModel, config: Config) -> dict[str, Tensor]:
     weights = {p: layer.get_base_layer().weight for p, layer in model.layers.items()}
     for weight in weights.values():
         weight.requires_grad_(True)
-    work.gradients(to_tensors(model.layout), [next(iter(model.slots))])
+    asked(work, Gradients(to_tensors(model.layout), [next(iter(model.slots))]))
     found = {p: weight.grad.detach().clone() for p, weight in weights.items()}
     for weight in weights.values():
         weight.requires_grad_(False)
@@ -333,16 +333,16 @@ def test_masks_and_corrections_act_on_gradients(config: Config) -> None:
     start = to_tensors(model.layout)
     names = [n for n in start if "lora_B" in n]
     masks = {n: torch.zeros_like(start[n]).index_fill_(1, torch.tensor([1]), 1.0) for n in names}
-    got = local(model, config).train(start, names, masks=masks)
+    got = asked(local(model, config), Train(start, names, masks=masks))
     for name in names:
         assert torch.equal(got[name][:, 0], start[name][:, 0])
         assert not torch.equal(got[name][:, 1], start[name][:, 1])
     sgd = config.model_copy(
         update={"train": config.train.model_copy(update={"optimizer": "sgd", "max_grad_norm": 1e9})}
     )
-    plain = local(model, sgd).train(start, names)
+    plain = asked(local(model, sgd), Train(start, names))
     push = {n: torch.ones_like(start[n]) for n in names}
-    pushed = local(model, sgd).train(start, names, correction=push)
+    pushed = asked(local(model, sgd), Train(start, names, correction=push))
     first = local(model, sgd)
     for name in names:
         moved = (plain[name] - pushed[name]).mean()
@@ -357,10 +357,10 @@ def test_a_correction_learns_the_gradients_that_steps_are_made_of(config: Config
     start = {n: t + 0.01 if "lora_B" in n else t for n, t in to_tensors(model.layout).items()}
     names = [n for n in start if "lora_B" in n]
     cohort = Cohort(model, size)
-    works = [LocalWork(model, SHARD, model.layout, {}, sgd, (c, 1, 1), executor=cohort) for c in range(2)]
+    works = [LocalWork(model, SHARD, model.layout, {}, sgd, (c, 1, 1)) for c in range(2)]
     pushes = [Correction({n: torch.full_like(start[n], 1e-3 * (c + 1)) for n in names}) for c in range(2)]
-    calls = [partial(w.train, start, names, correction=p) for w, p in zip(works, pushes, strict=True)]
-    for work, push, after in zip(works, pushes, cohort.together(calls), strict=True):
+    requests = [Train(start, names, correction=push) for push in pushes]
+    for work, push, after in zip(works, pushes, all_asked(works, requests, cohort), strict=True):
         for name in names:
             told = (start[name] - after[name]) / work.rate - work.steps * push[name]
             assert push.sums[name].norm() > 0
@@ -384,7 +384,7 @@ def test_what_the_server_has_arrives_in_the_model(config: Config, name: str) -> 
     sent = {}
     for phase in range(1, recipe.phases + 1):
         work = local(model, chosen, round_=1, phase=phase, kept=sent.get("kept", {}))
-        fitted = recipe.fit(work, recipe.view(state, 1))
+        fitted = ran(work, recipe.fit(work.context, recipe.view(state, 1)))
         sent = {"kept": {**sent.get("kept", {}), **fitted.kept}}
         update = [ClientUpdate(1, fitted.payload, 1.0)]
         step = recipe.middle if phase < recipe.phases else recipe.server_step
@@ -426,7 +426,9 @@ def test_a_run_is_the_pure_functions_on_the_same_updates(settings: Callable[...,
     sent = []
     for client, shard in enumerate(shards.shards):
         work = LocalWork(model, shard, model.layout, {}, made.config, (client, 1, 1))
-        sent.append(ClientUpdate(client, recipe.fit(work, recipe.view(state, client)).payload, work.examples))
+        sent.append(
+            ClientUpdate(client, ran(work, recipe.fit(work.context, recipe.view(state, client))).payload, work.examples)
+        )
     after = to_tensors(recipe.server_step(sent, state, 1).adapter)
     assert all(torch.equal(got[n], after[n]) for n in after)
 

@@ -20,7 +20,7 @@ from fedtune.experiment.resident import Resident
 from fedtune.experiment.session import OwnModels, Session
 from fedtune.federation.checkpoint import Progress, rounds_of, together
 from fedtune.federation.faults import kill_point
-from fedtune.federation.pool import Steps, finish
+from fedtune.federation.pool import Steps, complete
 from fedtune.io import folder_lock, only_files, read_lines, write_json, write_lines
 from fedtune.methods.base import ServerState
 from fedtune.models import adapter as adapters
@@ -218,7 +218,7 @@ def run(
     alone = steps(
         settings, out, resume=resume, force=force, extra_arms=extra_arms, reporter=reporter, resident=resident
     )
-    return finish([alone])[0].result()
+    return complete(alone)
 
 
 def steps(

@@ -13,7 +13,7 @@ from flwr.serverapp import Grid
 
 from fedtune.config.schema import FaultSettings
 from fedtune.federation.messages import ORDER
-from fedtune.federation.pool import Steps, exchange, finish
+from fedtune.federation.pool import Steps, complete, exchange
 from fedtune.types import derive_seed
 
 Fault = Literal["", "dropout", "straggler", "error"]
@@ -96,7 +96,7 @@ class FaultyGrid(Grid):
     def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterator[Message]:
         """Send to the clients that can be reached; return the replies in time, and errors for those that fail."""
         replies: list[Message] = []
-        finish([self.exchange(messages, replies.append, timeout)])[0].result()
+        complete(self.exchange(messages, replies.append, timeout))
         return iter(replies)
 
     def exchange(

@@ -59,6 +59,11 @@ def finish(runs: Sequence[Steps[T]]) -> list[Outcome[T]]:
     return together(runs, _replies)
 
 
+def complete(run: Steps[T]) -> T:
+    """Run one run to its end, beside no other."""
+    return finish([run])[0].result()
+
+
 def exchange(
     grid: Grid, messages: Iterable[Message], take: Callable[[Message], None], timeout: float | None = None
 ) -> Steps[None]:

@@ -19,7 +19,7 @@ from fedtune.federation.exchange import Exchange, all_exchanges
 from fedtune.federation.faults import kill_point
 from fedtune.federation.guard import aggregated, state_problem
 from fedtune.federation.nodes import connect
-from fedtune.federation.pool import Steps, finish
+from fedtune.federation.pool import Steps, complete
 from fedtune.methods import ClientUpdate, Recipe, ServerState
 from fedtune.methods.sound import LARGEST
 from fedtune.training.schedule import learning_rate
@@ -196,7 +196,7 @@ def rounds(fed: Federation, start: ServerState) -> Steps[Progress]:
 
 def run_rounds(fed: Federation, start: ServerState) -> Progress:
     """Run all rounds beside no other run; see `rounds`."""
-    return finish([rounds(fed, start)])[0].result()
+    return complete(rounds(fed, start))
 
 
 def _check_skipped(fed: Federation, progress: Progress) -> None:
