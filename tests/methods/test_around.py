@@ -15,8 +15,10 @@ from fedtune.config import Config
 from fedtune.config.schema import AttackSettings, RobustSettings, ServerSettings
 from fedtune.lora.state import to_tensors
 from fedtune.methods import METHODS, ClientUpdate, Recipe, ServerState, build, client_ranks, create
-from fedtune.methods.around import attack, drift, optimizer, robust
 from fedtune.methods.requests import Train
+from fedtune.methods.wrappers import attack, rules, scaffold
+from fedtune.methods.wrappers import server_optimizer as optimizer
+from fedtune.methods.wrappers.fedprox import proximal
 from tests.clients import fit_by, ran_by
 from tests.methods.test_methods import START, adapter, dense, mean, same
 from tests.training.programs import asking
@@ -194,8 +196,8 @@ def test_scaffolds_first_round_is_averaging_and_full_participation_means_the_mea
         fits = [fit_by(one, Quadratic(c, {}), one.view(state, c)) for c in (0, 1)]
         results.append((one.server_step([ClientUpdate(c, f.payload, 1.0) for c, f in enumerate(fits)], state, 1), fits))
     assert same(dense(results[0][0]), dense(results[1][0]))
-    controls = [drift.split(f.kept)[1] for f in results[0][1]]
-    server = drift.split(results[0][0].extra)[1]
+    controls = [scaffold.split(f.kept)[1] for f in results[0][1]]
+    server = results[0][0].memory["scaffold"]
     assert all(torch.allclose(server[n], (controls[0][n] + controls[1][n]) / 2) for n in to_tensors(START))
     assert server["heard"].tolist() == [1, 1]
 
@@ -203,7 +205,7 @@ def test_scaffolds_first_round_is_averaging_and_full_participation_means_the_mea
 def test_the_proximal_terms_gradient_is_mu_times_the_distance() -> None:
     start = to_tensors(START)
     now: dict[str, Any] = {k: t.clone().requires_grad_() for k, t in to_tensors(adapter(1)).items()}
-    drift.proximal(now, start, 0.3).backward()  # type: ignore[no-untyped-call]
+    proximal(now, start, 0.3).backward()  # type: ignore[no-untyped-call]
     for name, tensor in now.items():
         assert torch.allclose(tensor.grad, 0.3 * (tensor.detach() - start[name]))
 
@@ -212,7 +214,7 @@ def _gram(points: Tensor) -> Tensor:
     return points @ points.T
 
 
-RULES = list(robust.RULES)
+RULES = list(rules.RULES)
 CHOSEN = RobustSettings(malicious=1)
 
 
@@ -221,8 +223,8 @@ def test_rules_do_not_care_for_the_order(rule: str) -> None:
     points = torch.randn(6, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     turned = torch.tensor([3, 1, 5, 0, 4, 2])
     weights = torch.arange(1.0, 7.0, dtype=torch.float64)
-    one = robust.RULES[rule](_gram(points), weights, CHOSEN)
-    two = robust.RULES[rule](_gram(points[turned]), weights[turned], CHOSEN)
+    one = rules.RULES[rule](_gram(points), weights, CHOSEN)
+    two = rules.RULES[rule](_gram(points[turned]), weights[turned], CHOSEN)
     assert torch.allclose(one[turned], two)
 
 
@@ -231,7 +233,7 @@ def test_rules_ignore_an_outlier_and_keep_honest_clients(rule: str) -> None:
     generator = torch.Generator().manual_seed(2)
     honest = torch.randn(6, 50, dtype=torch.float64, generator=generator)
     far = torch.cat([honest, torch.full((1, 50), 1e6, dtype=torch.float64)])
-    weights = robust.RULES[rule](_gram(far), torch.ones(7, dtype=torch.float64), CHOSEN)
+    weights = rules.RULES[rule](_gram(far), torch.ones(7, dtype=torch.float64), CHOSEN)
     if rule == "foolsgold":
         return  # it is after clients that are alike, not far
     centre = (weights / weights.sum()) @ far
@@ -243,10 +245,10 @@ def test_foolsgold_weighs_down_sybils() -> None:
     generator = torch.Generator().manual_seed(3)
     honest = torch.randn(5, 200, dtype=torch.float64, generator=generator)
     sybils = torch.ones(3, 200, dtype=torch.float64) + 1e-3 * torch.randn(3, 200, generator=generator).double()
-    weights = robust.foolsgold(_gram(torch.cat([honest, sybils])), torch.ones(8, dtype=torch.float64), CHOSEN)
+    weights = rules.foolsgold(_gram(torch.cat([honest, sybils])), torch.ones(8, dtype=torch.float64), CHOSEN)
     assert float(weights[5:].max()) < 0.05 * float(weights[:5].min())
     alike = torch.ones(3, 4, dtype=torch.float64)
-    assert torch.equal(robust.foolsgold(_gram(alike), torch.ones(3).double(), CHOSEN), torch.ones(3).double())
+    assert torch.equal(rules.foolsgold(_gram(alike), torch.ones(3).double(), CHOSEN), torch.ones(3).double())
 
 
 def test_the_geometric_median_on_a_line_is_the_median_and_moves_with_its_points() -> None:
@@ -254,7 +256,7 @@ def test_the_geometric_median_on_a_line_is_the_median_and_moves_with_its_points(
     ones = torch.ones(5, dtype=torch.float64)
     many = RobustSettings(iterations=2000)
     for shift in (0.0, 7.0):
-        weights = robust.geometric_median(_gram(line + shift), ones, many)
+        weights = rules.geometric_median(_gram(line + shift), ones, many)
         assert float((weights / weights.sum()) @ (line + shift)[:, 0]) == pytest.approx(2.0 + shift, abs=0.02)
 
 
@@ -263,7 +265,7 @@ def test_the_geometric_median_on_a_line_is_the_median_and_moves_with_its_points(
 def test_no_update_counts_for_more_than_the_clip(limit: float) -> None:
     points = torch.randn(5, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(4)) * 5
     weights = torch.ones(5, dtype=torch.float64)
-    shares, rest = robust.clip_shares(_gram(points), weights, limit)
+    shares, rest = rules.clip_shares(_gram(points), weights, limit)
     clipped = points * (limit / points.norm(dim=1, keepdim=True)).clamp(max=1)
     assert torch.allclose(shares @ points, clipped.sum(0))
     assert float(shares.sum()) + rest == pytest.approx(5.0)
@@ -308,8 +310,8 @@ def test_a_round_at_rate_zero_leaves_the_controls_as_they_are() -> None:
     local = Quadratic(0, first.kept)
     local.round, local.rate = 2, 0.0
     last = fit_by(made, local, made.view(state, 0))
-    assert not any(t.any() for t in drift.split(last.payload)[1].values())
-    before, after = drift.split(first.kept)[1], drift.split(last.kept)[1]
+    assert not any(t.any() for t in scaffold.split(last.payload)[1].values())
+    before, after = scaffold.split(first.kept)[1], scaffold.split(last.kept)[1]
     assert all(torch.equal(before[n], after[n]) for n in to_tensors(START))
 
 
@@ -339,7 +341,7 @@ def test_scaffolds_controls_are_the_mean_of_the_gradients_that_steps_are_made_of
 
     server, own = {"p": torch.tensor([5.0, -2.0])}, {"p": torch.tensor([1.0, 3.0])}
     work: Any = Clipped()
-    _, changes = ran_by(work, drift.corrected(asking(Train(start, ["p"])), server, own, work))
+    _, changes = ran_by(work, scaffold.corrected(asking(Train(start, ["p"])), server, own, work))
     assert torch.allclose(own["p"] + changes["p"], slope / slope.norm() * limit, atol=1e-5)
 
 
@@ -355,12 +357,12 @@ def test_scaffolds_bounds_leave_honest_controls_as_they_are(decay: float, size: 
     # from one control of that size to its opposite; and a mean of such controls
     largest = {n: 0.999 + decay * (float(t.norm()) + 50.0) for n, t in tensors.items()}
     for name, most in largest.items():
-        wire = drift.CONTROL + name
+        wire = scaffold.CONTROL + name
         assert made.growth(wire) + float(expected[wire].norm()) >= 2 * most
     controls = {n: most * unit[n] for n, most in largest.items()}
-    kept = drift.bounded(controls, tensors, made.config.train)
+    kept = scaffold.bounded(controls, tensors, made.config.train)
     assert all(torch.equal(kept[n], controls[n]) for n in controls)
-    wild = drift.bounded({n: 1e6 * t for n, t in controls.items()}, tensors, made.config.train)
+    wild = scaffold.bounded({n: 1e6 * t for n, t in controls.items()}, tensors, made.config.train)
     assert all(float(wild[n].norm()) < 2 * largest[n] + 100 * decay for n in wild)
 
 
@@ -396,7 +398,7 @@ def test_scaffolds_controls_have_their_digits_at_any_rate(kind: torch.dtype, rat
         seen.clear()
         server = {"p": 0.5 * own["p"]}
         work: Any = Bowl()
-        after, changes = ran_by(work, drift.corrected(asking(Train(begun, ["p"])), server, own, work))
+        after, changes = ran_by(work, scaffold.corrected(asking(Train(begun, ["p"])), server, own, work))
         told = own["p"] - server["p"] + (begun["p"] - after["p"]) / (20 * rate)
         own = {"p": own["p"] + changes["p"]}
         assert float((own["p"] - torch.stack(seen).mean(0)).norm()) < 1e-5 * float(own["p"].norm())

@@ -13,7 +13,7 @@ from fedtune.config.load import merge
 from fedtune.lora.base_delta import effective
 from fedtune.lora.state import AdapterState, LoraModule
 from fedtune.methods import METHODS, ClientUpdate, ServerState, create, problems
-from fedtune.methods.around import robust
+from fedtune.methods.wrappers import rules
 from fedtune.training import schedule
 from fedtune.training.executor import Extras, optimizer
 from fedtune.types import RunFailedError, UpdateError, derive_seed
@@ -234,7 +234,7 @@ def test_every_number_of_a_rule_has_an_effect_or_is_refused(rule: str) -> None:
         assert has_effect("flexlora", "robust.malicious", 2, around)
     if rule in ("krum", "geometric-median"):  # the count also says how many updates a round needs
         tree = merge(merge(BASE, {"method": {"name": "flexlora"}}), merge(around, {"robust": {"malicious": 0}}))
-        assert robust.fewest(Config.model_validate(tree).robust) < 5
+        assert rules.fewest(Config.model_validate(tree).robust) < 5
     if rule in ("none", "foolsgold"):
         assert not has_effect("flexlora", "robust.malicious", 0, around)
     if rule != "none":

@@ -14,7 +14,7 @@ from fedtune.config import Config
 from fedtune.lora.base_delta import effective
 from fedtune.lora.state import A, AdapterState, B, LoraModule, to_tensors, with_rank
 from fedtune.methods import METHODS, ClientUpdate, Recipe, ServerState, create, problems
-from fedtune.methods.around import robust
+from fedtune.methods.wrappers import rules
 from fedtune.types import RunFailedError, UpdateError
 
 SOUND = [name for name in METHODS if METHODS[name].by_product]
@@ -180,7 +180,7 @@ def test_without_a_rule_the_same_attacks_do_move_the_model() -> None:
 
 
 @pytest.mark.parametrize("name", METHODS)
-@pytest.mark.parametrize("chosen", [{"rule": rule} for rule in robust.RULES] + CLIPS[:2], ids=str)
+@pytest.mark.parametrize("chosen", [{"rule": rule} for rule in rules.RULES] + CLIPS[:2], ids=str)
 def test_a_method_takes_every_rule_or_refuses_it_with_those_that_do(name: str, chosen: dict[str, Any]) -> None:
     said = [p for p in problems(config(name, chosen)) if p.where == "robust"]
     if name in SOUND:
@@ -216,7 +216,7 @@ def test_a_rule_that_could_not_hold_is_refused(change: dict[str, Any], said: str
 def test_too_few_updates_are_an_error_and_never_a_weaker_rule(chosen: dict[str, Any]) -> None:
     made = create(config("flexlora", chosen))
     state = made.initial(adapter(0))
-    fewest = robust.fewest(made.config.robust)
+    fewest = rules.fewest(made.config.robust)
     updates = [ClientUpdate(c, _trained(made, state, c, 1), 10.0) for c in range(fewest)]
     made.server_step(updates, state, 1)
     if fewest > 1:
@@ -224,7 +224,7 @@ def test_too_few_updates_are_an_error_and_never_a_weaker_rule(chosen: dict[str, 
             made.server_step(updates[1:], state, 1)
 
 
-@pytest.mark.parametrize("rule", robust.RULES)
+@pytest.mark.parametrize("rule", rules.RULES)
 def test_a_rule_counts_clients_and_not_the_examples_that_they_claim(rule: str) -> None:
     made = create(config("flexlora", {"rule": rule}))
     state = started(made)
@@ -237,7 +237,7 @@ def test_a_rule_counts_clients_and_not_the_examples_that_they_claim(rule: str) -
 def test_a_refused_reply_is_one_of_the_malicious_where_the_others_are_too_few(rule: str, least: int) -> None:
     def left(updates: int, refused: int, malicious: int = 2) -> int:
         chosen = config("flexlora", {"rule": rule, "malicious": malicious}).robust
-        return robust.remaining(chosen, updates, refused).malicious
+        return rules.remaining(chosen, updates, refused).malicious
 
     enough = least + 4
     assert left(enough, 0) == left(enough, 1) == left(enough, 9) == 2

@@ -18,7 +18,7 @@ from fedtune.config.schema import RobustSettings
 from fedtune.federation.guard import Aggregated, aggregated
 from fedtune.lora.state import A, B
 from fedtune.methods import ClientUpdate, ServerState, create, problems
-from fedtune.methods.around import robust
+from fedtune.methods.wrappers import rules
 from tests.methods.test_robust import BOUNDING, SOUND, _trained, alone, config, model, started
 
 CUT = ("flexlora", "hlora", "florist")  # keep the r largest directions of the mean
@@ -148,7 +148,7 @@ SEARCH = (
 def test_colluders_move_the_model_no_further_than_their_rule_promises(
     rule: str, name: str, f: int, more: int, step: float, size: float, plan: str, seed: int
 ) -> None:
-    n = robust.fewest(RobustSettings(rule=rule, malicious=f)) + more
+    n = rules.fewest(RobustSettings(rule=rule, malicious=f)) + more
     honest, _, found = attempt(name, {"rule": rule}, n, f, step, size, plan, seed)
     assert found.state is not None, found.note
     assert not found.rejected, found.rejected
@@ -199,7 +199,7 @@ def scattered(kind: str, count: int, dim: int, generator: torch.Generator) -> Te
 def test_a_rule_keeps_its_promise_however_honest_updates_lie(
     rule: str, f: int, more: int, kind: str, dim: int, size: float, shift: float, plan: str, seed: int
 ) -> None:
-    n = robust.fewest(RobustSettings(rule=rule, malicious=f)) + more
+    n = rules.fewest(RobustSettings(rule=rule, malicious=f)) + more
     generator = torch.Generator().manual_seed(seed)
     honest = scattered(kind, n - f, dim, generator) + shift
     centre = honest.mean(0)
@@ -208,7 +208,7 @@ def test_a_rule_keeps_its_promise_however_honest_updates_lie(
         directions = torch.linalg.svd(honest - centre)[2][:3]
     places = torch.tensor(coordinates(plan, f, seed), dtype=torch.float64)
     points = torch.cat([centre + size * places @ directions, honest])
-    weights = robust.RULES[rule](points @ points.T, torch.ones(n).double(), RobustSettings(rule=rule, malicious=f))
+    weights = rules.RULES[rule](points @ points.T, torch.ones(n).double(), RobustSettings(rule=rule, malicious=f))
     spread = float((honest[:, None] - honest[None]).norm(dim=2).max())
     moved = float((weights @ points / weights.sum() - centre).norm())
     assert moved <= promised(rule, n, f) * spread + 1e-6 * float(honest.norm(dim=1).max())
@@ -218,7 +218,7 @@ def test_foolsgold_promises_nothing_of_colluders_that_differ() -> None:
     honest = torch.randn(4, 40, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     far = 1e4 * torch.eye(40, dtype=torch.float64)[:1]
     points = torch.cat([far, honest])
-    weights = robust.foolsgold(points @ points.T, torch.ones(5).double(), RobustSettings())
+    weights = rules.foolsgold(points @ points.T, torch.ones(5).double(), RobustSettings())
     spread = float((honest[:, None] - honest[None]).norm(dim=2).max())
     assert float((weights @ points / weights.sum() - honest.mean(0)).norm()) > 100 * spread
 
@@ -244,28 +244,28 @@ def slowing(f: int, more: float) -> tuple[Tensor, Tensor]:
     return honest, torch.cat([place + 1e-6 * (apart - apart.mean(0)), honest])
 
 
-@pytest.mark.parametrize("rule", robust.ITERATING)
+@pytest.mark.parametrize("rule", rules.ITERATING)
 @pytest.mark.parametrize(("f", "more"), [(6, 2e-3), (10, 2e-3), (10, 9e-3), (10, 1.2e-2), (10, 5e-2)])
 def test_colluders_that_slow_the_geometric_median_down_do_not_stop_the_round(rule: str, f: int, more: float) -> None:
     honest, points = slowing(f, more)
     n, notes = len(points), list[str]()
     chosen = RobustSettings(rule=rule, malicious=f)
-    weights = robust.RULES[rule](points @ points.T, torch.ones(n).double(), chosen, note=notes.append)
+    weights = rules.RULES[rule](points @ points.T, torch.ones(n).double(), chosen, note=notes.append)
     moved = float((weights @ points / weights.sum() - honest.mean(0)).norm())
     assert moved <= promised(rule, n, f, 0.1 if notes else 0.01) * float(torch.cdist(honest, honest).max())
 
 
-@pytest.mark.parametrize("rule", robust.ITERATING)
+@pytest.mark.parametrize("rule", rules.ITERATING)
 def test_a_median_that_nearly_stands_still_is_used_and_noted(rule: str) -> None:
     _, points = slowing(10, 1.2e-2)
     notes = list[str]()
     chosen = RobustSettings(rule=rule, malicious=10, iterations=300)
-    robust.RULES[rule](points @ points.T, torch.ones(21).double(), chosen, note=notes.append)
+    rules.RULES[rule](points @ points.T, torch.ones(21).double(), chosen, note=notes.append)
     assert len(notes) == 1
     assert notes[0].startswith("the geometric median still moves after robust.iterations = 300, pulled by 0.0")
 
 
-@pytest.mark.parametrize("rule", robust.ITERATING)
+@pytest.mark.parametrize("rule", rules.ITERATING)
 @pytest.mark.parametrize("apart", [1e-6, 1e-4, 1e-3, 3e-3])
 def test_two_colluders_far_away_on_either_side_do_not_make_the_mean_the_median(rule: str, apart: float) -> None:
     """From where they are, all others seem to be one point."""
@@ -274,7 +274,7 @@ def test_two_colluders_far_away_on_either_side_do_not_make_the_mean_the_median(r
     centre = honest.mean(0)
     points = torch.cat([torch.stack([centre + 1e4 * axes[0], centre - 1e4 * axes[0] + apart * axes[1]]), honest])
     chosen = RobustSettings(rule=rule, malicious=2)
-    weights = robust.RULES[rule](points @ points.T, torch.ones(5).double(), chosen)
+    weights = rules.RULES[rule](points @ points.T, torch.ones(5).double(), chosen)
     spread = float((honest[:, None] - honest[None]).norm(dim=2).max())
     assert float((weights @ points / weights.sum() - centre).norm()) <= promised(rule, 5, 2) * spread + 1e-7
 
@@ -282,5 +282,5 @@ def test_two_colluders_far_away_on_either_side_do_not_make_the_mean_the_median(r
 def test_a_colluder_near_the_mean_of_the_main_direction_is_dropped_as_well() -> None:
     points = torch.zeros(5, 2, dtype=torch.float64)
     points[0, 0], points[1, 0], points[1, 1] = 100.0, 50.0, 60.0
-    weights = robust.dnc(points @ points.T, torch.ones(5).double(), RobustSettings(malicious=2))
+    weights = rules.dnc(points @ points.T, torch.ones(5).double(), RobustSettings(malicious=2))
     assert weights.tolist() == [0, 0, 1, 1, 1]

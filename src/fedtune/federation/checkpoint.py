@@ -32,6 +32,7 @@ from fedtune.lora.product import Product
 from fedtune.lora.state import to_tensors, with_tensors
 from fedtune.methods import sound
 from fedtune.methods.base import ServerState
+from fedtune.methods.wrappers import WRAPPERS
 from fedtune.tensors import tensor_header
 from fedtune.types import CorruptFileError, ResumeError, RoundRecord, last_line
 
@@ -78,7 +79,7 @@ def folders(run: Path) -> dict[int, Path]:
 
 
 def _tensors(state: ServerState) -> dict[str, Tensor]:
-    extra = {_EXTRA + name: t for name, t in state.extra.items()}
+    extra = {_EXTRA + name: t for name, t in state.carried().items()}
     base = {
         f"{_BASE}{piece.round}/{end}/{path}": getattr(product, end)
         for piece in state.base
@@ -100,7 +101,7 @@ def _state(tensors: Mapping[str, Tensor], start: ServerState, round_: int) -> Se
                 pieces.setdefault(int(number), {})[path] = Product(tensors[name], other)
     own = {n: t for n, t in tensors.items() if not n.startswith((_EXTRA, _BASE))}
     base = tuple(Piece(number, pieces[number]) for number in sorted(pieces))
-    return ServerState(with_tensors(start.adapter, own), round_, extra, base)
+    return ServerState(with_tensors(start.adapter, own), round_, base=base).carrying(extra, [w.name for w in WRAPPERS])
 
 
 def rounds_of(run: Path) -> list[RoundRecord]:

@@ -50,7 +50,7 @@ def state_problem(state: ServerState, largest: float = LARGEST) -> str:
         norm = float(torch.linalg.vector_norm(tensor.float()))
         if not (norm <= largest and norm < math.inf):
             return f"{name} would have norm {norm:.3g}, at most {largest:g} is accepted"
-    odd = [n for n, t in state.extra.items() if t.is_floating_point() and not torch.isfinite(t).all()]
+    odd = [n for n, t in state.carried().items() if t.is_floating_point() and not torch.isfinite(t).all()]
     return f"{odd[0]} would have NaN or infinity" if odd else ""
 
 

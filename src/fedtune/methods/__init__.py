@@ -8,7 +8,6 @@ from collections.abc import Iterable
 from pydantic import ValidationError
 
 from fedtune.config import Config
-from fedtune.methods.around import robust
 from fedtune.methods.base import ClientUpdate, Method, Scene, ServerState
 from fedtune.methods.effects import without_effect
 from fedtune.methods.fed_sb import FedSB
@@ -35,6 +34,8 @@ from fedtune.methods.rac_lora import RACLoRA
 from fedtune.methods.rbla import RBLA
 from fedtune.methods.recipe import Recipe
 from fedtune.methods.rolora import RoLoRA
+from fedtune.methods.wrappers import asked
+from fedtune.methods.wrappers.rules import RULES
 from fedtune.types import Problem, derive_seed, nearest
 
 _ALL: tuple[type[Method], ...] = (
@@ -68,7 +69,7 @@ AROUND = {
     "scaffold": "drift.scaffold=true with train.optimizer=sgd",
     "fedavg": "server.optimizer=none (the default)",
     **{name: f"server.optimizer={name}" for name in ("fedavgm", "fedadagrad", "fedyogi", "fedadam")},
-    **{name: f"robust.rule={name}" for name in robust.RULES},
+    **{name: f"robust.rule={name}" for name in RULES},
 }
 
 __all__ = ["METHODS", "ClientUpdate", "Method", "Recipe", "Scene", "ServerState", "build", "create", "problems"]
@@ -120,9 +121,7 @@ def _own_settings(config: Config, kind: type[Method]) -> Iterable[Problem]:
 
 def _combination(config: Config, kind: type[Method]) -> Iterable[Problem]:
     """Yield what a method does not go together with."""
-    name, drift, chosen = kind.name, config.drift, config.robust
-    if config.lora.dora and not kind.dora:
-        yield Problem("lora.dora", f"{name} is not defined for DoRA's magnitudes", f"these are: {_names('dora')}")
+    name = kind.name
     if config.lora.ranks and not kind.mixed_ranks:
         yield Problem("lora.ranks", f"{name} needs one rank for all clients", f"mixed ranks: {_names('mixed_ranks')}")
     if isinstance(config.lora.ranks, tuple) and config.lora.ranks:
@@ -132,52 +131,8 @@ def _combination(config: Config, kind: type[Method]) -> Iterable[Problem]:
     # of LoRA-A2 a rank is a budget, which is another without one
     if set(client_ranks(config).values()) == {config.lora.r} and name != "lora_a2":
         yield Problem("lora.ranks", f"has no effect: every client has r = {config.lora.r} without it", "leave it out")
-    if config.lora.ranks and config.lora.dora:
-        yield Problem("lora.ranks", "mixed ranks are not defined together with DoRA")
-    if config.server.optimizer != "none" and not kind.factors:
-        yield Problem(
-            "server.optimizer", f"{name}'s factors change coordinates", f"these keep them: {_names('factors')}"
-        )
-    if drift.scaffold:
-        yield from _scaffold(config, kind)
-    if (chosen.rule, chosen.clip_norm) != ("none", "none"):
-        yield from _robust(config, kind)
-    yield from _attack(config)
-
-
-def _robust(config: Config, kind: type[Method]) -> Iterable[Problem]:
-    """Yield why a robust rule or a clip would not hold what it promises."""
-    where, fix = "robust", f"these are made of the clients' products alone: {_names('by_product')}"
-    if not kind.comparable:
-        yield Problem(where, f"an update of {kind.name} cannot be compared with others", fix)
-    elif not kind.by_product:
-        yield Problem(where, f"the model of {kind.name} is not bounded by what a rule lets through", fix)
-    if config.lora.dora:
-        yield Problem(where, "rules see products, not DoRA's magnitudes, which a client could set as it likes")
-    if config.drift.scaffold:
-        yield Problem(where, "rules do not see SCAFFOLD's control variates, which every client's update changes")
-    asked = config.federation.cohort_size
-    if asked < robust.fewest(config.robust):
-        fix = "ask more clients: federation.clients, federation.fraction"
-        yield Problem(where, f"{robust.needs(config.robust)}, and {asked} are asked", fix)
-
-
-def _scaffold(config: Config, kind: type[Method]) -> Iterable[Problem]:
-    if config.train.optimizer != "sgd":
-        yield Problem("drift.scaffold", "is defined for SGD only", "set train.optimizer = sgd")
-    if not kind.factors or kind.private or config.lora.ranks or config.lora.dora:
-        yield Problem("drift.scaffold", f"its control variates do not fit {kind.name} with these settings")
-
-
-def _attack(config: Config) -> Iterable[Problem]:
-    attack = config.attack
-    if (attack.kind == "none") != (not attack.clients):
-        yield Problem("attack", "needs both a kind and clients, or neither")
-    strangers = [c for c in attack.clients if not 0 <= c < config.federation.clients]
-    if strangers:
-        yield Problem(
-            f"attack.clients = {list(attack.clients)}", f"there are clients 0 to {config.federation.clients - 1}"
-        )
+    for wrapper in asked(config, kind):
+        yield from wrapper.problems(config, kind, _names)
 
 
 def client_ranks(config: Config) -> dict[int, int]:

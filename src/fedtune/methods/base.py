@@ -37,6 +37,7 @@ class ServerState:
         adapter: the global adapter.
         round: the last round that is in it (0: untouched).
         extra: a stateful method's own tensors, by name.
+        memory: the wrappers' tensors, by the wrapper's name.
         base: low-rank changes of the base model, in the order they were made; see `lora.base_delta`.
     """
 
@@ -44,6 +45,21 @@ class ServerState:
     round: int = 0
     extra: Mapping[str, Tensor] = field(default_factory=dict)
     base: tuple[Piece, ...] = ()
+    memory: Mapping[str, Tensors] = field(default_factory=dict)
+
+    def carried(self) -> dict[str, Tensor]:
+        """Return the method's and the wrappers' tensors by one name each, for a checkpoint."""
+        return {**self.extra, **{f"{owner}/{n}": t for owner, own in self.memory.items() for n, t in own.items()}}
+
+    def carrying(self, tensors: Tensors, owners: Sequence[str]) -> ServerState:
+        """Return the state with what `carried` returned; the wrappers are `owners`."""
+        memory: dict[str, dict[str, Tensor]] = {}
+        extra = dict(tensors)
+        for name in tensors:
+            owner, _, own = name.partition("/")
+            if owner in owners:
+                memory.setdefault(owner, {})[own] = extra.pop(name)
+        return replace(self, extra=extra, memory=memory)
 
 
 class Sizes(NamedTuple):

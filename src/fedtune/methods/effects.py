@@ -6,8 +6,8 @@ from collections.abc import Iterable, Iterator
 
 from fedtune.config import Config
 from fedtune.config.load import changed
-from fedtune.methods.around.robust import COUNTING, DROPPING
 from fedtune.methods.base import Method
+from fedtune.methods.wrappers import WRAPPERS
 from fedtune.types import Problem
 
 Found = Iterator[tuple[str, str]]
@@ -16,7 +16,6 @@ STEPS = (
     *("train.optimizer", "train.learning_rate_max", "train.learning_rate_min", "train.max_grad_norm"),
     *("train.weight_decay", *ADAM, "drift.proximal_mu", "lora.dropout"),
 )
-UNUSED_BY_SERVER = {"fedavgm": ("beta2", "tau"), "fedadagrad": ("beta2",)}
 
 
 def without_effect(config: Config, kind: type[Method]) -> Iterable[Problem]:
@@ -29,9 +28,8 @@ def without_effect(config: Config, kind: type[Method]) -> Iterable[Problem]:
 
 def _reasons(config: Config, kind: type[Method]) -> Found:
     yield from _of_training(config, kind)
-    yield from _of_the_server(config)
-    yield from _of_rules(config)
-    yield from _of_attackers(config, kind)
+    for wrapper in WRAPPERS:
+        yield from wrapper.idle(config, kind)
     yield from _of_the_method(config, kind)
 
 
@@ -44,38 +42,6 @@ def _of_training(config: Config, kind: type[Method]) -> Found:
         yield "drift.proximal_mu", "a round has one step, and it starts where the proximal term has no gradient"
     if config.federation.rounds == 1:
         yield "train.learning_rate_max", "the rate falls to learning_rate_min in the last round, and there is one round"
-
-
-def _of_the_server(config: Config) -> Found:
-    chosen = config.server.optimizer
-    unused = UNUSED_BY_SERVER.get(chosen, ())
-    if chosen == "none":
-        unused = tuple(name for name in type(config.server).model_fields if name != "optimizer")
-    yield from ((f"server.{name}", f'server.optimizer = "{chosen}" does not use it') for name in unused)
-
-
-def _of_rules(config: Config) -> Found:
-    robust = config.robust
-    if robust.rule not in ("geometric-median", "trimmed"):
-        yield "robust.iterations", f'only geometric-median and trimmed iterate, and robust.rule = "{robust.rule}"'
-    if robust.rule not in COUNTING and robust.clip_norm != "median":
-        yield "robust.malicious", f'no count of clients is needed with robust.rule = "{robust.rule}"'
-    if robust.rule in DROPPING and not robust.malicious:
-        yield "robust.malicious", f'robust.rule = "{robust.rule}" drops as many clients, so it drops none'
-    if config.federation.cohort_size == 1:
-        alone = "one client is asked per round, so there is nothing to compare it with"
-        yield from (("robust.rule", alone), *((("robust.clip_norm", alone),) if robust.clip_norm == "median" else ()))
-    if robust.rule != "none":
-        yield "federation.weights", "a robust rule counts clients and not examples"
-
-
-def _of_attackers(config: Config, kind: type[Method]) -> Found:
-    if config.attack.kind in ("none", "label-flip"):
-        yield "attack.scale", f'attack.kind = "{config.attack.kind}" has no size'
-    if config.attack.kind in ("boost", "gauge") and config.attack.scale == 1:
-        yield "attack.scale", f'attack.kind = "{config.attack.kind}" multiplies by it, and an attacker would be honest'
-    if config.attack.kind == "gauge" and not kind.pairs:
-        yield "attack.kind", f"a client of {kind.name} does not send both factors of a layer, so it has no gauge"
 
 
 def _of_the_method(config: Config, kind: type[Method]) -> Found:

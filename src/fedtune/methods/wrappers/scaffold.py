@@ -1,17 +1,21 @@
-"""Corrections of client drift: FedProx (arXiv 1812.06127) and SCAFFOLD (arXiv 1910.06378)."""
+"""SCAFFOLD: control variates that correct the drift of clients (arXiv 1910.06378)."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from fedtune.methods.requests import ClientContext, Correction, Program, Request, Tensors, Term, Train, handled
+from fedtune.methods.base import ClientUpdate, Method, ServerState
+from fedtune.methods.requests import ClientContext, Correction, Fitted, Program, Request, Tensors, Train, handled
 from fedtune.methods.sound import CLIPPED, GROWTH
+from fedtune.methods.wrappers.base import RoundContext, Wrapper
+from fedtune.types import Problem
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from fedtune.config import Config
     from fedtune.config.schema import TrainSettings
 
 T = TypeVar("T")
@@ -19,12 +23,6 @@ CONTROL = "scaffold/"
 # among the controls: the round a client was last heard in (server, by client; download), and what a client keeps beside
 # its newest controls: their round, and those it had when it was last heard
 _HEARD, _AT, _WAS = "heard", "at", "was/"
-
-
-def proximal(now: Tensors, start: Tensors, mu: float) -> Tensor:
-    """Return mu/2 ||x - x_global||^2; its gradient is mu (x - x_global) (FedProx, equation 2)."""
-    squares = [(now[name] - start[name].to(now[name].device)).square().sum() for name in now]
-    return mu / 2 * sum(squares[1:], squares[0])
 
 
 def split(tensors: Tensors) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
@@ -36,25 +34,6 @@ def split(tensors: Tensors) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
 def named(controls: Tensors) -> dict[str, Tensor]:
     """Return control variates under their names on the wire."""
     return {CONTROL + n: t for n, t in controls.items()}
-
-
-def pulled(program: Program[T], mu: float) -> Program[T]:
-    """Run a program with FedProx's term in the loss of every step."""
-
-    def nearer(start: Tensors, term: Term | None) -> Term:
-        def both(now: Tensors) -> Tensor:
-            own = term(now) if term else None
-            pull = proximal(now, start, mu)
-            return pull if own is None else own + pull
-
-        return both
-
-    def handle(request: Request) -> Program[Any]:
-        if isinstance(request, Train):
-            request = replace(request, term=nearer(request.start, request.term))
-        return (yield request)
-
-    return handled(program, handle)
 
 
 def corrected(
@@ -168,3 +147,80 @@ def new_controls(controls: Tensors, changes: Mapping[int, Tensors], round_: int,
     known[list(changes)] = round_
     moved = {n: c + len(changes) / clients * mean[n] if n in mean else c for n, c in controls.items()}
     return {**moved, _HEARD: known}
+
+
+class Scaffold(Wrapper):
+    """Corrects every step; the server carries c, each client its c_i."""
+
+    name = "scaffold"
+    streams = False
+
+    @classmethod
+    def asked(cls, config: Config, kind: type[Method]) -> bool:
+        """With `drift.scaffold`."""
+        return config.drift.scaffold
+
+    @classmethod
+    def problems(cls, config: Config, kind: type[Method], having: Callable[[str], str]) -> Iterable[Problem]:
+        """Refuse optimisers whose steps are no gradients, and methods whose tensors mean something else each round."""
+        if config.train.optimizer != "sgd":
+            yield Problem("drift.scaffold", "is defined for SGD only", "set train.optimizer = sgd")
+        if not kind.factors or kind.private or config.lora.ranks or config.lora.dora:
+            yield Problem("drift.scaffold", f"its control variates do not fit {kind.name} with these settings")
+
+    def begin(self, client: ClientContext, download: Tensors) -> dict[str, Tensor]:
+        """Begin without the controls."""
+        return self.inner.begin(replace(client, kept=split(client.kept)[0]), split(download)[0])
+
+    def fit(self, client: ClientContext, download: Tensors, begun: Tensors) -> Program[Fitted]:
+        """Train with the correction c - c_i; send how c_i has changed, and keep it."""
+        sent, controls = split(download)
+        kept, own = split(client.kept)
+        own = believed(own, controls)
+        program = self.inner.fit(replace(client, kept=kept), sent, begun)
+        fitted, changes = yield from corrected(program, controls, own, client)
+        if not changes:
+            return fitted
+        keeps = named(keeping(own, changes, client.round))
+        return Fitted({**fitted.payload, **named(changes)}, {**fitted.kept, **keeps})
+
+    def _controls(self, state: ServerState) -> Mapping[str, Tensor]:
+        from fedtune.lora.state import to_tensors
+
+        zeros = {n: t.new_zeros(t.shape) for n, t in to_tensors(state.adapter).items()}
+        return state.memory.get(self.name) or zeros
+
+    def view(self, state: ServerState, client: int) -> dict[str, Tensor]:
+        """Send c as well."""
+        controls = down(self._controls(state), client, self.config.federation.clients)
+        return self.inner.view(state, client) | named(controls)
+
+    def expected(self, state: ServerState, client: int, round_: int) -> dict[str, Tensor]:
+        """Expect a change of the control of every tensor that is sent."""
+        from fedtune.lora.state import to_tensors
+
+        up, own = self.inner.expected(state, client, round_), to_tensors(state.adapter)
+        return up | named({n: decayed(own[n], self.config.train) for n in up})
+
+    def growth(self, name: str) -> float:
+        """Bound changes of controls by what gradients are clipped to."""
+        return growth(self.config.train) if name.startswith(CONTROL) else self.inner.growth(name)
+
+    def flaw(self, update: Tensors, state: ServerState, client: int, round_: int, steps: int) -> str:
+        """Look at the method's tensors; the controls' norms are bounded by `growth`."""
+        return self.inner.flaw(split(update)[0], state, client, round_, steps)
+
+    def plain(self, update: ClientUpdate) -> ClientUpdate:
+        """Leave the controls out."""
+        return self.inner.plain(replace(update, tensors=split(update.tensors)[0]))
+
+    def server_step(self, updates: Sequence[ClientUpdate], state: ServerState, context: RoundContext) -> ServerState:
+        """Move c by the mean change of the clients' controls."""
+        from fedtune.lora.state import to_tensors
+
+        changes = {u.client: split(u.tensors)[1] for u in updates}
+        own = [replace(u, tensors=split(u.tensors)[0]) for u in updates]
+        after = self.inner.server_step(own, state, context)
+        controls = new_controls(self._controls(state), changes, context.round, self.config.federation.clients)
+        controls = bounded(controls, to_tensors(state.adapter), self.config.train)
+        return replace(after, memory={**after.memory, self.name: controls})

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from fedtune.methods.requests import Tensors
-from fedtune.types import derive_seed
+from fedtune.methods.base import Method
+from fedtune.methods.requests import ClientContext, Fitted, Program, Tensors
+from fedtune.methods.wrappers.base import Idle, Wrapper
+from fedtune.types import Problem, derive_seed
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from fedtune.config import Config
     from fedtune.config.schema import AttackSettings
 
 Attack = Callable[[dict[str, "Tensor"], Tensors, float, int], dict[str, "Tensor"]]
@@ -85,3 +89,49 @@ def tampered(
         return payload
     floats = {n: t for n, t in payload.items() if t.is_floating_point()}
     return {**payload, **ATTACKS[settings.kind](floats, _origins(payload, start), settings.scale, seed)}
+
+
+class Attackers(Wrapper):
+    """Changes what some clients send."""
+
+    name = "attack"
+
+    @classmethod
+    def asked(cls, config: Config, kind: type[Method]) -> bool:
+        """With `attack.kind` and `attack.clients`."""
+        return config.attack.kind != "none" or bool(config.attack.clients)
+
+    @classmethod
+    def problems(cls, config: Config, kind: type[Method], having: Callable[[str], str]) -> Iterable[Problem]:
+        """Refuse half an attack, and attackers that do not exist."""
+        attack, clients = config.attack, config.federation.clients
+        if (attack.kind == "none") != (not attack.clients):
+            yield Problem("attack", "needs both a kind and clients, or neither")
+        if [c for c in attack.clients if not 0 <= c < clients]:
+            yield Problem(f"attack.clients = {list(attack.clients)}", f"there are clients 0 to {clients - 1}")
+
+    @classmethod
+    def idle(cls, config: Config, kind: type[Method]) -> Idle:
+        """Name sizes that an attack does not have, and a gauge that a client cannot choose."""
+        chosen = config.attack.kind
+        if chosen in ("none", "label-flip"):
+            yield "attack.scale", f'attack.kind = "{chosen}" has no size'
+        if chosen in ("boost", "gauge") and config.attack.scale == 1:
+            yield "attack.scale", f'attack.kind = "{chosen}" multiplies by it, and an attacker would be honest'
+        if chosen == "gauge" and not kind.pairs:
+            yield "attack.kind", f"a client of {kind.name} does not send both factors of a layer, so it has no gauge"
+
+    def fit(self, client: ClientContext, download: Tensors, begun: Tensors) -> Program[Fitted]:
+        """Tamper with what is sent, compared with the start in the form that is sent.
+
+        Magnitudes are those it would have sent or, where no server takes these, the nearest.
+        """
+        fitted = yield from self.inner.fit(client, download, begun)
+        if client.client not in self.config.attack.clients:
+            return fitted
+        from fedtune.lora import dora
+
+        seed = derive_seed(self.config.seed, "attack", client.client, client.round)
+        was = yield from self.inner.untrained(begun)
+        bad = tampered(fitted.payload, was, self.config.attack, client.client, seed)
+        return replace(fitted, payload=dora.clamped(bad, begun))

@@ -10,13 +10,18 @@ how clients split their products (gauge).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
+
+from fedtune.methods.base import ClientUpdate, Method, ServerState
+from fedtune.methods.wrappers.base import Idle, RoundContext, Wrapper
+from fedtune.types import Problem
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from fedtune.config import Config
     from fedtune.config.schema import ServerSettings
 
 Numbers = Mapping[str, float]
@@ -30,6 +35,7 @@ DEFAULTS: dict[tuple[str, str], Numbers] = {
     ("flower", "fedyogi"): {"learning_rate": 1e-2, "beta1": 0.9, "beta2": 0.99, "tau": 1e-3},
     ("flower", "fedadam"): {"learning_rate": 1e-1, "beta1": 0.9, "beta2": 0.99, "tau": 1e-3},
 }
+UNUSED = {"fedavgm": ("beta2", "tau"), "fedadagrad": ("beta2",)}
 
 
 @dataclass(frozen=True)
@@ -117,3 +123,45 @@ def step(
         change, kept[f"m/{name}"], kept[f"v/{name}"] = update(new[name] - was, m, v)
         after[name] = was + change
     return after, kept
+
+
+class ServerOptimizer(Wrapper):
+    """Takes the change that a method made as a gradient."""
+
+    name = "server"
+
+    @classmethod
+    def asked(cls, config: Config, kind: type[Method]) -> bool:
+        """With `server.optimizer`."""
+        return config.server.optimizer != "none"
+
+    @classmethod
+    def problems(cls, config: Config, kind: type[Method], having: Callable[[str], str]) -> Iterable[Problem]:
+        """Refuse methods whose tensors mean something else each round."""
+        if not kind.factors:
+            fix = f"these keep them: {having('factors')}"
+            yield Problem("server.optimizer", f"{kind.name}'s factors change coordinates", fix)
+
+    @classmethod
+    def idle(cls, config: Config, kind: type[Method]) -> Idle:
+        """Name the numbers that the chosen optimiser does not use."""
+        chosen = config.server.optimizer
+        unused = UNUSED.get(chosen, ())
+        if chosen == "none":
+            unused = tuple(name for name in type(config.server).model_fields if name != "optimizer")
+        return [(f"server.{name}", f'server.optimizer = "{chosen}" does not use it') for name in unused]
+
+    def server_step(self, updates: Sequence[ClientUpdate], state: ServerState, context: RoundContext) -> ServerState:
+        """Step from the adapter before the round towards what the method made of it."""
+        from fedtune.lora.state import to_tensors, with_tensors
+
+        after = self.inner.server_step(updates, state, context)
+        stepped, memory = step(
+            self.config.server,
+            to_tensors(state.adapter),
+            to_tensors(after.adapter),
+            state.memory.get(self.name, {}),
+            context.round,
+            lambda name: self.method.trainable(context.round, name),
+        )
+        return replace(after, adapter=with_tensors(after.adapter, stepped), memory={**after.memory, self.name: memory})

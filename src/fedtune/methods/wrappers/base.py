@@ -1,0 +1,178 @@
+"""What a wrapper around a method is: the same calls, passed on to what is inside, changed on the way in or out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+from fedtune.methods.base import ClientUpdate, Method, ServerState
+from fedtune.methods.requests import ClientContext, Fitted, Program, Tensors
+from fedtune.types import Problem
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from fedtune.config import Config
+    from fedtune.lora.state import AdapterState
+
+Note = Callable[[str], object]
+# a setting and why it has no effect
+Idle = Iterable[tuple[str, str]]
+
+
+def unheard(text: str) -> None:
+    """Take a note that nobody reads."""
+
+
+@dataclass(frozen=True)
+class RoundContext:
+    """What the server knows of a round beside its updates.
+
+    Attributes:
+        round: its number.
+        refused: how many more replies were refused for what they hold.
+        note: takes remarks for the round's record.
+    """
+
+    round: int
+    refused: int = 0
+    note: Note = unheard
+
+
+class Innermost:
+    """The method itself, with the calls that wrappers pass on."""
+
+    streams = True
+
+    def __init__(self, method: Method, config: Config) -> None:
+        self.method, self.config = method, config
+
+    def initial(self, adapter: AdapterState) -> AdapterState:
+        """Return the global adapter before the first round."""
+        return adapter
+
+    def begin(self, client: ClientContext, download: Tensors) -> dict[str, Tensor]:
+        """Return all tensors of a client's model at the start of an exchange, as they travel."""
+        if client.phase > 1:
+            return dict(download)
+        return self.method.begin(client.layout, download, client.kept, client.round)
+
+    def fit(self, client: ClientContext, download: Tensors, begun: Tensors) -> Program[Fitted]:
+        """Do a client's work of one exchange from what `begin` returned."""
+        return self.method.fit(client, begun)
+
+    def untrained(self, begun: Tensors) -> Program[dict[str, Tensor]]:
+        """Return what `begun` is in the form in which it would be sent."""
+        yield from ()
+        return dict(begun)
+
+    def view(self, state: ServerState, client: int) -> dict[str, Tensor]:
+        """Return what a client downloads."""
+        return self.method.view(state, client)
+
+    def expected(self, state: ServerState, client: int, round_: int) -> dict[str, Tensor]:
+        """Return tensors with the names, shapes and dtypes that a client must send, and about the size."""
+        return self.method.expected(state, client, round_)
+
+    def growth(self, name: str) -> float:
+        """Return by how much the norm of a tensor that a client sends may exceed that of what is expected."""
+        return self.method.growth(name)
+
+    def flaw(self, update: Tensors, state: ServerState, client: int, round_: int, steps: int) -> str:
+        """Say what is wrong with an update whose names and dtypes are as expected, or return an empty string."""
+        return self.method.flaw(update, state, client, round_, steps)
+
+    def plain(self, update: ClientUpdate) -> ClientUpdate:
+        """Return an update of the method's own tensors, as they are in a model."""
+        return update
+
+    def shortage(self, updates: int, refused: int) -> str:
+        """Say why so many updates are too few, or return an empty string."""
+        return ""
+
+    def server_step(self, updates: Sequence[ClientUpdate], state: ServerState, context: RoundContext) -> ServerState:
+        """Return the state after a round."""
+        return self.method.server_step(updates, state, context.round)
+
+
+class Wrapper(Innermost):
+    """Passes everything on; a wrapper overrides what it changes.
+
+    What it keeps on the server is `state.memory[name]`; what it sends, and keeps on clients, has `name/` before it.
+
+    Class attributes:
+        name: of its memory, and in listings.
+        streams: updates may still be added up as they come.
+    """
+
+    name: ClassVar[str]
+
+    def __init__(self, inner: Innermost) -> None:
+        super().__init__(inner.method, inner.config)
+        self.inner = inner
+
+    @classmethod
+    def asked(cls, config: Config, kind: type[Method]) -> bool:
+        """Tell whether the settings ask for it."""
+        raise NotImplementedError
+
+    @classmethod
+    def problems(cls, config: Config, kind: type[Method], having: Callable[[str], str]) -> Iterable[Problem]:
+        """Yield what it does not go together with, where the settings ask for it.
+
+        Args:
+            config: the run's settings.
+            kind: the method.
+            having: lists the methods that have an attribute.
+        """
+        return ()
+
+    @classmethod
+    def idle(cls, config: Config, kind: type[Method]) -> Idle:
+        """Yield its settings that have no effect beside the others, asked for or not."""
+        return ()
+
+    def initial(self, adapter: AdapterState) -> AdapterState:
+        """Return the global adapter before the first round."""
+        return self.inner.initial(adapter)
+
+    def begin(self, client: ClientContext, download: Tensors) -> dict[str, Tensor]:
+        """Return all tensors of a client's model at the start of an exchange, as they travel."""
+        return self.inner.begin(client, download)
+
+    def fit(self, client: ClientContext, download: Tensors, begun: Tensors) -> Program[Fitted]:
+        """Do a client's work of one exchange from what `begin` returned."""
+        return self.inner.fit(client, download, begun)
+
+    def untrained(self, begun: Tensors) -> Program[dict[str, Tensor]]:
+        """Return what `begun` is in the form in which it would be sent."""
+        return self.inner.untrained(begun)
+
+    def view(self, state: ServerState, client: int) -> dict[str, Tensor]:
+        """Return what a client downloads."""
+        return self.inner.view(state, client)
+
+    def expected(self, state: ServerState, client: int, round_: int) -> dict[str, Tensor]:
+        """Return tensors with the names, shapes and dtypes that a client must send, and about the size."""
+        return self.inner.expected(state, client, round_)
+
+    def growth(self, name: str) -> float:
+        """Return by how much the norm of a tensor that a client sends may exceed that of what is expected."""
+        return self.inner.growth(name)
+
+    def flaw(self, update: Tensors, state: ServerState, client: int, round_: int, steps: int) -> str:
+        """Say what is wrong with an update whose names and dtypes are as expected, or return an empty string."""
+        return self.inner.flaw(update, state, client, round_, steps)
+
+    def plain(self, update: ClientUpdate) -> ClientUpdate:
+        """Return an update of the method's own tensors, as they are in a model."""
+        return self.inner.plain(update)
+
+    def shortage(self, updates: int, refused: int) -> str:
+        """Say why so many updates are too few, or return an empty string."""
+        return self.inner.shortage(updates, refused)
+
+    def server_step(self, updates: Sequence[ClientUpdate], state: ServerState, context: RoundContext) -> ServerState:
+        """Return the state after a round."""
+        return self.inner.server_step(updates, state, context)

@@ -1,0 +1,114 @@
+"""DoRA's magnitudes between clients and server: bounded, and averaged exactly where a method can do that.
+
+Under the exact map magnitudes travel relative to the rows' norms, and B multiplied by them; see `lora.dora`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from fedtune.methods import sound
+from fedtune.methods.base import ClientUpdate, Method, ServerState
+from fedtune.methods.requests import ClientContext, Fitted, Program, RowNorms, Tensors
+from fedtune.methods.wrappers.base import Innermost, RoundContext, Wrapper
+from fedtune.types import Problem
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from fedtune.config import Config
+    from fedtune.lora.state import AdapterState
+
+
+class DoRA(Wrapper):
+    """Keeps magnitudes in bounds; maps them where the method is defined by products."""
+
+    name = "dora"
+
+    def __init__(self, inner: Innermost) -> None:
+        super().__init__(inner)
+        self.exact = inner.method.dora == "exact"
+        self.streams = not self.exact
+
+    @classmethod
+    def asked(cls, config: Config, kind: type[Method]) -> bool:
+        """With `lora.dora`."""
+        return config.lora.dora
+
+    @classmethod
+    def problems(cls, config: Config, kind: type[Method], having: Callable[[str], str]) -> Iterable[Problem]:
+        """Refuse methods that have no mean of magnitudes, and mixed ranks."""
+        if not kind.dora:
+            yield Problem(
+                "lora.dora", f"{kind.name} is not defined for DoRA's magnitudes", f"these are: {having('dora')}"
+            )
+        if config.lora.ranks:
+            yield Problem("lora.ranks", "mixed ranks are not defined together with DoRA")
+
+    def initial(self, adapter: AdapterState) -> AdapterState:
+        """Start with relative magnitudes of 1."""
+        from fedtune.lora import dora
+        from fedtune.lora.state import to_tensors, with_tensors
+
+        return with_tensors(adapter, dora.unit(to_tensors(adapter))) if self.exact else adapter
+
+    def begin(self, client: ClientContext, download: Tensors) -> dict[str, Tensor]:
+        """Begin from a layout in the form that travels."""
+        return self.inner.begin(replace(client, layout=self.initial(client.layout)), download)
+
+    def fit(self, client: ClientContext, download: Tensors, begun: Tensors) -> Program[Fitted]:
+        """Train with magnitudes as PEFT has them, and send what is accepted."""
+        start = yield from self._started(begun)
+        fitted = yield from self.inner.fit(client, download, start)
+        return replace(fitted, payload=(yield from self._mapped(fitted.payload, start, begun)))
+
+    def untrained(self, begun: Tensors) -> Program[dict[str, Tensor]]:
+        """Return the start in the form in which it would be sent."""
+        start = yield from self._started(begun)
+        return (yield from self._mapped(dict(start), start, begun))
+
+    def _started(self, begun: Tensors) -> Program[Tensors]:
+        """Return a client's tensors with the magnitudes as PEFT has them."""
+        from fedtune.lora import dora
+
+        return dora.to_magnitudes(begun, (yield RowNorms(begun))) if self.exact else begun
+
+    def _mapped(self, payload: dict[str, Tensor], start: Tensors, begun: Tensors) -> Program[dict[str, Tensor]]:
+        """Return trained tensors as they are sent; no magnitude is further from `begun` than is accepted."""
+        from fedtune.lora import dora
+
+        if self.exact:
+            return dora.to_wire(payload, (yield RowNorms({**start, **payload})), begun)
+        return dora.clamped(payload, begun)
+
+    def growth(self, name: str) -> float:
+        """Leave magnitudes, and B where it comes multiplied by them, to `flaw`, which has bounds of its own."""
+        own = (".lora_magnitude_vector", ".lora_B.weight")[: 1 + self.exact]
+        return sound.LARGEST if name.endswith(own) else self.inner.growth(name)
+
+    def flaw(self, update: Tensors, state: ServerState, client: int, round_: int, steps: int) -> str:
+        """Say which magnitude has moved too far."""
+        problem = sound.magnitude_problem(update, state.adapter, relative=self.exact)
+        return problem or self.inner.flaw(update, state, client, round_, steps)
+
+    def plain(self, update: ClientUpdate) -> ClientUpdate:
+        """Return B as it is in a model."""
+        from fedtune.lora import dora
+
+        tensors = dora.from_wire(update.tensors) if self.exact else update.tensors
+        return self.inner.plain(replace(update, tensors=tensors))
+
+    def server_step(self, updates: Sequence[ClientUpdate], state: ServerState, context: RoundContext) -> ServerState:
+        """Average magnitudes exactly, or leave them to the method; none moves further than a round may move it."""
+        from fedtune.lora import dora
+        from fedtune.lora.state import to_tensors, with_tensors
+
+        relative: dict[str, Tensor] = {}
+        if self.exact:
+            tensors, relative = dora.divided([u.tensors for u in updates], self.method.weights(updates))
+            updates = [replace(u, tensors=t) for u, t in zip(updates, tensors, strict=True)]
+        after = self.inner.server_step(updates, state, context)
+        moved = dora.clamped(to_tensors(after.adapter), to_tensors(state.adapter))
+        return replace(after, adapter=with_tensors(after.adapter, {**moved, **relative}))
