@@ -2,9 +2,20 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
 from typing import Any, TypeVar
 
-from fedtune.methods.requests import Features, Fitted, Gradients, Losses, Program, Request, RowNorms, Train
+from fedtune.methods.requests import (
+    ClientContext,
+    Features,
+    Fitted,
+    Gradients,
+    Losses,
+    Program,
+    Request,
+    RowNorms,
+    Train,
+)
 
 T = TypeVar("T")
 
@@ -34,7 +45,13 @@ def ran_by(client: Any, program: Program[T]) -> T:
         return result
 
 
+def context_of(client: Any) -> ClientContext:
+    """Return what a method knows of a stand-in."""
+    known = {f.name: getattr(client, f.name) for f in fields(ClientContext)}
+    return ClientContext(**known)
+
+
 def fit_by(method: Any, client: Any, start: Any) -> Fitted:
     """Return what a method, or a recipe, sends and keeps after a stand-in's work."""
-    result: Fitted = ran_by(client, method.fit(client, start))
+    result: Fitted = ran_by(client, method.fit(context_of(client), start))
     return result
