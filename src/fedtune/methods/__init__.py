@@ -115,7 +115,7 @@ def _own_settings(config: Config, kind: type[Method]) -> Iterable[Problem]:
             else:
                 yield Problem(f"method.{key} = {error['input']!r}", error["msg"])
         return
-    if reason := kind.inert(parameters):
+    if reason := parameters.inert():
         yield Problem(f"method ({kind.name})", f"has no effect: {reason}")
 
 

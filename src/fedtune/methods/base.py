@@ -22,11 +22,23 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class ClientUpdate:
-    """One client's screened update: the tensors it sent, by name, and its weight: examples, or what a rule gives it."""
+    """One client's screened update.
+
+    Attributes:
+        client: who.
+        tensors: what it sent, by name.
+        examples: its weight: how many it trained on, or what a robust rule gives it.
+        steps: optimiser steps it made.
+        loss: its mean over the steps, in nats; None where it said none.
+        version: the round whose state it started from; the state before a round is that of the round before.
+    """
 
     client: int
     tensors: Tensors
     examples: float
+    steps: int = 0
+    loss: float | None = None
+    version: int = 0
 
 
 @dataclass(frozen=True)
@@ -94,7 +106,7 @@ class Method:
     Class attributes:
         name: on the command line, and the file's name.
         title, paper: for people.
-        Parameters: the method's own settings, validated; an inert value is refused in `inert`.
+        Parameters: the method's own settings, validated; its `inert` refuses values without effect.
         exact: the effective update is the weighted mean of the clients' effective updates.
         linear: the server needs only sums, so secure sums apply.
         mixed_ranks: clients may have different ranks.
@@ -142,7 +154,13 @@ class Method:
     class Parameters(Section):
         """No settings of its own."""
 
-    def __init__(self, parameters: Section, scene: Scene | None = None) -> None:
+        def inert(self) -> str:
+            """Say why these settings would have no effect, or return an empty string."""
+            return ""
+
+    parameters: Parameters
+
+    def __init__(self, parameters: Parameters, scene: Scene | None = None) -> None:
         self.parameters = parameters
         self.scene = scene or Scene()
 
@@ -150,11 +168,6 @@ class Method:
     def seed(self) -> int:
         """The run's seed, of everything that all parties draw alike."""
         return self.scene.seed
-
-    @classmethod
-    def inert(cls, parameters: Section) -> str:
-        """Say why these settings would have no effect, or return an empty string."""
-        return ""
 
     @classmethod
     def traffic(cls, sizes: Sizes) -> tuple[float, float]:

@@ -9,11 +9,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, ClassVar, cast
+from typing import TYPE_CHECKING, ClassVar
 
 from pydantic import Field
 
-from fedtune.config.schema import Section
 from fedtune.methods.base import ClientUpdate, Method, ServerState
 from fedtune.methods.requests import ClientContext, Fitted, Program, Tensors
 
@@ -46,7 +45,7 @@ class MovesBase(Method):
     private = True
     factors: ClassVar[bool] = False
 
-    class Parameters(Section):
+    class Parameters(Method.Parameters):
         """`base_rank`: most columns of a layer's side adapters before they are compressed.
 
         0 is the layer's full rank, which loses nothing.
@@ -54,10 +53,12 @@ class MovesBase(Method):
 
         base_rank: int = Field(0, ge=0)
 
+    parameters: Parameters
+
     @property
     def base_rank(self) -> int:
         """The cap of a layer's side adapters."""
-        return cast("MovesBase.Parameters", self.parameters).base_rank
+        return self.parameters.base_rank
 
     def trainable(self, round_: int, name: str) -> bool:
         """Side adapters are frozen."""

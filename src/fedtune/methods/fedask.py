@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Literal, cast
+from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
 
@@ -48,9 +48,7 @@ class FedASK(MovesBase):
         width: int = Field(0, ge=0)
         rest: Literal["keep", "drop"] = "keep"
 
-    @property
-    def _own(self) -> FedASK.Parameters:
-        return cast("FedASK.Parameters", self.parameters)
+    parameters: Parameters
 
     @classmethod
     def traffic(cls, sizes: Sizes) -> tuple[float, float]:
@@ -62,7 +60,7 @@ class FedASK(MovesBase):
         return self._columns(out, inner, self.scene.cohort * rank)
 
     def _columns(self, out: int, inner: int, ranks: int) -> int:
-        return min(out, inner, ranks, self._own.width or ranks)
+        return min(out, inner, ranks, self.parameters.width or ranks)
 
     def probe(self, path: str, inner: int, width: int, round_: int) -> Tensor:
         """Return Omega [in, width]: the same everywhere; fewer columns are the first of more."""
@@ -137,7 +135,7 @@ class FedASK(MovesBase):
 
     def _has_room(self, module: LoraModule, width: int, directions: int) -> bool:
         """Tell whether sketches of a width tell a round's directions apart; by default they are as wide as that."""
-        return not self._own.width or width >= min(module.b.shape[0], module.a.shape[1], directions)
+        return not self.parameters.width or width >= min(module.b.shape[0], module.a.shape[1], directions)
 
     def server_step(self, updates: Sequence[ClientUpdate], state: ServerState, round_: int) -> ServerState:
         """Split Q P into the next adapter and the rest."""
@@ -152,7 +150,7 @@ class FedASK(MovesBase):
             adapter[path] = HLoRA(HLoRA.Parameters()).factors_of(module, best)
             rest[path] = left_out
         kept = {n: t for n, t in state.extra.items() if not n.startswith(_Q)}
-        moved = rest if self._own.rest == "keep" else {}
+        moved = rest if self.parameters.rest == "keep" else {}
         return self.moved(replace(state, extra=kept), adapter, moved, updates, round_)
 
     def view(self, state: ServerState, client: int) -> dict[str, Tensor]:

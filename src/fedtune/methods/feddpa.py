@@ -7,11 +7,10 @@ hidden state) to five training examples of the client, the global one the rest.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING
 
 from pydantic import Field
 
-from fedtune.config.schema import Section
 from fedtune.methods.base import Method, ServerState
 from fedtune.methods.requests import ClientContext, Features, Fitted, Program, Tensors, Train
 
@@ -35,15 +34,13 @@ class FedDPA(Method):
     factors = False
     running = True
 
-    class Parameters(Section):
+    class Parameters(Method.Parameters):
         """`samples`: training examples a text is compared with; `local_weight`: factor of their similarity."""
 
         samples: int = Field(5, ge=1)
         local_weight: float = Field(0.5, gt=0, le=1)
 
-    @property
-    def _own(self) -> FedDPA.Parameters:
-        return cast("FedDPA.Parameters", self.parameters)
+    parameters: Parameters
 
     def trainable(self, round_: int, name: str) -> bool:
         """Both adapters are trained, one after the other."""
@@ -54,7 +51,7 @@ class FedDPA(Method):
         import torch
 
         start = {**super().begin(layout, download, {}, round_), **kept}
-        return {**start, MIX: torch.tensor(self._own.local_weight)} if kept else start
+        return {**start, MIX: torch.tensor(self.parameters.local_weight)} if kept else start
 
     def losses(self, steps: int) -> int:
         """Count both trainings: of the global adapter, and of the local one."""
@@ -74,7 +71,7 @@ class FedDPA(Method):
         both = {**shared, **own, MIX: torch.tensor(0.5)}
         trained = yield Train(both, list(own))
         kept = {n: t for n, t in trained.items() if _LOCAL in n}
-        anchors = yield Features(self._own.samples)
+        anchors = yield Features(self.parameters.samples)
         return Fitted(self.payload(sent, shared, client.round), {**kept, ANCHORS: anchors})
 
     def expected(self, state: ServerState, client: int, round_: int) -> dict[str, Tensor]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING
 
 from pydantic import Field
 
@@ -32,6 +32,8 @@ class FedExLoRA(MovesBase):
         """`residual_rank`: keep only the residual's best approximation of this rank; 0 keeps all of it."""
 
         residual_rank: int = Field(0, ge=0)
+
+    parameters: Parameters
 
     @classmethod
     def traffic(cls, sizes: Sizes) -> tuple[float, float]:
@@ -61,6 +63,6 @@ class FedExLoRA(MovesBase):
     def _residual(self, adapters: Sequence[AdapterState], weights: Sequence[float]) -> dict[str, Product]:
         from fedtune.lora import product
 
-        limit = cast("FedExLoRA.Parameters", self.parameters).residual_rank
+        limit = self.parameters.residual_rank
         whole = {path: product.residual([a[path] for a in adapters], weights) for path in adapters[0]}
         return {p: product.truncate(r, limit) if 0 < limit < r.inner else r for p, r in whole.items()}

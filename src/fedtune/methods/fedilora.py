@@ -6,11 +6,10 @@ the two products) and moves it towards that by `repair`. Our reading: the paper 
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING
 
 from pydantic import Field
 
-from fedtune.config.schema import Section
 from fedtune.methods.rbla import RBLA
 from fedtune.methods.requests import Tensors
 
@@ -35,15 +34,16 @@ class FediLoRA(RBLA):
     title = "FediLoRA"
     paper = "arXiv:2509.06984"
 
-    class Parameters(Section):
+    class Parameters(RBLA.Parameters):
         """`repair`: how far the weakest layer is moved to the global one; 0 is RBLA."""
 
         repair: float = Field(0.5, ge=0, le=1)
 
-    @classmethod
-    def inert(cls, parameters: Section) -> str:
-        """Without repair it is RBLA."""
-        return "with repair = 0 this is RBLA" if cast("FediLoRA.Parameters", parameters).repair == 0 else ""
+        def inert(self) -> str:
+            """Without repair it is RBLA."""
+            return "with repair = 0 this is RBLA" if self.repair == 0 else ""
+
+    parameters: Parameters
 
     def payload(self, tensors: Tensors, start: Tensors, round_: int) -> dict[str, Tensor]:
         """Repair the weakest layer."""
@@ -52,7 +52,7 @@ class FediLoRA(RBLA):
         known = {p: agreement(*(t[p + e] for t in (tensors, start) for e in (_A, _B))) for p in paths}
         weakest = min(paths, key=lambda p: known[p])
         if known[weakest] < 1:
-            share = cast("FediLoRA.Parameters", self.parameters).repair
+            share = self.parameters.repair
             for name in (weakest + _A, weakest + _B):
                 sent[name] = tensors[name].lerp(start[name].to(tensors[name].dtype), share)
         return sent

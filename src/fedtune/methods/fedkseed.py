@@ -11,11 +11,10 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING
 
 from pydantic import Field
 
-from fedtune.config.schema import Section
 from fedtune.methods.base import ClientUpdate, Method, ServerState, Sizes
 from fedtune.methods.requests import ClientContext, Fitted, Losses, Program, Tensors
 from fedtune.types import derive_seed
@@ -40,7 +39,7 @@ class FedKSeed(Method):
     pairs = False
     optimises = False
 
-    class Parameters(Section):
+    class Parameters(Method.Parameters):
         """`seeds`: K; `epsilon`: half the way between the two losses; `steps`: 0 for as many as a round has."""
 
         seeds: int = Field(4096, ge=1)
@@ -48,9 +47,7 @@ class FedKSeed(Method):
         learning_rate: float = Field(5e-5, gt=0)
         steps: int = Field(0, ge=0)
 
-    @property
-    def _own(self) -> FedKSeed.Parameters:
-        return cast("FedKSeed.Parameters", self.parameters)
+    parameters: Parameters
 
     @classmethod
     def traffic(cls, sizes: Sizes) -> tuple[float, float]:
@@ -68,7 +65,7 @@ class FedKSeed(Method):
         """Return w_0 - lr sum_j G_j z_j, in ascending j; directions nobody took cost nothing."""
         now = {n: t.clone() for n, t in start.items()}
         for number in scalars.nonzero()[:, 0].tolist():
-            step = self._own.learning_rate * float(scalars[number])
+            step = self.parameters.learning_rate * float(scalars[number])
             for name, z in self.direction(number, start).items():
                 now[name].sub_(z.to(now[name].dtype), alpha=step)
         return now
@@ -81,7 +78,7 @@ class FedKSeed(Method):
 
     def losses(self, steps: int) -> int:
         """Count the steps of the walk."""
-        return self._own.steps or steps
+        return self.parameters.steps or steps
 
     def _chance(self, client: int, round_: int) -> random.Random:
         """Return what draws the directions of a client's steps in a round, one after the other."""
@@ -91,7 +88,7 @@ class FedKSeed(Method):
         """Walk along random directions; send what was found for each."""
         import torch
 
-        own, found = self._own, torch.zeros(self._own.seeds)
+        own, found = self.parameters, torch.zeros(self.parameters.seeds)
         chance = self._chance(client.client, client.round)
         now = {n: t.clone() for n, t in start.items()}
         for step in range(own.steps or client.steps):
@@ -119,7 +116,7 @@ class FedKSeed(Method):
     def _scalars(self, state: ServerState) -> Tensor:
         import torch
 
-        return state.extra.get(_SCALARS, torch.zeros(self._own.seeds))
+        return state.extra.get(_SCALARS, torch.zeros(self.parameters.seeds))
 
     def view(self, state: ServerState, client: int) -> dict[str, Tensor]:
         """Send the K sums."""
@@ -129,7 +126,7 @@ class FedKSeed(Method):
         """Expect K scalars. They are added to the sums, so their bound does not depend on how large these are."""
         import torch
 
-        return {_SCALARS: torch.zeros(self._own.seeds)}
+        return {_SCALARS: torch.zeros(self.parameters.seeds)}
 
     def growth(self, name: str) -> float:
         """Let slopes be steep: a thousand moves the adapter by 0.05 a number at the default learning rate."""
@@ -138,7 +135,7 @@ class FedKSeed(Method):
     def flaw(self, update: Tensors, state: ServerState, client: int, round_: int, steps: int) -> str:
         """Name a slope along a direction that the client's steps do not take: every later replay would pay for it."""
         chance = self._chance(client, round_)
-        taken = {chance.randrange(self._own.seeds) for _ in range(self.losses(steps))}
+        taken = {chance.randrange(self.parameters.seeds) for _ in range(self.losses(steps))}
         others = set(update[_SCALARS].nonzero()[:, 0].tolist()) - taken
         if not others:
             return ""

@@ -8,11 +8,10 @@ that is only a difference of gauge. Odd rounds align A, even rounds B; the first
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING
 
 from pydantic import Field
 
-from fedtune.config.schema import Section
 from fedtune.methods.fedit import FedIT
 
 if TYPE_CHECKING:
@@ -29,15 +28,16 @@ class FedRotLoRA(FedIT):
     paper = "arXiv:2602.23638"
     dora = ""
 
-    class Parameters(Section):
+    class Parameters(FedIT.Parameters):
         """`blend`: how far to turn, from 0 (not at all) to 1 (onto the reference)."""
 
         blend: float = Field(1.0, ge=0, le=1)
 
-    @classmethod
-    def inert(cls, parameters: Section) -> str:
-        """A blend of 0 is FedIT under another name."""
-        return "with blend = 0 this is FedIT" if cast("FedRotLoRA.Parameters", parameters).blend == 0 else ""
+        def inert(self) -> str:
+            """A blend of 0 is FedIT under another name."""
+            return "with blend = 0 this is FedIT" if self.blend == 0 else ""
+
+    parameters: Parameters
 
     def payload(self, tensors: Mapping[str, Tensor], start: Mapping[str, Tensor], round_: int) -> dict[str, Tensor]:
         """Rotate every module; the product of the factors is unchanged."""
@@ -54,6 +54,6 @@ class FedRotLoRA(FedIT):
         """Return (R^T A, B R) with R nearest to the reference of this round's factor."""
         from fedtune.lora.product import rotation_to
 
-        blend = cast("FedRotLoRA.Parameters", self.parameters).blend
+        blend = self.parameters.blend
         turn = rotation_to(a, a_start, blend) if round_ % 2 else rotation_to(b.T, b_start.T, blend)
         return (turn.T @ a.to(turn.dtype)).to(a.dtype), (b.to(turn.dtype) @ turn).to(b.dtype)

@@ -7,11 +7,10 @@ adapter's. Components beyond it keep their direction in A and have B = 0, so the
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING
 
 from pydantic import Field
 
-from fedtune.config.schema import Section
 from fedtune.methods.flexlora import FlexLoRA
 
 if TYPE_CHECKING:
@@ -25,21 +24,22 @@ class FLoRIST(FlexLoRA):
     title = "FLoRIST"
     paper = "arXiv:2506.09199"
 
-    class Parameters(Section):
+    class Parameters(FlexLoRA.Parameters):
         """`tau`: the share of the energy (sum of squared singular values) to keep."""
 
         tau: float = Field(0.99, gt=0, le=1)
 
-    @classmethod
-    def inert(cls, parameters: Section) -> str:
-        """With all of the energy it is FlexLoRA."""
-        return "with tau = 1 this is FlexLoRA" if cast("FLoRIST.Parameters", parameters).tau == 1 else ""
+        def inert(self) -> str:
+            """With all of the energy it is FlexLoRA."""
+            return "with tau = 1 this is FlexLoRA" if self.tau == 1 else ""
+
+    parameters: Parameters
 
     def merge(self, module: LoraModule, clients: Sequence[LoraModule], weights: Sequence[float]) -> LoraModule:
         """Return one module's new factors; what lies beyond the energy's rank is zero in B."""
         from fedtune.lora import product
 
-        tau = cast("FLoRIST.Parameters", self.parameters).tau
+        tau = self.parameters.tau
         whole = product.stack(clients, weights)
         best = product.truncate(whole, module.rank)
         rank = product.energy_rank(best.left.norm(dim=0), tau * product.norm(whole) ** 2)

@@ -10,11 +10,10 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING
 
 from pydantic import Field
 
-from fedtune.config.schema import Section
 from fedtune.methods.base import ClientUpdate, ServerState
 from fedtune.methods.rbla import RBLA
 from fedtune.methods.requests import ClientContext, Fitted, Program, Tensors
@@ -39,18 +38,18 @@ class HetLoRA(RBLA):
     ragged = True
     factors = False
 
-    class Parameters(Section):
+    class Parameters(RBLA.Parameters):
         """`regulariser`: lambda of the tail's penalty; `gamma`: the share of its rank a client keeps when it prunes."""
 
         regulariser: float = Field(0.005, ge=0)
         gamma: float = Field(0.99, gt=0, le=1)
 
-    @classmethod
-    def inert(cls, parameters: Section) -> str:
-        """Without pruning there is no tail to penalise."""
-        own = cast("HetLoRA.Parameters", parameters)
-        changed = own.gamma == 1 and own.regulariser != cls.Parameters().regulariser
-        return "with gamma = 1 nothing is pruned, and regulariser does nothing" if changed else ""
+        def inert(self) -> str:
+            """Without pruning there is no tail to penalise."""
+            changed = self.gamma == 1 and self.regulariser != type(self)().regulariser
+            return "with gamma = 1 nothing is pruned, and regulariser does nothing" if changed else ""
+
+    parameters: Parameters
 
     def _tail(self, tensors: Tensors) -> dict[str, tuple[Tensor, Tensor]]:
         """Return for each layer the part beyond gamma r of (A, B); layers without one are left out."""
@@ -65,7 +64,7 @@ class HetLoRA(RBLA):
 
     def loss_term(self, now: Tensors, start: Tensors) -> Tensor | None:
         """Return lambda times the sum over layers of ||B_tail|| ||A_tail||."""
-        weight = cast("HetLoRA.Parameters", self.parameters).regulariser
+        weight = self.parameters.regulariser
         # the norm of an exact zero has no gradient: the smallest square keeps it finite
         parts = [
             (b.square().sum() + 1e-12).sqrt() * (a.square().sum() + 1e-12).sqrt() for a, b in self._tail(now).values()
@@ -85,7 +84,7 @@ class HetLoRA(RBLA):
 
     def pruned(self, rank: int) -> int:
         """Return the rank a client of a rank prunes itself to."""
-        return max(1, math.floor(cast("HetLoRA.Parameters", self.parameters).gamma * rank))
+        return max(1, math.floor(self.parameters.gamma * rank))
 
     def rank_in(self, state: ServerState, client: int) -> int | None:
         """Return the rank a client has by now: its own, or what it pruned itself to."""

@@ -10,11 +10,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING
 
 from pydantic import Field
 
-from fedtune.config.schema import Section
 from fedtune.methods.base import ClientUpdate, Method, ServerState, Sizes
 from fedtune.methods.requests import ClientContext, Fitted, Program, Tensors, Train
 
@@ -43,10 +42,12 @@ class LoRAA2(Method):
     pairs = False
     factors = False
 
-    class Parameters(Section):
+    class Parameters(Method.Parameters):
         """`share`: of all ranks a client may train where `lora.ranks` gives it no budget of its own."""
 
         share: float = Field(0.5, gt=0, le=1)
+
+    parameters: Parameters
 
     @classmethod
     def traffic(cls, sizes: Sizes) -> tuple[float, float]:
@@ -66,7 +67,7 @@ class LoRAA2(Method):
         """Return how many ranks a client may train, over all layers."""
         own = self.rank_of(client)
         ranks = sum(m.rank for m in adapter.values())
-        share = cast("LoRAA2.Parameters", self.parameters).share
+        share = self.parameters.share
         return own * len(adapter) if own else max(1, int(share * ranks))
 
     def losses(self, steps: int) -> int:

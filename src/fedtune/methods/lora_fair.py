@@ -10,11 +10,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING
 
 from pydantic import Field
 
-from fedtune.config.schema import Section
 from fedtune.methods.base import Method
 from fedtune.methods.by_layer import ByLayer
 
@@ -34,15 +33,17 @@ class LoRAFAIR(ByLayer):
 
     aggregate = Method.aggregate
 
-    class Parameters(Section):
+    class Parameters(Method.Parameters):
         """`ridge`: the lambda of the correction; larger stays nearer to FedIT."""
 
         ridge: float = Field(0.01, gt=0)
+
+    parameters: Parameters
 
     def merge(self, module: LoraModule, clients: Sequence[LoraModule], weights: Sequence[float]) -> LoraModule:
         """Return the mean factors with B corrected."""
         from fedtune.lora.product import ridge_factors
 
-        ridge = cast("LoRAFAIR.Parameters", self.parameters).ridge
+        ridge = self.parameters.ridge
         a, b = ridge_factors(clients, weights, ridge)
         return replace(module, a=a.to(module.a.dtype), b=b.to(module.b.dtype))

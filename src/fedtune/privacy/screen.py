@@ -240,7 +240,8 @@ def _accept(reply: Reply, expected: Expected) -> tuple[ClientUpdate, ClientStats
         loss=_within(reply.metrics, "loss", STEEPEST, notes),
     )
     weight = expected.registered[client] if expected.weights == "shard-size" else used
-    return ClientUpdate(client, tensors, weight), stats, [f"client {client}: {note}" for note in notes]
+    update = ClientUpdate(client, tensors, weight, stats.steps, stats.loss, expected.round - 1)
+    return update, stats, [f"client {client}: {note}" for note in notes]
 
 
 class Screening:
@@ -296,5 +297,4 @@ class Screening:
 def screen(replies: Sequence[Reply], expected: Expected) -> Screened:
     """Sort replies into updates that may be aggregated and rejections with a reason."""
     screening = Screening(expected)
-    taken = [screening.take(reply) for reply in replies]
-    return screening.close([update for update in taken if update is not None])
+    return screening.close([update for update in map(screening.take, replies) if update is not None])
