@@ -98,9 +98,15 @@ def _continued(out: Path | None, config: Path | None) -> tuple[Path, Path]:
 def _print(resolved: Settings) -> None:
     import tomli_w
 
+    from fedtune.methods import METHODS
+    from fedtune.methods.wrappers import asked
+
     typer.echo(tomli_w.dumps(resolved.config.plain()).encode(), nl=False)  # TOML is UTF-8 on every terminal
     typer.echo(f"# config sha256 {resolved.config.hash}")
     typer.echo(f"# protocol {resolved.protocol.name} sha256 {resolved.protocol.hash}")
+    kind = METHODS[resolved.config.method.name]
+    if around := [wrapper.name for wrapper in asked(resolved.config, kind)]:
+        typer.echo(f"# wrappers, from the outside in: {', '.join(around)}")
     for reason in resolved.unranked:
         say(f"# unranked: {reason}")
 
