@@ -76,17 +76,17 @@ def test_settings_of_another_scale_or_of_other_layers_are_refused(
 @pytest.mark.parametrize("method", GROWING)
 def test_alpha_and_the_kind_of_scale_belong_together_where_the_base_model_is_moved(packed: Path, method: str) -> None:
     entry = from_run(packed).model_copy(update={"method": method})
-    lora = entry.config["lora"]
+    lora = entry.settings.lora
     layers = adapter.saved(packed)
     for rank, alpha, rslora, fits in (
-        (lora["r"], lora["alpha"], lora["rslora"], True),
-        (lora["r"], float(lora["r"]), False, True),
-        (lora["r"], lora["alpha"], not lora["rslora"], False),
-        (lora["r"], float(lora["r"]), True, False),
+        (lora.r, lora.alpha, lora.rslora, True),
+        (lora.r, float(lora.r), False, True),
+        (lora.r, lora.alpha, not lora.rslora, False),
+        (lora.r, float(lora.r), True, False),
         (12, 12.0, False, True),
         (12, 12.0, True, False),
-        (12, lora["alpha"], lora["rslora"], False),
-        (12, lora["alpha"], True, False),
+        (12, lora.alpha, lora.rslora, False),
+        (12, lora.alpha, True, False),
     ):
         written(packed, {path: (i, o) for path, (i, o, _) in layers.items()}, rank)
         configured(packed, r=rank, lora_alpha=alpha, use_rslora=rslora)

@@ -75,7 +75,7 @@ def _ends(path: str) -> set[str]:
 def of_base(entry: Entry) -> Layers | None:
     """Return the layers of the base model that the settings adapt; None where they are not known here."""
     base = zoo().get(entry.base)
-    targets = set(entry.config["lora"]["target_modules"] or (base.targets if base else ()))
+    targets = set(entry.settings.lora.target_modules or (base.targets if base else ()))
     if base is None or not targets:
         return None
     each = base.linears()
@@ -86,7 +86,7 @@ def of_base(entry: Entry) -> Layers | None:
 
 def _kept(entry: Entry) -> bool:
     """Tell whether a run of these settings leaves one adapter for all."""
-    return entry.config["arm"] != "federated" or METHODS[entry.method].global_adapter
+    return entry.settings.arm != "federated" or METHODS[entry.method].global_adapter
 
 
 def adapter_problems(folder: Path, entry: Entry) -> Iterator[Problem]:
@@ -112,8 +112,8 @@ def adapter_problems(folder: Path, entry: Entry) -> Iterator[Problem]:
         yield Problem(ADAPTER, f"{spoilt} has NaN or infinity; no model can have been evaluated with it")
     yield from (Problem(CONFIG, why) for why in _config_problems(config, layers, entry))
     yield from (Problem(ADAPTER, why) for why in _layer_problems(layers, entry))
-    lora = entry.config["lora"]
-    trained = sum(lora["r"] * (i + o) + (o if lora["dora"] else 0) for i, o, _ in layers.values())
+    lora = entry.settings.lora
+    trained = sum(lora.r * (i + o) + (o if lora.dora else 0) for i, o, _ in layers.values())
     if entry.costs.trainable_parameters != trained:
         said = entry.costs.trainable_parameters
         yield Problem("entry.costs.trainable_parameters", f"is {said}, its layers have {trained}")
@@ -121,12 +121,12 @@ def adapter_problems(folder: Path, entry: Entry) -> Iterator[Problem]:
 
 def _grows(entry: Entry) -> bool:
     """Tell whether the adapter holds what was moved into the base model too: it has a rank and a scale of its own."""
-    return entry.config["arm"] == "federated" and METHODS[entry.method].keeps_base
+    return entry.settings.arm == "federated" and METHODS[entry.method].keeps_base
 
 
 def _config_problems(config: AdapterConfig, layers: Saved, entry: Entry) -> Iterator[str]:
     """Yield what an adapter's settings say that its file or the run's settings do not."""
-    lora = entry.config["lora"]
+    lora = entry.settings.lora
     if config.base != entry.base and Path(config.base).name != Path(entry.base).name:
         yield f"was made for {config.base!r}, the entry says {entry.base!r}"
     if config.revision not in (None, "", entry.revision):
@@ -138,12 +138,12 @@ def _config_problems(config: AdapterConfig, layers: Saved, entry: Entry) -> Iter
     if other := [path for path, (_, _, rank) in layers.items() if rank != config.r]:
         yield f"r is {config.r}, {other[0][:200]} has rank {layers[other[0]][2]}"
     yield from _scale_problems(config, entry)
-    if config.lora_dropout != lora["dropout"]:
-        yield f"lora_dropout is {config.lora_dropout}, the settings say {lora['dropout']}"
+    if config.lora_dropout != lora.dropout:
+        yield f"lora_dropout is {config.lora_dropout}, the settings say {lora.dropout}"
     if config.fan_in_fan_out and zoo().get(entry.base):
         yield "fan_in_fan_out is set; the base model has no such layer"
-    if config.use_dora != lora["dora"] or layers.magnitudes != (frozenset(layers) if lora["dora"] else frozenset()):
-        yield f"the settings say dora = {str(lora['dora']).lower()}, the adapter is another"
+    if config.use_dora != lora.dora or layers.magnitudes != (frozenset(layers) if lora.dora else frozenset()):
+        yield f"the settings say dora = {str(lora.dora).lower()}, the adapter is another"
     if not isinstance(config.target_modules, list):
         yield "target_modules is no list of names; a run writes one"
     elif odd := _unlike(set(config.target_modules), layers):
@@ -152,12 +152,12 @@ def _config_problems(config: AdapterConfig, layers: Saved, entry: Entry) -> Iter
 
 def _scale_problems(config: AdapterConfig, entry: Entry) -> Iterator[str]:
     """Yield an alpha or a kind of scale that no run of these settings leaves: only both together make the scale."""
-    lora, said = entry.config["lora"], (config.lora_alpha, config.use_rslora)
+    lora, said = entry.settings.lora, (config.lora_alpha, config.use_rslora)
     grows = _grows(entry)
     # what was moved into the base model has the scale 1, unless nothing was moved
     pairs = [(float(config.r), False)] if grows else []
-    if not grows or config.r == lora["r"]:
-        pairs.append((lora["alpha"], lora["rslora"]))
+    if not grows or config.r == lora.r:
+        pairs.append((lora.alpha, lora.rslora))
     if said in pairs:
         return
     alpha, rslora = pairs[-1]
@@ -179,12 +179,12 @@ def _unlike(targets: set[str], layers: Mapping[str, object]) -> list[str]:
 
 def _layer_problems(layers: Saved, entry: Entry) -> Iterator[str]:
     """Yield layers that are not those of the settings or of the base model, by path, shape and rank."""
-    lora, wanted = entry.config["lora"], of_base(entry)
+    lora, wanted = entry.settings.lora, of_base(entry)
     found = {path: shape[:2] for path, shape in layers.items()}
     if wanted is not None and found != wanted:
         odd = min((path for path, _ in found.items() ^ wanted.items()), default="")
         yield f"its {len(found)} layers are not the {len(wanted)} that the settings adapt: {odd[:200]}"
-    targets = set(lora["target_modules"])
+    targets = set(lora.target_modules)
     # a target with dots may mean no layer, as long as its last part is a name of the model
     unlike = _unlike(targets, layers) if targets and targets != {"all-linear"} else []
     if odd := next((name for name in unlike if name in layers), ""):
@@ -193,10 +193,10 @@ def _layer_problems(layers: Saved, entry: Entry) -> Iterator[str]:
         yield f"has no layer {odd[:200]}, which lora.target_modules names"
     # a method that moves the base model leaves a rank of at most a layer's full one; clients may have cut their ranks
     full = max((min(i, o) for i, o, _ in layers.values()), default=0)
-    least = min(lora["r"], full) if _grows(entry) else lora["r"]
-    least = 1 if entry.config["arm"] == "federated" and METHODS[entry.method].ragged else least
-    most = max(lora["r"], full) if _grows(entry) else lora["r"]
+    least = min(lora.r, full) if _grows(entry) else lora.r
+    least = 1 if entry.settings.arm == "federated" and METHODS[entry.method].ragged else least
+    most = max(lora.r, full) if _grows(entry) else lora.r
     ranks = {rank for _, _, rank in layers.values()} or {0}
     if min(ranks) < least or max(ranks) > most:
         rank = min(ranks) if min(ranks) < least else max(ranks)
-        yield f"has a layer of rank {rank}, the settings say {lora['r']}"
+        yield f"has a layer of rank {rank}, the settings say {lora.r}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ import numpy as np
 from fedtune import __version__
 from fedtune.board import pairs as pairs_of
 from fedtune.board.store import left_out_line, readable
+from fedtune.config import Config
 from fedtune.evaluation import scorers
 from fedtune.io import canonical, digest
 from fedtune.methods import METHODS
@@ -111,11 +113,11 @@ def _bits(recipe: Recipe, score: Score) -> dict[str, Any]:
     return {"items": items, "bits": same if len(same) == len(known) else None}
 
 
-def _config(entry: Entry, *path: str) -> Any:
-    value: Any = entry.config
-    for part in path:
-        value = value.get(part) if isinstance(value, dict) else None
-    return value
+def _settings(entry: Entry) -> Config | None:
+    """Return a run's settings; None for published results, and for what is no settings."""
+    with contextlib.suppress(ValueError):
+        return entry.settings if entry.config else None
+    return None
 
 
 def _size(millions: float | None) -> str:
@@ -139,6 +141,7 @@ def remarks(recipe: Recipe) -> list[str]:
 def row(recipe: Recipe) -> dict[str, Any]:
     """Return one line of the board."""
     entry, costs = recipe.first, [e.costs for e in recipe.entries]
+    settings = _settings(entry)
     tasks = [_task(recipe, s) for s in entry.main.scores]
     total = _mean([float(c.bytes_up + c.bytes_down) or None for c in costs])
     modes = sorted({t["mode"] for t in tasks})
@@ -159,9 +162,9 @@ def row(recipe: Recipe) -> dict[str, Any]:
         "size": _size(entry.base_millions),
         "method": entry.method,
         "paper": METHODS[entry.method].paper if entry.method in METHODS else "",
-        "rank_r": _config(entry, "lora", "r"),
-        "dora": bool(_config(entry, "lora", "dora")),
-        "partition": str(_config(entry, "data", "partition") or "unknown"),
+        "rank_r": settings.lora.r if settings else None,
+        "dora": settings is not None and settings.lora.dora,
+        "partition": settings.data.partition if settings else "unknown",
         "protocol": entry.protocol or "unknown",
         "privacy": entry.privacy.model_dump() if entry.privacy else None,
         "seeds": [e.seed for e in recipe.entries if e.seed is not None],

@@ -16,9 +16,9 @@ ROUNDS = "rounds.jsonl"
 
 def _federation(entry: Entry) -> FederationSettings:
     """Return the settings of whoever trained in the rounds: centralised training is one client with all rows."""
-    settings = FederationSettings(**entry.config["federation"])
+    settings = entry.settings.federation
     alone = {"clients": 1, "fraction": 1.0, "min_clients": 1}
-    return settings if entry.config["arm"] == "federated" else settings.model_copy(update=alone)
+    return settings if entry.settings.arm == "federated" else settings.model_copy(update=alone)
 
 
 def _row_problems(entry: Entry, federation: FederationSettings) -> Iterator[Problem]:
@@ -29,7 +29,7 @@ def _row_problems(entry: Entry, federation: FederationSettings) -> Iterator[Prob
     if len(rows) != federation.clients:
         yield Problem("entry.data", f"its rows are of {len(rows)} clients, the settings say {federation.clients}")
     # equal shards differ by the one row that is left over
-    if entry.config["data"]["partition"] == "iid" and max(rows, default=0) - min(rows, default=0) > 1:
+    if entry.settings.data.partition == "iid" and max(rows, default=0) - min(rows, default=0) > 1:
         yield Problem("entry.data", "its clients' rows are no equal shards, as data.partition = iid makes them")
 
 

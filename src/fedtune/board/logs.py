@@ -10,7 +10,6 @@ from pathlib import Path
 from fedtune.board.archive import is_clutter
 from fedtune.board.samples import against
 from fedtune.board.sets import client_rooms, log_path, named_logs, samples
-from fedtune.config.schema import EvalSettings
 from fedtune.domains import TASKS
 from fedtune.io import read_json, read_lines
 from fedtune.methods import METHODS
@@ -38,7 +37,7 @@ def log_problems(folder: Path, entry: Entry) -> Iterator[Problem]:
         if wrong := arm.per_client.keys() ^ {f"{s.task}/{s.mode}" for s in arm.scores} if personal else set():
             yield Problem(f"{arm.name}: per_client", f"and the scores are not of the same tasks: {sorted(wrong)}")
         # with another main arm the clients' rows are not those of the entry
-        if personal and entry.config["arm"] == "federated":
+        if personal and entry.settings.arm == "federated":
             yield from _clients(folder, entry, arm)
 
 
@@ -73,7 +72,7 @@ def curve_problems(folder: Path, entry: Entry) -> Iterator[Problem]:
     """Yield points of the curve that their round's own samples do not give."""
     path = folder / "curve.jsonl"
     lines = read_lines(path) if path.exists() else []
-    every, seen = entry.config["eval"]["every"], set()
+    every, seen = entry.settings.eval.every, set()
     # those in the end are read once, and not for each line; a hash of them is kept
     in_the_end = functools.cache(lambda task, mode: _items(folder, _rooms(folder, entry, "federated"), task, mode))
     for line in lines:
@@ -94,7 +93,7 @@ def _point(folder: Path, entry: Entry, room: str, score: Score, in_the_end: Call
     if score.task not in TASKS:
         yield "is of no task that is known here"
         return
-    mean, settings = _personal(entry, "federated"), EvalSettings.model_validate(entry.config["eval"])
+    mean, settings = _personal(entry, "federated"), entry.settings.eval
     rooms, last = (_rooms(folder, entry, name) for name in (room, "federated"))
     if len(rooms) != len(last):
         yield f"{len(rooms)} clients have samples, {len(last)} in the end"

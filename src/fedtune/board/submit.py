@@ -37,7 +37,7 @@ def _copy(run: Path, out: Path, entry: Entry) -> None:
 
 def _packable(run: Path, entry: Entry) -> Entry:
     """Return the entry, or refuse a run that has no joint rounds by which it could be checked."""
-    if entry.config["arm"] == "local-only":
+    if entry.settings.arm == "local-only":
         beside = "submit a federated run with the baseline beside it (fedtune run --arms local-only)"
         raise DataError(f"{run}: with arm = local-only each client trained alone, in no joint rounds; {beside}")
     return entry

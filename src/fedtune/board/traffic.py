@@ -20,7 +20,7 @@ Shapes = list[tuple[int, int]]
 
 def _least(layers: Shapes, entry: Entry, clients: int) -> tuple[float, float]:
     """Return the bytes (up, down) a client exchanges in a round by the method's own reckoning, headers left out."""
-    rank, kind = int(entry.config["lora"]["r"]), METHODS[entry.method]
+    rank, kind = entry.settings.lora.r, METHODS[entry.method]
     up = down = 0.0
     for i, o in layers:
         sent, got = kind.traffic(Sizes(i * rank, o * rank, rank, clients))
@@ -34,8 +34,8 @@ def byte_problems(folder: Path, entry: Entry) -> Iterator[Problem]:
     rounds: list[dict[str, Any]] = read_lines(folder / "rounds.jsonl")
     if len(rounds) != entry.rounds or [r["round"] for r in rounds] != list(range(1, len(rounds) + 1)):
         yield Problem("rounds.jsonl", f"has {len(rounds)} rounds, the entry says {entry.rounds}")
-    if entry.config["federation"]["rounds"] != entry.rounds:
-        wanted = entry.config["federation"]["rounds"]
+    settings = entry.settings
+    if (wanted := settings.federation.rounds) != entry.rounds:
         yield Problem("entry.rounds", f"{entry.rounds} rounds were run, the settings ask for {wanted}")
     lost = sum(len(r["cohort"]) - len(r["clients"]) for r in rounds)
     if lost != entry.lost_clients:
@@ -50,7 +50,7 @@ def byte_problems(folder: Path, entry: Entry) -> Iterator[Problem]:
     layers = sorted((of_base(entry) or {}).values())
     if not layers and (folder / ADAPTER).is_file():
         layers = sorted((i, o) for i, o, _ in saved(folder).values())
-    if layers and entry.config["arm"] == "federated" and not entry.config["lora"].get("ranks"):
+    if layers and settings.arm == "federated" and not settings.lora.ranks:
         yield from _too_few(layers, entry, rounds)
 
 

@@ -252,11 +252,14 @@ class Config(Section):
         return self.model_dump(mode="json")
 
     def semantic(self) -> dict[str, Any]:
-        """Return what decides the result: everything but where this machine keeps its files and how it works.
+        """Return what decides the result and differs from the defaults; `Config.model_validate` makes it whole again.
 
-        The rows themselves are identified by the data hash in the manifest, not by a path.
+        A setting that is added later, with a default that keeps to what was done before, leaves it and the hash as they
+        are; so a default never changes. Where this machine keeps its files, and how it works, is left out: the rows
+        are identified by the data hash in the manifest, not by a path.
         """
-        return self.model_dump(mode="json", exclude={"engine": True, "data": {"path"}})
+        found = self.model_dump(mode="json", exclude={"engine": True, "data": {"path"}}, exclude_defaults=True)
+        return {key: value for key, value in found.items() if value != {}}
 
     @property
     def hash(self) -> str:

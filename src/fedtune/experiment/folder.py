@@ -129,9 +129,17 @@ def _new_manifest(settings: Settings, known: Mapping[str, Any], unranked: tuple[
     }
 
 
+def _whole(identity: Any) -> Any:
+    """Return what identifies a run with all settings: those with their default are not written down."""
+    try:
+        return {**identity, "config": Config.model_validate(identity["config"]).plain()}
+    except (LookupError, TypeError, ValueError):  # no run's, or that of another version
+        return identity
+
+
 def _check_same(path: Path, old: Mapping[str, Any], known: Mapping[str, Any], *, force: bool) -> list[str]:
     """Return what differs from the run in the folder, or refuse to go on."""
-    changed = difference(old.get("identity"), dict(known))
+    changed = difference(_whole(old.get("identity")), _whole(dict(known)))
     if changed and not force:
         listed = "\n".join(f"  {line}" for line in changed)
         raise ResumeError(

@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
+from fedtune.config import Config
 from fedtune.results.bounds import LARGEST, LARGEST_INT, MOST_TEXT, Amount, Count, plain_text, unbounded
 from fedtune.results.schema import Arm, Arms, Document, Name
 
@@ -128,7 +129,8 @@ class Entry(Document):
         state: reported (as its maker says), re-scored (from its samples), re-run (by somebody else), flagged.
         reasons: why it is flagged, or what a reader should doubt.
         base_millions: parameters of the base model.
-        config, config_sha256, protocol, protocol_sha256: the settings; empty for published results.
+        config, config_sha256, protocol, protocol_sha256: the settings that differ from the defaults (`settings` has
+            all); empty for published results.
         arms: base model, federated and others, with their scores.
         answers: `arm/task/mode` -> which items were right.
         losses: mean training loss of each round.
@@ -193,6 +195,11 @@ class Entry(Document):
     def arm(self, name: str) -> Arm | None:
         """Return an arm by name, if the entry has it."""
         return next((a for a in self.arms if a.name == name), None)
+
+    @property
+    def settings(self) -> Config:
+        """All settings of a run: what `config` leaves out has its default. Raises ValueError where it is none's."""
+        return Config.model_validate({"domain": self.domain, **self.config})
 
     @property
     def main(self) -> Arm:
