@@ -5,17 +5,21 @@ from __future__ import annotations
 import importlib.util
 import json
 from collections import Counter
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from fedtune import domains, methods
 from fedtune.config import Config, Settings
-from fedtune.config.load import changed, validated
+from fedtune.config.load import changed, merge, read_toml, validated
 from fedtune.domains.base import Task
 from fedtune.evaluation import scorers
+from fedtune.io import expanded
 from fedtune.models import zoo
-from fedtune.types import Problem
+from fedtune.registry import Origin
+from fedtune.types import ConfigError, Problem
 
 Found = Iterator[tuple[str, str]]
 
@@ -49,7 +53,85 @@ def load(
         ConfigError: with every problem found.
     """
     checks = OF_A_RUN if kept or not here else (*CHECKS, partial(without_effect_on_arms, beside=beside))
-    return validated(layers, (*checks, *(PLACES if here else ())), title)
+    found = validated(layers, (*checks, *(PLACES if here else ())), title)
+    foreign = (f"the {what} comes from the package {origin}" for what, origin in outside(found.config).items())
+    return replace(found, unranked=(*found.unranked, *foreign))
+
+
+# the short forms of the command line and of keywords
+SHORT = {
+    "model": "model.name",
+    "method": "method.name",
+    "rounds": "federation.rounds",
+    "clients": "federation.clients",
+    "partition": "data.partition",
+}
+
+
+def nested(**named: Any) -> dict[str, Any]:
+    """Turn keywords into nested settings: sections, dotted keys, or short forms (`rounds=3`); None means not given."""
+    found: dict[str, Any] = {}
+    for name, value in named.items():
+        if value is None:
+            continue
+        layer: Any = str(value) if isinstance(value, Path) else value
+        for part in reversed((name if isinstance(value, Mapping) else SHORT.get(name, name)).split(".")):
+            layer = {part: layer}
+        found = merge(found, layer)
+    return found
+
+
+def _of_folder(folder: Path | None) -> dict[str, Any]:
+    """Return the settings of a data folder."""
+    if folder is None:
+        return {}
+    if not folder.is_dir():
+        raise ConfigError("settings", [Problem(f"--data {folder}", "no such folder", "it holds train/ and eval/")])
+    return {"data": {"source": "folder", "path": str(folder.resolve()), "limit": 0, "balance": False}}
+
+
+def _absolute(layer: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return settings with the folders they name written out: a run is continued from anywhere."""
+    for section, key in (("data", "path"), ("model", "name")):
+        table = layer.get(section)
+        name = table.get(key) if isinstance(table, Mapping) else None
+        if isinstance(name, str) and name and zoo.is_local(name):
+            layer = merge(layer, {section: {key: str(expanded(name).resolve())}})
+    return layer
+
+
+def resolve(
+    file: Path | None,
+    layers: Sequence[Mapping[str, Any]],
+    folder: Path | None = None,
+    *,
+    kept: bool = False,
+    beside: Sequence[str] = (),
+) -> Settings:
+    """Validate a file's settings, a data folder's, and further layers, later over earlier.
+
+    Args:
+        file: TOML; one that is `kept` in the folder of a run may have defaults of then.
+        layers: nested tables.
+        folder: of training and evaluation files.
+        kept, beside: as for `load`.
+
+    Raises:
+        ConfigError: with every problem found.
+    """
+    every = [*([read_toml(file)] if file else []), _of_folder(folder), *layers]
+    return load([_absolute(layer) for layer in every], str(file or "settings"), kept=kept, beside=beside)
+
+
+def outside(config: Config) -> dict[str, Origin]:
+    """Return the components of other packages that a run uses, such as `method fedema`, and where each comes from."""
+    used: tuple[tuple[str, Callable[[str], Origin | None], Sequence[str]], ...] = (
+        ("method", methods.METHODS.origin, [config.method.name]),
+        ("domain", domains.DOMAINS.origin, [config.domain]),
+        ("task", domains.TASKS.origin, config.eval.tasks),
+    )
+    found = {f"{kind} {name}": origin(name) for kind, origin, names in used for name in names}
+    return {what: origin for what, origin in found.items() if origin is not None}
 
 
 def without_effect(config: Config) -> Iterable[Problem]:

@@ -1,4 +1,4 @@
-"""`fedtune conformance`: which identities somebody's own aggregation keeps."""
+"""`fedtune conformance`: which identities an aggregation keeps, somebody's own function or a method by its name."""
 
 from __future__ import annotations
 
@@ -35,20 +35,60 @@ def _function(name: str) -> Any:
     return getattr(module, what)
 
 
+def _of_method(name: str) -> Any:
+    """Return a method's server half, with its default settings, as such a function.
+
+    Raises:
+        ConfigError: unknown method, or one without a global model.
+    """
+    from dataclasses import replace
+
+    from fedtune.experiment.aggregate import build
+    from fedtune.lora import conformance as kit
+    from fedtune.lora.base_delta import as_adapter
+    from fedtune.lora.state import from_tensors, to_tensors, with_tensors
+    from fedtune.methods import ServerState
+
+    method = build(name, {})
+    if not method.global_adapter:
+        raise ConfigError("command line", [Problem(f"--method {name}", "has no global model that could be examined")])
+
+    def aggregated(states: list[kit.State], weights: list[float]) -> kit.State:
+        start = to_tensors(kit.ONE)
+        common = {n for n in start if method.common(1, n)}  # what all clients have alike, such as a frozen factor
+        adapters = []
+        for state in states:
+            whole = {**state, **{n: start[n].to(state[n].dtype) for n in common if n in state}}
+            adapters.append({p: replace(m, alpha=float(m.rank)) for p, m in from_tensors(whole, 1.0).items()})
+        first = with_tensors(adapters[0], {n: start.get(n, t) for n, t in to_tensors(adapters[0]).items()})
+        after = method.aggregate(adapters, weights, ServerState(first), 1)
+        made = as_adapter(after.adapter, after.base)
+        return to_tensors({p: replace(m, b=m.b * m.scale) for p, m in made.items()})
+
+    return aggregated
+
+
 def conformance(
-    callable_: Annotated[str, typer.Option("--callable", help="package.module:function")],
+    callable_: Annotated[str | None, typer.Option("--callable", help="package.module:function")] = None,
+    method: Annotated[str | None, typer.Option(help="A method, also of another package: fedtune ls methods")] = None,
     json_output: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Try a function (list of PEFT states, list of weights) -> state on the identities of LoRA aggregation.
 
     The states have alpha = rank, so that a delta is B A. It exits with 1 if an identity that every aggregation should
-    keep does not hold.
+    keep does not hold. With --method it is a method's server half, from the first client's adapter.
     """
     import json
+    from dataclasses import replace
 
-    from fedtune.lora.conformance import examine
+    from fedtune.lora.conformance import COMMON_A, examine
+    from fedtune.methods import METHODS
 
-    found = examine(_function(callable_))
+    if (callable_ is None) == (method is None):
+        raise ConfigError("command line", [Problem("conformance", "takes either --callable or --method")])
+    found = examine(_of_method(method) if method else _function(str(callable_)))
+    if method and not METHODS[method].exact:  # one that weights clients in a way of its own, say, does not promise it
+        found = [replace(f, whose="exact methods") if f.name == COMMON_A else f for f in found]
     if json_output:
         typer.echo(json.dumps([vars(f) for f in found], indent=1))
     else:

@@ -13,7 +13,9 @@ from fedtune.cli.say import say
 from fedtune.types import ConfigError, Problem, counted, nearest
 
 if TYPE_CHECKING:
+    from fedtune.domains import Tasks
     from fedtune.methods import Method
+    from fedtune.registry import Registry
 
 Rows = list[dict[str, Any]]
 
@@ -71,13 +73,13 @@ def _methods() -> Rows:
                 "settings": ", ".join(m.Parameters.model_fields) or "-",
             }
         )
-    return rows
+    return _origins(rows, METHODS)
 
 
 def _domains() -> Rows:
     from fedtune.domains import DOMAINS
 
-    return [
+    rows = [
         {
             "domain": d.name,
             "training (Hub)": d.training.hub.id if d.training.hub else "-",
@@ -87,12 +89,13 @@ def _domains() -> Rows:
         }
         for d in DOMAINS.values()
     ]
+    return _origins(rows, DOMAINS)
 
 
 def _tasks() -> Rows:
-    from fedtune.domains import DOMAINS
+    from fedtune.domains import DOMAINS, TASKS
 
-    return [
+    rows = [
         {
             "task": t.name,
             "domain": d.name,
@@ -103,6 +106,7 @@ def _tasks() -> Rows:
         for d in DOMAINS.values()
         for t in (*d.tasks, *d.packaged_tasks)
     ]
+    return _origins(rows, TASKS)
 
 
 def _protocols() -> Rows:
@@ -145,6 +149,14 @@ LISTS: dict[str, Callable[[], Rows]] = {
 }
 
 
+def _origins(rows: Rows, registry: Registry[Any] | Tasks) -> Rows:
+    """Put the package into each row that is of another one; into all rows where there is one such."""
+    found = [registry.origin(str(next(iter(row.values())))) for row in rows]
+    if not any(found):
+        return rows
+    return [{**row, "package": str(origin or "fedtune")} for row, origin in zip(rows, found, strict=True)]
+
+
 def _cell(value: object) -> str:
     return {True: "yes", False: "no"}[value] if isinstance(value, bool) else str(value)
 
@@ -163,7 +175,7 @@ def _show(rows: Rows) -> None:
     from rich import box
     from rich.table import Table
 
-    from fedtune.cli.progress import terminal
+    from fedtune.experiment.progress import terminal
 
     console = terminal()
     hidden = [name for name in rows[0] if name in ROOMY] if console.width < WIDE and len(rows[0]) > 2 else []
@@ -243,7 +255,7 @@ def _shares(counts: list[dict[str, int]]) -> None:
     """Print rows per client as a table with bars, by the partition column's values where they are few."""
     from rich.table import Table
 
-    from fedtune.cli.progress import terminal
+    from fedtune.experiment.progress import terminal
 
     keys = sorted({k for c in counts for k in c})
     shown = keys if len(keys) <= 6 else []

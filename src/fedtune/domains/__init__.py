@@ -1,8 +1,8 @@
-"""The four domains and every task by name."""
+"""The domains and every task by name: our four, and those of other packages."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 
 from fedtune.config import Config
@@ -13,10 +13,52 @@ from fedtune.domains.code import CODE
 from fedtune.domains.finance import FINANCE
 from fedtune.domains.general import GENERAL
 from fedtune.domains.medical import MEDICAL
+from fedtune.registry import Origin, Registry
 from fedtune.types import ConfigError, Problem, nearest
 
-DOMAINS: dict[str, Domain] = {d.name: d for d in (GENERAL, FINANCE, MEDICAL, CODE)}
-TASKS: dict[str, Task] = {t.name: t for d in DOMAINS.values() for t in (*d.tasks, *d.packaged_tasks)}
+
+def _of(domains: Iterable[Domain]) -> dict[str, Task]:
+    """Return the tasks of domains by name; of two with one name the first."""
+    return {t.name: t for d in reversed(list(domains)) for t in reversed((*d.tasks, *d.packaged_tasks))}
+
+
+def _checked(name: str, found: object) -> Domain:
+    """Return a domain that another package offers. Raises TypeError or ValueError: it is none, or has a name twice."""
+    if not isinstance(found, Domain):
+        raise TypeError(f"{found!r:.100} is no fedtune.domains.Domain")
+    if found.name != name:
+        raise ValueError(f"its name is {found.name!r}")
+    if taken := [t.name for t in _of([found]).values() if TASKS.own.get(t.name, t) is not t]:
+        raise ValueError(f"fedtune has a task {taken[0]!r} already")
+    return found
+
+
+class Tasks(Mapping[str, Task]):
+    """The tasks of all domains by name; those of other packages are looked for where a name is none of our own."""
+
+    def __init__(self, domains: Registry[Domain]) -> None:
+        self.own, self._domains = _of(domains.own.values()), domains
+
+    def _all(self) -> dict[str, Task]:
+        return {**self.own, **_of(self._domains.others().values()), **self.own}
+
+    def origin(self, name: str) -> Origin | None:
+        """Return where a task of another package comes from; None for one of our own, and for none at all."""
+        domains = () if name in self.own else self._domains.others().values()
+        return next((self._domains.origin(d.name) for d in domains if name in _of([d])), None)
+
+    def __getitem__(self, name: str) -> Task:
+        return self.own[name] if name in self.own else self._all()[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._all())
+
+    def __len__(self) -> int:
+        return len(self._all())
+
+
+DOMAINS = Registry("domain", {d.name: d for d in (GENERAL, FINANCE, MEDICAL, CODE)}, _checked)
+TASKS = Tasks(DOMAINS)
 
 __all__ = [
     "DOMAINS",
@@ -33,6 +75,11 @@ __all__ = [
 ]
 
 
+def _meant(name: str) -> str:
+    """Say what a name that is no domain may have meant."""
+    return DOMAINS.fault(name) or nearest(name, DOMAINS) or f"one of {', '.join(DOMAINS)}"
+
+
 def get(name: str) -> Domain:
     """Return a domain by name.
 
@@ -40,8 +87,7 @@ def get(name: str) -> Domain:
         ConfigError: with the nearest name.
     """
     if name not in DOMAINS:
-        fix = nearest(name, DOMAINS) or f"one of {', '.join(DOMAINS)}"
-        raise ConfigError("settings", [Problem(f'domain = "{name}"', "unknown domain", fix)])
+        raise ConfigError("settings", [Problem(f'domain = "{name}"', "unknown domain", _meant(name))])
     return DOMAINS[name]
 
 
@@ -76,8 +122,7 @@ def unranked_reasons(config: Config) -> tuple[str, ...]:
 def problems(config: Config) -> Iterable[Problem]:
     """Yield what is wrong with the names of domain, tasks and partition."""
     if config.domain not in DOMAINS:
-        fix = nearest(config.domain, DOMAINS) or f"one of {', '.join(DOMAINS)}"
-        yield Problem(f'domain = "{config.domain}"', "unknown domain", fix)
+        yield Problem(f'domain = "{config.domain}"', "unknown domain", _meant(config.domain))
     for name in config.eval.tasks:
         if name not in TASKS:
             yield Problem("eval.tasks", f"unknown task {name!r}", nearest(name, TASKS))

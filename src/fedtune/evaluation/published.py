@@ -10,7 +10,7 @@ from fedtune.evaluation.scorers import Scorer
 from fedtune.results.schema import Score
 from fedtune.types import ConfigError, Problem, nearest
 
-SCORED = {name: found for name, task in TASKS.items() if task.file and (found := scorers.published(task))}
+SCORED = {name: found for name, task in TASKS.own.items() if task.file and (found := scorers.published(task))}
 
 
 def _check_options(task: str, scorer: Scorer, reading: str, references: Path | None) -> None:

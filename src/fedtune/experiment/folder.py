@@ -6,8 +6,9 @@ import contextlib
 import datetime
 import re
 import signal
+import threading
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -29,9 +30,10 @@ from fedtune.results.manifest import (
     versions,
 )
 from fedtune.results.schema import SCHEMA_VERSION
+from fedtune.settings import outside
 from fedtune.types import CancelledError, CorruptFileError, FedtuneError, ResumeError
 
-MANIFEST, SETTINGS, RESULT = "manifest.json", "config.toml", "result.json"
+MANIFEST, SETTINGS = "manifest.json", "config.toml"
 RUNS = Path("runs")
 
 
@@ -63,6 +65,7 @@ def identity(config: Config, data_hash: str, revision: str, dtype: str) -> dict[
     """Return what must be the same for a run to be continued."""
     known = versions()
     local = is_local(config.model.name)
+    others = {what: asdict(origin) for what, origin in outside(config).items()}
     return {
         "config": config.semantic(),
         "code": code_sha256(),
@@ -74,6 +77,7 @@ def identity(config: Config, data_hash: str, revision: str, dtype: str) -> dict[
         "transformers": known["transformers"],
         "tokenizers": known["tokenizers"],
         "peft": known["peft"],
+        **({"outside": others} if others else {}),
     }
 
 
@@ -123,7 +127,7 @@ def _new_manifest(settings: Settings, known: Mapping[str, Any], unranked: tuple[
         "unranked": list(unranked),
         "identity": dict(known),
         "code": code(),
-        "versions": versions(),
+        "versions": {**versions(), **{o.package: o.version for o in outside(settings.config).values()}},
         "machine": machine(),
         "seconds": {},
     }
@@ -199,6 +203,9 @@ def status(folder: RunFolder) -> Iterator[None]:
 @contextlib.contextmanager
 def cancellable(remedy: str) -> Iterator[None]:
     """Turn Ctrl-C and SIGTERM (a scheduler's preemption) into CancelledError, once; `remedy` says how to go on."""
+    if threading.current_thread() is not threading.main_thread():
+        yield  # Python lets no other thread handle signals
+        return
 
     def stop(number: int, frame: FrameType | None) -> None:
         signal.signal(number, signal.SIG_IGN)

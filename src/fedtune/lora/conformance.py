@@ -143,6 +143,7 @@ def _half(f: Aggregation) -> Pair:
     return _result(f, many, [1.0] * 64), _result(f, wide, [1.0] * 64)
 
 
+COMMON_A = "exact where A is common"
 CHECKS: tuple[tuple[str, Callable[[Aggregation], Pair], float, str], ...] = (
     ("one client is its own model", _one_client, TOLERANCE, "any aggregation"),
     ("identical clients are a fixed point", _identical, TOLERANCE, "any aggregation"),
@@ -150,7 +151,7 @@ CHECKS: tuple[tuple[str, Callable[[Aggregation], Pair], float, str], ...] = (
     ("only the ratio of weights counts", _rescaled, TOLERANCE, "any weighted aggregation"),
     ("a doubled client is a doubled weight", _doubled, TOLERANCE, "any weighted aggregation"),
     ("the same call gives the same result", _twice, 0.0, "any aggregation"),
-    ("exact where A is common", _common_a, TOLERANCE, "any; methods with a frozen factor rest on it"),
+    (COMMON_A, _common_a, TOLERANCE, "any; methods with a frozen factor rest on it"),
     ("a client's change of gauge changes nothing", _gauge, TOLERANCE, "methods in product space; not FedIT"),
     ("exact: the mean of the clients' updates", _exact, TOLERANCE, "FLoRA, FedEx-LoRA, FedMomentum; not FedIT"),
     ("the best approximation of its rank", _eckart_young, TOLERANCE, "FlexLoRA and its kin"),

@@ -1,4 +1,4 @@
-"""The methods, by explicit list. Adding one is a file and a line here. No torch here."""
+"""The methods by name: ours, a file and a line here each, and those of other packages. No torch here."""
 
 from __future__ import annotations
 
@@ -36,6 +36,7 @@ from fedtune.methods.recipe import Recipe
 from fedtune.methods.rolora import RoLoRA
 from fedtune.methods.wrappers import asked
 from fedtune.methods.wrappers.rules import RULES
+from fedtune.registry import Registry
 from fedtune.types import Problem, derive_seed, nearest
 
 _ALL: tuple[type[Method], ...] = (
@@ -63,7 +64,20 @@ _ALL: tuple[type[Method], ...] = (
     FedDPA,
     FedKSeed,
 )
-METHODS: dict[str, type[Method]] = {m.name: m for m in _ALL}
+
+
+def _checked(name: str, found: object) -> type[Method]:
+    """Return a method that another package offers. Raises TypeError or ValueError: it is none, or of another name."""
+    if not (isinstance(found, type) and issubclass(found, Method)):
+        raise TypeError(f"{found!r:.100} is no subclass of fedtune.methods.Method")
+    if missing := [a for a in ("name", "title", "paper") if not isinstance(getattr(found, a, None), str)]:
+        raise TypeError(f"{found.__name__} has no {missing[0]}")
+    if found.name != name:
+        raise ValueError(f"{found.__name__}.name is {found.name!r}")
+    return found
+
+
+METHODS = Registry[type[Method]]("method", {m.name: m for m in _ALL}, _checked)
 AROUND = {
     "fedprox": "drift.proximal_mu=0.01",
     "scaffold": "drift.scaffold=true with train.optimizer=sgd",
@@ -81,6 +95,8 @@ def _names(attribute: str) -> str:
 
 def unknown(name: str) -> str:
     """Say what a name that is no method may have meant."""
+    if fault := METHODS.fault(name):
+        return fault
     if name in AROUND:
         return f"it goes around a method: --set {AROUND[name]}"
     return nearest(name, [*METHODS, *AROUND]) or "list them: fedtune ls methods"

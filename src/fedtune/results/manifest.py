@@ -44,12 +44,16 @@ def _versions() -> dict[str, str]:
     return found
 
 
+def source_sha256(root: Path) -> str:
+    """Return the hash of the source files of a package's folder, or of a single module."""
+    files = [root] if root.is_file() else sorted(p for p in root.rglob("*") if p.suffix in (".py", ".toml"))
+    return digest({str(p.relative_to(root)): file_sha256(p) for p in files})
+
+
 @cache
 def code_sha256() -> str:
     """Return the hash of the installed package's own source files, which needs no git."""
-    root = Path(__file__).parents[1]
-    files = sorted(p for p in root.rglob("*") if p.suffix in (".py", ".toml"))
-    return digest({str(p.relative_to(root)): file_sha256(p) for p in files})
+    return source_sha256(Path(__file__).parents[1])
 
 
 def _git(*words: str) -> str | None:

@@ -1,0 +1,136 @@
+"""Components by name: this package's own, and those that other installed packages offer by entry points.
+
+A package offers a component with an entry point of its name, in the group `fedtune.methods` say. Nothing of another
+package is imported before that name is asked for, or all names are listed. What cannot be used is left out of lists
+with a warning; `fault` says why. A name of our own cannot be taken.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+import sys
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import cache
+from importlib import metadata
+from pathlib import Path
+from typing import Generic, TypeVar
+
+from fedtune.results.manifest import source_sha256
+from fedtune.results.schema import PATH_PART
+from fedtune.types import last_line
+
+T = TypeVar("T")
+_log = logging.getLogger("fedtune")
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where a component comes from: the package that offers it, its version, and the hash of its source files."""
+
+    package: str
+    version: str
+    sha256: str
+
+    def __str__(self) -> str:
+        return f"{self.package} {self.version}"
+
+
+Points = tuple[metadata.EntryPoint, ...]
+
+
+@cache
+def _offered(group: str, path: tuple[str, ...]) -> Mapping[str, Points]:
+    """Return a group's entry points by name; `path` is `sys.path`, so a changed one is looked through again."""
+    found: dict[str, Points] = defaultdict(tuple)
+    for point in metadata.entry_points(group=group):
+        found[point.name] += (point,)
+    return dict(sorted(found.items()))
+
+
+def _packages(points: Points) -> str:
+    return " and ".join(sorted(f"{p.dist.name} {p.dist.version}" if p.dist else p.value for p in points))
+
+
+def _origin(point: metadata.EntryPoint) -> Origin:
+    """Return where a component that has been loaded comes from."""
+    top = sys.modules[point.module.partition(".")[0]]
+    # of a namespace, which many packages may share, only the module itself
+    file = Path(getattr(top, "__file__", None) or sys.modules[point.module].__file__ or "")
+    name, version = (point.dist.name, point.dist.version) if point.dist else (point.module, "unknown")
+    return Origin(name, version, source_sha256(file.parent if file.name == "__init__.py" else file))
+
+
+class Registry(Mapping[str, T], Generic[T]):
+    """The components of one kind by name; iterating lists all that can be used."""
+
+    def __init__(self, kind: str, own: Mapping[str, T], check: Callable[[str, object], T]) -> None:
+        """Make a registry.
+
+        Args:
+            kind: such as "method", offered in the group `fedtune.methods`.
+            own: this package's, by name.
+            check: takes a name and what is offered under it; returns the component, or raises an error that says what
+                is wrong with it.
+        """
+        self.kind, self.own, self._check = kind, dict(own), check
+        self._loaded: dict[Points, tuple[T, Origin] | str] = {}
+
+    def _points(self) -> Mapping[str, Points]:
+        return _offered(f"fedtune.{self.kind}s", tuple(sys.path))
+
+    def _load(self, name: str) -> tuple[T, Origin] | str:
+        """Load what another package offers under a name, once; return it, or why it cannot be used."""
+        points = self._points()[name]
+        if points not in self._loaded:
+            self._loaded[points] = self._first_load(name, points)
+            if isinstance(fault := self._loaded[points], str):
+                _log.warning("%s", fault)
+        return self._loaded[points]
+
+    def _first_load(self, name: str, points: Points) -> tuple[T, Origin] | str:
+        said = f"the {self.kind} {name!r} of {_packages(points)} cannot be used"
+        if name in self.own:
+            return f"{said}: fedtune has one of this name"
+        if len(points) > 1:
+            return f"{said}: more than one package offers it; uninstall the others"
+        if not re.match(PATH_PART, name):
+            return f"{said}: a name has letters, digits, '.', '_' and '-', the first a small letter or a digit"
+        try:
+            return self._check(name, points[0].load()), _origin(points[0])
+        # other people's code, which may raise anything, or end the process, while it is imported
+        except (Exception, SystemExit) as err:
+            return f"{said}: {type(err).__name__}: {last_line(str(err))}"
+
+    def fault(self, name: str) -> str:
+        """Say why a component that another package offers cannot be used, or return an empty string."""
+        found = self._load(name) if name in self._points() else ""
+        return found if isinstance(found, str) else ""
+
+    def origin(self, name: str) -> Origin | None:
+        """Return where a component of another package comes from; None for one of our own, and for none at all."""
+        if name in self.own or name not in self._points():
+            return None
+        found = self._load(name)
+        return None if isinstance(found, str) else found[1]
+
+    def others(self) -> dict[str, T]:
+        """Return the components of other packages that can be used."""
+        found = {name: self._load(name) for name in self._points()}
+        return {name: it[0] for name, it in found.items() if not isinstance(it, str)}
+
+    def __getitem__(self, name: str) -> T:
+        if name in self.own:
+            return self.own[name]
+        found = self._load(name) if name in self._points() else ""
+        if isinstance(found, str):
+            raise KeyError(name)
+        return found[0]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter([*self.own, *self.others()])
+
+    def __len__(self) -> int:
+        return len(self.own) + len(self.others())

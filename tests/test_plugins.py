@@ -1,0 +1,195 @@
+"""Methods and domains of other packages: listed, examined, run, resumed and named, without an edit here."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import logging
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from typer.testing import CliRunner
+
+from fedtune import settings as whole
+from fedtune.cli import app
+from fedtune.config import Settings
+from fedtune.domains import DOMAINS, TASKS
+from fedtune.experiment.report import Reporter
+from fedtune.experiment.run import run
+from fedtune.io import read_json
+from fedtune.methods import METHODS
+from fedtune.types import CancelledError, ConfigError, ResumeError, RoundRecord
+from tests.outside import FEDEMA, install
+
+NUMBERS = itertools.count()
+Offer = Callable[..., str]
+
+
+@pytest.fixture
+def offer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Offer]:
+    """Install a package of somebody else's, under a name that no other test has used; return the name."""
+    monkeypatch.syspath_prepend(str(tmp_path / "site"))
+
+    def build(source: str, **points: dict[str, str]) -> str:
+        module = f"fedtune_outside_{next(NUMBERS)}"
+        install(tmp_path / "site", module, source, points)
+        # what is on the path is read once for each path
+        monkeypatch.setattr(sys, "path", [*sys.path, str(tmp_path / module)])
+        return module
+
+    yield build
+    for module in [name for name in sys.modules if name.startswith("fedtune_outside_")]:
+        del sys.modules[module]
+
+
+def lines(*words: str) -> list[dict[str, Any]]:
+    done = CliRunner().invoke(app, [*words, "--json"], catch_exceptions=False)
+    assert done.exit_code == 0, done.output
+    return list(json.loads(done.stdout))
+
+
+class Stop(Reporter):
+    def round(self, record: RoundRecord) -> None:
+        if record.round == 2:
+            raise CancelledError(15)
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "adapter" / "adapter_model.safetensors")
+
+
+def test_a_method_of_another_package_is_listed_conforms_runs_resumes_and_is_named(
+    offer: Offer, settings: Callable[..., Settings], tmp_path: Path
+) -> None:
+    package = offer(FEDEMA, methods={"fedema": "FedEMA"}).replace("_", "-")
+    row = next(r for r in lines("ls", "methods") if r["method"] == "fedema")
+    assert (row["package"], row["settings"]) == (f"{package} 0.3", "decay")
+    assert not [
+        f for f in lines("conformance", "--method", "fedema") if f["whose"].startswith("any") and not f["holds"]
+    ]
+    made = settings(method={"name": "fedema", "decay": 0.25})
+    assert made.unranked[-1] == f"the method fedema comes from the package {package} 0.3"
+    folder, result = run(made, tmp_path / "whole")
+    assert result.arms[0].scores[0].score is not None
+    assert made.unranked[-1] in result.unranked
+    manifest = read_json(folder / "manifest.json")
+    assert manifest["versions"][package] == "0.3"
+    assert manifest["identity"]["outside"]["method fedema"]["package"] == package
+    with pytest.raises(CancelledError):
+        run(made, tmp_path / "cut", reporter=Stop())
+    again, _ = run(made, tmp_path / "cut", resume=True)
+    assert all(torch.equal(t, weights(again)[name]) for name, t in weights(folder).items())
+    plain, _ = run(settings(), tmp_path / "plain")
+    assert any(not torch.equal(t, weights(plain)[name]) for name, t in weights(folder).items())
+
+
+def test_a_run_goes_on_with_the_very_package_that_began_it(
+    offer: Offer, settings: Callable[..., Settings], tmp_path: Path
+) -> None:
+    first = offer(FEDEMA, methods={"fedema": "FedEMA"})
+    made = settings(method={"name": "fedema"})
+    with pytest.raises(CancelledError):
+        run(made, tmp_path / "cut", reporter=Stop())
+    (tmp_path / "site" / first / "__init__.py").write_text("")
+    (tmp_path / "site" / f"{first}-0.3.dist-info" / "entry_points.txt").write_text("")
+    second = offer(FEDEMA.replace("0.5", "0.6"), methods={"fedema": "FedEMA"})
+    with pytest.raises(
+        ResumeError, match=rf"outside\.method fedema\.package: '{first}' -> '{second}'".replace("_", "-")
+    ):
+        run(made, tmp_path / "cut", resume=True)
+
+
+DOMAIN = """
+    from dataclasses import replace
+    from fedtune.domains import DOMAINS
+    finance = DOMAINS.own["finance"]
+    shop = replace(finance, name="shop", tasks=tuple(replace(t, name=f"shop-{t.name}") for t in finance.tasks))
+    clash = replace(finance, name="clash", tasks=tuple(replace(t) for t in finance.tasks))
+"""
+
+
+def test_a_domain_of_another_package_brings_its_tasks(
+    offer: Offer, settings: Callable[..., Settings], data_folder: Path, tmp_path: Path
+) -> None:
+    package = offer(DOMAIN, domains={"shop": "shop"}).replace("_", "-")
+    assert "fpb" in TASKS
+    assert not [m for m in sys.modules if m.startswith("fedtune_outside_")]
+    assert {r["domain"]: r["package"] for r in lines("ls", "domains")}["shop"] == f"{package} 0.3"
+    assert {r["task"]: r["package"] for r in lines("ls", "tasks")}["shop-fpb"] == f"{package} 0.3"
+    (tmp_path / "data" / "eval").mkdir(parents=True)
+    (tmp_path / "data" / "train").mkdir()
+    (tmp_path / "data" / "train" / "shop_toy.jsonl").symlink_to(data_folder / "train" / "finance_toy.jsonl")
+    (tmp_path / "data" / "eval" / "shop").symlink_to(data_folder / "eval" / "finance")
+    made = settings(domain="shop", eval__tasks=["shop-fpb"], data__path=str(tmp_path / "data"))
+    assert f"the task shop-fpb comes from the package {package} 0.3" in made.unranked
+    _, result = run(made, tmp_path / "run")
+    assert (result.domain, result.arms[0].scores[0].task) == ("shop", "shop-fpb")
+    # a task of its own in a domain of ours
+    assert settings(eval__tasks=["shop-fpb"]).unranked[-1] == made.unranked[-1]
+    with pytest.raises(ConfigError, match='did you mean "shop"'):
+        settings(domain="shopp")
+
+
+BROKEN = {
+    "raise ImportError('no module named x')": "ImportError: no module named x",
+    "raise SystemExit('ended')": "SystemExit: ended",
+    "": "AttributeError",
+    "Broken = 3": "is no subclass of fedtune.methods.Method",
+    "from fedtune.methods import Method\nclass Broken(Method): pass": "Broken has no name",
+    "from fedtune.methods import METHODS\nBroken = METHODS['fedit']": "FedIT.name is 'fedit'",
+}
+
+
+@pytest.mark.parametrize(("source", "why"), BROKEN.items())
+def test_a_broken_package_is_a_warning_with_its_name(
+    offer: Offer, source: str, why: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    package = offer(source, methods={"broken": "Broken"}).replace("_", "-")
+    with caplog.at_level(logging.WARNING, "fedtune"):
+        listed = [row["method"] for row in lines("ls", "methods")]
+    assert listed == list(METHODS.own)
+    said = [r.getMessage() for r in caplog.records]
+    assert len(said) == 1
+    assert said[0].startswith(f"the method 'broken' of {package} 0.3 cannot be used: ")
+    assert why in said[0]
+    # asked for by name, the reason is in the error
+    with pytest.raises(ConfigError, match=f"unknown method; the method 'broken' of {package} 0.3 cannot be used"):
+        whole.load([{"domain": "finance", "method": {"name": "broken"}}])
+    assert METHODS.get("broken") is None
+
+
+def test_names_that_are_taken_or_no_names(offer: Offer, caplog: pytest.LogCaptureFixture) -> None:
+    first = offer(FEDEMA, methods={"fedema": "FedEMA", "fedit": "FedEMA", "Fed/EMA": "FedEMA"}).replace("_", "-")
+    second = offer(FEDEMA, methods={"fedema": "FedEMA"}).replace("_", "-")
+    assert METHODS["fedit"].__module__ == "fedtune.methods.fedit"
+    with caplog.at_level(logging.WARNING, "fedtune"):
+        assert list(METHODS) == list(METHODS.own)
+    said = "\n".join(r.getMessage() for r in caplog.records)
+    assert f"the method 'fedit' of {first} 0.3 cannot be used: fedtune has one of this name" in said
+    assert f"the method 'fedema' of {first} 0.3 and {second} 0.3 cannot be used: more than one" in said
+    assert "the method 'Fed/EMA'" in said
+    with pytest.raises(ConfigError, match="more than one package offers it"):
+        whole.load([{"domain": "finance", "method": {"name": "fedema"}}])
+
+
+def test_a_task_of_ours_is_not_replaced(offer: Offer) -> None:
+    offer(DOMAIN, domains={"clash": "clash"})
+    assert "fedtune has a task" in DOMAINS.fault("clash")
+    assert list(DOMAINS) == list(DOMAINS.own)
+    assert TASKS["fpb"] in DOMAINS["finance"].tasks
+
+
+def test_nothing_of_another_package_is_imported_unasked(offer: Offer) -> None:
+    package = offer(FEDEMA, methods={"fedema": "FedEMA"})
+    whole.load([{"domain": "finance", "method": {"name": "flora"}}])
+    assert "fedit" in METHODS
+    assert METHODS.origin("fedit") is None
+    assert METHODS.origin("nothing") is None
+    assert package not in sys.modules
+    assert "fedema" in METHODS
+    assert package in sys.modules
