@@ -19,7 +19,7 @@ from fedtune import settings as whole
 from fedtune.cli import app
 from fedtune.config import Settings
 from fedtune.domains import DOMAINS, TASKS
-from fedtune.experiment.report import Reporter
+from fedtune.experiment.reporter import Reporter
 from fedtune.experiment.run import run
 from fedtune.io import read_json
 from fedtune.methods import METHODS

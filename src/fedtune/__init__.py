@@ -1,9 +1,64 @@
-"""fedtune: benchmark, toolkit and leaderboard for federated fine-tuning of large language models."""
+"""fedtune: benchmark, toolkit and leaderboard for federated fine-tuning of large language models.
 
+As a library it has the functions of `fedtune.api`; each is imported when it is first used, so that
+`import fedtune` alone costs nothing.
+"""
+
+import importlib
 import os
 import sys
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from fedtune.api import aggregate, evaluate, load_settings, run, sweep
+    from fedtune.config import Config, Settings
+    from fedtune.domains import DOMAINS, TASKS
+    from fedtune.experiment.reporter import Reporter
+    from fedtune.methods import METHODS
+    from fedtune.results.schema import Result
+    from fedtune.types import FedtuneError
 
 __version__ = "0.1.0"
+__all__ = [
+    "DOMAINS",
+    "METHODS",
+    "TASKS",
+    "Config",
+    "FedtuneError",
+    "Reporter",
+    "Result",
+    "Settings",
+    "__version__",
+    "aggregate",
+    "evaluate",
+    "load_settings",
+    "run",
+    "sweep",
+]
+
+_HOMES = {
+    "fedtune.api": ("aggregate", "evaluate", "load_settings", "run", "sweep"),
+    "fedtune.config": ("Config", "Settings"),
+    "fedtune.domains": ("DOMAINS", "TASKS"),
+    "fedtune.experiment.reporter": ("Reporter",),
+    "fedtune.methods": ("METHODS",),
+    "fedtune.results.schema": ("Result",),
+    "fedtune.types": ("FedtuneError",),
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Import a name of `__all__` when it is first used."""
+    for module, names in _HOMES.items():
+        if name in names:
+            globals()[name] = getattr(importlib.import_module(module), name)
+            return globals()[name]
+    raise AttributeError(f"module 'fedtune' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
 
 # Nothing leaves the machine that nobody asked for: what the libraries below this one would report of their own accord
 # is off, for whoever imports any part of fedtune and for every process started from there. A value that is set already

@@ -136,7 +136,7 @@ def test_data_shows_counts_a_client_as_table_and_plot(data_folder: Path, tmp_pat
 def test_progress_is_plain_lines_off_a_terminal_and_a_bar_on_one() -> None:
     import io
 
-    from fedtune.cli.progress import TerminalReporter, clock, size
+    from fedtune.experiment.progress import TerminalReporter, clock, size
     from fedtune.types import ClientStats, RoundRecord
 
     for terminal in (True, False):

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from rich.console import Console
 from rich.table import Table
 
-from fedtune.cli.progress import PlainConsole, TerminalReporter
 from fedtune.cli.say import PlainFormatter, say
+from fedtune.experiment.progress import PlainConsole, TerminalReporter
 from fedtune.types import Rejection, RoundRecord, last_line, plain
 
 HOSTILE = [

@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
 from fedtune.cli.say import say
 from fedtune.results.bounds import LARGEST_INT
 from fedtune.types import ConfigError, Problem, counted
-
-if TYPE_CHECKING:
-    from fedtune.methods import Method
 
 
 def _examples(text: str | None, clients: int) -> list[int]:
@@ -49,16 +46,6 @@ def _settings(assignments: list[str]) -> tuple[dict[str, Any], int, int]:
     return chosen, round_, rank
 
 
-def _cut(method: Method, rank: int) -> None:
-    """Raise ConfigError for a rank that a method would take no notice of."""
-    from fedtune.methods import METHODS
-
-    if rank and not method.cuts:
-        able = ", ".join(name for name, kind in METHODS.items() if kind.cuts)
-        found = Problem(f"--set rank={rank}", f"{method.name} does not cut its result to a rank", f"these do: {able}")
-        raise ConfigError("command line", [found])
-
-
 def aggregate(
     method: Annotated[str, typer.Option(help="The method: fedtune ls methods")],
     out: Annotated[Path, typer.Option(help="The folder of the global adapter.")],
@@ -76,25 +63,23 @@ def aggregate(
     """Aggregate adapters with a method's server half; no base model is needed but for DoRA."""
     import json
 
-    from fedtune.experiment import aggregate as work
-    from fedtune.experiment.clients import check_out, read_clients
+    from fedtune import api
 
     folders = [*clients, *(more or [])]
-    inputs = [*folders, *([global_] if global_ else [])]
     own, round_, rank = _settings(settings or [])
-    built = work.build(method, own)
-    _cut(built, rank)
     counts = _examples(examples, len(folders))
-    check_out(out, inputs, effective)
-    weights = work.base_weights(base) if base else None
-    # the global adapter has to fit the clients' in every way that they have to fit each other
-    given = read_clients(inputs, built, round_, weights, insist=base is not None)
-    states, start = given[: len(folders)], given[-1] if global_ else None
-    result = work.aggregate(built, states, counts, start, round_, rank, weights)
-    dense = work.dense_update(result) if effective else {}
-    written = work.write(result, folders[0], out, base)
-    if effective:
-        work.write_dense(dense, effective)
+    result = api.aggregate(
+        method,
+        folders,
+        out,
+        examples=counts,
+        parameters=own,
+        start=global_,
+        base=base,
+        effective=effective,
+        round_=round_,
+        rank=rank,
+    )
     facts = {
         "method": method,
         "clients": len(folders),
@@ -103,7 +88,7 @@ def aggregate(
         "rank": max(m.rank for m in result.adapter.values()),
         "relative_error": result.error,
         "out": str(out),
-        "adapters": [str(folder) for folder in written],
+        "adapters": [str(folder) for folder in result.folders],
         "effective": str(effective) if effective else None,
     }
     if json_output:

@@ -66,7 +66,7 @@ def verify(
     data: Annotated[str, typer.Option(help="The folder of training files, where the run read one.")] = "",
 ) -> None:
     """Run the first rounds again and compare them with the submission; exit code 4 if they differ."""
-    from fedtune.cli.progress import TerminalReporter, terminal
+    from fedtune.experiment.progress import TerminalReporter, terminal
     from fedtune.experiment.verify import verify as replay
     from fedtune.io import read_lines
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, get_args
 
 import typer
 
-from fedtune.types import AdapterError, ConfigError, DataError, Problem
+from fedtune.types import ConfigError, DataError, Problem
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -43,25 +43,6 @@ SECTIONS = ("domain", "protocol", "model", "data.source", "data.path", "prompt",
 OF_RUNS = ("eval.base", "eval.every")
 
 
-def _base_of(target: str, base: str | None) -> tuple[str, Path | None]:
-    """Return the base model's name, and the adapter folder if `target` is one."""
-    from fedtune.models.source import CONFIG
-
-    folder = Path(target)
-    if not (folder / CONFIG).is_file():
-        if base:
-            missing = f"is no adapter folder, it has no {CONFIG}" if folder.is_dir() else "no such adapter folder"
-            raise AdapterError(f"--base {base}: {target}: {missing}")
-        return target, None
-    from fedtune.models.folder import checked
-
-    config, _ = checked(folder)  # says what is wrong with it before the base model is loaded
-    name = base or config.base
-    if not name:
-        raise AdapterError(f"{folder}: its {CONFIG} names no base model; give one with --base")
-    return name, folder
-
-
 def evaluate(
     target: Annotated[str, typer.Argument(metavar="ADAPTER|MODEL", help="A PEFT folder, or a model's name.")],
     domain: Annotated[str, typer.Option(help="general, finance, medical or code")],
@@ -79,20 +60,19 @@ def evaluate(
 ) -> None:
     """Evaluate an adapter or a base model; run again, it does only what is missing."""
     from fedtune.cli import withheld
-    from fedtune.cli.progress import TerminalReporter, terminal
     from fedtune.cli.settings import resolve, taken
     from fedtune.cli.tables import scores as table
-    from fedtune.experiment.evaluate import evaluate as execute
-    from fedtune.io import digest
+    from fedtune.experiment import evaluate as work
+    from fedtune.experiment.progress import TerminalReporter, terminal
     from fedtune.results import schema
 
-    name, adapter = _base_of(target, base)
+    name, adapter = work.base_of(target, base)
     own = taken(settings or [], SECTIONS, "an evaluation", OF_RUNS)
     resolved = resolve(None, {"domain": domain, **_layers(name, task, mode, limit, prompt)}, own, data)
-    folder = out or Path("evals") / digest([str(Path(target).name), resolved.config.semantic()])[:12]
+    folder = out or work.default_folder(target, resolved.config)
     console = terminal(errors=json_output)
     insist = base is not None
-    found = execute(resolved.config, adapter, folder, TerminalReporter(console), insist=insist)
+    found = work.evaluate(resolved.config, adapter, folder, TerminalReporter(console), insist=insist)
     if json_output:
         import json
 
@@ -116,8 +96,8 @@ def compare(
     import json
     from dataclasses import asdict
 
-    from fedtune.cli.progress import terminal
     from fedtune.cli.tables import paired
+    from fedtune.experiment.progress import terminal
     from fedtune.results.stats import compare as test
 
     for run in (first, second):

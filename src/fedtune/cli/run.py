@@ -113,8 +113,8 @@ def _print(resolved: Settings) -> None:
 
 def _execute(resolved: Settings, out: Path | None, resume: bool, force: bool, extra: list[str], as_json: bool) -> None:
     from fedtune.cli import withheld
-    from fedtune.cli.progress import TerminalReporter, terminal
     from fedtune.cli.tables import doubts, scores
+    from fedtune.experiment.progress import TerminalReporter, terminal
     from fedtune.experiment.run import run as execute
     from fedtune.results import schema
 

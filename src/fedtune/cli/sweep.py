@@ -73,7 +73,7 @@ def _execute(axes: Mapping[str, Sequence[Any]], build: Any, out: Path, *, as_jso
     import json
 
     from fedtune.cli import withheld
-    from fedtune.cli.progress import TerminalReporter, terminal
+    from fedtune.experiment.progress import TerminalReporter, terminal
     from fedtune.experiment.sweep import points
     from fedtune.experiment.sweep import sweep as execute
 
@@ -102,7 +102,7 @@ def _table(rows: Sequence[Mapping[str, Any]], axes: Mapping[str, Sequence[Any]])
     """Return the summary as a table: axes that vary, then mean and 95 % interval of each score."""
     from rich.table import Table
 
-    from fedtune.cli.progress import size
+    from fedtune.experiment.progress import size
 
     shown = [k for k, values in axes.items() if k != "seed" and len(values) > 1] or ["method"]
     scores = list(dict.fromkeys(key for row in rows for key in row["scores"]))

@@ -35,6 +35,7 @@ class Aggregated:
         error: relative distance of the effective update to the weighted mean of the clients' updates; None where
             there is no global model.
         base: layer -> its base weight [out, in], where one was given.
+        folders: those to load, once it is written: the global adapter's, or each client's.
     """
 
     state: ServerState
@@ -42,6 +43,7 @@ class Aggregated:
     weights: tuple[float, ...]
     error: float | None
     base: Weights | None = None
+    folders: tuple[Path, ...] = ()
 
     @property
     def adapter(self) -> AdapterState:

@@ -14,9 +14,34 @@ from fedtune.models import load
 from fedtune.models.folder import checked
 from fedtune.models.load import LoadedModel
 from fedtune.models.proof import proof_of
-from fedtune.models.source import adapter_revision
+from fedtune.models.source import CONFIG, adapter_revision
 from fedtune.models.trained import load_folder
 from fedtune.results.schema import Score
+from fedtune.types import AdapterError
+
+
+def base_of(target: str, base: str | None) -> tuple[str, Path | None]:
+    """Return the base model's name, and the adapter folder if `target` is one.
+
+    Raises:
+        AdapterError: the folder is not one that can be loaded, or names no base model.
+    """
+    folder = Path(target)
+    if not (folder / CONFIG).is_file():
+        if base:
+            missing = f"is no adapter folder, it has no {CONFIG}" if folder.is_dir() else "no such adapter folder"
+            raise AdapterError(f"--base {base}: {target}: {missing}")
+        return target, None
+    config, _ = checked(folder)  # says what is wrong with it before the base model is loaded
+    name = base or config.base
+    if not name:
+        raise AdapterError(f"{folder}: its {CONFIG} names no base model; give one with --base")
+    return name, folder
+
+
+def default_folder(target: str, config: Config) -> Path:
+    """Return where the per-sample logs of an evaluation are kept: one folder for each target and its settings."""
+    return Path("evals") / digest([Path(target).name, config.semantic()])[:12]
 
 
 def identity(base: LoadedModel, config: Config) -> list[Any]:

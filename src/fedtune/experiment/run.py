@@ -14,7 +14,7 @@ from fedtune.data.check import WORDS
 from fedtune.evaluation.run import check_prompts, check_tasks
 from fedtune.experiment import arms, folder
 from fedtune.experiment.arms import Arm
-from fedtune.experiment.folder import RESULT, RunFolder, cancellable, open_run, status
+from fedtune.experiment.folder import RunFolder, cancellable, open_run, status
 from fedtune.experiment.reporter import Reporter
 from fedtune.experiment.resident import Resident
 from fedtune.experiment.session import OwnModels, Session
@@ -199,7 +199,7 @@ def _work(
         if name != config.arm:
             done.append((yield from _arm(session, name, False, data))[0])
     result = _result(session, data, done, records)
-    write_json(session.run.path / RESULT, result.model_dump(mode="json"))
+    write_json(session.run.path / schema.RESULT, result.model_dump(mode="json"))
     session.run.update(bytes={"down": result.bytes_down, "up": result.bytes_up})
     return result
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from fedtune.config import Config, Settings
-from fedtune.experiment.folder import MANIFEST, RESULT, cancellable
+from fedtune.experiment.folder import MANIFEST, cancellable
 from fedtune.experiment.reporter import Reporter
 from fedtune.experiment.resident import Resident
 from fedtune.experiment.run import steps
@@ -207,7 +207,7 @@ def summary(chosen: Sequence[Point], faults: dict[str, str]) -> list[dict[str, A
     together: dict[str, list[tuple[Point, schema.Result]]] = {}
     for point in chosen:
         try:
-            result = schema.Result.model_validate(read_json(point.folder / RESULT))
+            result = schema.Result.read(point.folder)
         except (FedtuneError, ValueError) as err:
             faults[point.name] = _fault(err)
             continue

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PrivateAttr
+
+from fedtune.io import read_json, reading
 
 SCHEMA_VERSION = 1
+RESULT = "result.json"
 PATH_PART = r"^[a-z0-9][A-Za-z0-9._-]*$"
 # of an arm, a task or a mode: part of a path, hence no separator, and no leading dot
 Name = Annotated[str, Field(max_length=80, pattern=PATH_PART)]
@@ -114,3 +118,23 @@ class Result(Document):
     bytes_up: int
     bytes_predicted: int | None
     trainable_parameters: int
+    _folder: Path | None = PrivateAttr(None)
+
+    @classmethod
+    def read(cls, folder: Path) -> Result:
+        """Read the result of a run folder. Raises CorruptFileError."""
+        path = folder / RESULT
+        with reading(path):
+            made = cls.model_validate(read_json(path))
+        made._folder = folder
+        return made
+
+    @property
+    def folder(self) -> Path | None:
+        """The run folder it was read from."""
+        return self._folder
+
+    @property
+    def scores(self) -> dict[str, dict[str, float | None]]:
+        """Each arm's scores by `task/mode`."""
+        return {arm.name: {f"{s.task}/{s.mode}": s.score for s in arm.scores} for arm in self.arms}
