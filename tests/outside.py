@@ -32,7 +32,6 @@ FEDEMA = '''
     from pydantic import Field
     from torch import Tensor
 
-    from fedtune.config.schema import Section
     from fedtune.lora.state import to_tensors
     from fedtune.methods import ClientUpdate, Method, ServerState
 
@@ -44,7 +43,7 @@ FEDEMA = '''
         title = "FedEMA: moving average of the rounds' means"
         paper = "none"
 
-        class Parameters(Section):
+        class Parameters(Method.Parameters):
             """The part of the global adapter that stays.
 
             Attributes:
@@ -52,6 +51,8 @@ FEDEMA = '''
             """
 
             decay: float = Field(0.5, gt=0, lt=1)
+
+        parameters: Parameters
 
         def combine(self, updates: Sequence[ClientUpdate], state: ServerState) -> dict[str, Tensor]:
             """Return the average of what there is and the mean of what came."""

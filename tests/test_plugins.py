@@ -141,6 +141,7 @@ BROKEN = {
     "": "AttributeError",
     "Broken = 3": "is no subclass of fedtune.methods.Method",
     "from fedtune.methods import Method\nclass Broken(Method): pass": "Broken has no name",
+    "from fedtune.methods import METHODS\nclass Broken(METHODS['fedit']):\n    Parameters = dict": "no subclass of Method.Par",
     "from fedtune.methods import METHODS\nBroken = METHODS['fedit']": "FedIT.name is 'fedit'",
 }
 

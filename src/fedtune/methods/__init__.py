@@ -72,6 +72,8 @@ def _checked(name: str, found: object) -> type[Method]:
         raise TypeError(f"{found!r:.100} is no subclass of fedtune.methods.Method")
     if missing := [a for a in ("name", "title", "paper") if not isinstance(getattr(found, a, None), str)]:
         raise TypeError(f"{found.__name__} has no {missing[0]}")
+    if not issubclass(found.Parameters, Method.Parameters):
+        raise TypeError(f"{found.__name__}.Parameters is no subclass of Method.Parameters")
     if found.name != name:
         raise ValueError(f"{found.__name__}.name is {found.name!r}")
     return found
