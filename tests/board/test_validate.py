@@ -614,6 +614,7 @@ def test_the_first_rounds_are_run_again(good: Path, copy: Path, data_folder: Pat
     same = CliRunner().invoke(app, ["verify", str(good / "seed-1"), "--rounds", "2", "--data", str(data_folder)])
     assert same.exit_code == 0, same.output
     assert "2 rounds run again: the same" in same.output
+    assert "round 1/2" in same.output
     lines = [json.loads(line) for line in (copy / "seed-1/rounds.jsonl").read_text().splitlines()]
     lines[0]["clients"][0]["loss"] *= 0.9
     (copy / "seed-1/rounds.jsonl").write_text("".join(json.dumps(x) + "\n" for x in lines))

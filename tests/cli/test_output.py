@@ -10,6 +10,7 @@ import pytest
 from rich.console import Console
 from typer.testing import CliRunner
 
+from fedtune.board.report import page
 from fedtune.cli import app
 from fedtune.cli.evaluate import _compared
 from fedtune.cli.info import LISTS
@@ -17,6 +18,7 @@ from fedtune.cli.tables import doubts, scores
 from fedtune.results.schema import Arm, Score
 from fedtune.results.stats import compare
 from fedtune.types import MissingFileError, counted
+from tests.board.entries import entry
 
 
 @pytest.mark.parametrize("what", LISTS)
@@ -104,3 +106,10 @@ def test_what_another_file_needs_is_missing_and_not_damaged(tmp_path: Path) -> N
     done = CliRunner().invoke(app, ["report", str(tmp_path / "run")])
     assert isinstance(done.exception, MissingFileError)
     assert str(done.exception) == f"{tmp_path}/run/manifest.json: no such file"
+
+
+def test_a_report_of_one_round_has_a_sentence_in_place_of_an_empty_chart() -> None:
+    one, several = (page(entry(0, losses=losses, curve=[])) for losses in ([2.0], [2.0, 1.5]))
+    assert "<p>training loss by round: 2.0000 in round 1</p>" in one
+    assert "<svg" not in one
+    assert "<svg" in several
