@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fedtune.models import lean, sides
-from fedtune.models.chance import draws
+from fedtune.models.randomness import is_random
 from fedtune.models.interface import inner, packed_pass, plain_pass, watched
 from fedtune.models.packing import PackedRow, join, pack
 from fedtune.types import ModelError
@@ -259,7 +259,7 @@ def prove(model: Any, what: str = "", *, slim: bool = False) -> Proof:
         why, longest = _packable(base, alone, coarse)
         if why:
             lean.restore(base)
-        found = Proof(why, longest, draws(base, alone[0].text), _keeps(base, alone[0], coarse, packs=not why))
+        found = Proof(why, longest, is_random(base, alone[0].text), _keeps(base, alone[0], coarse, packs=not why))
     setattr(base, _PROOF, found)
     return found
 

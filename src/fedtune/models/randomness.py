@@ -14,7 +14,7 @@ from fedtune.models.interface import plain_pass
 FURTHER = 4
 
 
-def draws(base: Any, text: Sequence[int]) -> bool:
+def is_random(base: Any, text: Sequence[int]) -> bool:
     """Tell whether what a model gives while it trains depends on random numbers: some drop, some route by chance."""
     drops = (
         value
