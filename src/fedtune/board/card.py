@@ -7,7 +7,7 @@ from typing import Any
 
 from fedtune.evaluation import scorers
 from fedtune.io import write_bytes, write_json
-from fedtune.results.entry import Entry, inert
+from fedtune.results.entry import Entry, escape_markdown
 from fedtune.results.schema import Score
 
 
@@ -74,16 +74,16 @@ def model_card(entry: Entry) -> str:
         eval_results=results or None,
     )
     rows = [
-        f"| {inert(f'{s.task} ({s.mode})')} | {s.n} | {inert(_shown(s))} | {_base(entry, s)} |"
+        f"| {escape_markdown(f'{s.task} ({s.mode})')} | {s.n} | {escape_markdown(_shown(s))} | {_base(entry, s)} |"
         for s in entry.main.scores
     ]
-    costs = entry.costs
+    costs, name = entry.costs, escape_markdown(str(entry.data.get("name", "")))
     lines = [
         f"---\n{data.to_yaml()}\n---",
-        f"# {inert(f'{entry.base}, fine-tuned federatedly on {entry.domain} with {entry.method}')}",
+        f"# {escape_markdown(f'{entry.base}, fine-tuned federatedly on {entry.domain} with {entry.method}')}",
         "| task | n | score | base model |\n|---|---|---|---|\n" + "\n".join(rows),
         f"Communication: {costs.bytes_up:,} bytes up, {costs.bytes_down:,} down. Seed {entry.seed}, protocol "
-        f"{inert(entry.protocol)}, data {inert(str(entry.data.get('name', '')))} ({_short(entry)}).",
+        f"{escape_markdown(entry.protocol)}, data {name} ({_short(entry)}).",
         f"Differential privacy: {'none' if entry.privacy is None else f'epsilon {entry.privacy.epsilon:g}'}.",
         "Load it: `PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), folder)`.",
         f"Make it again: `{reproduce(entry)}`.",
@@ -92,7 +92,7 @@ def model_card(entry: Entry) -> str:
 
 
 def _short(entry: Entry) -> str:
-    return inert(str(entry.data.get("sha256", ""))[:16])
+    return escape_markdown(str(entry.data.get("sha256", ""))[:16])
 
 
 def _shown(score: Score) -> str:

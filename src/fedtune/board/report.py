@@ -5,7 +5,7 @@ from __future__ import annotations
 import html
 
 from fedtune.evaluation import scorers
-from fedtune.results.entry import Entry, inert
+from fedtune.results.entry import Entry, escape_markdown
 from fedtune.results.schema import Arm, Score
 from fedtune.types import counted
 
@@ -105,16 +105,16 @@ def markdown(entry: Entry) -> str:
     """Return the report as Markdown."""
 
     def table(head: list[str], rows: list[list[str]]) -> str:
-        lines = [head, ["---"] * len(head), *([inert(c) for c in row] for row in rows)]
+        lines = [head, ["---"] * len(head), *([escape_markdown(c) for c in row] for row in rows)]
         return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
     losses = ", ".join("-" if v is None else f"{v:.4f}" for v in entry.losses)
     return (
         "\n\n".join(
             [
-                f"# {inert(f'{entry.domain}: {entry.base} with {entry.method}, seed {entry.seed}')}",
+                f"# {escape_markdown(f'{entry.domain}: {entry.base} with {entry.method}, seed {entry.seed}')}",
                 table(["model", "task", "n", "score", "95 % interval", "clients", "valid"], score_rows(entry)),
-                "## What a reader should doubt\n\n" + "\n".join(f"- {inert(line)}" for line in doubts(entry)),
+                "## What a reader should doubt\n\n" + "\n".join(f"- {escape_markdown(line)}" for line in doubts(entry)),
                 f"## Training\n\nLoss by round: {losses}",
                 "## What was run\n\n" + table(["what", "value"], fact_rows(entry)),
             ]

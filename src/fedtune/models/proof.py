@@ -19,9 +19,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fedtune.models import lean, sides
-from fedtune.models.randomness import is_random
 from fedtune.models.interface import inner, packed_pass, plain_pass, watched
 from fedtune.models.packing import PackedRow, join, pack
+from fedtune.models.randomness import is_random
 from fedtune.types import ModelError
 
 _PROOF = "fedtune_proof"

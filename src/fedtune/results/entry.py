@@ -16,7 +16,7 @@ from fedtune.config import Config
 from fedtune.results.bounds import LARGEST, LARGEST_INT, MOST_TEXT, Amount, Count, plain_text, unbounded
 from fedtune.results.schema import Arm, Arms, Document, Name
 
-__all__ = ["Answers", "Arm", "Costs", "Entry", "Point", "Privacy", "State", "inert", "plain_text"]
+__all__ = ["Answers", "Arm", "Costs", "Entry", "Point", "Privacy", "State", "escape_markdown", "plain_text"]
 
 State = Literal["reported", "re-scored", "re-run", "flagged"]
 _SAFE = re.compile(r"[^A-Za-z0-9._@-]+")
@@ -30,7 +30,7 @@ def _escaped(found: re.Match[str]) -> str:
     return found[0] + "\\" if found[0].isdigit() else "\\" + found[0]
 
 
-def inert(value: str) -> str:
+def escape_markdown(value: str) -> str:
     """Return a text so that Markdown and the HTML in it show it as it is, on one line: no link, image, code or tag.
 
     Addresses, names after `@` and numbers after `#` get a space of no width, since they are linked wherever they stand.
