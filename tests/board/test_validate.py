@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 from fedtune.board import sets
 from fedtune.board.adapter import adapter_problems, of_base
 from fedtune.board.entries import from_run
-from fedtune.board.store import twin, write_entry
+from fedtune.board.store import duplicate, write_entry
 from fedtune.board.submit import pack
 from fedtune.board.traffic import byte_problems
 from fedtune.board.validate import check, impossible
@@ -552,7 +552,7 @@ def test_the_same_samples_packed_anew_are_found(copy: Path, tmp_path: Path) -> N
     _remake(two)
     assert "has the seed or the samples of seed-1" in reasons(copy)
     write_entry(tmp_path / "store", from_run(one))
-    assert twin(tmp_path / "store", from_run(two)) is not None
+    assert duplicate(tmp_path / "store", from_run(two)) is not None
 
 
 def test_a_base_model_on_a_part_of_the_set_has_no_rank(good: Path) -> None:

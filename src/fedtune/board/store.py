@@ -79,7 +79,7 @@ def holds(store: Path, entry: Entry) -> bool:
     return bool(there.files) and there.state != "reported" and _same_submission(there, entry)
 
 
-def twin(store: Path, entry: Entry) -> Path | None:
+def duplicate(store: Path, entry: Entry) -> Path | None:
     """Return another place in the store whose entry has the very same samples, if there is one."""
     for path, other in readable(store):
         if path != store / entry.place() and entry.same_samples(other):

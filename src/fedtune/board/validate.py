@@ -139,11 +139,11 @@ def _settings(folder: Path, entry: Entry) -> Iterator[Problem]:
     if pinned and entry.revision not in pinned:
         wanted = " or ".join(sorted(pinned))
         yield Problem("entry.revision", f"is {entry.revision}, the base model is pinned at {wanted}")
-    for reason in _unsaid(settings.unranked, config, entry):
+    for reason in _undisclosed(settings.unranked, config, entry):
         yield Problem("config.toml", f"{reason}; the entry does not say that this makes it unranked")
 
 
-def _unsaid(by_settings: tuple[str, ...], config: Config, entry: Entry) -> list[str]:
+def _undisclosed(by_settings: tuple[str, ...], config: Config, entry: Entry) -> list[str]:
     """Return the reasons against a rank that an entry keeps to itself."""
     reasons = [*by_settings, *domains.unranked_reasons(config)]
     # a folder of the submitter's machine is not one here: any reason that is about the base model will do
@@ -276,13 +276,13 @@ def check(path: Path) -> list[tuple[str, Entry | None, list[Problem]]]:
         if outside or not packed:
             return [(path.name, None, outside)]
         found = [(p.name, *check_one(p)) for p in packed]
-        return [(name, entry, problems + _twins(name, entry, found)) for name, entry, problems in found]
+        return [(name, entry, problems + _duplicates(name, entry, found)) for name, entry, problems in found]
 
 
-def _twins(name: str, entry: Entry | None, found: list[tuple[str, Entry | None, list[Problem]]]) -> list[Problem]:
+def _duplicates(name: str, entry: Entry | None, found: list[tuple[str, Entry | None, list[Problem]]]) -> list[Problem]:
     """Return which other packed run says the same seed, is of another recipe, or has the very same samples."""
     if entry is None:
         return []
     others = [(other, its) for other, its, _ in found if other != name and its]
-    twins = [other for other, its in others if its.seed == entry.seed or entry.same_samples(its)]
-    return [Problem(name, f"has the seed or the samples of {twins[0]}")] if twins else []
+    duplicates = [other for other, its in others if its.seed == entry.seed or entry.same_samples(its)]
+    return [Problem(name, f"has the seed or the samples of {duplicates[0]}")] if duplicates else []

@@ -113,7 +113,7 @@ def build(
 
 def _added(path: Path, store: Path, state: str) -> bool:
     """Put one submission's entries into the store, all or none, or say why not."""
-    from fedtune.board.store import settled, twin, write_entry
+    from fedtune.board.store import duplicate, settled, write_entry
     from fedtune.board.validate import added, check, not_run_again
 
     if state != "re-run" and added(path, store):
@@ -121,7 +121,7 @@ def _added(path: Path, store: Path, state: str) -> bool:
         return True
     found = check(path)
     bad = [f"{name}: {p}" for name, _, problems in found for p in problems]
-    bad += [f"{name}: has the samples of {there}" for name, e, _ in found if e and (there := twin(store, e))]
+    bad += [f"{name}: has the samples of {there}" for name, e, _ in found if e and (there := duplicate(store, e))]
     for line in bad:
         say(f"{path}: {line}", err=True)
     if bad:

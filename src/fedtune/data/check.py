@@ -78,7 +78,7 @@ def _spaced(kind: str) -> str:
     return kind.replace("_", " ")
 
 
-def _odd(text: str) -> str:
+def _unusual(text: str) -> str:
     """Name the first character that cannot be meant; empty if there is none."""
     match = _ODD.search(text)
     return f"U+{ord(match[0]):04X}" if match else ""
@@ -152,7 +152,7 @@ def _remarks(number: int, row: TrainRow, max_chars: int) -> list[RowProblem]:
     for column, text in texts.items():
         if len(text) > max_chars:
             found.append(RowProblem(number, "over_long", f"{column} has {len(text)} characters", "truncated"))
-        if odd := _odd(text):
+        if odd := _unusual(text):
             action = "replaced" if _SURROGATE.search(text) else "kept"
             found.append(RowProblem(number, "odd_unicode", f"{odd} in {column}", action))
         if template := _template(text):

@@ -50,7 +50,7 @@ def _other_base(state: FolderState, first: FolderState) -> list[Problem]:
     return []
 
 
-def _odd(state: FolderState, first: FolderState, method: Method, base: Weights | None) -> list[Problem]:
+def _mismatches(state: FolderState, first: FolderState, method: Method, base: Weights | None) -> list[Problem]:
     """Return what keeps one client's adapter from being aggregated with the first one's."""
     where = str(state.folder)
     if set(state) != set(first):
@@ -65,7 +65,7 @@ def _odd(state: FolderState, first: FolderState, method: Method, base: Weights |
         return [Problem(where, f"a DoRA adapter; {method.name} is not defined for magnitudes")]
     if state.dora and method.dora == "exact" and base is None:
         return [Problem(where, f"a DoRA adapter; {method.name} needs its base model's weights", "give --base MODEL")]
-    return _odd_layers(state, first)
+    return _layer_mismatches(state, first)
 
 
 def _absurd(path: str, module: LoraModule) -> str:
@@ -78,7 +78,7 @@ def _absurd(path: str, module: LoraModule) -> str:
     )
 
 
-def _odd_layers(state: FolderState, first: FolderState) -> list[Problem]:
+def _layer_mismatches(state: FolderState, first: FolderState) -> list[Problem]:
     found = []
     for path, module in state.items():
         like = first[path]
@@ -90,7 +90,7 @@ def _odd_layers(state: FolderState, first: FolderState) -> list[Problem]:
     return found[:3]
 
 
-def _uncommon(states: Sequence[FolderState], method: Method, round_: int) -> list[Problem]:
+def _not_shared(states: Sequence[FolderState], method: Method, round_: int) -> list[Problem]:
     """Return which clients do not share what must be common in this round."""
     found = []
     for state in states[1:]:
@@ -128,9 +128,9 @@ def read_clients(
     if states and not insist:
         problems += [p for state in states[1:] for p in _other_base(state, states[0])]
     if states and not problems:
-        problems += [p for state in states for p in _odd(state, states[0], method, base)]
+        problems += [p for state in states for p in _mismatches(state, states[0], method, base)]
     if states and not problems:
-        problems += _uncommon(states, method, round_)
+        problems += _not_shared(states, method, round_)
     if problems or not states:
         raise ProblemsError("adapters cannot be aggregated", problems or [Problem("--clients", "names no folder")])
     return states
