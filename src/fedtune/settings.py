@@ -195,8 +195,8 @@ def _of_the_rounds(config: Config) -> Found:
         yield "federation.fraction", "the only client is asked in every round"
 
 
-# settings of `eval` that not every scorer heeds: the value that asks for nothing, and why others may have no effect
-HEEDED = {
+# settings of `eval` that not every scorer uses: the value that asks for nothing, and why others may have no effect
+SOMETIMES_USED = {
     "official_limit": (0, "nothing is evaluated in official mode"),
     "prompt": (None, "it is for likelihoods, and none are asked for"),
     "samples": (1, "only programs in official mode are sampled, and there are none"),
@@ -206,11 +206,11 @@ HEEDED = {
 
 def _of_evaluation(config: Config, tasks: Sequence[Task]) -> Found:
     own = config.eval
-    heeded = {name for task in tasks for scorer in scorers.planned(task, own) for name in scorer.notices}
-    for name, (nothing, why) in HEEDED.items():
-        if name not in heeded and getattr(own, name) != nothing:
+    used = {name for task in tasks for scorer in scorers.planned(task, own) for name in scorer.uses}
+    for name, (nothing, why) in SOMETIMES_USED.items():
+        if name not in used and getattr(own, name) != nothing:
             yield f"eval.{name}", why
-    if own.limit and own.official_limit >= own.limit and "official_limit" in heeded:
+    if own.limit and own.official_limit >= own.limit and "official_limit" in used:
         yield "eval.official_limit", f"eval.limit takes {own.limit} items already"
     if own.every >= config.federation.rounds:
         yield "eval.every", f"after the last round ({config.federation.rounds}) a run is evaluated anyway"

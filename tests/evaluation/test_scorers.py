@@ -19,6 +19,7 @@ from fedtune.evaluation.run import evaluate
 from fedtune.evaluation.scorers import KINDS, Scorer
 from fedtune.io import read_lines, write_lines
 from fedtune.results.schema import Arm, Score
+from fedtune.types import ConfigError
 
 ROOT, PACKAGE = Path(__file__).parents[2], Path(fedtune.__file__).parent
 ALL = [(kind, word, scorer) for kind, modes in KINDS.items() for word, scorer in modes.items()]
@@ -69,8 +70,8 @@ def test_every_task_has_scorers_and_every_mode_of_a_kind_its_own_name() -> None:
 
 
 @pytest.mark.parametrize(("kind", "word", "scorer"), ALL)
-def test_what_a_scorer_heeds_are_settings_of_eval(kind: str, word: str, scorer: Scorer) -> None:
-    assert scorer.notices <= EvalSettings.model_fields.keys()
+def test_what_a_scorer_uses_are_settings_of_eval(kind: str, word: str, scorer: Scorer) -> None:
+    assert scorer.uses <= EvalSettings.model_fields.keys()
     assert scorers.metric(scorer.metric.name) == scorer.metric
 
 
@@ -116,3 +117,8 @@ def test_a_score_in_a_mode_that_its_task_has_none_of_is_refused(sums: TaskItems,
     assert list(recomputed(tmp_path, Arm(name="federated", scores=[odd]), odd)) == [
         "is of no mode that this task is scored in"
     ]
+
+
+def test_a_kind_without_scorers_is_named_with_the_nearest() -> None:
+    with pytest.raises(ConfigError, match=r"task odd(.|\n)*kind = 'choise'.*has no scorers.*choice"):
+        scorers.of(Task("odd", "choise", lambda row: None))

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from fedtune.board import sets
-from fedtune.evaluation.published import SCORED, scored
+from fedtune.domains import TASKS
+from fedtune.evaluation.published import scored, scorer_of
 from fedtune.io import read_json, reading
 from fedtune.models.zoo import zoo
 from fedtune.results.entry import Answers, Costs, Entry
@@ -30,7 +31,7 @@ def _impossible(claim: float, n: int) -> str:
 
 def _again(root: Path, item: dict[str, Any]) -> tuple[Score, list[bool], str]:
     """Score one file of generations again, and tell which items are right and why they are not the whole known set."""
-    tests = item.get("references_file") if SCORED[item["task"]].with_tests else None
+    tests = item.get("references_file") if scorer_of(item["task"]).needs_tests else None
     references = root / tests if tests else None
     return scored(item["task"], root / item["generations_file"], "official", references, as_asked=False)
 
@@ -69,7 +70,7 @@ def _entry(root: Path, items: list[dict[str, Any]], facts: dict[str, Any], on_ta
         on_task(f"{first['participant']} {item['task']}")
         score, right, lacks = _again(root, item)
         unranked += [plain(f"{item['task']}: {lacks}", sets.MOST)] if lacks else []
-        if lacks and SCORED[item["task"]].with_tests:
+        if lacks and scorer_of(item["task"]).needs_tests:
             worst = max(worst, "reported", key=WORSE.index)  # by tests that nobody here knows
         scores.append(score)
         answers[f"federated/{score.task}/{score.mode}"] = Answers.pack(right, score.items_sha256)
@@ -104,8 +105,8 @@ def _entry(root: Path, items: list[dict[str, Any]], facts: dict[str, Any], on_ta
 def _check_once(root: Path, items: Sequence[dict[str, Any]]) -> None:
     """Make sure a run has known tasks, each once: two runs in one row would be an average of nothing."""
     names = [item["task"] for item in items]
-    if unknown := next((n for n in names if n not in SCORED), ""):
-        raise CorruptFileError(f"{root / 'index.json'}: unknown task {unknown!r}; {nearest(str(unknown), SCORED)}")
+    if unknown := next((n for n in names if n not in TASKS), ""):
+        raise CorruptFileError(f"{root / 'index.json'}: unknown task {unknown!r}; {nearest(str(unknown), TASKS)}")
     if twice := sorted({n for n in names if names.count(n) > 1}):
         who = f"{items[0]['participant']}, {items[0]['domain']}, {items[0]['model']}"
         raise CorruptFileError(

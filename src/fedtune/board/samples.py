@@ -30,7 +30,7 @@ def _reread(row: Row, scorer: Scorer) -> str:
     if row.get("error"):
         counts = any(row.get(k) for k in ("correct", "strict", "value", "valid", "predicted"))
         return "an item that raised has an answer or counts as right" if counts else ""
-    return scorer.recheck(row)
+    return scorer.check_sample(row)
 
 
 def impossible(score: Score) -> str:
@@ -88,7 +88,7 @@ def recomputed(folder: Path, arm: Arm, score: Score, settings: EvalSettings | No
 def _unscored(score: Score, scorer: Scorer, path: str) -> Iterator[str]:
     """Yield what a score says although there are no samples; what a machine could not run only says why."""
     said = [name for name in NUMBERS if getattr(score, name) not in (None, {})]
-    if said or not score.withheld or not scorer.dispensable:
+    if said or not score.withheld or not scorer.samples_optional:
         yield f"has no samples ({path})"
 
 
@@ -154,7 +154,7 @@ def _one(
     wrong = [f"item {row.get('i')}: {why}" for row in rows if (why := _reread(row, scorer))]
     if wrong:
         return None, [*found, f"{len(wrong)} samples are judged wrongly; the first: {wrong[0]}"]
-    if why := _places(rows) or scorer.recheck_all(rows, settings):
+    if why := _places(rows) or scorer.check_log(rows, settings):
         return None, [*found, why]
     run_again = scorer.run_again(task, rows)
     return scorer.summarise(score.task, rows, settings, score.items_sha256), [*found, *run_again]

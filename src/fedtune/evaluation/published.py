@@ -10,7 +10,14 @@ from fedtune.evaluation.scorers import Scorer
 from fedtune.results.schema import Score
 from fedtune.types import ConfigError, Problem, nearest
 
-SCORED = {name: found for name, task in TASKS.own.items() if task.file and (found := scorers.published(task))}
+
+def scorer_of(task: str) -> Scorer:
+    """Return what scores published files of a benchmark task. Raises ConfigError where there is no such task."""
+    able = {name: found for name, own in TASKS.own.items() if own.file and (found := scorers.published(own))}
+    if task not in able:
+        fix = nearest(task, able) or f"one of {', '.join(able)}"
+        raise ConfigError("fedtune score", [Problem(task, "unknown task", fix)])
+    return able[task]
 
 
 def _check_options(task: str, scorer: Scorer, reading: str, references: Path | None) -> None:
@@ -19,7 +26,7 @@ def _check_options(task: str, scorer: Scorer, reading: str, references: Path | N
     if reading not in scorer.readings:
         fix = nearest(reading, scorer.readings) or "leave it out"
         problems.append(Problem(f"--mode {reading}", f"{task} is scored as {' or '.join(scorer.readings)}", fix))
-    if references is not None and not scorer.with_tests:
+    if references is not None and not scorer.needs_tests:
         what = "has no effect: only programs have tests"
         problems.append(Problem(f"--references {references}", what, "leave it out"))
     if problems:
@@ -46,10 +53,7 @@ def scored(
         CorruptFileError: the file cannot be read as generations.
         DataError, SandboxError: programs cannot be run.
     """
-    if task not in SCORED:
-        fix = nearest(task, SCORED) or f"one of {', '.join(SCORED)}"
-        raise ConfigError("fedtune score", [Problem(task, "unknown task", fix)])
-    scorer = SCORED[task]
+    scorer = scorer_of(task)
     _check_options(task, scorer, reading, references)
     samples, why = scorer.published(TASKS[task], path, reading, references, as_asked=as_asked)
     score = scorer.summarise(task, samples).model_copy(update={"mode": reading})

@@ -62,13 +62,13 @@ class _Log:
     path: Path
     loaded: TaskItems
     mode: str
-    marks: dict[int, Sample]
+    annotations: dict[int, Sample]
     rows: list[Sample]
     on_items: OnItems | None
 
     def add(self, samples: Sequence[Sample]) -> None:
         """Write the samples of the next items down."""
-        fresh = [{**sample, **self.marks.get(sample["i"], {})} for sample in samples]
+        fresh = [{**sample, **self.annotations.get(sample["i"], {})} for sample in samples]
         append_lines(self.path, fresh)
         self.rows += fresh
         if self.on_items:
@@ -113,8 +113,8 @@ def evaluate(
         return Score(task=task.name, mode=mode, metric=scorer.metric.name, n=count, score=None, withheld=reason)
     if solver.whole and len(rows) < count:
         rows = rows[: len(rows) // solver.size * solver.size]
-    marks = scorer.marks(loaded)
-    done = _Log(log, loaded, mode, marks, [row | marks.get(row["i"], {}) for row in rows], on_items)
+    annotations = scorer.annotations(loaded)
+    done = _Log(log, loaded, mode, annotations, [row | annotations.get(row["i"], {}) for row in rows], on_items)
     update_lines(log, [header, *done.rows])
 
     def ask(first: int, last: int) -> Iterator[list[Any]]:

@@ -11,7 +11,7 @@ from fedtune.evaluation.scorers.choice import BOOLEAN, CHOICE
 from fedtune.evaluation.scorers.program import PROGRAM
 from fedtune.evaluation.scorers.sentiment import SENTIMENT
 from fedtune.evaluation.scorers.solution import SOLUTION
-from fedtune.types import nearest
+from fedtune.types import ConfigError, Problem, nearest
 
 KINDS: dict[str, Mapping[str, Scorer]] = {
     "choice": CHOICE,
@@ -40,10 +40,11 @@ def of(task: Task) -> Mapping[str, Scorer]:
     """Return a task's scorers by the words of `eval.modes`.
 
     Raises:
-        ValueError: its kind has none.
+        ConfigError: its kind has none, with the nearest one.
     """
     if task.kind not in KINDS:
-        raise ValueError(f"{task.name}: no scorer for the kind {task.kind!r}; {nearest(task.kind, KINDS)}")
+        fix = nearest(task.kind, KINDS) or f"one of {', '.join(KINDS)}"
+        raise ConfigError(f"task {task.name}", [Problem(f"kind = {task.kind!r}", "has no scorers", fix)])
     return KINDS[task.kind]
 
 

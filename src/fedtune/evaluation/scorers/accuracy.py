@@ -63,7 +63,7 @@ class Accuracy(Scorer):
             items_sha256=items,
         )
 
-    def recheck(self, row: Row) -> str:
+    def check_sample(self, row: Row) -> str:
         """Read a sample's own answer again."""
         if "value" in row:
             return "it has a value, which only programs and solutions have"

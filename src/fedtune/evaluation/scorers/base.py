@@ -83,22 +83,22 @@ class Scorer(ABC):
     Attributes:
         mode: in results and in logs' names.
         metric: what its number is.
-        notices: settings of `eval` that its samples depend on, of those that not every scorer heeds.
+        uses: the settings of `eval` that change what it gives, of those that not every scorer uses.
         distinct: whether no two models give the same samples of a whole set.
         key: the value of a sample that says, with its place, which item it is of.
-        dispensable: whether there may be no samples because a machine lacks what it takes to make them.
-        readings: how a published file of answers can be read, the usual way first; none where nobody publishes such.
-        with_tests: whether a published file of answers needs one with tests beside it.
+        samples_optional: whether a withheld score may have no samples, as the machine lacks what making them takes.
+        readings: how a published file of answers can be read, the usual way first; none where nobody publishes any.
+        needs_tests: whether a published file of answers needs one with tests beside it.
     """
 
     mode: str
     metric: ClassVar[Metric]
-    notices: frozenset[str] = frozenset()
+    uses: frozenset[str] = frozenset()
     distinct: bool = False
     key: ClassVar[str] = "gold"
-    dispensable: ClassVar[bool] = False
+    samples_optional: ClassVar[bool] = False
     readings: ClassVar[tuple[str, ...]] = ()
-    with_tests: ClassVar[bool] = False
+    needs_tests: ClassVar[bool] = False
 
     @abstractmethod
     def solver(self) -> Solver:
@@ -116,7 +116,7 @@ class Scorer(ABC):
         """
 
     @abstractmethod
-    def recheck(self, row: Row) -> str:
+    def check_sample(self, row: Row) -> str:
         """Say in what a sample is not what its own answer gives, or return an empty string; a stranger wrote it."""
 
     def samples(self, loaded: TaskItems, first: int, answers: Sequence[Any], settings: EvalSettings) -> list[Sample]:
@@ -148,14 +148,14 @@ class Scorer(ABC):
 
     def limit(self, settings: EvalSettings) -> int:
         """Return how many items are evaluated; 0 is all."""
-        official = settings.official_limit if "official_limit" in self.notices else 0
+        official = settings.official_limit if "official_limit" in self.uses else 0
         return min([n for n in (settings.limit, official) if n], default=0)
 
     def depends_on(self, config: Config) -> list[Any]:
         """Return the settings that samples depend on: a log made with others is not continued."""
         return [config.eval.prompt, config.prompt.model_dump(mode="json")]
 
-    def marks(self, loaded: TaskItems) -> dict[int, Sample]:
+    def annotations(self, loaded: TaskItems) -> dict[int, Sample]:
         """Return by an item's place what its sample says more, because of the other items of the set."""
         return {}
 
@@ -167,7 +167,7 @@ class Scorer(ABC):
         """
         return ""
 
-    def recheck_all(self, rows: Sequence[Row], settings: EvalSettings) -> str:
+    def check_log(self, rows: Sequence[Row], settings: EvalSettings) -> str:
         """Say in what sound samples are together not what the settings ask for, or return an empty string."""
         return ""
 

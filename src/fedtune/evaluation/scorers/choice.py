@@ -24,7 +24,7 @@ class OfficialChoice(Official):
 
         return Choices()
 
-    def marks(self, loaded: TaskItems) -> dict[int, Sample]:
+    def annotations(self, loaded: TaskItems) -> dict[int, Sample]:
         """Return, by the items' places, whose output overwrites theirs (`metrics.as_counted`)."""
         prompts = {place: item.prompt for place, item in zip(loaded.places, loaded.items, strict=True)}
         last = {prompt: place for place, prompt in prompts.items()}

@@ -21,7 +21,7 @@ class Likelihood(Questions):
     """The likeliest answer counts; what the solver gives is each answer's mean log-probability in nats per token."""
 
     mode = "likelihood"
-    notices = frozenset({"prompt"})
+    uses = frozenset({"prompt"})
     distinct = True
 
     def solver(self) -> Solver:

@@ -19,7 +19,7 @@ class Official(Questions):
     """What is read in an output counts."""
 
     mode = "official"
-    notices = frozenset({"official_limit"})
+    uses = frozenset({"official_limit"})
     readings = ("official", "strict")
 
     def sample(self, item: Item, answer: str) -> Sample:

@@ -42,13 +42,13 @@ class Program(Scorer):
 
     metric = PASS
     key = "group"
-    dispensable = True
-    with_tests = True
+    samples_optional = True
+    needs_tests = True
     readings = ("official",)
 
     def __init__(self, mode: str, *, sampled: bool) -> None:
         self.mode, self.sampled = mode, sampled
-        self.notices = frozenset({"samples", "official_limit"} if sampled else {"max_new_tokens"})
+        self.uses = frozenset({"samples", "official_limit"} if sampled else {"max_new_tokens"})
 
     def solver(self) -> Solver:
         """Return what completes prompts."""
@@ -128,7 +128,7 @@ class Program(Scorer):
         chances = (programs.pass_at(len(r["outcomes"]), _passed(r), k) for r in rows)
         return {f"pass@{k}": math.fsum(chances) / len(rows)} if k > 1 and rows else {}
 
-    def recheck(self, row: Row) -> str:
+    def check_sample(self, row: Row) -> str:
         """Say whether a sample's value is not what its outcomes give."""
         texts, outcomes = row.get("programs"), row.get("outcomes")
         if not isinstance(texts, list) or not isinstance(outcomes, list) or len(texts) != len(outcomes) or not texts:
@@ -139,7 +139,7 @@ class Program(Scorer):
         same = row.get("correct") == passed[0] and row.get("value") == sum(passed) / len(passed)
         return "" if same else "its value is not the share of its programs that passed"
 
-    def recheck_all(self, rows: Sequence[Row], settings: EvalSettings) -> str:
+    def check_log(self, rows: Sequence[Row], settings: EvalSettings) -> str:
         """Say which item has not as many programs as the settings ask for."""
         count = self._of_each(settings)
         few = next((r for r in rows if not isinstance(r.get("programs"), list) or len(r["programs"]) != count), None)

@@ -21,7 +21,7 @@ class Solution(Scorer):
 
     mode = "likelihood"
     metric = NATS
-    notices = frozenset({"prompt"})
+    uses = frozenset({"prompt"})
     distinct = True
 
     def solver(self) -> Solver:
@@ -57,7 +57,7 @@ class Solution(Scorer):
             items_sha256=items,
         )
 
-    def recheck(self, row: Row) -> str:
+    def check_sample(self, row: Row) -> str:
         """Say whether a sample has no value."""
         return "" if type(row.get("value")) in (int, float) else "it has no value"
 
