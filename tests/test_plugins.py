@@ -19,11 +19,13 @@ from fedtune import settings as whole
 from fedtune.cli import app
 from fedtune.config import Settings
 from fedtune.domains import DOMAINS, TASKS
+from fedtune.evaluation import scorers
 from fedtune.experiment.reporter import Reporter
 from fedtune.experiment.run import run
 from fedtune.io import read_json
 from fedtune.methods import METHODS
 from fedtune.types import CancelledError, ConfigError, ResumeError, RoundRecord
+from tests.evaluation.test_scorers import the_page
 from tests.outside import FEDEMA, install
 
 NUMBERS = itertools.count()
@@ -133,6 +135,28 @@ def test_a_domain_of_another_package_brings_its_tasks(
     assert settings(eval__tasks=["shop-fpb"]).unranked[-1] == made.unranked[-1]
     with pytest.raises(ConfigError, match='did you mean "shop"'):
         settings(domain="shopp")
+
+
+SUMS = """
+from dataclasses import replace
+from fedtune.domains import DOMAINS, Item, Task
+words = Task("words", "number", lambda row: Item(row["asked"], row["asked"], (row["gold"],), 0), file="words")
+school = replace(DOMAINS.own["finance"], name="school", tasks=(words,), packaged_tasks=())
+half = {"sometimes": NUMBERS["likelihood"]}
+"""
+
+
+def test_a_kind_of_task_of_another_package_scores_its_tasks(offer: Offer, settings: Callable[..., Settings]) -> None:
+    points = {"domains": {"school": "school"}, "kinds": {"number": "NUMBERS", "half": "half", "none": "words"}}
+    package = offer(the_page() + SUMS, **points).replace("_", "-")
+    made = settings(domain="school", eval__tasks=["words"], eval__modes=["likelihood"], eval__max_new_tokens=9)
+    assert f"the kind number comes from the package {package} 0.3" in made.unranked
+    (scorer,) = scorers.planned(TASKS["words"], made.config.eval)
+    assert (scorer.mode, scorer.metric.name) == ("greedy", "accuracy")
+    assert "'sometimes' is no word of eval.modes" in scorers.KINDS.fault("half")
+    assert "is no mapping of scorers" in scorers.KINDS.fault("none")
+    with pytest.raises(ConfigError, match="words cannot be scored in the mode official"):
+        settings(domain="school", eval__tasks=["words"], eval__modes=["official"])
 
 
 BROKEN = {

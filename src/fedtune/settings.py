@@ -129,6 +129,7 @@ def outside(config: Config) -> dict[str, Origin]:
         ("method", methods.METHODS.origin, [config.method.name]),
         ("domain", domains.DOMAINS.origin, [config.domain]),
         ("task", domains.TASKS.origin, config.eval.tasks),
+        ("kind", scorers.KINDS.origin, sorted({task.kind for task in domains.chosen_tasks(config)})),
     )
     found = {f"{kind} {name}": origin(name) for kind, origin, names in used for name in names}
     return {what: origin for what, origin in found.items() if origin is not None}

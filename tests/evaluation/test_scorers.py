@@ -79,14 +79,19 @@ SUMS = (("What is 2 and 2?", "4"), ("What is 9 less 2?", "7"), ("Half of 9?", "4
 WRITTEN = {"What is 2 and 2?": "It is 4.", "What is 9 less 2?": "9 less 2: 1,000", "Half of 9?": "I do not know"}
 
 
+def the_page() -> str:
+    (block,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs/add-a-task.md").read_text("utf-8"), re.S)
+    return block
+
+
 @pytest.fixture
 def sums(monkeypatch: pytest.MonkeyPatch) -> TaskItems:
     """Make the kind on the page, and a task of it that a model has answered."""
-    (block,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs/add-a-task.md").read_text("utf-8"), re.S)
-    monkeypatch.setattr(scorers, "KINDS", dict(KINDS))  # what is added goes with the test
-    exec(compile(block, "add-a-task.md", "exec"), {"__name__": "page"})
+    page: dict[str, Any] = {"__name__": "page"}
+    exec(compile(the_page(), "add-a-task.md", "exec"), page)
+    monkeypatch.setitem(KINDS.own, "number", page["NUMBERS"])
     task = Task("sums", "number", lambda row: None)
-    monkeypatch.setitem(TASKS, "sums", task)
+    monkeypatch.setitem(TASKS.own, "sums", task)
 
     def written(model: Any, tokenizer: Any, prompts: list[str], *rest: Any) -> Iterator[list[list[str]]]:
         yield [[WRITTEN[prompt]] for prompt in prompts]

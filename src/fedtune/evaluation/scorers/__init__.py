@@ -1,25 +1,40 @@
-"""The scorers of each kind of task, by the words of `eval.modes`. No torch."""
+"""The kinds of tasks: each has scorers by the words of `eval.modes`. No torch."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from typing import get_args
 
-from fedtune.config.schema import EvalSettings
+from fedtune.config.schema import EvalSettings, Mode
 from fedtune.domains.base import Task
 from fedtune.evaluation.scorers.base import Metric, Scorer, Solver
 from fedtune.evaluation.scorers.choice import BOOLEAN, CHOICE
 from fedtune.evaluation.scorers.program import PROGRAM
 from fedtune.evaluation.scorers.sentiment import SENTIMENT
 from fedtune.evaluation.scorers.solution import SOLUTION
+from fedtune.registry import Registry
 from fedtune.types import ConfigError, Problem, nearest
 
-KINDS: dict[str, Mapping[str, Scorer]] = {
+Scorers = Mapping[str, Scorer]
+
+
+def _checked(name: str, found: object) -> Scorers:
+    """Return the scorers of a kind that another package offers. Raises TypeError or ValueError: they are none."""
+    if not isinstance(found, Mapping) or not found or not all(isinstance(one, Scorer) for one in found.values()):
+        raise TypeError(f"{found!r:.100} is no mapping of scorers")
+    if odd := [word for word in found if word not in get_args(Mode)]:
+        raise ValueError(f"{odd[0]!r} is no word of eval.modes")
+    return found
+
+
+_OWN: dict[str, Scorers] = {
     "choice": CHOICE,
     "boolean": BOOLEAN,
     "sentiment": SENTIMENT,
     "solution": SOLUTION,
     "program": PROGRAM,
 }
+KINDS = Registry("kind", _OWN, _checked)
 
 __all__ = [
     "KINDS",
@@ -36,16 +51,17 @@ __all__ = [
 ]
 
 
-def of(task: Task) -> Mapping[str, Scorer]:
+def of(task: Task) -> Scorers:
     """Return a task's scorers by the words of `eval.modes`.
 
     Raises:
         ConfigError: its kind has none, with the nearest one.
     """
-    if task.kind not in KINDS:
-        fix = nearest(task.kind, KINDS) or f"one of {', '.join(KINDS)}"
+    found = KINDS.get(task.kind)
+    if found is None:
+        fix = KINDS.fault(task.kind) or nearest(task.kind, KINDS) or f"one of {', '.join(KINDS)}"
         raise ConfigError(f"task {task.name}", [Problem(f"kind = {task.kind!r}", "has no scorers", fix)])
-    return KINDS[task.kind]
+    return found
 
 
 def planned(task: Task, settings: EvalSettings) -> Iterator[Scorer]:
@@ -76,5 +92,7 @@ def published(task: Task) -> Scorer | None:
 
 def metric(name: str) -> Metric:
     """Return a score's metric by the name it has in files; one that is not known here is shown as a share."""
-    known = {scorer.metric.name: scorer.metric for scorers in KINDS.values() for scorer in scorers.values()}
+    known = {scorer.metric.name: scorer.metric for kind in KINDS.own.values() for scorer in kind.values()}
+    if name not in known:
+        known |= {scorer.metric.name: scorer.metric for kind in KINDS.others().values() for scorer in kind.values()}
     return known.get(name, Metric(name))
