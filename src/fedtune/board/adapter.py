@@ -11,13 +11,14 @@ from fedtune.methods import METHODS
 from fedtune.models.adapter_config import AdapterConfig, read_config
 from fedtune.models.source import not_a_number
 from fedtune.models.zoo import HEAD, zoo
+from fedtune.names import PREFIX, A, B, M
 from fedtune.results.entry import Entry
 from fedtune.tensors import tensor_header
 from fedtune.types import AdapterError, FedtuneError, Problem
 
 ADAPTER, CONFIG = "adapter/adapter_model.safetensors", "adapter/adapter_config.json"
 FLOATS = {"F64", "F32", "F16", "BF16"}
-_TENSOR = re.compile(r"base_model\.model\.(.+)\.(lora_A\.weight|lora_B\.weight|lora_magnitude_vector)")
+_TENSOR = re.compile(f"{re.escape(PREFIX)}(.+)({'|'.join(map(re.escape, (A, B, M)))})")
 MAX_LAYERS, MAX_NAME, MAX_PARTS = 20_000, 1_000, 40  # layers of an adapter, letters and parts of a layer's path
 
 # of each adapted layer its path in the base model: its shape (in, out)
@@ -55,13 +56,13 @@ def saved(folder: Path) -> Saved:
             )
         parts.setdefault(found[1], {})[found[2]] = entry["shape"]
     layers = Saved({path: _shape(path, own) for path, own in parts.items()})
-    layers.magnitudes = frozenset(path for path, own in parts.items() if "lora_magnitude_vector" in own)
+    layers.magnitudes = frozenset(path for path, own in parts.items() if M in own)
     return layers
 
 
 def _shape(path: str, own: Mapping[str, list[int]]) -> tuple[int, int, int]:
-    a, b = own.get("lora_A.weight", []), own.get("lora_B.weight", [])
-    if len(a) != 2 or len(b) != 2 or a[0] != b[1] or own.get("lora_magnitude_vector", b[:1]) != b[:1]:
+    a, b = own.get(A, []), own.get(B, [])
+    if len(a) != 2 or len(b) != 2 or a[0] != b[1] or own.get(M, b[:1]) != b[:1]:
         raise AdapterError(f"{ADAPTER}: {path[:200]}: A is {a} and B {b}; they do not multiply")
     return a[1], b[0], a[0]
 

@@ -18,12 +18,12 @@ import torch
 from torch import Tensor
 
 from fedtune.io import write_bytes
-from fedtune.lora.base_delta import SIDE_A, SIDE_B
+from fedtune.names import BASE_A, BASE_B
 from fedtune.tensors import tensor_header
 from fedtune.types import CorruptFileError
 
 COLUMNS = 64
-_AXES = {SIDE_A: 0, SIDE_B: 1}
+_AXES = {BASE_A: 0, BASE_B: 1}
 
 
 def axis_of(name: str) -> int | None:

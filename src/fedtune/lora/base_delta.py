@@ -14,9 +14,8 @@ from torch import Tensor
 
 from fedtune.lora import product
 from fedtune.lora.product import Product
-from fedtune.lora.state import PREFIX, AdapterState, LoraModule
-
-SIDE_A, SIDE_B = ".base_A.weight", ".base_B.weight"
+from fedtune.lora.state import AdapterState, LoraModule
+from fedtune.names import BASE_A, BASE_B, PREFIX
 
 
 @dataclass(frozen=True)
@@ -52,14 +51,14 @@ def join(pieces: Sequence[Piece]) -> dict[str, Product]:
 
 def side_tensors(products: Mapping[str, Product]) -> dict[str, Tensor]:
     """Return side adapters under the names a model takes them by."""
-    named = {PREFIX + path + SIDE_A: p.right.contiguous() for path, p in products.items()}
-    return {**named, **{PREFIX + path + SIDE_B: p.left.contiguous() for path, p in products.items()}}
+    named = {PREFIX + path + BASE_A: p.right.contiguous() for path, p in products.items()}
+    return {**named, **{PREFIX + path + BASE_B: p.left.contiguous() for path, p in products.items()}}
 
 
 def from_side_tensors(tensors: Mapping[str, Tensor]) -> dict[str, Product]:
     """Return the side adapters among tensors."""
-    paths = [n.removeprefix(PREFIX).removesuffix(SIDE_A) for n in tensors if n.endswith(SIDE_A)]
-    return {p: Product(tensors[PREFIX + p + SIDE_B], tensors[PREFIX + p + SIDE_A]) for p in paths}
+    paths = [n.removeprefix(PREFIX).removesuffix(BASE_A) for n in tensors if n.endswith(BASE_A)]
+    return {p: Product(tensors[PREFIX + p + BASE_B], tensors[PREFIX + p + BASE_A]) for p in paths}
 
 
 def effective(adapter: AdapterState, pieces: Sequence[Piece] = ()) -> dict[str, Product]:

@@ -19,7 +19,8 @@ import torch
 from torch import Tensor
 
 from fedtune.lora.algebra import weighted_mean
-from fedtune.lora.state import PREFIX, AdapterState, B, M
+from fedtune.lora.state import AdapterState
+from fedtune.names import PREFIX, B, M
 
 # how far a magnitude may move in one round, either way, and how far all rounds together may move it: so near to 1 that
 # float32 divides by a relative magnitude without loss

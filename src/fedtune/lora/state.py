@@ -9,10 +9,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from fedtune.names import PREFIX, A, B, M
 from fedtune.types import AdapterError, derive_seed
-
-PREFIX = "base_model.model."
-A, B, M = ".lora_A.weight", ".lora_B.weight", ".lora_magnitude_vector"
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ from pydantic import Field
 
 from fedtune.methods.base import ClientUpdate, Method, ServerState
 from fedtune.methods.requests import ClientContext, Fitted, Program, Tensors
+from fedtune.names import BASE
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -23,12 +24,11 @@ if TYPE_CHECKING:
     from fedtune.lora.state import AdapterState
 
 _SEEN, _SINCE, _HELD = "base/seen", "base/since", "base/held"
-_SIDES = (".base_A.weight", ".base_B.weight")
 
 
 def is_base_side(name: str) -> bool:
     """Tell whether a tensor is part of a change of the base model."""
-    return name.endswith(_SIDES)
+    return name.endswith(BASE)
 
 
 def is_kept(name: str) -> bool:

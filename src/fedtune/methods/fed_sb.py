@@ -17,6 +17,7 @@ from fedtune.methods.base import ClientUpdate, Method, ServerState, Sizes
 from fedtune.methods.requests import ClientContext, Fitted, Gradients, Program, Tensors, Train
 from fedtune.methods.sketches import evened
 from fedtune.methods.sound import LOOSE
+from fedtune.names import CORE, PREFIX, A, B
 from fedtune.types import derive_seed
 
 if TYPE_CHECKING:
@@ -24,8 +25,7 @@ if TYPE_CHECKING:
 
     from fedtune.lora.state import AdapterState
 
-_HOLDERS, _R, _BASIS = "fed_sb/holders", ".lora_R.weight", "fed_sb/basis/"
-_A, _B = ".lora_A.weight", ".lora_B.weight"
+_HOLDERS, _BASIS = "fed_sb/holders", "fed_sb/basis/"
 RIGHT, LEFT = 2, 3  # random probes of each side; more on the left, so that the system for the core is overdetermined
 
 
@@ -49,11 +49,11 @@ class FedSB(Method):
 
     def trainable(self, round_: int, name: str) -> bool:
         """Train R only."""
-        return name.endswith(_R)
+        return name.endswith(CORE)
 
     def common(self, round_: int, name: str) -> bool:
         """In a PEFT folder R is part of B; A is the common basis."""
-        return name.endswith(_A)
+        return name.endswith(A)
 
     def begin(self, layout: AdapterState, download: Tensors, kept: Tensors, round_: int) -> dict[str, Tensor]:
         """Return the bases and R; before there are any, the fresh adapter."""
@@ -68,11 +68,11 @@ class FedSB(Method):
 
     def fit(self, client: ClientContext, start: Tensors) -> Program[Fitted]:
         """Send sketches of the gradient while there are no bases, then train R."""
-        if not any(n.endswith(_R) for n in start):
+        if not any(n.endswith(CORE) for n in start):
             return Fitted((yield from self._sketches(client)))
         trained = yield Train(start, [n for n in start if self.trainable(client.round, n)])
-        bases = {n: t for n, t in start.items() if not n.endswith(_R)}
-        return Fitted({n: t for n, t in trained.items() if n.endswith(_R)}, bases)
+        bases = {n: t for n, t in start.items() if not n.endswith(CORE)}
+        return Fitted({n: t for n, t in trained.items() if n.endswith(CORE)}, bases)
 
     def _probe(self, layout: AdapterState, number: int) -> AdapterState:
         """Return random factors, common to all: A to probe from the right, B from the left."""
@@ -89,7 +89,7 @@ class FedSB(Method):
         sent: dict[str, Tensor] = {}
         for number in range(1, LEFT + 1):
             probe = self._probe(client.layout, number)
-            for end, zero in ((_B, "b"), (_A, "a")):
+            for end, zero in ((B, "b"), (A, "a")):
                 if zero == "b" and number > RIGHT:
                     continue
                 at = {p: replace(m, **{zero: getattr(m, zero) * 0}) for p, m in probe.items()}
@@ -115,14 +115,13 @@ class FedSB(Method):
         import torch
 
         from fedtune.lora import product
-        from fedtune.lora.state import PREFIX
 
         extra: dict[str, Tensor] = {_HOLDERS: torch.zeros(0, dtype=torch.int64)}
         adapter = {}
         probes = [self._probe(state.adapter, n) for n in range(1, LEFT + 1)]
         for path, module in state.adapter.items():
-            right = torch.cat([sketches[f"{PREFIX}{path}{_B}.{n}"] for n in range(1, RIGHT + 1)], dim=1)
-            left = torch.cat([sketches[f"{PREFIX}{path}{_A}.{n}"] for n in range(1, LEFT + 1)], dim=0)
+            right = torch.cat([sketches[f"{PREFIX}{path}{B}.{n}"] for n in range(1, RIGHT + 1)], dim=1)
+            left = torch.cat([sketches[f"{PREFIX}{path}{A}.{n}"] for n in range(1, LEFT + 1)], dim=0)
             core = torch.linalg.qr(right)[0]
             probe = torch.cat([p[path].b for p in probes], dim=1)
             # by QR, for LAPACK's own least squares does not give the same bits twice
@@ -131,29 +130,25 @@ class FedSB(Method):
             u, _, vh = product.svd(product.Product(core, inner))
             bases = product.padded(product.Product(u[:, : module.rank], vh[: module.rank]), module.rank)
             extra[_BASIS + path] = bases.left.contiguous()
-            extra[PREFIX + path + _R] = module.a.new_zeros(module.rank, module.rank)
+            extra[PREFIX + path + CORE] = module.a.new_zeros(module.rank, module.rank)
             adapter[path] = replace(module, a=bases.right.contiguous(), b=torch.zeros_like(module.b))
         return replace(state, adapter=adapter, round=round_, extra=extra)
 
     def _product(self, state: ServerState, extra: Tensors) -> AdapterState:
         """Return the model as a LoRA adapter: (A, B R)."""
-        from fedtune.lora.state import PREFIX
-
-        return {p: replace(m, b=extra[_BASIS + p] @ extra[PREFIX + p + _R]) for p, m in state.adapter.items()}
+        return {p: replace(m, b=extra[_BASIS + p] @ extra[PREFIX + p + CORE]) for p, m in state.adapter.items()}
 
     def view(self, state: ServerState, client: int) -> dict[str, Tensor]:
         """Send R, and the bases to whoever does not have them; nothing but a mark before there are any."""
         import torch
 
-        from fedtune.lora.state import PREFIX
-
         known = state.extra.get(_HOLDERS)
         if known is None:
             return {_HOLDERS: torch.tensor(0)}
-        sent = {n: t for n, t in state.extra.items() if n.endswith(_R)}
+        sent = {n: t for n, t in state.extra.items() if n.endswith(CORE)}
         if client not in known.tolist():
-            sent |= {PREFIX + p + _A: m.a for p, m in state.adapter.items()}
-            sent |= {PREFIX + p + _B: state.extra[_BASIS + p] for p in state.adapter}
+            sent |= {PREFIX + p + A: m.a for p, m in state.adapter.items()}
+            sent |= {PREFIX + p + B: state.extra[_BASIS + p] for p in state.adapter}
         return sent
 
     def expected(self, state: ServerState, client: int, round_: int) -> dict[str, Tensor]:
@@ -161,14 +156,14 @@ class FedSB(Method):
         from fedtune.lora.state import to_tensors
 
         if _HOLDERS in state.extra:
-            return {n: t for n, t in state.extra.items() if n.endswith(_R)}
+            return {n: t for n, t in state.extra.items() if n.endswith(CORE)}
         adapter = to_tensors(state.adapter)
         probes = [(n, t, i) for n, t in adapter.items() for i in range(1, LEFT + 1)]
-        return {f"{n}.{i}": t for n, t, i in probes if n.endswith(_A) or i <= RIGHT}
+        return {f"{n}.{i}": t for n, t, i in probes if n.endswith(A) or i <= RIGHT}
 
     def growth(self, name: str) -> float:
         """Let sketches be of any plausible size: only the directions of their SVD are used."""
-        return super().growth(name) if name.endswith(_R) else LOOSE
+        return super().growth(name) if name.endswith(CORE) else LOOSE
 
     def aggregate(
         self, clients: Sequence[AdapterState], examples: Sequence[float], state: ServerState, round_: int, rank: int = 0

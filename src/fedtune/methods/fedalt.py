@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from fedtune.methods.base import ClientUpdate, Method, ServerState
 from fedtune.methods.requests import ClientContext, Fitted, Program, Tensors, Train
+from fedtune.names import FACTORS, OTHER, PREFIX, ROUTER
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -22,7 +23,6 @@ if TYPE_CHECKING:
 _SHARE, _SHARES, _ROUND = "fedalt/share", "fedalt/shares", "fedalt/round"
 # beside its newest adapter and router a client keeps their round, and those it had before it
 _AT, _WAS = "fedalt/at", "fedalt/was/"
-_FACTORS = (".lora_A.weight", ".lora_B.weight")
 
 
 def rest_of_world(mean: Tensor, own: Tensor, share: float) -> Tensor:
@@ -58,20 +58,20 @@ class FedALT(Method):
 
     def trainable(self, round_: int, name: str) -> bool:
         """Train the own adapter and the router."""
-        return not name.endswith((".other_A.weight", ".other_B.weight"))
+        return not name.endswith(OTHER)
 
     def begin(self, layout: AdapterState, download: Tensors, kept: Tensors, round_: int) -> dict[str, Tensor]:
         """Return the own adapter and router as kept, and the rest of the world from the mean."""
-        from fedtune.lora.state import PREFIX, to_tensors
+        from fedtune.lora.state import to_tensors
 
         share = float(download[_SHARE])
         own = {**to_tensors(layout), **believed(kept, int(download[_ROUND]))}
         for name, mean in download.items():
-            if name.endswith(_FACTORS):
+            if name.endswith(FACTORS):
                 other = name.replace(".lora_", ".other_")
                 own[other] = rest_of_world(mean, own[name], share) if share else mean
         for path, module in layout.items():
-            own.setdefault(PREFIX + path + ".router.weight", module.a.new_zeros(2, module.a.shape[1]))
+            own.setdefault(PREFIX + path + ROUTER, module.a.new_zeros(2, module.a.shape[1]))
         return own
 
     def fit(self, client: ClientContext, start: Tensors) -> Program[Fitted]:
@@ -82,7 +82,7 @@ class FedALT(Method):
         trained = yield Train(start, names)
         own = {n: trained[n] for n in names}
         kept = {**own, **{_WAS + n: start[n] for n in names}, _AT: torch.tensor(client.round)}
-        return Fitted({n: t for n, t in own.items() if n.endswith(_FACTORS)}, kept)
+        return Fitted({n: t for n, t in own.items() if n.endswith(FACTORS)}, kept)
 
     def server_step(self, updates: Sequence[ClientUpdate], state: ServerState, round_: int) -> ServerState:
         """Average the adapters, and remember what share of the mean each client has."""

@@ -13,13 +13,13 @@ from pydantic import Field
 
 from fedtune.methods.base import Method, ServerState
 from fedtune.methods.requests import ClientContext, Features, Fitted, Program, Tensors, Train
+from fedtune.names import ANCHORS, MIX
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from fedtune.lora.state import AdapterState
 
-ANCHORS, MIX = "mix.anchors", "mix.weight"
 _LOCAL, _GLOBAL = ".other_", ".lora_"
 
 
@@ -44,7 +44,7 @@ class FedDPA(Method):
 
     def trainable(self, round_: int, name: str) -> bool:
         """Both adapters are trained, one after the other."""
-        return not name.startswith("mix.")
+        return name not in (ANCHORS, MIX)
 
     def begin(self, layout: AdapterState, download: Tensors, kept: Tensors, round_: int) -> dict[str, Tensor]:
         """Return the global adapter and, once there is one, the local."""

@@ -12,11 +12,10 @@ from pydantic import Field
 
 from fedtune.methods.rbla import RBLA
 from fedtune.methods.requests import Tensors
+from fedtune.names import A, B
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-_A, _B = ".lora_A.weight", ".lora_B.weight"
 
 
 def agreement(a: Tensor, b: Tensor, a_start: Tensor, b_start: Tensor) -> float:
@@ -48,11 +47,11 @@ class FediLoRA(RBLA):
     def payload(self, tensors: Tensors, start: Tensors, round_: int) -> dict[str, Tensor]:
         """Repair the weakest layer."""
         sent = dict(tensors)
-        paths = [n.removesuffix(_A) for n in tensors if n.endswith(_A)]
-        known = {p: agreement(*(t[p + e] for t in (tensors, start) for e in (_A, _B))) for p in paths}
+        paths = [n.removesuffix(A) for n in tensors if n.endswith(A)]
+        known = {p: agreement(*(t[p + e] for t in (tensors, start) for e in (A, B))) for p in paths}
         weakest = min(paths, key=lambda p: known[p])
         if known[weakest] < 1:
             share = self.parameters.repair
-            for name in (weakest + _A, weakest + _B):
+            for name in (weakest + A, weakest + B):
                 sent[name] = tensors[name].lerp(start[name].to(tensors[name].dtype), share)
         return sent

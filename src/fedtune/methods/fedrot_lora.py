@@ -13,11 +13,10 @@ from typing import TYPE_CHECKING
 from pydantic import Field
 
 from fedtune.methods.fedit import FedIT
+from fedtune.names import A, B
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-_A, _B = ".lora_A.weight", ".lora_B.weight"
 
 
 class FedRotLoRA(FedIT):
@@ -44,10 +43,10 @@ class FedRotLoRA(FedIT):
         turned = dict(tensors)
         if round_ > 1:
             for name in tensors:
-                if name.endswith(_A):
-                    path = name.removesuffix(_A)
-                    pair = self.rotate(tensors[name], tensors[path + _B], start[name], start[path + _B], round_)
-                    turned[name], turned[path + _B] = pair
+                if name.endswith(A):
+                    path = name.removesuffix(A)
+                    pair = self.rotate(tensors[name], tensors[path + B], start[name], start[path + B], round_)
+                    turned[name], turned[path + B] = pair
         return turned
 
     def rotate(self, a: Tensor, b: Tensor, a_start: Tensor, b_start: Tensor, round_: int) -> tuple[Tensor, Tensor]:

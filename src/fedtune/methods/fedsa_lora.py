@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from fedtune.methods.base import Method, ServerState, Sizes
 from fedtune.methods.requests import ClientContext, Fitted, Program, Tensors, Train
+from fedtune.names import A
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -38,7 +39,7 @@ class FedSALoRA(Method):
 
     @staticmethod
     def _shared(name: str) -> bool:
-        return ".lora_A" in name
+        return A in name
 
     def begin(self, layout: AdapterState, download: Tensors, kept: Tensors, round_: int) -> dict[str, Tensor]:
         """Start from the mean A and this client's own B."""

@@ -11,6 +11,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from fedtune.methods.base import ClientUpdate, Method, ServerState, Sizes
+from fedtune.names import A
 
 if TYPE_CHECKING:
     from fedtune.lora.state import LoraModule
@@ -36,7 +37,7 @@ class FedSVD(Method):
 
     def trainable(self, round_: int, name: str) -> bool:
         """Train B only; A changes on the server."""
-        return ".lora_A" not in name
+        return A not in name
 
     def server_step(self, updates: Sequence[ClientUpdate], state: ServerState, round_: int) -> ServerState:
         """Average B, then re-orthogonalise every module."""

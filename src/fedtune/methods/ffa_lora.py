@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from fedtune.methods.base import Method, ServerState, Sizes
+from fedtune.names import A
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -32,7 +33,7 @@ class FFALoRA(Method):
 
     def trainable(self, round_: int, name: str) -> bool:
         """Train B only."""
-        return ".lora_A" not in name
+        return A not in name
 
     def view(self, state: ServerState, client: int) -> dict[str, Tensor]:
         """Send B only; A is what the seed made it."""

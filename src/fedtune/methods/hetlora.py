@@ -18,13 +18,14 @@ from fedtune.methods.base import ClientUpdate, ServerState
 from fedtune.methods.rbla import RBLA
 from fedtune.methods.requests import ClientContext, Fitted, Program, Tensors
 from fedtune.methods.sound import capped
+from fedtune.names import A, B
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from fedtune.lora.state import AdapterState, LoraModule
 
-_A, _B, _RANKS = ".lora_A.weight", ".lora_B.weight", "hetlora/ranks"
+_RANKS = "hetlora/ranks"
 
 
 class HetLoRA(RBLA):
@@ -55,11 +56,11 @@ class HetLoRA(RBLA):
         """Return for each layer the part beyond gamma r of (A, B); layers without one are left out."""
         tails = {}
         for name in tensors:
-            if name.endswith(_A):
-                a, b = tensors[name], tensors[name.replace(_A, _B)]
+            if name.endswith(A):
+                a, b = tensors[name], tensors[name.replace(A, B)]
                 cut = self.pruned(a.shape[0])
                 if cut < a.shape[0]:
-                    tails[name.removesuffix(_A)] = (a[cut:], b[:, cut:])
+                    tails[name.removesuffix(A)] = (a[cut:], b[:, cut:])
         return tails
 
     def loss_term(self, now: Tensors, start: Tensors) -> Tensor | None:
@@ -105,10 +106,10 @@ class HetLoRA(RBLA):
     def flaw(self, update: Tensors, state: ServerState, client: int, round_: int, steps: int) -> str:
         """Accept the rank that was sent or the pruned one, the same in every layer."""
         allowed = self.view(state, client)
-        whole = next(t.shape[0] for n, t in allowed.items() if n.endswith(_A))
-        got = {t.shape[0 if n.endswith(_A) else 1] for n, t in update.items() if t.dim() == 2}
+        whole = next(t.shape[0] for n, t in allowed.items() if n.endswith(A))
+        got = {t.shape[0 if n.endswith(A) else 1] for n, t in update.items() if t.dim() == 2}
         for name, tensor in update.items():
-            wide = 1 if name.endswith(_A) else 0
+            wide = 1 if name.endswith(A) else 0
             if tensor.dim() != 2 or tensor.shape[wide] != allowed[name].shape[wide]:
                 return f"{name}: got {tuple(tensor.shape)}, expected {tuple(allowed[name].shape)} or a pruned rank"
         if len(got) != 1 or not got <= {whole, self.pruned(whole)}:
@@ -128,7 +129,7 @@ class HetLoRA(RBLA):
         after = super().server_step(updates, state, round_)
         ranks = {int(c): int(r) for c, r in state.extra.get(_RANKS, ())}
         for update in updates:
-            ranks[update.client] = next(t.shape[0] for n, t in update.tensors.items() if n.endswith(_A))
+            ranks[update.client] = next(t.shape[0] for n, t in update.tensors.items() if n.endswith(A))
         table = torch.tensor(sorted(ranks.items()), dtype=torch.int64)
         return replace(after, extra={**after.extra, _RANKS: table})
 

@@ -16,18 +16,17 @@ from pydantic import Field
 
 from fedtune.methods.base import ClientUpdate, Method, ServerState, Sizes
 from fedtune.methods.requests import ClientContext, Fitted, Program, Tensors, Train
+from fedtune.names import CHOSEN, A, B
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from fedtune.lora.state import AdapterState
 
-_A, _B, _CHOSEN = ".lora_A.weight", ".lora_B.weight", ".chosen"
-
 
 def _axis(name: str) -> int:
     """Return which axis of a factor counts ranks."""
-    return 0 if name.endswith(_A) else 1
+    return 0 if name.endswith(A) else 1
 
 
 class LoRAA2(Method):
@@ -57,7 +56,7 @@ class LoRAA2(Method):
 
     def trainable(self, round_: int, name: str) -> bool:
         """Train B in odd rounds and A in even ones."""
-        return name.endswith(_B) if round_ % 2 else name.endswith(_A)
+        return name.endswith(B) if round_ % 2 else name.endswith(A)
 
     def cut(self, adapter: AdapterState, client: int) -> AdapterState:
         """Leave the adapter whole: a client's rank is its budget."""
@@ -80,7 +79,7 @@ class LoRAA2(Method):
         chosen = self.choose((yield Train(start, names)), start, names, self.budget(client.layout, client.client))
         trained = yield Train(start, names, masks=_masks(start, chosen))
         sent = {n: trained[n].index_select(_axis(n), chosen[n]) for n in names}
-        return Fitted({**sent, **{n + _CHOSEN: chosen[n] for n in names}})
+        return Fitted({**sent, **{n + CHOSEN: chosen[n] for n in names}})
 
     def choose(self, trained: Tensors, start: Tensors, names: Sequence[str], budget: int) -> dict[str, Tensor]:
         """Return for each trained tensor the ranks with the largest changes, ascending."""
@@ -88,7 +87,7 @@ class LoRAA2(Method):
 
         scores = []
         for name in names:
-            other = start[name.replace(_A, _B) if name.endswith(_A) else name.replace(_B, _A)]
+            other = start[name.replace(A, B) if name.endswith(A) else name.replace(B, A)]
             change = (trained[name] - start[name]).norm(dim=1 - _axis(name))
             scores.append(change * other.norm(dim=_axis(name)))
         order = torch.cat(scores).argsort(descending=True, stable=True)[:budget].sort().values
@@ -103,13 +102,13 @@ class LoRAA2(Method):
         import torch
 
         whole = super().expected(state, client, round_)
-        return {**whole, **{n + _CHOSEN: torch.arange(t.shape[_axis(n)]) for n, t in whole.items()}}
+        return {**whole, **{n + CHOSEN: torch.arange(t.shape[_axis(n)]) for n, t in whole.items()}}
 
     def flaw(self, update: Tensors, state: ServerState, client: int, round_: int, steps: int) -> str:
         """Refuse ranks that do not exist, come twice, or exceed the budget."""
         total = 0
         for name, whole in super().expected(state, client, round_).items():
-            axis, ranks, got = _axis(name), update[name + _CHOSEN], update[name]
+            axis, ranks, got = _axis(name), update[name + CHOSEN], update[name]
             if ranks.dim() != 1 or ranks.numel() > whole.shape[axis]:
                 return f"{name}: {tuple(ranks.shape)} ranks of {whole.shape[axis]}"
             total += ranks.numel()
@@ -127,9 +126,9 @@ class LoRAA2(Method):
         from fedtune.lora.state import to_tensors, with_tensors
 
         tensors = to_tensors(state.adapter)
-        for name in [n for n in update.tensors if not n.endswith(_CHOSEN)]:
+        for name in [n for n in update.tensors if not n.endswith(CHOSEN)]:
             whole = tensors[name].clone()
-            tensors[name] = whole.index_copy_(_axis(name), update.tensors[name + _CHOSEN], update.tensors[name])
+            tensors[name] = whole.index_copy_(_axis(name), update.tensors[name + CHOSEN], update.tensors[name])
         return with_tensors(state.adapter, tensors)
 
     def server_step(self, updates: Sequence[ClientUpdate], state: ServerState, round_: int) -> ServerState:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from fedtune.methods.base import ClientUpdate, ServerState, Sizes
 from fedtune.methods.base_delta import MovesBase, is_base_side
 from fedtune.methods.requests import Tensors
+from fedtune.names import A
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -38,7 +39,7 @@ class RACLoRA(MovesBase):
 
     def trainable(self, round_: int, name: str) -> bool:
         """Train B only."""
-        return ".lora_A" not in name and not is_base_side(name)
+        return A not in name and not is_base_side(name)
 
     def begin(self, layout: AdapterState, download: Tensors, kept: Tensors, round_: int) -> dict[str, Tensor]:
         """Start from this round's A, and B = 0."""

@@ -5,6 +5,7 @@ has no gradient.
 """
 
 from fedtune.methods.base import Method, Sizes
+from fedtune.names import A, B
 
 
 class RoLoRA(Method):
@@ -24,4 +25,4 @@ class RoLoRA(Method):
 
     def trainable(self, round_: int, name: str) -> bool:
         """Train B in odd rounds and A in even ones."""
-        return (".lora_B" in name) if round_ % 2 else (".lora_A" in name)
+        return (B in name) if round_ % 2 else (A in name)

@@ -15,6 +15,8 @@ import statistics
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from fedtune.names import B
+
 if TYPE_CHECKING:
     from fedtune.lora.state import AdapterState
     from fedtune.methods.requests import Tensors
@@ -54,7 +56,7 @@ def magnitude_problem(tensors: Tensors, adapter: AdapterState, *, relative: bool
         relative: magnitudes are relative, and B comes multiplied by them; it is bounded without.
     """
     from fedtune.lora import dora
-    from fedtune.lora.state import B, to_tensors
+    from fedtune.lora.state import to_tensors
 
     if (odd := dora.outside(tensors, adapter)) or not relative:
         return odd

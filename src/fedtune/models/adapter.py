@@ -14,20 +14,12 @@ from torch import Tensor
 from fedtune.config.schema import LoraSettings
 from fedtune.io import write_bytes, write_json
 from fedtune.lora.dora import row_norms
-from fedtune.lora.state import (
-    PREFIX,
-    A,
-    AdapterState,
-    B,
-    LoraModule,
-    M,
-    to_tensors,
-    with_tensors,
-)
+from fedtune.lora.state import AdapterState, LoraModule, to_tensors, with_tensors
 from fedtune.models.dropout import KeyedDropout, Keys
 from fedtune.models.load import LoadedModel
-from fedtune.models.sides import Sides, is_side
+from fedtune.models.sides import Sides
 from fedtune.models.source import CONFIG, WEIGHTS
+from fedtune.names import PREFIX, A, B, M, is_side
 from fedtune.types import AdapterError, ModelError, nearest
 
 
@@ -158,20 +150,20 @@ def load_tensors(slots: Mapping[str, torch.nn.Parameter], tensors: Mapping[str, 
 
 def _file_name(parameter: str) -> str:
     """Turn a parameter's name in the model into its name in PEFT's file format."""
-    name = parameter.replace(".default.", ".").replace(".lora_magnitude_vector.weight", ".lora_magnitude_vector")
+    name = parameter.replace(".default.", ".").replace(f"{M}.weight", M)
     return name.removesuffix(".default")
 
 
 def _layout(layers: Mapping[str, Any], slots: Mapping[str, torch.nn.Parameter], config: Any) -> AdapterState:
     modules: dict[str, LoraModule] = {}
     for path, layer in layers.items():
-        get = f"base_model.model.{path}"
+        get = PREFIX + path
         modules[path] = LoraModule(
-            a=slots[f"{get}.lora_A.weight"].detach().to("cpu", copy=True),
-            b=slots[f"{get}.lora_B.weight"].detach().to("cpu", copy=True),
+            a=slots[get + A].detach().to("cpu", copy=True),
+            b=slots[get + B].detach().to("cpu", copy=True),
             alpha=float(layer.lora_alpha["default"]),
             rslora=config.use_rslora,
-            magnitude=slots[f"{get}.lora_magnitude_vector"].detach().to("cpu", copy=True) if config.use_dora else None,
+            magnitude=slots[get + M].detach().to("cpu", copy=True) if config.use_dora else None,
             conv1d=bool(getattr(layer, "fan_in_fan_out", False)),
         )
     return modules

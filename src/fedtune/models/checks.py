@@ -8,13 +8,14 @@ from typing import Any
 
 import torch
 
+from fedtune.names import PREFIX
 from fedtune.types import ModelError
 
 log = logging.getLogger("fedtune")
 
 # where a checkpoint of something else usually comes from, by what its names begin with
 _WRAPPERS = {
-    "base_model.model.": "a PEFT model was saved whole; save model.merge_and_unload() instead",
+    PREFIX: "a PEFT model was saved whole; save model.merge_and_unload() instead",
     "module.": "a DataParallel wrapper was saved; save its .module instead",
     "_orig_mod.": "a compiled model was saved; save its ._orig_mod instead",
 }

@@ -11,9 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fedtune.lora.state import PREFIX, A, B, LoraModule, M, from_tensors
+from fedtune.lora.state import LoraModule, from_tensors
 from fedtune.models.adapter_config import AdapterConfig, read_config
 from fedtune.models.source import CONFIG, WEIGHTS, not_a_number
+from fedtune.names import PREFIX, A, B, M
 from fedtune.tensors import tensor_header
 from fedtune.types import AdapterError, CorruptFileError
 

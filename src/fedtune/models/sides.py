@@ -19,16 +19,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fedtune.lora.state import PREFIX
+from fedtune.names import ANCHORS, BASE_A, BASE_B, CORE, MIX, OTHER_A, OTHER_B, PREFIX, ROUTER, SIDES
 from fedtune.types import AdapterError
-
-ROLES = ("base_A", "base_B", "lora_R", "other_A", "other_B", "router")
-ANCHORS, MIX = "mix.anchors", "mix.weight"
-
-
-def is_side(name: str) -> bool:
-    """Tell whether a tensor belongs here and not to PEFT's adapter."""
-    return name in (ANCHORS, MIX) or name.endswith(tuple(f".{role}.weight" for role in ROLES))
 
 
 class _Layer:
@@ -47,10 +39,10 @@ class _Layer:
     def _before(self, module: Any, inputs: tuple[Tensor, ...]) -> None:
         """Set the weights of the two adapters for this input."""
         self.gates = (1.0, 1.0)
-        if not self.sides.active or "other_A" not in self.tensors:
+        if not self.sides.active or OTHER_A not in self.tensors:
             return
-        if "router" in self.tensors:
-            router = self.tensors["router"]
+        if ROUTER in self.tensors:
+            router = self.tensors[ROUTER]
             shares = F.linear(inputs[0].to(router.dtype), router).softmax(-1)
             self.gates = (shares[..., :1], shares[..., 1:])
         elif self.sides.mix is not None:
@@ -59,7 +51,7 @@ class _Layer:
             raise AdapterError("how much each of the two adapters counts depends on the text, and was not set for it")
 
     def _core(self, module: Any, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
-        core = self.tensors.get("lora_R")
+        core = self.tensors.get(CORE)
         return None if core is None or not self.sides.active else F.linear(output, core)
 
     def _own(self, module: Any, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
@@ -68,15 +60,15 @@ class _Layer:
 
     def _after(self, module: Any, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
         """Add the second adapter and the change of the base, in their own precision."""
-        if not self.sides.active or not ({"other_A", "base_A"} & self.tensors.keys()):
+        if not self.sides.active or not ({OTHER_A, BASE_A} & self.tensors.keys()):
             return None
         x = inputs[0]
-        if "other_A" in self.tensors:
-            a, b = self.tensors["other_A"], self.tensors["other_B"]
+        if OTHER_A in self.tensors:
+            a, b = self.tensors[OTHER_A], self.tensors[OTHER_B]
             added = F.linear(F.linear(x.to(a.dtype), a), b) * self.layer.scaling["default"] * self.gates[1]
             output = output + added.to(output.dtype)
-        if "base_A" in self.tensors:
-            a, b = self.tensors["base_A"], self.tensors["base_B"]
+        if BASE_A in self.tensors:
+            a, b = self.tensors[BASE_A], self.tensors[BASE_B]
             output = output + F.linear(F.linear(x.to(a.dtype), a), b).to(output.dtype)
         return output
 
@@ -95,9 +87,9 @@ class Sides:
     def parameters(self) -> dict[str, torch.nn.Parameter]:
         """Return the side tensors by name, to be trained or read."""
         return {
-            f"{PREFIX}{path}.{role}.weight": parameter
+            PREFIX + path + end: parameter
             for path, layer in self._layers.items()
-            for role, parameter in layer.tensors.items()
+            for end, parameter in layer.tensors.items()
         }
 
     def load(self, tensors: Mapping[str, Tensor], device: torch.device) -> None:
@@ -110,11 +102,12 @@ class Sides:
         for name, tensor in tensors.items():
             if name in (ANCHORS, MIX):
                 continue
-            path, role = name.removeprefix(PREFIX).removesuffix(".weight").rsplit(".", 1)
+            end = next(end for end in SIDES if name.endswith(end))
+            path = name.removeprefix(PREFIX).removesuffix(end)
             if path not in self._modules:
                 raise AdapterError(f"{name}: the model has no adapted layer {path}")
             value = tensor.detach().to(device, copy=True)
-            placed.setdefault(path, {})[role] = torch.nn.Parameter(value, requires_grad=False)
+            placed.setdefault(path, {})[end] = torch.nn.Parameter(value, requires_grad=False)
         for path in placed:
             if path not in self._layers:
                 self._layers[path] = _Layer(self._modules[path], self)

@@ -15,10 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fedtune.lora.state import PREFIX, A, B
 from fedtune.models.adapter import AdaptedModel
 from fedtune.models.kernels import gathered, spread
 from fedtune.models.packing import PackingPlan, Span
+from fedtune.names import PREFIX, A, B
 
 Tensors = Mapping[str, Tensor]
 

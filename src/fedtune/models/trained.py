@@ -10,12 +10,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from fedtune.lora.state import PREFIX
 from fedtune.models.adapter import AdaptedModel, attach_as, check_shapes, load_tensors, shapes_as
 from fedtune.models.adapter_config import MERGE, AdapterConfig
 from fedtune.models.folder import read_folder
 from fedtune.models.load import LoadedModel
 from fedtune.models.patterns import try_patterns
+from fedtune.names import PREFIX
 from fedtune.types import AdapterError, ModelError
 
 log = logging.getLogger("fedtune")

@@ -18,8 +18,8 @@ from fedtune.methods.requests import Tensors
 from fedtune.models.adapter import AdaptedModel
 from fedtune.models.interface import inner
 from fedtune.models.proof import COARSE_GRADIENT, far, proof_of, texts_for
-from fedtune.models.sides import is_side
 from fedtune.models.stack import Stack
+from fedtune.names import BASE, M, is_side
 from fedtune.training.executor import (
     Limits,
     Sequential,
@@ -202,8 +202,8 @@ def _together(model: Any, work: Work) -> bool:
 def _stackable(work: Work) -> bool:
     """Tell whether a work is plain LoRA over a base that may have been moved, in a way that acts on every row alike."""
     fixed = _fixed(work)
-    moved = all(n.endswith((".base_A.weight", ".base_B.weight")) for n in fixed)
-    return moved and not set(work.names) & set(fixed) and not any("lora_magnitude_vector" in n for n in work.start)
+    moved = all(n.endswith(BASE) for n in fixed)
+    return moved and not set(work.names) & set(fixed) and not any(M in n for n in work.start)
 
 
 def _alike(one: Work, other: Work) -> bool:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from fedtune.methods.base import Method
 from fedtune.methods.requests import ClientContext, Fitted, Program, Tensors
 from fedtune.methods.wrappers.base import Idle, Wrapper
+from fedtune.names import CHOSEN, A, B
 from fedtune.types import Problem, derive_seed
 
 if TYPE_CHECKING:
@@ -18,7 +19,6 @@ if TYPE_CHECKING:
     from fedtune.config.schema import AttackSettings
 
 Attack = Callable[[dict[str, "Tensor"], Tensors, float, int], dict[str, "Tensor"]]
-_A, _B, _CHOSEN = ".lora_A.weight", ".lora_B.weight", ".chosen"
 
 
 def _origins(payload: Tensors, start: Tensors) -> dict[str, Tensor]:
@@ -30,7 +30,7 @@ def _origins(payload: Tensors, start: Tensors) -> dict[str, Tensor]:
         known = start.get(name)
         for axis, size in enumerate(tensor.shape):
             if known is not None and known.dim() == tensor.dim() and size < known.shape[axis]:
-                known = known.index_select(axis, payload.get(name + _CHOSEN, torch.arange(size)))
+                known = known.index_select(axis, payload.get(name + CHOSEN, torch.arange(size)))
         if known is not None and known.shape == tensor.shape:
             found[name] = known
     return found
@@ -72,8 +72,8 @@ def gauge(payload: dict[str, Tensor], start: Tensors, scale: float, seed: int) -
     """
     sent = dict(payload)
     for name in payload:
-        other = name.replace(_A, _B)
-        if name.endswith(_A) and other in payload:
+        other = name.replace(A, B)
+        if name.endswith(A) and other in payload:
             sent[name], sent[other] = payload[name] / scale, payload[other] * scale
     return sent
 

@@ -13,6 +13,7 @@ from fedtune.methods import sound
 from fedtune.methods.base import ClientUpdate, Method, ServerState
 from fedtune.methods.requests import ClientContext, Fitted, Program, RowNorms, Tensors
 from fedtune.methods.wrappers.base import Innermost, RoundContext, Wrapper
+from fedtune.names import B, M
 from fedtune.types import Problem
 
 if TYPE_CHECKING:
@@ -85,7 +86,7 @@ class DoRA(Wrapper):
 
     def growth(self, name: str) -> float:
         """Leave magnitudes, and B where it comes multiplied by them, to `flaw`, which has bounds of its own."""
-        own = (".lora_magnitude_vector", ".lora_B.weight")[: 1 + self.exact]
+        own = (M, B)[: 1 + self.exact]
         return sound.LARGEST if name.endswith(own) else self.inner.growth(name)
 
     def flaw(self, update: Tensors, state: ServerState, client: int, round_: int, steps: int) -> str:

@@ -1,0 +1,32 @@
+"""What tensors are called: PEFT's names in adapter files, and those of what methods put beside them. No torch here.
+
+A name is PEFT's prefix, the path of a layer in the base model, and one of the ends below.
+"""
+
+PREFIX = "base_model.model."
+
+# LoRA's factors A [r, in] and B [out, r], and DoRA's magnitudes [out]
+A, B, M = ".lora_A.weight", ".lora_B.weight", ".lora_magnitude_vector"
+FACTORS = (A, B)
+
+# a frozen change of the base model, + base_B base_A x: base_A [n, in], base_B [out, n]
+BASE_A, BASE_B = ".base_A.weight", ".base_B.weight"
+BASE = (BASE_A, BASE_B)
+# a core between the factors, s B R A x: R [r, r]
+CORE = ".lora_R.weight"
+# a second adapter with the first one's scale: other_A [r, in], other_B [out, r]
+OTHER_A, OTHER_B = ".other_A.weight", ".other_B.weight"
+OTHER = (OTHER_A, OTHER_B)
+# softmax over (own, other), for each token [2, in]
+ROUTER = ".router.weight"
+SIDES = (*BASE, CORE, *OTHER, ROUTER)
+# of the whole model: the second adapter's weight, fixed [] or by the similarity of a text to anchors [n, hidden]
+ANCHORS, MIX = "mix.anchors", "mix.weight"
+
+# after a factor's name: which of its ranks a client sends
+CHOSEN = ".chosen"
+
+
+def is_side(name: str) -> bool:
+    """Tell whether a tensor lies beside PEFT's adapter and does not belong to it."""
+    return name in (ANCHORS, MIX) or name.endswith(SIDES)
