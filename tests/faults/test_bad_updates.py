@@ -20,18 +20,18 @@ from torch import Tensor
 from fedtune import methods
 from fedtune.config import Config, Settings
 from fedtune.federation import messages
+from fedtune.federation import screening as screen
 from fedtune.federation.faults import FaultyGrid
 from fedtune.federation.guard import state_problem
 from fedtune.federation.local import LocalGrid
 from fedtune.federation.pool import Steps
 from fedtune.federation.rounds import Federation, run_rounds
+from fedtune.federation.screening import CONTENT
 from fedtune.io import read_lines
 from fedtune.lora import state
 from fedtune.lora.state import AdapterState, LoraModule, to_tensors
 from fedtune.methods.base import ServerState
 from fedtune.methods.sound import GROWTH
-from fedtune.privacy import screen
-from fedtune.privacy.screen import CONTENT
 from fedtune.types import RunFailedError
 from tests.faults.hostile import clients
 

@@ -19,12 +19,12 @@ from fedtune.federation.app import Runtime, client_app
 from fedtune.federation.fleet import Fleet
 from fedtune.federation.messages import read_reply
 from fedtune.federation.private import PrivateStore
+from fedtune.federation.screening import MOST
 from fedtune.federation.simulation import FlowerWorkers
 from fedtune.io import digest
 from fedtune.lora.state import AdapterState
 from fedtune.machine import cores
 from fedtune.models import adapter, load
-from fedtune.privacy.screen import MOST
 from fedtune.training.plan import Plan, executor
 from fedtune.training.workload import EncodedShards
 from fedtune.types import ConfigError, Problem

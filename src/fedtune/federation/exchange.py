@@ -14,11 +14,11 @@ from fedtune.federation import messages
 from fedtune.federation.faults import kill_point
 from fedtune.federation.guard import aggregated
 from fedtune.federation.pool import Steps, exchange
+from fedtune.federation.screening import CONTENT, Expected, Most, Screened, Screening
 from fedtune.lora.algebra import RunningMean
 from fedtune.lora.state import copied
 from fedtune.methods import ClientUpdate, ServerState
 from fedtune.models.budget import message_bytes
-from fedtune.privacy.screen import CONTENT, Expected, Most, Screened, Screening
 from fedtune.training import schedule
 from fedtune.types import Rejection
 

@@ -16,8 +16,8 @@ import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 from torch import Tensor
 
+from fedtune.federation.screening import Reply
 from fedtune.models.budget import message_bytes
-from fedtune.privacy.screen import Reply
 from fedtune.types import last_line, plain
 
 ADAPTER, METRICS, IDENTITY, ORDER = "adapter", "metrics", "identity", "order"

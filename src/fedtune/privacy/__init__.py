@@ -1,1 +1,0 @@
-"""What stands between a client's reply and the global model."""
