@@ -23,10 +23,31 @@ SIDES = (*BASE, CORE, *OTHER, ROUTER)
 # of the whole model: the second adapter's weight, fixed [] or by the similarity of a text to anchors [n, hidden]
 ANCHORS, MIX = "mix.anchors", "mix.weight"
 
+# IA3's vector of a layer: [out, 1] on its output, [1, in] on its input where that is a feed-forward layer
+IA3 = ".ia3_l"
+
+# what a tensor's axes are, by the end of its name; those of any other name are "other"
+ROLES = {
+    A: ("rank", "in"),
+    B: ("out", "rank"),
+    M: ("out",),
+    BASE_A: ("rank", "in"),
+    BASE_B: ("out", "rank"),
+    CORE: ("rank", "rank"),
+    OTHER_A: ("rank", "in"),
+    OTHER_B: ("out", "rank"),
+}
+
 # after a factor's name: which of its ranks a client sends
 CHOSEN = ".chosen"
 
 
 def is_side(name: str) -> bool:
     """Tell whether a tensor lies beside PEFT's adapter and does not belong to it."""
-    return name in (ANCHORS, MIX) or name.endswith(SIDES)
+    return name in (ANCHORS, MIX) or (name.startswith(PREFIX) and name.endswith(SIDES))
+
+
+def rank_axis(name: str) -> int | None:
+    """Return the axis of a factor, A or B, that counts ranks; None for any other tensor."""
+    end = next((end for end in FACTORS if name.endswith(end)), None)
+    return ROLES[end].index("rank") if end else None

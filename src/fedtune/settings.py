@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from fedtune import domains, methods
+from fedtune import domains, methods, spaces
 from fedtune.config import Config, Settings
 from fedtune.config.load import changed, merge, read_toml, validated
 from fedtune.domains.base import Task
@@ -127,6 +127,7 @@ def outside(config: Config) -> dict[str, Origin]:
     """Return the components of other packages that a run uses, such as `method fedema`, and where each comes from."""
     used: tuple[tuple[str, Callable[[str], Origin | None], Sequence[str]], ...] = (
         ("method", methods.METHODS.origin, [config.method.name]),
+        ("space", spaces.SPACES.origin, [config.peft.kind]),
         ("domain", domains.DOMAINS.origin, [config.domain]),
         ("task", domains.TASKS.origin, config.eval.tasks),
         ("kind", scorers.KINDS.origin, sorted({task.kind for task in domains.chosen_tasks(config)})),
@@ -256,6 +257,12 @@ def installed(config: Config) -> Iterable[Problem]:
         yield Problem('engine.executor = "ray"', "Ray is not installed", "pip install 'fedtune[simulation]'")
 
 
-OF_A_RUN = (domains.problems, methods.invalid, empty, twice)  # and none that asks what today's defaults are
-CHECKS = (domains.problems, methods.problems, without_effect, empty, twice)
+OF_A_RUN = (
+    domains.problems,
+    spaces.problems,
+    methods.invalid,
+    empty,
+    twice,
+)  # and none that asks what today's defaults are
+CHECKS = (domains.problems, spaces.problems, methods.problems, without_effect, empty, twice)
 PLACES = (places, installed)

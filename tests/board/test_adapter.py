@@ -174,3 +174,9 @@ def test_each_layer_is_looked_up_among_the_targets_once(packed: Path) -> None:
     asked = 0
     assert len(adapter._unlike(targets, {f"model.layers.{i}.q": (1, 1) for i in range(1_000)})) == 2_000
     assert asked < 20_000
+
+
+def test_only_lora_runs_can_be_submitted(packed: Path) -> None:
+    entry = from_run(packed)
+    other = entry.model_copy(update={"config": {**entry.config, "peft": {"kind": "ia3"}}})
+    assert said(packed, other) == 'config.toml: peft.kind = "ia3"; only LoRA runs can be submitted'

@@ -445,7 +445,7 @@ def _nested(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 REFUSED: dict[str, Answer] = {
     "rubbish bytes": _bytes(b"rubbish"),
     "10^15 numbers announced": _bytes(_numpy((10**15,), "<f4")),
-    "a type that NumPy lacks": _with(lambda t: {n: x.bfloat16() for n, x in t.items()}),
+    "a type that NumPy lacks": _with(lambda t: {n: x.to(torch.float8_e4m3fn) for n, x in t.items()}),
     "nested tensors": _with(_nested),
     "no tensors": _with(lambda t: dict.fromkeys(t, 7)),  # type: ignore[arg-type]
     "another round": _identity(round=99),

@@ -23,9 +23,10 @@ from fedtune.federation.local import LocalGrid
 from fedtune.federation.nodes import connect
 from fedtune.federation.pool import complete
 from fedtune.federation.rounds import Federation, one_round
-from fedtune.lora.state import AdapterState, LoraModule
+from fedtune.lora.state import AdapterState, LoraModule, Plain
 from fedtune.methods import METHODS
 from fedtune.methods.sound import GROWTH
+from fedtune.names import IA3, PREFIX
 from fedtune.settings import load
 from fedtune.types import ConfigError, RoundRecord
 from tests.faults.hostile import Evil, Toy, clients, mutated
@@ -43,13 +44,18 @@ AROUND: dict[str, dict[str, Any]] = {
     **{rule: {"robust": {"rule": rule}} for rule in ("geometric-median", "trimmed", "dnc")},
     "foolsgold": {"robust": {"rule": "foolsgold"}},
     "clip": {"robust": {"clip_norm": 1.0}},
+    "ia3": {"peft": {"kind": "ia3"}},
+    "full": {"peft": {"kind": "full"}},
+    "ia3 under krum": {"peft": {"kind": "ia3"}, "robust": {"rule": "krum", "malicious": 0}},
     "median clip": {"robust": {"clip_norm": "median", "malicious": 0}},
 }
 
 
 def _config(method: str, around: Mapping[str, Any]) -> Config:
     federation = {"clients": 4, "rounds": 9, "max_skipped_rounds": 1}
-    common = {"domain": "finance", "method": {"name": method}, "federation": federation, "lora": {"r": 2}}
+    common = {"domain": "finance", "method": {"name": method}, "federation": federation}
+    if "peft" not in around:
+        common["lora"] = {"r": 2}
     return load([{**common, **around}]).config
 
 
@@ -64,8 +70,13 @@ def combinations() -> list[tuple[str, str]]:
     return found
 
 
-def _start(*, dora: bool) -> AdapterState:
+def _start(*, dora: bool = False, space: str = "lora") -> AdapterState:
     generator = torch.Generator().manual_seed(1)
+    if space == "ia3":
+        return Plain(space, {PREFIX + "layer.k" + IA3: torch.ones(4, 1), PREFIX + "layer.down" + IA3: torch.ones(1, 3)})
+    if space == "full":
+        half = torch.randn(4, 3, generator=generator).bfloat16()
+        return Plain(space, {"layer.weight": half, "layer.bias": torch.zeros(4), "scale": torch.ones(())})
     a = torch.randn(2, 3, generator=generator)
     return {"layer.q": LoraModule(a, torch.zeros(4, 2), 4.0, magnitude=torch.ones(4) if dora else None)}
 
@@ -75,7 +86,10 @@ class Scene:
 
     def __init__(self, method: str, around: str, folder: Path) -> None:
         self.config = _config(method, AROUND[around])
-        recipe, start = methods.create(self.config), _start(dora=around == "dora")
+        recipe, start = (
+            methods.create(self.config),
+            _start(dora=around == "dora", space=AROUND[around].get("peft", {}).get("kind", "lora")),
+        )
         self.mutate: Any = lambda reply: reply
         app = clients(recipe, start, BAD, lambda reply: self.mutate(reply))
         grid = LocalGrid(app, 4)

@@ -98,8 +98,8 @@ def test_pickled_linked_and_foreign_adapters_are_refused(tiny_folder: Path, tmp_
     config = json.loads((folder / CONFIG).read_text())
     (folder / WEIGHTS).unlink()
     os.rename(tmp_path / "outside.safetensors", folder / WEIGHTS)
-    (folder / CONFIG).write_text(json.dumps({**config, "peft_type": "IA3"}))
-    with pytest.raises(AdapterError, match="peft_type = 'IA3'"):
+    (folder / CONFIG).write_text(json.dumps({**config, "peft_type": "LOHA"}))
+    with pytest.raises(AdapterError, match="peft_type = 'LOHA'"):
         read_folder(folder)
     with pytest.raises(AdapterError, match="not a PEFT adapter folder"):
         read_folder(tmp_path)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from fedtune.board.archive import is_clutter
 from fedtune.methods import METHODS
-from fedtune.models.adapter_config import AdapterConfig, read_config
+from fedtune.models.adapter_config import LoraAdapterConfig, read_config
 from fedtune.models.source import not_a_number
 from fedtune.models.zoo import HEAD, zoo
 from fedtune.names import PREFIX, A, B, M
@@ -92,6 +92,9 @@ def _kept(entry: Entry) -> bool:
 
 def adapter_problems(folder: Path, entry: Entry) -> Iterator[Problem]:
     """Yield an adapter that lacks, or that the settings do not make of the base model: its names, shapes and ranks."""
+    if (kind := entry.settings.peft.kind) != "lora":
+        yield Problem("config.toml", f'peft.kind = "{kind}"; only LoRA runs can be submitted')
+        return
     there = {p.relative_to(folder) for p in folder.rglob("*") if p.is_file()}
     for name in sorted(p for p in there if p.suffix == ".safetensors" or p.parts[0] == "adapter"):
         if str(name) not in (ADAPTER, CONFIG) and not is_clutter(name):
@@ -109,6 +112,9 @@ def adapter_problems(folder: Path, entry: Entry) -> Iterator[Problem]:
     except FedtuneError as err:
         yield Problem("adapter", str(err).replace(f"{folder}/", ""))
         return
+    if not isinstance(config, LoraAdapterConfig):
+        yield Problem(CONFIG, f"is of kind {config.kind}, the settings say LoRA")
+        return
     if spoilt:
         yield Problem(ADAPTER, f"{spoilt} has NaN or infinity; no model can have been evaluated with it")
     yield from (Problem(CONFIG, why) for why in _config_problems(config, layers, entry))
@@ -125,7 +131,7 @@ def _grows(entry: Entry) -> bool:
     return entry.settings.arm == "federated" and METHODS[entry.method].keeps_base
 
 
-def _config_problems(config: AdapterConfig, layers: Saved, entry: Entry) -> Iterator[str]:
+def _config_problems(config: LoraAdapterConfig, layers: Saved, entry: Entry) -> Iterator[str]:
     """Yield what an adapter's settings say that its file or the run's settings do not."""
     lora = entry.settings.lora
     if config.base != entry.base and Path(config.base).name != Path(entry.base).name:
@@ -151,7 +157,7 @@ def _config_problems(config: AdapterConfig, layers: Saved, entry: Entry) -> Iter
         yield f"target_modules and the layers in the file are not the same: {odd[0][:200]}"
 
 
-def _scale_problems(config: AdapterConfig, entry: Entry) -> Iterator[str]:
+def _scale_problems(config: LoraAdapterConfig, entry: Entry) -> Iterator[str]:
     """Yield an alpha or a kind of scale that no run of these settings leaves: only both together make the scale."""
     lora, said = entry.settings.lora, (config.lora_alpha, config.use_rslora)
     grows = _grows(entry)

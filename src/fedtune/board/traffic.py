@@ -50,7 +50,7 @@ def byte_problems(folder: Path, entry: Entry) -> Iterator[Problem]:
     layers = sorted((of_base(entry) or {}).values())
     if not layers and (folder / ADAPTER).is_file():
         layers = sorted((i, o) for i, o, _ in saved(folder).values())
-    if layers and settings.arm == "federated" and not settings.lora.ranks:
+    if layers and settings.peft.kind == "lora" and settings.arm == "federated" and not settings.lora.ranks:
         yield from _too_few(layers, entry, rounds)
 
 

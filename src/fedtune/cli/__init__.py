@@ -10,7 +10,7 @@ import warnings
 import typer
 
 from fedtune import __version__
-from fedtune.cli import aggregate, board, conformance, doctor, errors, evaluate, info, run, score, sweep
+from fedtune.cli import aggregate, board, conformance, data, doctor, errors, evaluate, info, run, score, sweep
 from fedtune.cli.say import PlainFormatter
 from fedtune.types import CancelledError
 
@@ -46,7 +46,7 @@ app.command("validate")(board.validate)
 app.command("verify")(board.verify)
 app.command("report")(board.report)
 app.add_typer(board.board, name="board")
-app.command("data")(info.data)
+app.command("data")(data.data)
 app.command("ls")(info.ls)
 app.command("doctor")(doctor.doctor)
 

@@ -146,8 +146,14 @@ def _assemble(layers: Sequence[Mapping[str, Any]]) -> tuple[Protocol, dict[str, 
     for layer in layers:
         wanted = merge(wanted, layer)
     protocol = read_protocol(str(wanted.get("protocol", Config.model_fields["protocol"].default)))
-    domain = protocol.domains.get(str(wanted.get("domain", "")), {})
-    return protocol, merge(merge(protocol.settings, domain), wanted)
+    return protocol, merge(_frozen(protocol, str(wanted.get("domain", "")), wanted.get("peft", {})), wanted)
+
+
+def _frozen(protocol: Protocol, domain: str, peft: Any) -> dict[str, Any]:
+    """Return a protocol's settings for a domain; those of LoRA are left out where something else is trained."""
+    settings = merge(protocol.settings, protocol.domains.get(domain, {}))
+    kind = peft.get("kind", "lora") if isinstance(peft, Mapping) else "lora"
+    return settings if kind == "lora" else {key: value for key, value in settings.items() if key != "lora"}
 
 
 def standard(domain: str, protocol: Protocol) -> Config:
@@ -174,6 +180,8 @@ def unranked_reasons(config: Config, protocol: Protocol) -> tuple[str, ...]:
         return (f"the protocol {protocol.name} is not ranked",)
     if config.attack.kind != "none":
         return ("scripted attackers take part",)
+    if config.peft.kind != "lora":
+        return (f"peft.kind is {config.peft.kind!r}, the protocol {protocol.name} trains LoRA",)
     want = flatten(standard(config.domain, protocol).plain())
     have = flatten(config.plain())
     changed = [k for k in want if protocol.locks(k) and canonical(want[k]) != canonical(have.get(k))]

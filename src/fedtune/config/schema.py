@@ -57,6 +57,18 @@ class LoraSettings(Section):
         return self
 
 
+class PeftSettings(BaseModel):
+    """What is trained, by the name of a space, and the space's own settings; those of LoRA stand in `lora`."""
+
+    model_config = ConfigDict(extra="allow", frozen=True, allow_inf_nan=False)
+    kind: str = "lora"
+
+    @property
+    def parameters(self) -> dict[str, Any]:
+        """The space's own settings, without its name."""
+        return dict(self.model_extra or {})
+
+
 class MethodSettings(BaseModel):
     """The federated method and its own parameters, checked against what the method declares."""
 
@@ -234,6 +246,7 @@ class Config(Section):
     arm: Literal["federated", "local-only", "centralised"] = "federated"
     seed: int = Field(42, ge=0)
     model: ModelSettings = ModelSettings()
+    peft: PeftSettings = PeftSettings()
     lora: LoraSettings = LoraSettings()
     method: MethodSettings = MethodSettings()
     drift: DriftSettings = DriftSettings()

@@ -2,10 +2,48 @@
 
 from __future__ import annotations
 
-from pydantic import BaseModel, ConfigDict
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from fedtune.types import Problem, nearest
 
 
 class Section(BaseModel):
     """A table of settings: immutable, and a key it does not know is an error."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class Chosen(BaseModel):
+    """Something chosen by its name, with settings of its own, checked against what it declares."""
+
+    model_config = ConfigDict(extra="allow", frozen=True, allow_inf_nan=False)
+    name: str
+
+    @property
+    def parameters(self) -> dict[str, Any]:
+        """Its own settings, without its name."""
+        return dict(self.model_extra or {})
+
+
+def own_problems(table: str, chosen: str, kind: type[Section], given: Mapping[str, Any]) -> Iterable[Problem]:
+    """Yield what is wrong with the settings of something that was chosen.
+
+    Args:
+        table: where its settings stand.
+        chosen: its name.
+        kind: what it declares.
+        given: its settings.
+    """
+    try:
+        kind.model_validate(given)
+    except ValidationError as err:
+        for error in err.errors():
+            key = str(error["loc"][0])
+            if error["type"] == "extra_forbidden":
+                fix = nearest(key, kind.model_fields) or f"{chosen} has no such setting"
+                yield Problem(f"{table}.{key}", "unknown key", fix)
+            else:
+                yield Problem(f"{table}.{key} = {error['input']!r}", error["msg"])

@@ -26,7 +26,7 @@ from fedtune.lora.base_delta import as_adapter, join, side_tensors
 from fedtune.lora.dora import to_magnitudes
 from fedtune.lora.state import AdapterState, to_tensors, with_tensors
 from fedtune.methods import Recipe, ServerState
-from fedtune.models.adapter import AdaptedModel
+from fedtune.models.adapted import AdaptedModel
 from fedtune.models.budget import message_bytes
 from fedtune.training.executor import Sequential
 from fedtune.training.workload import EncodedShards, poisoned

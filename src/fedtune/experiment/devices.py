@@ -12,7 +12,7 @@ import torch
 from flwr.app import Message
 from flwr.clientapp import ClientApp
 
-from fedtune import methods
+from fedtune import methods, spaces
 from fedtune.config import Config
 from fedtune.experiment.reporter import Reporter
 from fedtune.federation.app import Runtime, client_app
@@ -24,7 +24,8 @@ from fedtune.federation.simulation import FlowerWorkers
 from fedtune.io import digest
 from fedtune.lora.state import AdapterState
 from fedtune.machine import cores
-from fedtune.models import adapter, load
+from fedtune.models import load
+from fedtune.models.adapted import AdaptedModel
 from fedtune.training.plan import Plan, executor
 from fedtune.training.workload import EncodedShards
 from fedtune.types import ConfigError, Problem
@@ -32,7 +33,7 @@ from fedtune.types import ConfigError, Problem
 # steps of one reply that progress counts: a client may claim any number
 MOST_SHOWN = 10_000
 # the models of this process, by settings and device; a fleet's runs share them
-_attached: dict[str, adapter.AdaptedModel] = {}
+_attached: dict[str, AdaptedModel] = {}
 
 
 @dataclass(frozen=True)
@@ -52,13 +53,14 @@ class Told:
     shards: EncodedShards
 
 
-def _model(config: Config, device: str) -> adapter.AdaptedModel:
+def _model(config: Config, device: str) -> AdaptedModel:
     """Return the model of some settings with an adapter; made once a process and device."""
     plain = config.plain()
-    key = digest([plain["model"], plain["lora"], device])
+    key = digest([plain["model"], plain["peft"], plain["lora"], device])
     if key not in _attached:
         # every use loads its own numbers, so any seed will do; a second device of a kind is told by its number
-        _attached[key] = adapter.attach(load.load(config.model, device.partition("#")[0]), config.lora, 0)
+        base = load.load(config.model, device.partition("#")[0])
+        _attached[key] = spaces.of(config).attach(base, config, 0)
     return _attached[key]
 
 

@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
+from fedtune import spaces
 from fedtune.config import Config
 from fedtune.experiment import devices
 from fedtune.federation.fleet import Fleet
 from fedtune.federation.pool import LocalPool
 from fedtune.lora.state import AdapterState
-from fedtune.models import adapter, load
+from fedtune.models import load
+from fedtune.models.adapted import AdaptedModel
 from fedtune.training.executor import Sequential
 from fedtune.training.plan import Plan, executor, plan
 from fedtune.training.workload import EncodedShards
@@ -30,7 +32,7 @@ class Resident:
     """
 
     base: load.LoadedModel
-    adapted: adapter.AdaptedModel
+    adapted: AdaptedModel
     starts: Mapping[int, AdapterState]
     how: Plan | None = None
     end: Callable[[], None] = lambda: None
@@ -41,14 +43,14 @@ class Resident:
     @staticmethod
     def of(config: Config, seeds: Iterable[int]) -> Resident:
         """Load the model of some settings, with the start of each of some seeds."""
-        base = load.load(config.model)
+        base, space = load.load(config.model), spaces.of(config)
         starts = {}
         for seed in dict.fromkeys(seeds):
-            adapted = adapter.attach(base, config.lora, derive_seed(seed, "adapter"))
+            adapted = space.attach(base, config, derive_seed(seed, "adapter"))
             starts[seed] = adapted.state()
-            adapter.detach(adapted)
+            adapted.detach()
         # any seed will do: every use of the model loads its own numbers
-        return Resident(base, adapter.attach(base, config.lora, 0), starts)
+        return Resident(base, space.attach(base, config, 0), starts)
 
     def planned(self, config: Config, shards: EncodedShards, before: Plan | None = None) -> Plan:
         """Return the plan by which all runs train: the first one's, or that with which it began."""

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from fedtune import domains
+from fedtune import domains, spaces
 from fedtune.config import Settings
 from fedtune.data.check import WORDS
 from fedtune.evaluation.run import check_prompts, check_tasks
@@ -22,8 +22,8 @@ from fedtune.federation.checkpoint import Progress, rounds_of, together
 from fedtune.federation.faults import kill_point
 from fedtune.federation.pool import Steps, complete
 from fedtune.io import folder_lock, only_files, read_lines, write_json, write_lines
+from fedtune.lora.state import AdapterState
 from fedtune.methods.base import ServerState
-from fedtune.models import adapter as adapters
 from fedtune.models import budget, zoo
 from fedtune.results import schema
 from fedtune.training import workload
@@ -78,12 +78,17 @@ def _train(session: Session, arm: Arm, only: int | None = None) -> Steps[Progres
         session.run.add_seconds("training", time.monotonic() - started)
 
 
+def _save(session: Session, state: AdapterState, where: Path) -> None:
+    space = spaces.of(session.config)
+    space.save(session.adapted, state, where / space.folder)
+
+
 def _single(session: Session, name: str, where: Path, data: workload.TrainingData | None) -> Steps[Trained]:
-    """Train and evaluate the federated or the centralised arm; a global model is saved as a PEFT folder."""
+    """Train and evaluate the federated or the centralised arm; a global model is saved as its space says."""
     arm = _prepare(session, name, where, data)
     progress = yield from _train(session, arm)
     if arm.recipe.method.global_adapter:
-        adapters.save(session.adapted, arm.adapter_of(progress.state), where / "adapter")
+        _save(session, arm.adapter_of(progress.state), where)
     scores, each = session.evaluate_state(arm, progress.state, progress.round, name)
     steps = _steps(progress.records)
     return schema.Arm(name=name, scores=scores, steps=steps, per_client=each), progress.records
@@ -107,7 +112,7 @@ def _local_only(session: Session, where: Path, data: workload.TrainingData | Non
             failed[client] = str(err)
             session.reporter.note(f"local-only: client {client} has no model: {err}")
             continue
-        adapters.save(session.adapted, own.adapter_of(state), own.folder / "adapter")
+        _save(session, own.adapter_of(state), own.folder)
         models.evaluate(client, own.shared_model(state))
     scores, each = models.scored()
     if len(failed) == len(asked):

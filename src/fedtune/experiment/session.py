@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from fedtune.config import Config, Settings
@@ -23,7 +24,7 @@ from fedtune.federation.pool import LocalPool
 from fedtune.io import digest
 from fedtune.lora.state import AdapterState
 from fedtune.methods.base import ServerState
-from fedtune.models.adapter import AdaptedModel
+from fedtune.models.adapted import AdaptedModel
 from fedtune.models.merge import folded
 from fedtune.results import schema
 
@@ -55,12 +56,12 @@ class Session:
         who, shown = identity(self.adapted.base, self.config), self.reporter.evaluating
         model.eval()
         if tensors is None:
-            with model.disable_adapter(), self.adapted.sides.off():
+            with self.adapted.as_base():
                 scores = evaluate_all(model, tokenizer, self.tasks, self.config, target, digest(who), shown)
         else:
             self.adapted.load(tensors)
             # what the same tensors compute depends on the adapter's scale and on what the method puts beside it
-            how = {key: self.config.plain()[key] for key in ("lora", "method")}
+            how = {key: self.config.plain()[key] for key in ("peft", "lora", "method")}
             adapted = digest([who, how, {n: _sha256(t) for n, t in tensors.items()}])
             with folded(self.adapted):
                 scores = evaluate_all(model, tokenizer, self.tasks, self.config, target, adapted, shown)
@@ -106,4 +107,5 @@ class OwnModels:
 
 
 def _sha256(tensor: Tensor) -> str:
-    return hashlib.sha256(tensor.contiguous().numpy().tobytes()).hexdigest()
+    # NumPy has no numbers of 16 bits with 8 of them for the exponent, so the bytes are taken as bytes
+    return hashlib.sha256(tensor.contiguous().view(-1).view(torch.uint8).numpy().tobytes()).hexdigest()

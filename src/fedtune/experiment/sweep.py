@@ -100,7 +100,7 @@ def groups(chosen: Sequence[Point]) -> list[list[Point]]:
     shared: dict[str, list[Point]] = {}
     for point in chosen:
         plain = point.settings.config.plain()
-        shared.setdefault(digest([plain[key] for key in ("model", "lora", "engine")]), []).append(point)
+        shared.setdefault(digest([plain[key] for key in ("model", "peft", "lora", "engine")]), []).append(point)
     return list(shared.values())
 
 

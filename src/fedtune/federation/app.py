@@ -14,7 +14,7 @@ from fedtune.federation.local import Client
 from fedtune.federation.private import PrivateStore
 from fedtune.lora.state import AdapterState
 from fedtune.methods import Recipe
-from fedtune.models.adapter import AdaptedModel
+from fedtune.models.adapted import AdaptedModel
 from fedtune.training.executor import Executor, Jobs, alone
 from fedtune.training.local import LocalWork, OnStep
 from fedtune.training.workload import EncodedShards

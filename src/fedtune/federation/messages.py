@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import cached_property
 from io import BytesIO
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,7 +19,7 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, Re
 from torch import Tensor
 
 from fedtune.federation.screening import Reply
-from fedtune.models.budget import message_bytes
+from fedtune.models.budget import message_bytes, wire_dtype
 from fedtune.types import last_line, plain
 
 ADAPTER, METRICS, IDENTITY, ORDER = "adapter", "metrics", "identity", "order"
@@ -25,6 +27,19 @@ NUMBERS = "biuf"  # NumPy's kinds: bool, integers, floating point
 # code of the error that a grid puts in the place of what is no reply to its message; Flower's own are far below
 FALSE_REPLY = 1001
 REPORTED = ("examples", "tokens", "steps", "loss")
+
+
+def _numbers(tensor: Tensor) -> np.ndarray[Any, Any]:
+    """Return a tensor's numbers as NumPy's; those of bfloat16 as their bits."""
+    plain = tensor.detach().cpu().contiguous()
+    found: np.ndarray[Any, Any] = (plain.view(torch.uint16) if plain.dtype == torch.bfloat16 else plain).numpy()
+    return found
+
+
+def _array(tensor: Tensor) -> Array:
+    """Return a tensor as Flower sends it; bfloat16 is said in `dtype`, as NumPy's own header cannot."""
+    array = Array(_numbers(tensor))
+    return replace(array, dtype="bfloat16") if tensor.dtype == torch.bfloat16 else array
 
 
 class TensorArray(Array):
@@ -52,7 +67,7 @@ class TensorArray(Array):
     def data(self) -> bytes:  # type: ignore[override]  # lazily what Array has eagerly
         """The bytes Flower would send."""
         buffer = BytesIO()
-        np.save(buffer, self.tensor.numpy(), allow_pickle=False)
+        np.save(buffer, _numbers(self.tensor), allow_pickle=False)
         return buffer.getvalue()
 
 
@@ -63,7 +78,7 @@ def pack(tensors: Mapping[str, Tensor], *, in_process: bool) -> ArrayRecord:
         for name, tensor in tensors.items():
             record[name] = TensorArray(tensor)
         return record
-    return ArrayRecord({name: Array(t.detach().cpu().contiguous().numpy()) for name, t in tensors.items()})
+    return ArrayRecord({name: _array(t) for name, t in tensors.items()})
 
 
 def _decoded(array: Array) -> Tensor:
@@ -79,7 +94,7 @@ def _decoded(array: Array) -> Tensor:
             raise ValueError(
                 f"an array of type {type(tensor).__name__}, nested or not torch's own; must be plain numbers"
             )
-        if tensor.layout != torch.strided or tensor.is_meta or np.dtype(array.dtype).kind not in NUMBERS:
+        if tensor.layout != torch.strided or tensor.is_meta or wire_dtype(tensor.dtype).kind not in NUMBERS:
             raise ValueError(f"an array of {array.dtype}, {tensor.layout}; must be plain numbers")
         return tensor
     data = array.data
@@ -96,7 +111,8 @@ def _decoded(array: Array) -> Tensor:
     if min(shape, default=0) < 0 or len(data) - start != count * dtype.itemsize:
         raise ValueError(f"an array of {shape} {dtype} in {len(data) - start} bytes")
     numbers = np.frombuffer(data, dtype, count, start).reshape(shape, order="F" if by_column else "C")
-    return torch.from_numpy(numbers.astype(dtype.newbyteorder("="), order="C"))
+    found = torch.from_numpy(numbers.astype(dtype.newbyteorder("="), order="C"))
+    return found.view(torch.bfloat16) if array.dtype == "bfloat16" and found.dtype == torch.uint16 else found
 
 
 def unpack(record: ArrayRecord) -> dict[str, Tensor]:

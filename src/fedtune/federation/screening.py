@@ -18,7 +18,7 @@ from torch import Tensor
 from fedtune.lora.state import copied
 from fedtune.methods.base import ClientUpdate
 from fedtune.methods.sound import GROWTH
-from fedtune.names import A
+from fedtune.names import rank_axis
 from fedtune.types import ClientStats, Rejection, last_line, plain
 
 # a count above is no measurement; it stays whole as a float
@@ -144,9 +144,8 @@ def _shapes(got: Mapping[str, Tensor], want: Mapping[str, Tensor]) -> tuple[str,
     """Reject by exact signature: a shape that would broadcast is as wrong as any other."""
     for name, tensor in want.items():
         if got[name].shape != tensor.shape:
-            axis = 0 if A in name else 1
-            ranked = got[name].dim() == 2 and ".lora_" in name and got[name].shape[1 - axis] == tensor.shape[1 - axis]
-            if ranked:
+            axis = rank_axis(name)
+            if axis is not None and got[name].dim() == 2 and got[name].shape[1 - axis] == tensor.shape[1 - axis]:
                 return "rank", f"{name}: rank {got[name].shape[axis]}, this client's is {tensor.shape[axis]}"
             return "shape", f"{name}: got {tuple(got[name].shape)}, expected {tuple(tensor.shape)}"
     return None

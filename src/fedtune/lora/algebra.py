@@ -8,6 +8,15 @@ import torch
 from torch import Tensor
 
 
+def gram(changes: Sequence[Mapping[str, Tensor]]) -> Tensor:
+    """Return the inner products [n, n] of n sets of tensors, summed over their names, in float64."""
+    table = torch.zeros(len(changes), len(changes), dtype=torch.float64)
+    for name in changes[0]:
+        rows = torch.stack([change[name].double().flatten() for change in changes])
+        table += rows @ rows.T
+    return table
+
+
 class RunningMean:
     """A weighted mean that takes one state after the other, in memory that does not grow with their number.
 

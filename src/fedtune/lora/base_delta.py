@@ -76,7 +76,7 @@ def as_adapter(adapter: AdapterState, pieces: Sequence[Piece] = ()) -> AdapterSt
     All layers get the largest rank any of them needs, and alpha = rank, so that PEFT's scale is 1.
     """
     if not pieces:
-        return dict(adapter)
+        return adapter
     whole = {path: _at_most_full(p) for path, p in effective(adapter, pieces).items()}
     rank = max(p.inner for p in whole.values())
     return {path: _module(adapter[path], p, rank) for path, p in whole.items()}

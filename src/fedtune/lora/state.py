@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -57,8 +57,40 @@ class LoraModule:
 AdapterState = Mapping[str, LoraModule]
 
 
-def to_tensors(adapter: Mapping[str, LoraModule]) -> dict[str, Tensor]:
-    """Return the adapter under the names of PEFT's `adapter_model.safetensors`."""
+@dataclass(frozen=True, eq=False)
+class Plain(Mapping[str, LoraModule]):
+    """A state that is not made of factors: named tensors, of any shapes and dtypes.
+
+    It stands where an adapter stands, and has no layer with a product: asked for one, it says so.
+
+    Attributes:
+        space: what its tensors are, by the name of a space.
+        tensors: by the names they have in messages and files.
+    """
+
+    space: str
+    tensors: Mapping[str, Tensor]
+
+    def _refused(self) -> AdapterError:
+        return AdapterError(f"{self.space}: its tensors are no low-rank factors, so there is no layer with a product")
+
+    def __getitem__(self, path: str) -> LoraModule:
+        """Refuse: there are no factors. Raises AdapterError."""
+        raise self._refused()
+
+    def __iter__(self) -> Iterator[str]:
+        """Refuse: there are no layers. Raises AdapterError."""
+        raise self._refused()
+
+    def __len__(self) -> int:
+        """Refuse: there are no layers. Raises AdapterError."""
+        raise self._refused()
+
+
+def to_tensors(adapter: AdapterState) -> dict[str, Tensor]:
+    """Return a state's tensors by name; an adapter's under the names of PEFT's `adapter_model.safetensors`."""
+    if isinstance(adapter, Plain):
+        return dict(adapter.tensors)
     tensors: dict[str, Tensor] = {}
     for path, module in adapter.items():
         tensors[PREFIX + path + A] = module.a
@@ -68,7 +100,7 @@ def to_tensors(adapter: Mapping[str, LoraModule]) -> dict[str, Tensor]:
     return tensors
 
 
-def with_tensors(like: Mapping[str, LoraModule], tensors: Mapping[str, Tensor]) -> AdapterState:
+def with_tensors(like: AdapterState, tensors: Mapping[str, Tensor]) -> AdapterState:
     """Return `like` with its tensors replaced.
 
     Raises:
@@ -78,6 +110,8 @@ def with_tensors(like: Mapping[str, LoraModule], tensors: Mapping[str, Tensor]) 
     if set(names) != set(tensors):
         odd = sorted(set(names) ^ set(tensors))[:3]
         raise AdapterError(f"the adapter's tensors are not those expected; first that differ: {', '.join(odd)}")
+    if isinstance(like, Plain):
+        return Plain(like.space, {name: tensors[name] for name in like.tensors})
     return {
         path: replace(
             module,
@@ -89,8 +123,8 @@ def with_tensors(like: Mapping[str, LoraModule], tensors: Mapping[str, Tensor]) 
     }
 
 
-def parameters(adapter: Mapping[str, LoraModule]) -> int:
-    """Return how many numbers the adapter has."""
+def parameters(adapter: AdapterState) -> int:
+    """Return how many numbers a state has."""
     return sum(t.numel() for t in to_tensors(adapter).values())
 
 

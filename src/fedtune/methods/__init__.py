@@ -7,8 +7,9 @@ from collections.abc import Iterable
 
 from pydantic import ValidationError
 
+from fedtune import spaces
 from fedtune.config import Config
-from fedtune.methods.base import ClientUpdate, Method, Scene, ServerState
+from fedtune.methods.base import ANY, ClientUpdate, Method, Scene, ServerState
 from fedtune.methods.effects import without_effect
 from fedtune.methods.fed_sb import FedSB
 from fedtune.methods.fedalt import FedALT
@@ -107,7 +108,7 @@ def unknown(name: str) -> str:
 def problems(config: Config) -> Iterable[Problem]:
     """Yield what is wrong with the method and what is around it; a setting without effect is refused."""
     yield from invalid(config)
-    if config.method.name in METHODS:
+    if config.method.name in METHODS and config.peft.kind in spaces.SPACES:
         yield from without_effect(config, METHODS[config.method.name])
 
 
@@ -117,7 +118,8 @@ def invalid(config: Config) -> Iterable[Problem]:
     if name not in METHODS:
         yield Problem(f'method.name = "{name}"', "unknown method", unknown(name))
         return
-    yield from _combination(config, METHODS[name])
+    if config.peft.kind in spaces.SPACES:
+        yield from _combination(config, METHODS[name])
     yield from _own_settings(config, METHODS[name])
 
 
@@ -140,6 +142,10 @@ def _own_settings(config: Config, kind: type[Method]) -> Iterable[Problem]:
 def _combination(config: Config, kind: type[Method]) -> Iterable[Problem]:
     """Yield what a method does not go together with."""
     name = kind.name
+    if not kind.spaces & {config.peft.kind, *ANY}:
+        able = ", ".join(m for m in METHODS if METHODS[m].spaces & {config.peft.kind, *ANY})
+        what = f'{name} is not defined with peft.kind = "{config.peft.kind}"'
+        yield Problem(f'method.name = "{name}"', what, f"these are: {able}")
     if config.lora.ranks and not kind.mixed_ranks:
         yield Problem("lora.ranks", f"{name} needs one rank for all clients", f"mixed ranks: {_names('mixed_ranks')}")
     if isinstance(config.lora.ranks, tuple) and config.lora.ranks:

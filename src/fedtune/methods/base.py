@@ -19,6 +19,9 @@ if TYPE_CHECKING:
     from fedtune.lora.base_delta import Piece
     from fedtune.lora.state import AdapterState
 
+# the spaces of a method that takes a state's tensors as they are, whatever they stand for
+ANY = frozenset({"any"})
+
 
 @dataclass(frozen=True)
 class ClientUpdate:
@@ -126,6 +129,7 @@ class Method:
         running: the server step needs only the updates' weighted mean, so they are added up one after the other.
         by_client: the server step also uses whose update has which weight, so a run keeps updates apart even then.
         phases: exchanges a round.
+        spaces: in which it is defined: on layers of factors by default, in `ANY` space where it takes means alone.
     """
 
     name: ClassVar[str]
@@ -150,6 +154,7 @@ class Method:
     running: ClassVar[bool] = False
     by_client: ClassVar[bool] = False
     phases: ClassVar[int] = 1
+    spaces: ClassVar[frozenset[str]] = frozenset({"lora"})
 
     class Parameters(Section):
         """No settings of its own."""

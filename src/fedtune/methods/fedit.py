@@ -4,7 +4,7 @@ mean(B) mean(A) is not mean(B A): the difference is s times the weighted covaria
 mean B)(A_i - mean A), so the method is not exact.
 """
 
-from fedtune.methods.base import Method
+from fedtune.methods.base import ANY, Method
 
 
 class FedIT(Method):
@@ -15,3 +15,4 @@ class FedIT(Method):
     paper = "arXiv:2305.05644"
     dora = "mean"
     running = True
+    spaces = ANY

@@ -2,8 +2,8 @@
 
 w = w_0 - lr sum_j G_j z(seed_j): a step takes the difference of two losses along z_j, and G_j sums up what all
 clients found for direction j. Everybody replays the same sum in the same order in float32 on the CPU, so replays
-agree bit for bit. The paper moves all weights of the model; here w is the adapter, so that the result is a PEFT
-adapter like any other's. The learning rate is constant: a schedule or weight decay would break the replay.
+agree bit for bit. The paper moves all weights of the model, which is `peft.kind = "full"`; by default w is the adapter.
+The learning rate is constant: a schedule or weight decay would break the replay.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 from pydantic import Field
 
-from fedtune.methods.base import ClientUpdate, Method, ServerState, Sizes
+from fedtune.methods.base import ANY, ClientUpdate, Method, ServerState, Sizes
 from fedtune.methods.requests import ClientContext, Fitted, Losses, Program, Tensors
 from fedtune.types import derive_seed
 
@@ -31,13 +31,14 @@ class FedKSeed(Method):
     """Replayed scalars."""
 
     name = "fedkseed"
-    title = "FedKSeed (on the adapter)"
+    title = "FedKSeed"
     paper = "arXiv:2312.06353"
     stateful = True
     factors = False
     comparable = False
     pairs = False
     optimises = False
+    spaces = ANY
 
     class Parameters(Method.Parameters):
         """`seeds`: K; `epsilon`: half the way between the two losses; `steps`: 0 for as many as a round has."""

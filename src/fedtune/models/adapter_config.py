@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from pathlib import Path
 from reprlib import repr as short
-from typing import Annotated, Any, Self
+from typing import Annotated, Any, ClassVar, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -43,24 +43,13 @@ MERGE = "merge it where it was trained (PEFT's merge_and_unload, then save_pretr
 
 
 class AdapterConfig(BaseModel):
-    """The fields of `adapter_config.json` that decide what an adapter computes, by PEFT's names.
-
-    A pattern in `rank_pattern` or `alpha_pattern` gives the layers it matches a rank or an alpha of their own.
-    """
+    """The fields of `adapter_config.json` that decide what an adapter of any kind computes, by PEFT's names."""
 
     model_config = ConfigDict(strict=True, frozen=True, allow_inf_nan=False, protected_namespaces=())
+    kind: ClassVar[str]
 
-    r: Rank
-    lora_alpha: Alpha
-    lora_dropout: Annotated[float, Field(ge=0, le=1)] = 0.0
     target_modules: Names | Text | None = None
     exclude_modules: Names | Text | None = None
-    layers_to_transform: list[int] | int | None = None
-    layers_pattern: Names | Text | None = None
-    rank_pattern: Annotated[dict[Text, Rank], Field(max_length=MOST_NAMES)] | None = None
-    alpha_pattern: Annotated[dict[Text, Alpha], Field(max_length=MOST_NAMES)] | None = None
-    use_rslora: bool = False
-    use_dora: bool = False
     fan_in_fan_out: bool = False
     base_model_name_or_path: str | None = None
     revision: str | None = None
@@ -74,14 +63,9 @@ class AdapterConfig(BaseModel):
     @property
     def patterns(self) -> list[Pattern]:
         """All regular expressions in the settings, as PEFT makes them."""
-        found = []
-        for field in ("target_modules", "exclude_modules"):
-            if isinstance(text := getattr(self, field), str):
-                found.append(Pattern(field, text, text, whole=True))
-        for field in ("rank_pattern", "alpha_pattern"):
-            found += [Pattern(field, text, rf"(.*\.)?({text})$") for text in getattr(self, field) or ()]
-        layers = [self.layers_pattern] if isinstance(self.layers_pattern, str) else self.layers_pattern or []
-        return found + [Pattern("layers_pattern", t, rf"(?:^|.*?\.){t}\.(?P<idx>\d+)\.") for t in layers]
+        fields = ("target_modules", "exclude_modules", "feedforward_modules")
+        texts = ((field, getattr(self, field, None)) for field in fields)
+        return [Pattern(field, text, text, whole=True) for field, text in texts if isinstance(text, str)]
 
     @property
     def base(self) -> str:
@@ -89,16 +73,62 @@ class AdapterConfig(BaseModel):
         return self.base_model_name_or_path or ""
 
     def for_peft(self) -> dict[str, Any]:
+        """Return the arguments of PEFT's own settings."""
+        return self.model_dump(exclude={"base_model_name_or_path", "revision"})
+
+
+class LoraAdapterConfig(AdapterConfig):
+    """Of a LoRA adapter.
+
+    A pattern in `rank_pattern` or `alpha_pattern` gives the layers it matches a rank or an alpha of their own.
+    """
+
+    kind: ClassVar[str] = "LORA"
+
+    r: Rank
+    lora_alpha: Alpha
+    lora_dropout: Annotated[float, Field(ge=0, le=1)] = 0.0
+    layers_to_transform: list[int] | int | None = None
+    layers_pattern: Names | Text | None = None
+    rank_pattern: Annotated[dict[Text, Rank], Field(max_length=MOST_NAMES)] | None = None
+    alpha_pattern: Annotated[dict[Text, Alpha], Field(max_length=MOST_NAMES)] | None = None
+    use_rslora: bool = False
+    use_dora: bool = False
+
+    @property
+    def patterns(self) -> list[Pattern]:
+        """All regular expressions in the settings, as PEFT makes them."""
+        found = super().patterns
+        for field in ("rank_pattern", "alpha_pattern"):
+            found += [Pattern(field, text, rf"(.*\.)?({text})$") for text in getattr(self, field) or ()]
+        layers = [self.layers_pattern] if isinstance(self.layers_pattern, str) else self.layers_pattern or []
+        return found + [Pattern("layers_pattern", t, rf"(?:^|.*?\.){t}\.(?P<idx>\d+)\.") for t in layers]
+
+    def for_peft(self) -> dict[str, Any]:
         """Return the arguments of PEFT's LoraConfig."""
-        found = self.model_dump(exclude={"base_model_name_or_path", "revision"})
-        return {**found, "rank_pattern": self.rank_pattern or {}, "alpha_pattern": self.alpha_pattern or {}}
+        return {
+            **super().for_peft(),
+            "rank_pattern": self.rank_pattern or {},
+            "alpha_pattern": self.alpha_pattern or {},
+        }
 
 
+class IA3AdapterConfig(AdapterConfig):
+    """Of an IA3 adapter: of the layers in `feedforward_modules` the input is scaled, of the others the output."""
+
+    kind: ClassVar[str] = "IA3"
+
+    feedforward_modules: Names | Text | None = None
+
+
+KINDS: dict[str, type[AdapterConfig]] = {kind.kind: kind for kind in (LoraAdapterConfig, IA3AdapterConfig)}
 CHECKED = {"peft_type", "task_type", "bias", "init_lora_weights"}
-KNOWN = {*AdapterConfig.model_fields, *CHECKED, *DESCRIBES, *REFUSED}
+# the start of IA3's vectors, which those of the file replace
+DESCRIBES |= {"init_ia3_weights"}
+KNOWN = {name: {*kind.model_fields, *CHECKED, *DESCRIBES, *REFUSED} for name, kind in KINDS.items()}
 
 
-def _not_applied(config: Mapping[str, Any]) -> list[str]:
+def _not_applied(config: Mapping[str, Any], known: Set[str]) -> list[str]:
     """Return what the settings ask for and would not get, each with its name."""
     found = [f"{name} = {short(config[name])} is not applied" for name in sorted(REFUSED & set(config)) if config[name]]
     if config.get("bias", "none") != "none":
@@ -107,7 +137,7 @@ def _not_applied(config: Mapping[str, Any]) -> list[str]:
         found.append(f"init_lora_weights = {short(init)}: the adapter belongs to base weights that its start has moved")
     if config.get("task_type") not in (None, "CAUSAL_LM"):
         found.append(f"task_type = {short(config['task_type'])} is no language model's")
-    unknown = [name for name in sorted(set(config) - KNOWN) if config[name]]
+    unknown = [name for name in sorted(set(config) - known) if config[name]]
     return found + [f"{name} = {short(config[name])} is a field that is not known here" for name in unknown]
 
 
@@ -115,18 +145,20 @@ def read_config(folder: Path) -> AdapterConfig:
     """Read a folder's adapter_config.json, whoever wrote it.
 
     Raises:
-        AdapterError: no LoRA adapter, malformed, or a field that is not applied, by name.
+        AdapterError: no adapter of a kind in `KINDS`, malformed, or a field that is not applied, by name.
         CorruptFileError: not JSON, or of more than `MOST_BYTES`.
     """
     config = read_json(folder / CONFIG, MOST_BYTES)
     if not isinstance(config, dict):
         raise AdapterError(f"{folder}: {CONFIG} is not a JSON object")
-    if str(config.get("peft_type", "")).upper() != "LORA":
-        raise AdapterError(f"{folder}: peft_type = {short(config.get('peft_type'))}; only LoRA adapters are read")
-    if odd := _not_applied(config):
+    kind = KINDS.get(str(config.get("peft_type", "")).upper())
+    if kind is None:
+        said = f"peft_type = {short(config.get('peft_type'))}; only adapters of {' and '.join(KINDS)} are read"
+        raise AdapterError(f"{folder}: {said}")
+    if odd := _not_applied(config, KNOWN[kind.kind]):
         raise AdapterError(f"{folder}: {CONFIG}: {'; '.join(odd)}; {MERGE}")
     try:
-        return AdapterConfig.model_validate({k: v for k, v in config.items() if k in AdapterConfig.model_fields})
+        return kind.model_validate({k: v for k, v in config.items() if k in kind.model_fields})
     except ValidationError as err:
-        said = [": ".join([*map(str, e["loc"][:1]), e["msg"].removeprefix("Value error, ")]) for e in err.errors()]
-        raise AdapterError(f"{folder}: {CONFIG}: {'; '.join(dict.fromkeys(said))}") from err
+        told = [": ".join([*map(str, e["loc"][:1]), e["msg"].removeprefix("Value error, ")]) for e in err.errors()]
+        raise AdapterError(f"{folder}: {CONFIG}: {'; '.join(dict.fromkeys(told))}") from err

@@ -9,21 +9,31 @@ from functools import cache
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from fedtune.config import Config
 from fedtune.lora.state import to_tensors
-from fedtune.models.adapter import AdaptedModel
+from fedtune.models.adapted import AdaptedModel
 
 # hidden-sized numbers that a layer keeps of a token for the backward pass
 KEPT = 34
 
 
+def wire_dtype(dtype: torch.dtype) -> np.dtype[Any]:
+    """Return the NumPy type a tensor's numbers travel in; NumPy has no bfloat16, so those travel as their 16 bits.
+
+    Raises:
+        TypeError: NumPy has nothing like it.
+    """
+    return np.dtype("uint16" if dtype == torch.bfloat16 else str(dtype).removeprefix("torch."))
+
+
 @cache
-def _header_bytes(shape: tuple[int, ...], kind: str) -> int:
+def _header_bytes(shape: tuple[int, ...], kind: np.dtype[Any]) -> int:
     """Length of the NumPy header Flower's serialisation puts before an array (128 for usual shapes)."""
     buffer = io.BytesIO()
-    header = {"descr": np.dtype(kind).str, "fortran_order": False, "shape": shape}
+    header = {"descr": kind.str, "fortran_order": False, "shape": shape}
     np.lib.format.write_array_header_1_0(buffer, header)
     return buffer.tell()
 
@@ -34,8 +44,7 @@ def message_bytes(tensors: Mapping[str, Tensor]) -> int:
     The same count as FlowerTune's communication tracker: sum of 4 numel + 128 for float32.
     """
     sizes = (
-        t.numel() * t.element_size() + _header_bytes(tuple(t.shape), str(t.dtype).removeprefix("torch."))
-        for t in tensors.values()
+        t.numel() * t.element_size() + _header_bytes(tuple(t.shape), wire_dtype(t.dtype)) for t in tensors.values()
     )
     return sum(sizes)
 
@@ -104,12 +113,14 @@ def predict(
     width = max(p.element_size() for p in weights)
     activations = tokens * activation_bytes(shape, width, checkpointing=checkpointing)
     trainable = sum(t.numel() for t in tensors.values())
+    # the parameters, their gradients and two moments
+    moved = 4 * sum(t.numel() * t.element_size() for t in tensors.values())
     each = [wire(t) for t in range(1, config.federation.rounds + 1)] if wire else []
     return Budget(
         message=message,
         per_round=each[0] if each else None,
         total=sum(each) if each else None,
         model=sum(p.numel() * p.element_size() for p in weights),
-        training=trainable * 16 + activations + tokens * shape.vocab_size * 4,
+        training=moved + activations + tokens * shape.vocab_size * 4,
         trainable=trainable,
     )

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fedtune.lora.state import LoraModule, from_tensors
-from fedtune.models.adapter_config import AdapterConfig, read_config
+from fedtune.models.adapter_config import AdapterConfig, LoraAdapterConfig, read_config
 from fedtune.models.source import CONFIG, WEIGHTS, not_a_number
 from fedtune.names import PREFIX, A, B, M
 from fedtune.tensors import tensor_header
@@ -80,7 +80,10 @@ class FolderState(Mapping[str, LoraModule]):
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.config, self._header = checked(folder)
+        config, self._header = checked(folder)
+        if not isinstance(config, LoraAdapterConfig):
+            raise AdapterError(f"{folder}: peft_type = {config.kind}; only LoRA adapters are aggregated")
+        self.config = config
         self._size = (folder / WEIGHTS).stat().st_size
         self._start = self._size - max((entry["data_offsets"][1] for entry in self._header.values()), default=0)
         if self.config.rank_pattern or self.config.alpha_pattern:

@@ -91,6 +91,8 @@ def has_plain_head(model: Any) -> bool:
     base = inner(model)
     if not hasattr(base, "get_decoder") or type(base.get_output_embeddings()) is not nn.Linear:
         return False
+    if torch.is_grad_enabled() and base.get_output_embeddings().weight.requires_grad:
+        return False  # the loss is made with the gradient of the hidden states alone
     known = getattr(base, _PLAIN, None)
     if known is None:
         with sides.without(model):

@@ -8,7 +8,8 @@ from collections.abc import Iterator
 
 import torch
 
-from fedtune.models.adapter import AdaptedModel
+from fedtune.lora.state import Plain
+from fedtune.models.adapted import AdaptedModel
 
 
 def _shared(adapted: AdaptedModel) -> bool:
@@ -27,6 +28,8 @@ def foldable(adapted: AdaptedModel) -> bool:
     A weight of 16 bits or fewer would swallow much of the adapter, which then would not be what was trained; and a
     weight that two layers share must not be changed through one of them.
     """
+    if isinstance(adapted.layout, Plain):
+        return False
     plain = not any(adapted.sides.parameters()) and not any(m.magnitude is not None for m in adapted.layout.values())
     weights = [layer.get_base_layer().weight for layer in adapted.layers.values()]
     exact = all(w.dtype in (torch.float32, torch.float64) for w in weights)

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fedtune.models.adapter import AdaptedModel
+from fedtune.models.adapted import AdaptedModel
 from fedtune.models.kernels import gathered, spread
 from fedtune.models.packing import PackingPlan, Span
 from fedtune.names import PREFIX, A, B

@@ -10,7 +10,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from fedtune.models.adapter import AdaptedModel, attach_as, check_shapes, load_tensors, shapes_as
+from fedtune.models.adapted import AdaptedModel, check_shapes, load_tensors
+from fedtune.models.adapter import attach_as, shapes_as
 from fedtune.models.adapter_config import MERGE, AdapterConfig
 from fedtune.models.folder import read_folder
 from fedtune.models.load import LoadedModel
@@ -48,13 +49,14 @@ def load_folder(base: LoadedModel, folder: Path, *, insist: bool = False) -> Ada
     Raises:
         AdapterError: unsafe, or made for another base model, vocabulary or targets; with both values.
     """
-    from peft import LoraConfig
+    from peft import IA3Config, LoraConfig
 
     config, tensors = read_folder(folder)
     _check_base(folder, config, base, insist)
     own = _without_base(folder, base, tensors)
     try:
-        settings = LoraConfig(**config.for_peft(), task_type="CAUSAL_LM")
+        kind = {"LORA": LoraConfig, "IA3": IA3Config}[config.kind]
+        settings = kind(**config.for_peft(), task_type="CAUSAL_LM")
         try_patterns(config.patterns, [name for name, _ in base.model.named_modules()])
         # before it is attached: a few bytes of settings can ask for more memory than there is
         check_shapes(shapes_as(base, settings), own)

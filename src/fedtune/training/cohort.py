@@ -15,7 +15,7 @@ from torch import Tensor
 from fedtune.data.encode import Encoded
 from fedtune.lora.state import to_tensors
 from fedtune.methods.requests import Tensors
-from fedtune.models.adapter import AdaptedModel
+from fedtune.models.adapted import AdaptedModel
 from fedtune.models.interface import inner
 from fedtune.models.proof import COARSE_GRADIENT, far, proof_of, texts_for
 from fedtune.models.stack import Stack
@@ -93,7 +93,8 @@ def stacks(adapted: AdaptedModel) -> bool:
 class Cohort:
     """Trains up to `size` clients at a time; what cannot be stacked is trained one after the other, by the same steps.
 
-    Not stacked are DoRA (its norms need each client's whole weights) and side tensors that are trained or differ.
+    Not stacked are states that are no factors, DoRA (its norms need each client's whole weights), and side tensors
+    that are trained or differ.
 
     Args:
         adapted: the resident model.
@@ -133,7 +134,7 @@ class Cohort:
     def _groups(self, works: Sequence[Work]) -> Iterator[list[int]]:
         """Yield the places of works that go together, at most `size` at a time."""
         groups: list[list[int]] = []
-        joins = [_together(self._adapted.model, work) for work in works]
+        joins = [self._adapted.stackable and _together(self._adapted.model, work) for work in works]
         for i, work in enumerate(works):
             fitting = (g for g in groups if joins[g[0]] and len(g) < self.size and _alike(works[g[0]], work))
             group = next(fitting, None) if joins[i] else None

@@ -12,9 +12,9 @@ from torch import Tensor
 
 from fedtune.config.schema import TrainSettings
 from fedtune.data.encode import Encoded
-from fedtune.lora.state import to_tensors
+from fedtune.lora.state import Plain, to_tensors
 from fedtune.methods.requests import Correction, Tensors, Term
-from fedtune.models.adapter import AdaptedModel
+from fedtune.models.adapted import AdaptedModel
 from fedtune.models.interface import attending, inner
 from fedtune.models.proof import proof_of, texts_for
 from fedtune.training.loss import Part, joint_loss, keyed, lots, passes, regrouped
@@ -257,7 +257,7 @@ def _rows_have_directions(adapted: AdaptedModel) -> None:
     Raises:
         ModelError: a row of a base weight has no direction.
     """
-    for path, module in adapted.layout.items():
+    for path, module in () if isinstance(adapted.layout, Plain) else adapted.layout.items():
         rows = [] if module.magnitude is None else torch.nonzero(module.magnitude == 0).flatten().tolist()
         if rows:
             what = f"row {rows[0]} of {path} is all zeros ({len(rows)} of {len(module.b)} rows are)"

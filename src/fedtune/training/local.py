@@ -25,7 +25,7 @@ from fedtune.methods.requests import (
     Train,
     handled,
 )
-from fedtune.models.adapter import AdaptedModel
+from fedtune.models.adapted import AdaptedModel
 from fedtune.models.attention import text_features
 from fedtune.training import schedule
 from fedtune.training.executor import Extras, Jobs, Limits, Work, backpropagate, place

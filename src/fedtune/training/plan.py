@@ -11,7 +11,7 @@ import torch
 
 from fedtune.config import Config
 from fedtune.machine import cores
-from fedtune.models.adapter import AdaptedModel
+from fedtune.models.adapted import AdaptedModel
 from fedtune.models.budget import activation_bytes
 from fedtune.models.interface import inner
 from fedtune.models.measure import free_memory, gemm_rate
@@ -106,12 +106,16 @@ def _limits(config: Config, shape: Any, width: int, longest: int, free: int) -> 
     return max(FEWEST, int(room // each[checkpointing])), checkpointing, why
 
 
-def _cohort(config: Config, known: Machine, flops: float, layers: int, found: Proof) -> tuple[int, str]:
+def _cohort(
+    config: Config, known: Machine, flops: float, layers: int, found: Proof, *, stackable: bool
+) -> tuple[int, str]:
     """Return how many clients share a pass, and why.
 
     A step of few tokens leaves a GPU waiting for its launches; clients fill the gap until computing takes as long.
     """
     asked, most = config.engine, config.federation.cohort_size
+    if not stackable:
+        return 1, "what is trained is no low-rank adapter, so clients are not stacked"
     if found.why or found.random:
         return 1, "the model draws random numbers by itself" if found.random else "its texts pass one at a time"
     if asked.executor == "sequential":
@@ -146,8 +150,10 @@ def plan(config: Config, adapted: AdaptedModel, longest: int, tokens: float, kno
     shape, width = model.config.get_text_config(), max(p.element_size() for p in weights)
     whole = sum(p.numel() for p in model.parameters()) - model.get_input_embeddings().weight.numel()
     found, flops = proof_of(model), flops_per_token(whole) * tokens
-    cohort, why_cohort = _cohort(config, here, flops, int(shape.num_hidden_layers), found)
-    limit, checkpointing, why_memory = _limits(config, shape, width, longest, here.free)
+    cohort, why_cohort = _cohort(config, here, flops, int(shape.num_hidden_layers), found, stackable=adapted.stackable)
+    # gradients and the optimiser's two moments lie beside what is trained
+    taken = 3 * sum(p.numel() * p.element_size() for p in adapted.slots.values())
+    limit, checkpointing, why_memory = _limits(config, shape, width, longest, max(0, here.free - taken))
     if checkpointing and not inner(model).supports_gradient_checkpointing:
         if config.engine.gradient_checkpointing is True:
             raise ModelError(f"{type(inner(model)).__name__} cannot recompute its activations; leave them kept")

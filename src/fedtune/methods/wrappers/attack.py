@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from fedtune import spaces
 from fedtune.methods.base import Method
 from fedtune.methods.requests import ClientContext, Fitted, Program, Tensors
 from fedtune.methods.wrappers.base import Idle, Wrapper
@@ -118,7 +119,9 @@ class Attackers(Wrapper):
             yield "attack.scale", f'attack.kind = "{chosen}" has no size'
         if chosen in ("boost", "gauge") and config.attack.scale == 1:
             yield "attack.scale", f'attack.kind = "{chosen}" multiplies by it, and an attacker would be honest'
-        if chosen == "gauge" and not kind.pairs:
+        if chosen == "gauge" and not spaces.of(config).factored:
+            yield "attack.kind", f'with peft.kind = "{config.peft.kind}" there are no factors, so there is no gauge'
+        elif chosen == "gauge" and not kind.pairs:
             yield "attack.kind", f"a client of {kind.name} does not send both factors of a layer, so it has no gauge"
 
     def fit(self, client: ClientContext, download: Tensors, begun: Tensors) -> Program[Fitted]:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from fedtune import spaces
 from fedtune.methods.base import ClientUpdate, Method, ServerState
 from fedtune.methods.wrappers import rules
 from fedtune.methods.wrappers.base import Idle, RoundContext, Wrapper
@@ -46,6 +47,19 @@ def _balanced(method: Method, update: ClientUpdate, state: ServerState) -> Clien
     return replace(update, tensors={**update.tensors, **to_tensors(split)})
 
 
+def _compared(method: Method, updates: Sequence[ClientUpdate], state: ServerState) -> tuple[list[ClientUpdate], Tensor]:
+    """Return the updates, their factors balanced if they have any, and the inner products of what they change."""
+    from fedtune.lora import algebra, product
+    from fedtune.lora.state import Plain, to_tensors
+
+    if isinstance(state.adapter, Plain):
+        before = {name: tensor.double() for name, tensor in to_tensors(state.adapter).items()}
+        changes = [{name: t.double() - before[name] for name, t in u.tensors.items()} for u in updates]
+        return list(updates), algebra.gram(changes)
+    balanced = [_balanced(method, u, state) for u in updates]
+    return balanced, product.gram(_changes(method, balanced, state))
+
+
 def _weights(
     table: Tensor, updates: Sequence[ClientUpdate], settings: RobustSettings, note: Callable[[str], object]
 ) -> tuple[Tensor, float]:
@@ -80,11 +94,9 @@ def reweighted(
         settings: the rule, the clip, and how many of these updates may be malicious.
         note: told who was left out.
     """
-    from fedtune.lora.product import gram
-
     kinds = [{n: t.dtype for n, t in u.tensors.items()} for u in updates]
-    updates = [_balanced(method, u, state) for u in updates]
-    weights, rest = _weights(gram(_changes(method, updates, state)), updates, settings, note)
+    updates, table = _compared(method, updates, state)
+    weights, rest = _weights(table, updates, settings, note)
     kept = [
         replace(u, tensors={n: t.to(kind[n]) for n, t in u.tensors.items()}, examples=float(w))
         for u, kind, w in zip(updates, kinds, weights, strict=True)
@@ -116,7 +128,7 @@ class Robust(Wrapper):
         where, fix = "robust", f"these are made of the clients' products alone: {having('by_product')}"
         if not kind.comparable:
             yield Problem(where, f"an update of {kind.name} cannot be compared with others", fix)
-        elif not kind.by_product:
+        elif not kind.by_product and (spaces.of(config).factored or not kind.running):
             yield Problem(where, f"the model of {kind.name} is not bounded by what a rule lets through", fix)
         if config.lora.dora:
             yield Problem(where, "rules see products, not DoRA's magnitudes, which a client could set as it likes")

@@ -1,0 +1,54 @@
+"""The spaces by name: ours, a file and a line here each, and those of other packages. No torch here."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from fedtune.config import Config
+from fedtune.config.load import flatten
+from fedtune.config.schema import LoraSettings
+from fedtune.config.section import own_problems
+from fedtune.registry import Registry
+from fedtune.spaces.base import Space
+from fedtune.spaces.full import Full
+from fedtune.spaces.ia3 import IA3
+from fedtune.spaces.lora import Lora
+from fedtune.types import Problem, nearest
+
+
+def _checked(name: str, found: object) -> Space:
+    """Return a space that another package offers. Raises TypeError or ValueError: it is none, or of another name."""
+    if not (isinstance(found, type) and issubclass(found, Space)):
+        raise TypeError(f"{found!r:.100} is no subclass of fedtune.spaces.Space")
+    if missing := [a for a in ("name", "title") if not isinstance(getattr(found, a, None), str)]:
+        raise TypeError(f"{found.__name__} has no {missing[0]}")
+    if found.name != name:
+        raise ValueError(f"{found.__name__}.name is {found.name!r}")
+    return found()
+
+
+SPACES = Registry[Space]("space", {space.name: space for space in (Lora(), IA3(), Full())}, _checked)
+
+__all__ = ["SPACES", "Space", "of", "problems"]
+
+
+def of(config: Config) -> Space:
+    """Return the space of a run. The settings have passed `problems`."""
+    return SPACES[config.peft.kind]
+
+
+def problems(config: Config) -> Iterator[Problem]:
+    """Yield what is wrong with the space: its name, its settings, and settings of LoRA where nothing is a factor."""
+    name = config.peft.kind
+    if name not in SPACES:
+        fix = SPACES.fault(name) or nearest(name, SPACES) or "list them: fedtune ls spaces"
+        yield Problem(f'peft.kind = "{name}"', "unknown space", fix)
+        return
+    space = SPACES[name]
+    yield from own_problems("peft", name, space.Parameters, config.peft.parameters)
+    yield from space.problems(config)
+    if not space.factored:
+        usual = flatten(LoraSettings().model_dump(mode="json"))
+        own = flatten(config.lora.model_dump(mode="json"))
+        for key in (key for key, value in own.items() if value != usual.get(key)):
+            yield Problem(f"lora.{key} = {own[key]!r}", f'has no effect with peft.kind = "{name}"', "leave it out")
