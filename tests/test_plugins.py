@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import logging
+import re
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -20,10 +21,11 @@ from fedtune.cli import app
 from fedtune.config import Settings
 from fedtune.domains import DOMAINS, TASKS
 from fedtune.evaluation import scorers
+from fedtune.experiment import arms
 from fedtune.experiment.reporter import Reporter
 from fedtune.experiment.run import run
 from fedtune.io import read_json
-from fedtune.methods import METHODS
+from fedtune.methods import METHODS, wrappers
 from fedtune.types import CancelledError, ConfigError, ResumeError, RoundRecord
 from tests.evaluation.test_scorers import the_page
 from tests.outside import FEDEMA, install
@@ -218,3 +220,40 @@ def test_nothing_of_another_package_is_imported_unasked(offer: Offer) -> None:
     assert package not in sys.modules
     assert "fedema" in METHODS
     assert package in sys.modules
+
+
+PAGE = Path(__file__).parents[1] / "docs/add-a-wrapper.md"
+
+
+def test_a_wrapper_of_another_package_goes_around_a_method_by_its_table(
+    offer: Offer, settings: Callable[..., Settings], tmp_path: Path
+) -> None:
+    (code,) = re.findall(r"```python\n(.*?)```", PAGE.read_text("utf-8"), re.DOTALL)
+    package = offer(code, wrappers={"shrinks": "Shrinks"}).replace("_", "-")
+    assert {r["wrapper"]: r["package"] for r in lines("ls", "wrappers")}["shrinks"] == f"{package} 0.3"
+    made = settings(wrappers__shrinks__share=0.5, federation__rounds=2)
+    assert made.unranked[-1] == f"the wrapper shrinks comes from the package {package} 0.3"
+    asked = wrappers.asked(settings(wrappers__shrinks__share=0.5, drift__proximal_mu=0.1).config, METHODS["fedit"])
+    assert [w.name for w in asked] == ["shrinks", "fedprox"]
+    folder, _ = run(made, tmp_path / "around")
+    plain, _ = run(settings(federation__rounds=2), tmp_path / "plain")
+    assert any(not torch.equal(t, weights(plain)[name]) for name, t in weights(folder).items())
+    assert arms.derive(made.config, "local-only").wrappers == {}
+    for wrong, said in (
+        ({"shrinks": {"share": 2}}, "wrappers.shrinks.share = 2"),
+        ({"shrinks": {"share": 0.5, "more": 1}}, "wrappers.shrinks.more: unknown key"),
+        ({"shrink": {}}, 'unknown wrapper; did you mean "shrinks"'),
+        ({"fedprox": {}}, "is no wrapper of another package"),
+    ):
+        with pytest.raises(ConfigError, match=re.escape(said)):
+            settings(wrappers=wrong)
+    with pytest.raises(ConfigError, match="has no effect: with arm"):
+        settings(arm="centralised", wrappers__shrinks__share=0.5)
+
+
+def test_a_wrapper_with_the_name_of_a_method_is_refused(offer: Offer) -> None:
+    offer(
+        "from fedtune.methods.wrappers import Wrapper\nclass W(Wrapper):\n    name = 'fedit'", wrappers={"fedit": "W"}
+    )
+    with pytest.raises(ConfigError, match="has the name of a method"):
+        whole.load([{"domain": "finance", "wrappers": {"fedit": {}}}])

@@ -17,6 +17,7 @@ from fedtune.config.load import changed, merge, read_toml, validated
 from fedtune.domains.base import Task
 from fedtune.evaluation import scorers
 from fedtune.io import expanded
+from fedtune.methods.wrappers import WRAPPERS
 from fedtune.models import zoo
 from fedtune.registry import Origin
 from fedtune.types import ConfigError, Problem
@@ -26,7 +27,7 @@ Found = Iterator[tuple[str, str]]
 
 # what only a federation takes notice of: the other arms train plain LoRA, with one model and nobody to wait for
 OF_A_FEDERATION = (
-    *("method", "drift", "server", "robust", "attack", "lora.ranks"),
+    *("method", "drift", "server", "robust", "attack", "wrappers", "lora.ranks"),
     *(f"federation.{key}" for key in ("faults", "deadline", "connect_timeout", "min_clients", "weights")),
 )
 
@@ -127,6 +128,7 @@ def outside(config: Config) -> dict[str, Origin]:
     """Return the components of other packages that a run uses, such as `method fedema`, and where each comes from."""
     used: tuple[tuple[str, Callable[[str], Origin | None], Sequence[str]], ...] = (
         ("method", methods.METHODS.origin, [config.method.name]),
+        ("wrapper", WRAPPERS.origin, [*config.wrappers]),
         ("space", spaces.SPACES.origin, [config.peft.kind]),
         ("domain", domains.DOMAINS.origin, [config.domain]),
         ("task", domains.TASKS.origin, config.eval.tasks),

@@ -11,7 +11,7 @@ import torch
 
 from fedtune.config import Config
 from fedtune.lora.state import to_tensors
-from fedtune.methods import METHODS, Recipe, ServerState, create, wrappers
+from fedtune.methods import METHODS, Recipe, ServerState, create
 from fedtune.methods.wrappers import WRAPPERS, asked
 from tests.clients import fit_by
 from tests.methods.test_around import Quadratic
@@ -38,7 +38,7 @@ def test_settings_ask_for_wrappers_from_the_outside_in(changes: dict[str, Any], 
 
 
 def test_names_are_their_own_and_no_methods_tensors_begin_with_them() -> None:
-    names = [w.name for w in WRAPPERS]
+    names = [w.name for w in WRAPPERS.values()]
     assert len(set(names)) == len(names)
     assert not set(names) & set(METHODS)
 
@@ -47,7 +47,7 @@ def test_a_checkpoints_names_come_back_to_their_owners() -> None:
     state = ServerState(START, 3, {"fedalt/shares": torch.ones(2)}, memory={"server": {"m/x": torch.zeros(1)}})
     carried = state.carried()
     assert set(carried) == {"fedalt/shares", "server/m/x"}
-    again = ServerState(START, 3).carrying(carried, [w.name for w in WRAPPERS])
+    again = ServerState(START, 3).carrying(carried, WRAPPERS)
     assert dict(again.extra) == dict(state.extra)
     assert {o: dict(own) for o, own in again.memory.items()} == {o: dict(own) for o, own in state.memory.items()}
 
@@ -58,8 +58,8 @@ def test_the_wrapper_of_the_page_does_what_it_says(monkeypatch: pytest.MonkeyPat
     exec(blocks[0], scope)
     plain: Recipe = create(config())
     whole = fit_by(plain, Quadratic(0, {}), plain.view(ServerState(START), 0)).payload
-    monkeypatch.setattr(wrappers, "WRAPPERS", (scope["Shrinks"], *WRAPPERS))
-    recipe = create(config())
+    monkeypatch.setitem(WRAPPERS.own, "shrinks", scope["Shrinks"])
+    recipe = create(config(wrappers={"shrinks": {"share": 0.5}}))
     half = fit_by(recipe, Quadratic(0, {}), recipe.view(ServerState(START), 0)).payload
     start = to_tensors(START)
     assert all(torch.allclose(half[n], (whole[n] + start[n]) / 2) for n in start)

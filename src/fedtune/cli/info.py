@@ -157,9 +157,24 @@ def _packages() -> Rows:
     return [{"package": p.filename, "sha256": p.sha256[:16], "licence": p.licence} for p in found]
 
 
+def _wrappers() -> Rows:
+    from fedtune.methods.wrappers import WRAPPERS
+
+    rows = [
+        {
+            "wrapper": name,
+            "what": (kind.__doc__ or "").strip().splitlines()[0],
+            "settings": ", ".join(kind.Parameters.model_fields) or "-",
+        }
+        for name, kind in WRAPPERS.items()
+    ]
+    return _origins(rows, WRAPPERS)
+
+
 LISTS: dict[str, Callable[[], Rows]] = {
     "models": _models,
     "methods": _methods,
+    "wrappers": _wrappers,
     "spaces": _spaces,
     "domains": _domains,
     "tasks": _tasks,
@@ -215,7 +230,7 @@ def ls(
     what: Annotated[str, typer.Argument(help=f"One of: {', '.join(LISTS)}")] = "domains",
     json_output: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """List models, methods, spaces, domains, tasks, protocols, partitions or packages."""
+    """List models, methods, wrappers, spaces, domains, tasks, protocols, partitions or packages."""
     if what not in LISTS:
         fix = nearest(what, LISTS) or f"one of {', '.join(LISTS)}"
         raise ConfigError("command line", [Problem(f"ls {what}", "unknown list", fix)])

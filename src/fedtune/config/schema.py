@@ -253,6 +253,7 @@ class Config(Section):
     server: ServerSettings = ServerSettings()
     robust: RobustSettings = RobustSettings()
     attack: AttackSettings = AttackSettings()
+    wrappers: dict[str, dict[str, Any]] = Field({})  # of other packages, by name; each with settings of its own
     data: DataSettings = DataSettings()
     prompt: PromptSettings = PromptSettings()
     federation: FederationSettings = FederationSettings()

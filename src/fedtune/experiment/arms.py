@@ -39,7 +39,7 @@ AGES = 1e9
 def _plain(config: Config, arm: str) -> Config:
     """Return the settings of an arm without federation: plain LoRA, nothing around it, nobody late."""
     default = Config(domain=config.domain)
-    around = {key: getattr(default, key) for key in ("method", "drift", "server", "robust", "attack")}
+    around = {key: getattr(default, key) for key in ("method", "drift", "server", "robust", "attack", "wrappers")}
     lora = config.lora.model_copy(update={"ranks": ()})
     calm = {"faults": default.federation.faults, "deadline": AGES, "min_clients": 1}
     federation = config.federation.model_copy(update=calm)

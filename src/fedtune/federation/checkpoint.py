@@ -101,7 +101,7 @@ def _state(tensors: Mapping[str, Tensor], start: ServerState, round_: int) -> Se
                 pieces.setdefault(int(number), {})[path] = Product(tensors[name], other)
     own = {n: t for n, t in tensors.items() if not n.startswith((_EXTRA, _BASE))}
     base = tuple(Piece(number, pieces[number]) for number in sorted(pieces))
-    return ServerState(with_tensors(start.adapter, own), round_, base=base).carrying(extra, [w.name for w in WRAPPERS])
+    return ServerState(with_tensors(start.adapter, own), round_, base=base).carrying(extra, WRAPPERS)
 
 
 def rounds_of(run: Path) -> list[RoundRecord]:

@@ -5,10 +5,10 @@ from __future__ import annotations
 import random
 from collections.abc import Iterable
 
-from pydantic import ValidationError
-
 from fedtune import spaces
 from fedtune.config import Config
+from fedtune.config.section import own_problems
+from fedtune.methods import wrappers
 from fedtune.methods.base import ANY, ClientUpdate, Method, Scene, ServerState
 from fedtune.methods.effects import without_effect
 from fedtune.methods.fed_sb import FedSB
@@ -35,7 +35,6 @@ from fedtune.methods.rac_lora import RACLoRA
 from fedtune.methods.rbla import RBLA
 from fedtune.methods.recipe import Recipe
 from fedtune.methods.rolora import RoLoRA
-from fedtune.methods.wrappers import asked
 from fedtune.methods.wrappers.rules import RULES
 from fedtune.registry import Registry
 from fedtune.types import Problem, derive_seed, nearest
@@ -124,18 +123,10 @@ def invalid(config: Config) -> Iterable[Problem]:
 
 
 def _own_settings(config: Config, kind: type[Method]) -> Iterable[Problem]:
-    try:
-        parameters = kind.Parameters.model_validate(config.method.parameters)
-    except ValidationError as err:
-        for error in err.errors():
-            key = str(error["loc"][0])
-            if error["type"] == "extra_forbidden":
-                fix = nearest(key, kind.Parameters.model_fields) or f"{kind.name} has no such setting"
-                yield Problem(f"method.{key}", "unknown key", fix)
-            else:
-                yield Problem(f"method.{key} = {error['input']!r}", error["msg"])
-        return
-    if reason := parameters.inert():
+    given = config.method.parameters
+    wrong = list(own_problems("method", kind.name, kind.Parameters, given))
+    yield from wrong
+    if not wrong and (reason := kind.Parameters.model_validate(given).inert()):
         yield Problem(f"method ({kind.name})", f"has no effect: {reason}")
 
 
@@ -155,7 +146,10 @@ def _combination(config: Config, kind: type[Method]) -> Iterable[Problem]:
     # of LoRA-A2 a rank is a budget, which is another without one
     if set(client_ranks(config).values()) == {config.lora.r} and name != "lora_a2":
         yield Problem("lora.ranks", f"has no effect: every client has r = {config.lora.r} without it", "leave it out")
-    for wrapper in asked(config, kind):
+    yield from wrappers.problems(config)
+    for taken in config.wrappers.keys() & METHODS.keys():
+        yield Problem(f"wrappers.{taken}", "has the name of a method, and the tensors of both would be mixed up")
+    for wrapper in wrappers.asked(config, kind):
         yield from wrapper.problems(config, kind, _names)
 
 

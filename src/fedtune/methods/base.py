@@ -6,7 +6,7 @@ only what differs from the weighted mean of the factors; see docs/add-a-method.m
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, ClassVar, NamedTuple
 
@@ -66,7 +66,7 @@ class ServerState:
         """Return the method's and the wrappers' tensors by one name each, for a checkpoint."""
         return {**self.extra, **{f"{owner}/{n}": t for owner, own in self.memory.items() for n, t in own.items()}}
 
-    def carrying(self, tensors: Tensors, owners: Sequence[str]) -> ServerState:
+    def carrying(self, tensors: Tensors, owners: Container[str]) -> ServerState:
         """Return the state with what `carried` returned; the wrappers are `owners`."""
         memory: dict[str, dict[str, Tensor]] = {}
         extra = dict(tensors)

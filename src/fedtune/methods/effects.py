@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator
 from fedtune.config import Config
 from fedtune.config.load import changed
 from fedtune.methods.base import Method
-from fedtune.methods.wrappers import WRAPPERS
+from fedtune.methods.wrappers import WRAPPERS, named
 from fedtune.types import Problem
 
 Found = Iterator[tuple[str, str]]
@@ -28,7 +28,7 @@ def without_effect(config: Config, kind: type[Method]) -> Iterable[Problem]:
 
 def _reasons(config: Config, kind: type[Method]) -> Found:
     yield from _of_training(config, kind)
-    for wrapper in WRAPPERS:
+    for wrapper in (*WRAPPERS.own.values(), *named(config)):
         yield from wrapper.idle(config, kind)
     yield from _of_the_method(config, kind)
 

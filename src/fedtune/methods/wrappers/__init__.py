@@ -1,13 +1,15 @@
-"""What goes around a method, by explicit list, from the outside in. No torch here.
+"""What goes around a method: ours, by explicit list, and those of other packages, from the outside in. No torch here.
 
 On the client each changes what the ones inside it ask for and send; on the server what they get and what they return.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from functools import reduce
 
 from fedtune.config import Config
+from fedtune.config.section import Section, own_problems
 from fedtune.methods.base import Method
 from fedtune.methods.wrappers.attack import Attackers
 from fedtune.methods.wrappers.base import Innermost, RoundContext, Wrapper
@@ -16,15 +18,52 @@ from fedtune.methods.wrappers.fedprox import FedProx
 from fedtune.methods.wrappers.robust import Robust
 from fedtune.methods.wrappers.scaffold import Scaffold
 from fedtune.methods.wrappers.server_optimizer import ServerOptimizer
+from fedtune.registry import Registry
+from fedtune.types import Problem, nearest
 
-WRAPPERS: tuple[type[Wrapper], ...] = (Attackers, Scaffold, Robust, DoRA, ServerOptimizer, FedProx)
+_OWN: tuple[type[Wrapper], ...] = (Attackers, Scaffold, Robust, DoRA, ServerOptimizer, FedProx)
 
-__all__ = ["WRAPPERS", "Innermost", "RoundContext", "Wrapper", "asked", "wrapped"]
+__all__ = ["WRAPPERS", "Innermost", "RoundContext", "Wrapper", "asked", "problems", "wrapped"]
+
+
+def _checked(name: str, found: object) -> type[Wrapper]:
+    """Return a wrapper that another package offers. Raises TypeError or ValueError: it is none, or of another name."""
+    if not (isinstance(found, type) and issubclass(found, Wrapper)):
+        raise TypeError(f"{found!r:.100} is no subclass of fedtune.methods.wrappers.Wrapper")
+    if not issubclass(found.Parameters, Section):
+        raise TypeError(f"{found.__name__}.Parameters is no subclass of Section")
+    if getattr(found, "name", None) != name:
+        raise ValueError(f"{found.__name__}.name is {getattr(found, 'name', None)!r}")
+    return found
+
+
+WRAPPERS = Registry[type[Wrapper]]("wrapper", {w.name: w for w in _OWN}, _checked)
+
+
+def problems(config: Config) -> Iterable[Problem]:
+    """Yield what is wrong with the wrappers that settings name, and with the settings of each."""
+    for name, given in config.wrappers.items():
+        if name in WRAPPERS.own:
+            yield Problem(f"wrappers.{name}", "is no wrapper of another package; ours have sections of their own")
+        elif name not in WRAPPERS:
+            fix = WRAPPERS.fault(name) or nearest(name, WRAPPERS) or "list them: fedtune ls wrappers"
+            yield Problem(f"wrappers.{name}", "unknown wrapper", fix)
+        else:
+            yield from own_problems(f"wrappers.{name}", name, WRAPPERS[name].Parameters, given)
+
+
+def named(config: Config) -> list[type[Wrapper]]:
+    """Return the wrappers of other packages that settings name."""
+    return [WRAPPERS[name] for name in sorted(config.wrappers) if name in WRAPPERS]
 
 
 def asked(config: Config, kind: type[Method]) -> tuple[type[Wrapper], ...]:
-    """Return the wrappers that a run's settings ask for, from the outside in."""
-    return tuple(wrapper for wrapper in WRAPPERS if wrapper.asked(config, kind))
+    """Return the wrappers that a run's settings ask for, from the outside in.
+
+    Those of other packages, by name, stand inside the attackers and around all others of ours.
+    """
+    first, *rest = _OWN
+    return tuple(wrapper for wrapper in (first, *named(config), *rest) if wrapper.asked(config, kind))
 
 
 def wrapped(method: Method, config: Config) -> Innermost:

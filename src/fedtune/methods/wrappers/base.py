@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
+from fedtune.config.section import Section
 from fedtune.methods.base import ClientUpdate, Method, ServerState
 from fedtune.methods.requests import ClientContext, Fitted, Program, Tensors
 from fedtune.types import Problem
@@ -104,18 +105,23 @@ class Wrapper(Innermost):
     Class attributes:
         name: of its memory, and in listings.
         streams: updates may still be added up as they come.
+        Parameters: the settings in `wrappers.<name>`, of a wrapper of another package; ours have sections of their own.
     """
 
     name: ClassVar[str]
 
+    class Parameters(Section):
+        """No settings of its own."""
+
     def __init__(self, inner: Innermost) -> None:
         super().__init__(inner.method, inner.config)
         self.inner = inner
+        self.parameters = self.Parameters.model_validate(inner.config.wrappers.get(self.name, {}))
 
     @classmethod
     def asked(cls, config: Config, kind: type[Method]) -> bool:
-        """Tell whether the settings ask for it."""
-        raise NotImplementedError
+        """Tell whether the settings ask for it; by default they do where they name it."""
+        return cls.name in config.wrappers
 
     @classmethod
     def problems(cls, config: Config, kind: type[Method], having: Callable[[str], str]) -> Iterable[Problem]:
