@@ -12,16 +12,16 @@ from torch import Tensor
 
 from fedtune import methods
 from fedtune.config import Config
-from fedtune.experiment.devices import Told, reported
+from fedtune.experiment.devices import RunSpec, reported
 from fedtune.experiment.reporter import Reporter
 from fedtune.federation.app import Runtime, jobs
 from fedtune.federation.checkpoint import Progress, folders
 from fedtune.federation.faults import FaultyGrid
-from fedtune.federation.fleet import Fleet, FleetGrid, costs_of
 from fedtune.federation.local import LocalGrid
 from fedtune.federation.pool import LocalPool, Steps
 from fedtune.federation.private import PrivateStore
 from fedtune.federation.rounds import Federation, draw, rounds
+from fedtune.federation.workers import WorkerGrid, WorkerPool, costs_of
 from fedtune.lora.base_delta import as_adapter, join, side_tensors
 from fedtune.lora.dora import to_magnitudes
 from fedtune.lora.state import AdapterState, to_tensors, with_tensors
@@ -118,7 +118,7 @@ class Arm:
     run_id: str
     folder: Path
     reporter: Reporter
-    pool: LocalPool | Fleet
+    pool: LocalPool | WorkerPool
     on_round: Callable[[RoundRecord, ServerState], None] | None = None
 
     @property
@@ -160,21 +160,21 @@ class Arm:
 
 
 def _key(arm: Arm) -> str:
-    """Return by what a fleet knows an arm's clients."""
+    """Return by what a worker pool knows an arm's clients."""
     return f"{arm.run_id}/{arm.config.arm}"
 
 
 def _grid(arm: Arm, recipe: Recipe, only: int | None) -> LocalGrid:
-    """Return the clients: in this process, or on the devices of a fleet, which get what is asked for and no more."""
+    """Return the clients: in this process, or in a worker pool, whose workers get what is asked for and no more."""
     clients = arm.config.federation.clients
     shards = poisoned(arm.shards, arm.config)
     pool = arm.pool
-    if isinstance(pool, Fleet):
+    if isinstance(pool, WorkerPool):
         key = _key(arm)
         asked = shards if only is None else shards.of(only)
-        pool.workers.prepare(key, Told(arm.config, arm.folder, arm.start, asked))
+        pool.workers.prepare(key, RunSpec(arm.config, arm.folder, arm.start, asked))
         means = {c: sum(len(e.ids) for e in shard) / max(1, len(shard)) for c, shard in enumerate(arm.shards.shards)}
-        return FleetGrid(pool, key, clients, costs_of(means), reported(arm.reporter))
+        return WorkerGrid(pool, key, clients, costs_of(means), reported(arm.reporter))
     executor = pool.executor or Sequential(arm.adapted)
     runtime = Runtime(arm.config, arm.adapted, recipe, arm.start, shards, executor, arm.private, arm.reporter.step)
     return LocalGrid(jobs(runtime), clients, pool=pool)
@@ -211,5 +211,5 @@ def train(arm: Arm, only: int | None = None) -> Steps[Progress]:
     try:
         return (yield from rounds(federation, recipe.initial(arm.start)))
     finally:
-        if isinstance(arm.pool, Fleet):
+        if isinstance(arm.pool, WorkerPool):
             arm.pool.workers.release(_key(arm))

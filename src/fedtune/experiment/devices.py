@@ -1,4 +1,4 @@
-"""What a device of a fleet does: it loads the model once and trains the clients it is sent, for any run of a sweep."""
+"""What a worker does: it loads the model once and trains the clients it is sent, for any run of a sweep."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from fedtune import methods, spaces
 from fedtune.config import Config
 from fedtune.experiment.reporter import Reporter
 from fedtune.federation.app import Runtime, client_app
-from fedtune.federation.fleet import Fleet
 from fedtune.federation.messages import read_reply
 from fedtune.federation.private import PrivateStore
 from fedtune.federation.screening import MOST
 from fedtune.federation.simulation import FlowerWorkers
+from fedtune.federation.workers import WorkerPool
 from fedtune.io import digest
 from fedtune.lora.state import AdapterState
 from fedtune.machine import cores
@@ -32,12 +32,12 @@ from fedtune.types import ConfigError, Problem
 
 # steps of one reply that progress counts: a client may claim any number
 MOST_SHOWN = 10_000
-# the models of this process, by settings and device; a fleet's runs share them
+# the models of this process, by settings and device; the runs of a worker pool share them
 _attached: dict[str, AdaptedModel] = {}
 
 
 @dataclass(frozen=True)
-class Told:
+class RunSpec:
     """What a device has to know of a run's arm.
 
     Attributes:
@@ -58,23 +58,23 @@ def _model(config: Config, device: str) -> AdaptedModel:
     plain = config.plain()
     key = digest([plain["model"], plain["peft"], plain["lora"], device])
     if key not in _attached:
-        # every use loads its own numbers, so any seed will do; a second device of a kind is told by its number
+        # every use loads its own numbers, so any seed will do; a second device of a kind is known by its number
         base = load.load(config.model, device.partition("#")[0])
         _attached[key] = spaces.of(config).attach(base, config, 0)
     return _attached[key]
 
 
-def resident_clients(told: Told, device: str, how: Plan) -> ClientApp:
+def resident_clients(spec: RunSpec, device: str, how: Plan) -> ClientApp:
     """Return a run's clients on a device, with the model resident there."""
-    config = told.config
+    config = spec.config
     adapted = _model(config, device)
-    private = PrivateStore(told.folder / "clients", config.federation.keep_checkpoints)
+    private = PrivateStore(spec.folder / "clients", config.federation.keep_checkpoints)
     runtime = Runtime(
         config,
         adapted,
         methods.create(config),
-        told.start,
-        told.shards,
+        spec.start,
+        spec.shards,
         executor(how, adapted),
         private,
     )
@@ -97,8 +97,8 @@ def named(config: Config) -> Sequence[str]:
     return ["cpu"] * min(cores(), config.federation.cohort_size)
 
 
-def fleet(devices: Sequence[str], how: Plan, *, threads: int = 0) -> tuple[Fleet, Callable[[], None]]:
-    """Return a fleet of Flower's Ray actors, and what ends it.
+def worker_pool(devices: Sequence[str], how: Plan, *, threads: int = 0) -> tuple[WorkerPool, Callable[[], None]]:
+    """Return a pool of workers, Flower's Ray actors, and what ends it.
 
     Args:
         devices: where they are.
@@ -108,7 +108,7 @@ def fleet(devices: Sequence[str], how: Plan, *, threads: int = 0) -> tuple[Fleet
     split = 1 if devices[0] != "cpu" else len(devices)
     own = replace(how, cohort=1, threads=threads or max(1, how.threads // split))
     workers = FlowerWorkers(devices, partial(resident_clients, how=own))
-    return Fleet(workers), workers.close
+    return WorkerPool(workers), workers.close
 
 
 def reported(reporter: Reporter) -> Callable[[Message], None]:

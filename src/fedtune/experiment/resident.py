@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from fedtune import spaces
 from fedtune.config import Config
 from fedtune.experiment import devices
-from fedtune.federation.fleet import Fleet
 from fedtune.federation.pool import LocalPool
+from fedtune.federation.workers import WorkerPool
 from fedtune.lora.state import AdapterState
 from fedtune.models import load
 from fedtune.models.adapted import AdaptedModel
@@ -38,7 +38,7 @@ class Resident:
     end: Callable[[], None] = lambda: None
 
     def __post_init__(self) -> None:
-        self.pool: LocalPool | Fleet = LocalPool(Sequential(self.adapted))
+        self.pool: LocalPool | WorkerPool = LocalPool(Sequential(self.adapted))
 
     @staticmethod
     def of(config: Config, seeds: Iterable[int]) -> Resident:
@@ -59,5 +59,5 @@ class Resident:
             self.pool = LocalPool(executor(self.how, self.adapted))
             if config.engine.side_by_side:
                 names = devices.named(config)
-                self.pool, self.end = devices.fleet(names, self.how, threads=config.engine.threads)
+                self.pool, self.end = devices.worker_pool(names, self.how, threads=config.engine.threads)
         return self.how

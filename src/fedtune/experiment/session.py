@@ -19,8 +19,8 @@ from fedtune.experiment.arms import Arm
 from fedtune.experiment.evaluate import identity
 from fedtune.experiment.folder import RunFolder
 from fedtune.experiment.reporter import Reporter
-from fedtune.federation.fleet import Fleet
 from fedtune.federation.pool import LocalPool
+from fedtune.federation.workers import WorkerPool
 from fedtune.io import digest
 from fedtune.lora.state import AdapterState
 from fedtune.methods.base import ServerState
@@ -41,7 +41,7 @@ class Session:
     start: AdapterState
     tasks: tuple[Task, ...]
     reporter: Reporter
-    pool: LocalPool | Fleet
+    pool: LocalPool | WorkerPool
 
     @property
     def config(self) -> Config:

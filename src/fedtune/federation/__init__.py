@@ -1,1 +1,1 @@
-"""Rounds over a Flower Grid: in this process, or on the devices of a fleet (Flower's simulation engine)."""
+"""Rounds over a Flower Grid: in this process, or in a pool of workers (Flower's simulation engine)."""

@@ -1,4 +1,4 @@
-"""The client's side as a Flower ClientApp: the same one in this process and on the devices of a fleet."""
+"""The client's side as a Flower ClientApp: the same one in this process and in a worker."""
 
 from __future__ import annotations
 

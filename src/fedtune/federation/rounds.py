@@ -33,7 +33,7 @@ class Federation:
     Attributes:
         config: the run's settings.
         recipe: its server half is used.
-        grid: where the clients are: in this process, or the devices of a fleet.
+        grid: where the clients are: in this process, or in a worker pool.
         registered: examples of each client; those with none are never asked.
         run_id: ties messages and checkpoints to this run.
         folder: where checkpoints, `rounds.jsonl` and `timings.jsonl` go.

@@ -1,8 +1,8 @@
-"""Flower's simulation engine as the devices of a fleet: its pool of Ray actors, each with the base model resident.
+"""Workers from Flower's simulation engine: its pool of Ray actors, each with the base model resident.
 
 The engine's own server side (`flwr run`) would add a SuperLink and polling to each message and could not order clients
 by cost; its actors, which do the work, are the same. They are reached by the interface Flower gives simulation
-backends, so a release that moves it is told from one that does not when the fleet is made, not in the middle of a run.
+backends, so an incompatible release is detected when the worker pool is made, not in the middle of a run.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any
 from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 
-from fedtune.federation.fleet import RUN, Task
+from fedtune.federation.workers import RUN, WorkerCall
 from fedtune.types import ConfigError, Problem
 
 Make = Callable[[Any, str], ClientApp]
@@ -29,17 +29,17 @@ _met: dict[str, ClientApp] = {}
 
 @dataclass
 class Clients:
-    """Makes the ClientApp that Flower's actors run; it answers for any run it was told of.
+    """Makes the ClientApp that Flower's actors run; it serves every run whose spec is registered.
 
     Attributes:
-        make: returns a run's clients from what was told of it, on a device; called once a run and actor.
+        make: returns a run's clients from its spec, on a device; called once per run and actor.
         device: "cuda" or "cpu"; Ray shows an actor its own GPU only.
-        told: run under way -> Ray's reference to what was told.
+        specs: run under way -> Ray's reference to its spec.
     """
 
     make: Make
     device: str
-    told: dict[str, Any] = field(default_factory=dict)
+    specs: dict[str, Any] = field(default_factory=dict)
 
     def __call__(self) -> ClientApp:
         """Return the ClientApp; called by Flower in the actor, for every message."""
@@ -49,12 +49,12 @@ class Clients:
 
     def _answer(self, message: Message, context: Context) -> Message:
         run = str(context.run_config[RUN])
-        for over in set(_met) - set(self.told):
+        for over in set(_met) - set(self.specs):
             del _met[over]
         if run not in _met:
             import ray
 
-            _met[run] = self.make(ray.get(self.told[run]), self.device)
+            _met[run] = self.make(ray.get(self.specs[run]), self.device)
         return _met[run](message, context)
 
 
@@ -114,17 +114,17 @@ class FlowerWorkers:
         self.count = int(self._backend.num_workers)
         self._doing: dict[Any, int] = {}
 
-    def prepare(self, run: str, told: Any) -> None:
-        """Put what is told of a run where every actor can read it."""
+    def prepare(self, run: str, spec: Any) -> None:
+        """Put a run's spec where every actor can read it."""
         import ray
 
-        self._clients.told[run] = ray.put(told)
+        self._clients.specs[run] = ray.put(spec)
 
     def release(self, run: str) -> None:
-        """Forget what was told of a run; the actors forget it with the next message they get."""
-        self._clients.told.pop(run, None)
+        """Forget the spec of a run; the actors forget it with the next message they get."""
+        self._clients.specs.pop(run, None)
 
-    def start(self, worker: int, task: Task) -> None:
+    def start(self, worker: int, task: WorkerCall) -> None:
         """Send a message to an actor that is free."""
         job = self._clients, task.message, str(task.context.node_config["partition-id"]), task.context
         self._doing[self._pool.submit(lambda actor, *words: actor.run.remote(*words), job)] = worker

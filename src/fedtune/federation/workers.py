@@ -1,7 +1,7 @@
-"""Clients side by side on several devices, each with the base model resident; what is whose turn is decided by cost.
+"""A pool of workers, one for each device, each with the base model resident: longest processing time first.
 
-A fleet takes the clients of all runs under way (of one run, or of a sweep over methods, domains and seeds), the
-costliest first, and gives each to the device that is free. Devices are the Ray actors of Flower's simulation engine
+The pool takes the clients of all runs under way (of one run, or of a sweep over methods, domains and seeds), the
+costliest first, and gives each to a free worker. Workers are the Ray actors of Flower's simulation engine
 (`simulation.py`); tests use workers in this process.
 """
 
@@ -28,7 +28,7 @@ AT_ONCE = 16
 
 
 @dataclass(frozen=True)
-class Task:
+class WorkerCall:
     """One client's message.
 
     Attributes:
@@ -54,7 +54,7 @@ class Workers(Protocol):
 
     count: int
 
-    def prepare(self, run: str, told: Any) -> None:
+    def prepare(self, run: str, spec: Any) -> None:
         """Let every worker know what it needs to make a run's clients."""
         ...
 
@@ -62,7 +62,7 @@ class Workers(Protocol):
         """Forget a run that is over."""
         ...
 
-    def start(self, worker: int, task: Task) -> None:
+    def start(self, worker: int, task: WorkerCall) -> None:
         """Let a free worker begin a task."""
         ...
 
@@ -75,8 +75,8 @@ class Workers(Protocol):
         ...
 
 
-class Fleet:
-    """Gives tasks to workers.
+class WorkerPool:
+    """Gives calls to workers.
 
     Args:
         workers: the devices.
@@ -91,12 +91,12 @@ class Fleet:
         """How many tasks of a run are worth giving at a time; no more orders and replies of it are held at once."""
         return max(AT_ONCE, 4 * self.workers.count)
 
-    def answer(self, batches: Sequence[Sequence[Task]]) -> list[Replies]:
+    def answer(self, batches: Sequence[Sequence[WorkerCall]]) -> list[Replies]:
         """Return the reply to each task, in their order, whoever was done first; None where one took too long."""
         found = iter(self._work(list(chain.from_iterable(batches))))
         return [[next(found) for _ in tasks] for tasks in batches]
 
-    def _work(self, tasks: Sequence[Task]) -> list[Message | None]:
+    def _work(self, tasks: Sequence[WorkerCall]) -> list[Message | None]:
         """Keep every worker busy until all tasks are done or have taken too long, the costliest first."""
         waiting, free = deque(lpt.order([t.cost for t in tasks])), deque(range(self.workers.count))
         doing: dict[int, tuple[int, float]] = {}
@@ -127,7 +127,7 @@ def _time_left(due: Iterable[float]) -> float | None:
     return None if first == math.inf else max(0.0, first - time.monotonic()) + 0.01
 
 
-def _checked(task: Task, reply: Message | Exception) -> Message:
+def _checked(task: WorkerCall, reply: Message | Exception) -> Message:
     """Return a client's reply; an error where its device failed, or it is no answer to what the client was sent."""
     try:
         if isinstance(reply, Exception):
@@ -137,14 +137,14 @@ def _checked(task: Task, reply: Message | Exception) -> Message:
         return Message(Error(CLIENT_ERROR, f"{type(err).__name__}: {err}"), reply_to=task.message)
 
 
-class FleetGrid(LocalGrid):
-    """A grid whose clients live on a fleet's devices; what they change in their Flower context is not brought back.
+class WorkerGrid(LocalGrid):
+    """A grid whose clients live in workers; what they change in their Flower context is not brought back.
 
     Some clients' messages are made, sent and answered at a time, so that neither all orders nor all replies of a large
     cohort are ever held at once.
 
     Args:
-        fleet: shared by all runs under way.
+        workers: the pool, shared by all runs under way.
         run: this run's key.
         nodes: clients.
         costs: client -> cost of its round.
@@ -153,18 +153,18 @@ class FleetGrid(LocalGrid):
 
     def __init__(
         self,
-        fleet: Fleet,
+        workers: WorkerPool,
         run: str,
         nodes: int,
         costs: Callable[[Message], float],
         on_reply: Callable[[Message], None] | None = None,
     ) -> None:
-        super().__init__(_nobody, nodes, {RUN: run}, fleet)
+        super().__init__(_nobody, nodes, {RUN: run}, workers)
         self._costs, self._on_reply = costs, on_reply
 
-    def _calls(self, messages: Sequence[Message], timeout: float | None) -> Sequence[Task]:
-        """Return the fleet's tasks; a client's seconds count from when a device begins it."""
-        return [Task(m, self._context(m.metadata.dst_node_id), self._costs(m), timeout) for m in messages]
+    def _calls(self, messages: Sequence[Message], timeout: float | None) -> Sequence[WorkerCall]:
+        """Return the pool's calls; a client's seconds count from when a worker begins it."""
+        return [WorkerCall(m, self._context(m.metadata.dst_node_id), self._costs(m), timeout) for m in messages]
 
     def _heard(self, replies: Replies) -> Iterator[Message]:
         for reply in super()._heard(replies):
@@ -174,7 +174,7 @@ class FleetGrid(LocalGrid):
 
 
 def _nobody(message: Message, context: Context) -> Jobs[Message]:
-    raise NotImplementedError("this grid's clients live on its fleet")
+    raise NotImplementedError("this grid's clients live in its workers")
 
 
 def costs_of(tokens: Mapping[int, float]) -> Callable[[Message], float]:

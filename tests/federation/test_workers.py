@@ -24,9 +24,9 @@ from fedtune.experiment.reporter import Reporter
 from fedtune.experiment.run import run
 from fedtune.experiment.sweep import points, sweep
 from fedtune.federation import simulation
-from fedtune.federation.fleet import Fleet, FleetGrid, Task
 from fedtune.federation.messages import METRICS
 from fedtune.federation.simulation import FlowerWorkers
+from fedtune.federation.workers import WorkerCall, WorkerGrid, WorkerPool
 from fedtune.training import lpt
 from fedtune.training.plan import Plan
 from fedtune.types import ConfigError
@@ -37,15 +37,15 @@ class FakeDevices:
 
     def __init__(self, count: int, how: Plan) -> None:
         self.count, self.how = count, how
-        self.told: dict[str, Any] = {}
+        self.specs: dict[str, Any] = {}
         self.over: list[str] = []
         self.clients: dict[tuple[int, str], ClientApp] = {}
         self.clock = [0.0] * count
-        self.doing: deque[tuple[float, int, Task]] = deque()
+        self.doing: deque[tuple[float, int, WorkerCall]] = deque()
         self.log: list[tuple[int, str, float]] = []
 
-    def prepare(self, run: str, told: Any) -> None:
-        self.told[run] = told
+    def prepare(self, run: str, spec: Any) -> None:
+        self.specs[run] = spec
 
     def release(self, run: str) -> None:
         self.over.append(run)
@@ -53,7 +53,7 @@ class FakeDevices:
     def abandon(self, worker: int) -> None:
         raise AssertionError("nobody is late")
 
-    def start(self, worker: int, task: Task) -> None:
+    def start(self, worker: int, task: WorkerCall) -> None:
         self.clock[worker] += task.cost
         self.doing.append((self.clock[worker], worker, task))
         self.log.append((worker, task.run, task.cost))
@@ -65,7 +65,7 @@ class FakeDevices:
         try:
             key = worker, task.run
             if key not in self.clients:
-                self.clients[key] = devices.resident_clients(self.told[task.run], f"cpu#{worker}", self.how)
+                self.clients[key] = devices.resident_clients(self.specs[task.run], f"cpu#{worker}", self.how)
             return worker, self.clients[key](task.message, task.context)
         except Exception as err:
             return worker, err
@@ -75,11 +75,11 @@ class FakeDevices:
 def fakes(monkeypatch: pytest.MonkeyPatch) -> list[FakeDevices]:
     made: list[FakeDevices] = []
 
-    def fleet(names: Any, how: Plan, *, threads: int) -> Any:
+    def worker_pool(names: Any, how: Plan, *, threads: int) -> Any:
         made.append(FakeDevices(len(names), how))
-        return Fleet(made[-1]), lambda: None
+        return WorkerPool(made[-1]), lambda: None
 
-    monkeypatch.setattr(devices, "fleet", fleet)
+    monkeypatch.setattr(devices, "worker_pool", worker_pool)
     return made
 
 
@@ -90,7 +90,7 @@ def adapter(folder: Path) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize("name", ["fedit", "ffa_lora", "flora"])
-def test_a_fleet_gives_what_one_device_gives(
+def test_a_worker_pool_gives_what_one_device_gives(
     settings: Callable[..., Settings], tmp_path: Path, fakes: list[FakeDevices], name: str
 ) -> None:
     changes: dict[str, Any] = {"federation": {"clients": 5, "rounds": 2}, "method": {"name": name}}
@@ -102,18 +102,18 @@ def test_a_fleet_gives_what_one_device_gives(
     assert all(torch.equal(mine[n], theirs[n]) for n in theirs)
 
 
-def test_clients_alone_on_a_fleet_get_their_own_examples_and_no_others(
+def test_clients_alone_in_workers_get_their_own_examples_and_no_others(
     settings: Callable[..., Settings], tmp_path: Path, fakes: list[FakeDevices]
 ) -> None:
     changes: dict[str, Any] = {"federation": {"clients": 3, "rounds": 1}, "arm": "local-only"}
     _, one = run(settings(**changes), tmp_path / "one")
     _, two = run(settings(**changes, engine={"devices": ["cpu", "cpu"]}), tmp_path / "two")
     assert [(a.name, a.scores) for a in one.arms] == [(a.name, a.scores) for a in two.arms]
-    held = [[c for c, own in enumerate(told.shards.shards) if own] for told in fakes[0].told.values()]
+    held = [[c for c, own in enumerate(spec.shards.shards) if own] for spec in fakes[0].specs.values()]
     assert held == [[0], [1], [2]]
 
 
-def test_who_watches_a_fleet_hears_of_every_step(
+def test_who_watches_a_worker_pool_hears_of_every_step(
     settings: Callable[..., Settings], tmp_path: Path, fakes: list[FakeDevices]
 ) -> None:
     class Counting(Reporter):
@@ -132,7 +132,7 @@ def test_who_watches_a_fleet_hears_of_every_step(
     assert (two.steps, two.tokens) == (one.steps, one.tokens)
 
 
-def test_a_sweep_puts_the_clients_of_all_its_runs_on_one_fleet(
+def test_a_sweep_puts_the_clients_of_all_its_runs_in_one_worker_pool(
     settings: Callable[..., Settings], tmp_path: Path, fakes: list[FakeDevices]
 ) -> None:
     def build(where: Any) -> Settings:
@@ -152,10 +152,10 @@ def test_a_device_that_fails_costs_its_clients_and_no_more(
 ) -> None:
     plain = devices.resident_clients
 
-    def broken(told: Any, device: str, how: Plan) -> Any:
+    def broken(spec: Any, device: str, how: Plan) -> Any:
         if device.endswith("#1"):
             raise RuntimeError("out of memory")
-        return plain(told, device, how)
+        return plain(spec, device, how)
 
     monkeypatch.setattr(devices, "resident_clients", broken)
     config = settings(federation={"clients": 4, "rounds": 1}, engine={"devices": ["cpu", "cpu"]})
@@ -169,10 +169,10 @@ class Hanging(FakeDevices):
 
     def __init__(self, count: int) -> None:
         self.count, self.abandoned = count, list[int]()
-        self.doing = deque[tuple[float, int, Task]]()
+        self.doing = deque[tuple[float, int, WorkerCall]]()
         self.most = 0
 
-    def start(self, worker: int, task: Task) -> None:
+    def start(self, worker: int, task: WorkerCall) -> None:
         assert worker not in {w for _, w, _ in self.doing}
         self.doing.append((task.cost, worker, task))
         self.most = max(self.most, len(self.doing))
@@ -192,7 +192,7 @@ class Hanging(FakeDevices):
 
 def test_a_client_that_hangs_misses_the_deadline_and_frees_its_device() -> None:
     devices_ = Hanging(2)
-    grid = FleetGrid(Fleet(devices_), "run", 40, lambda m: 1000.0 if m.metadata.dst_node_id == 5 else 1.0)
+    grid = WorkerGrid(WorkerPool(devices_), "run", 40, lambda m: 1000.0 if m.metadata.dst_node_id == 5 else 1.0)
     made: list[int] = []
 
     def orders() -> Any:
@@ -208,7 +208,7 @@ def test_a_client_that_hangs_misses_the_deadline_and_frees_its_device() -> None:
 
 
 def test_a_large_cohort_is_ordered_and_heard_piece_by_piece() -> None:
-    grid = FleetGrid(Fleet(Hanging(2)), "run", 100, lambda m: 1.0)
+    grid = WorkerGrid(WorkerPool(Hanging(2)), "run", 100, lambda m: 1.0)
     made: list[int] = []
 
     def orders() -> Any:
@@ -221,15 +221,15 @@ def test_a_large_cohort_is_ordered_and_heard_piece_by_piece() -> None:
     assert max(ahead) <= 16
 
 
-def test_what_a_fleet_was_told_of_a_run_is_forgotten_when_it_is_over(
+def test_the_spec_of_a_run_is_forgotten_when_it_is_over(
     settings: Callable[..., Settings], tmp_path: Path, fakes: list[FakeDevices], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = settings(federation={"clients": 2, "rounds": 1}, arm="local-only", engine={"devices": ["cpu", "cpu"]})
     run(config, tmp_path / "run")
-    assert sorted(fakes[0].over) == sorted(fakes[0].told)
+    assert sorted(fakes[0].over) == sorted(fakes[0].specs)
     assert len(fakes[0].over) == 2
 
-    made = simulation.Clients(lambda told, device: f"clients of {told}", "cpu", {"b": 1})  # type: ignore[arg-type,return-value]
+    made = simulation.Clients(lambda spec, device: f"clients of {spec}", "cpu", {"b": 1})  # type: ignore[arg-type,return-value]
     monkeypatch.setattr(simulation, "_met", {"a": "clients of a", "b": lambda message, context: "answered"})
     context = SimpleNamespace(run_config={"run": "b"})
     assert made._answer(None, context) == "answered"  # type: ignore[arg-type,comparison-overlap]
@@ -244,7 +244,7 @@ def test_progress_survives_whatever_a_reply_claims(value: float) -> None:
         def step(self, client: int, tokens: int, loss: float) -> None:
             steps.append(client)
 
-    grid = FleetGrid(Fleet(Hanging(1)), "run", 1, lambda m: 1.0)
+    grid = WorkerGrid(WorkerPool(Hanging(1)), "run", 1, lambda m: 1.0)
     order = grid.create_message(RecordDict(), "train", 2, "1")
     tell = devices.reported(Counting())
     identity = ConfigRecord({"run": "run", "round": 1, "client": 0, "phase": 1})
@@ -277,7 +277,7 @@ def test_a_gpu_that_is_not_there_is_told_before_anything_starts(settings: Callab
 
 
 @pytest.mark.parametrize(
-    ("engine", "told"),
+    ("engine", "message"),
     [
         ({"devices": ["cpu"], "executor": "cohort"}, "say ray"),
         ({"devices": ["cpu", "cuda:0"]}, "all cpu, or all GPUs"),
@@ -287,9 +287,9 @@ def test_a_gpu_that_is_not_there_is_told_before_anything_starts(settings: Callab
     ],
 )
 def test_devices_that_cannot_be_meant_are_refused(
-    settings: Callable[..., Settings], engine: dict[str, Any], told: str
+    settings: Callable[..., Settings], engine: dict[str, Any], message: str
 ) -> None:
-    with pytest.raises(ConfigError, match=told):
+    with pytest.raises(ConfigError, match=message):
         settings(engine=engine)
 
 
@@ -331,10 +331,10 @@ def test_ray_actors_give_what_one_device_gives(
 @pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="Ray is not installed")
 def test_what_fails_in_an_actor_comes_back_as_an_error_and_a_dead_actor_is_replaced() -> None:
-    def sometimes(told: Any, device: str) -> Any:
+    def sometimes(spec: Any, device: str) -> Any:
         def answer(message: Message, context: Any) -> Message:
             if context.node_config["partition-id"] == 1:
-                raise RuntimeError(f"{told}: out of memory on {device}")
+                raise RuntimeError(f"{spec}: out of memory on {device}")
             if context.node_config["partition-id"] == 2:
                 os._exit(1)
             return Message(RecordDict({METRICS: MetricRecord({"examples": 1})}), reply_to=message)
@@ -344,7 +344,7 @@ def test_what_fails_in_an_actor_comes_back_as_an_error_and_a_dead_actor_is_repla
     workers = FlowerWorkers(["cpu"], sometimes)
     try:
         workers.prepare("run", "a run")
-        grid = FleetGrid(Fleet(workers), "run", 4, lambda message: 1.0)
+        grid = WorkerGrid(WorkerPool(workers), "run", 4, lambda message: 1.0)
         orders = [grid.create_message(RecordDict(), "train", node, "1") for node in grid.get_node_ids()]
         replies = list(grid.send_and_receive(orders))
     finally:
@@ -357,7 +357,7 @@ def test_what_fails_in_an_actor_comes_back_as_an_error_and_a_dead_actor_is_repla
 @pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="Ray is not installed")
 def test_an_actor_that_hangs_is_replaced_and_one_that_is_told_of_a_run_forgets_it() -> None:
-    def sometimes(told: Any, device: str) -> Any:
+    def sometimes(spec: Any, device: str) -> Any:
         def answer(message: Message, context: Any) -> Message:
             if context.node_config["partition-id"] == 0:
                 time.sleep(600)
@@ -368,7 +368,7 @@ def test_an_actor_that_hangs_is_replaced_and_one_that_is_told_of_a_run_forgets_i
     workers = FlowerWorkers(["cpu"], sometimes)
     try:
         workers.prepare("run", "a run")
-        grid = FleetGrid(Fleet(workers), "run", 2, lambda message: 1.0)
+        grid = WorkerGrid(WorkerPool(workers), "run", 2, lambda message: 1.0)
 
         def asked(nodes: list[int], timeout: float) -> list[int]:
             orders = [grid.create_message(RecordDict(), "train", node, "1") for node in nodes]
@@ -378,6 +378,6 @@ def test_an_actor_that_hangs_is_replaced_and_one_that_is_told_of_a_run_forgets_i
         assert asked([2], 2.0) == []
         assert asked([3], 300.0) == [3], "the device works again"
         workers.release("run")
-        assert workers._clients.told == {}
+        assert workers._clients.specs == {}
     finally:
         workers.close()
