@@ -257,3 +257,14 @@ def test_a_wrapper_with_the_name_of_a_method_is_refused(offer: Offer) -> None:
     )
     with pytest.raises(ConfigError, match="has the name of a method"):
         whole.load([{"domain": "finance", "wrappers": {"fedit": {}}}])
+
+
+def test_a_space_of_another_package_is_chosen_by_its_name(offer: Offer, settings: Callable[..., Settings]) -> None:
+    package = offer(
+        "from fedtune.spaces.ia3 import IA3\nclass Mine(IA3):\n    name = 'mine'", spaces={"mine": "Mine"}
+    ).replace("_", "-")
+    assert {r["space"]: r["package"] for r in lines("ls", "spaces")}["mine"] == f"{package} 0.3"
+    tree = {"domain": "finance", "peft": {"kind": "mine"}}
+    assert whole.load([tree]).unranked[-1] == f"the space mine comes from the package {package} 0.3"
+    with pytest.raises(ConfigError, match='unknown space; did you mean "mine"'):
+        whole.load([{**tree, "peft": {"kind": "mines"}}])

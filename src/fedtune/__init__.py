@@ -15,14 +15,18 @@ if TYPE_CHECKING:
     from fedtune.domains import DOMAINS, TASKS
     from fedtune.experiment.reporter import Reporter
     from fedtune.methods import METHODS
+    from fedtune.methods.wrappers import WRAPPERS
     from fedtune.results.schema import Result
+    from fedtune.spaces import SPACES
     from fedtune.types import FedtuneError
 
 __version__ = "0.1.0"
 __all__ = [
     "DOMAINS",
     "METHODS",
+    "SPACES",
     "TASKS",
+    "WRAPPERS",
     "Config",
     "FedtuneError",
     "Reporter",
@@ -42,7 +46,9 @@ _HOMES = {
     "fedtune.domains": ("DOMAINS", "TASKS"),
     "fedtune.experiment.reporter": ("Reporter",),
     "fedtune.methods": ("METHODS",),
+    "fedtune.methods.wrappers": ("WRAPPERS",),
     "fedtune.results.schema": ("Result",),
+    "fedtune.spaces": ("SPACES",),
     "fedtune.types": ("FedtuneError",),
 }
 
