@@ -51,7 +51,6 @@ def measure(clients: int, rank: int, length: int, model: str) -> dict[str, float
     import torch
     from transformers import AutoModelForCausalLM, LlamaConfig
 
-    from fedtune.data.encode import Encoded
     from fedtune.experiment import arms
     from fedtune.experiment.reporter import Reporter
     from fedtune.federation.pool import LocalPool, complete
@@ -59,6 +58,7 @@ def measure(clients: int, rank: int, length: int, model: str) -> dict[str, float
     from fedtune.models import adapter
     from fedtune.models.load import LoadedModel
     from fedtune.models.proof import prove
+    from fedtune.objectives import Example
     from fedtune.settings import load
     from fedtune.training.executor import Limits, Sequential
     from fedtune.training.workload import EncodedShards
@@ -79,7 +79,7 @@ def measure(clients: int, rank: int, length: int, model: str) -> dict[str, float
     adapted = adapter.attach(LoadedModel(base, None, model, "random"), config.lora, 0)
     generator = torch.Generator().manual_seed(0)
     drawn = torch.randint(0, 49152, (4, length), generator=generator).tolist()
-    texts = tuple(Encoded(tuple(ids), length // 2) for ids in drawn)
+    texts = tuple(Example.labelled(ids, length // 2) for ids in drawn)
     before = peak()
     with TemporaryDirectory() as folder:
         shards = EncodedShards((texts,) * clients, (), 0)

@@ -102,14 +102,14 @@ class Bench:
 
     def examples(self, seed: int, count: int = 16, mean: int = 230) -> list[Any]:
         """Return texts of lengths like those of instructions: a few long, most short, half of each a response."""
-        from fedtune.data.encode import Encoded
+        from fedtune.objectives import Example
 
         generator = self.torch.Generator().manual_seed(seed)
         spread = self.torch.rand(count, generator=generator) ** 2
         lengths = (mean * (0.4 + 1.8 * spread)).int().clamp(8, 512).tolist()
         top = SHAPES[self.shape]["vocab_size"]
         texts = [self.torch.randint(0, top, (n,), generator=generator).tolist() for n in lengths]
-        return [Encoded(tuple(ids), len(ids) // 2) for ids in texts]
+        return [Example.labelled(ids, len(ids) // 2) for ids in texts]
 
     def seconds(self, work: Callable[[], Any]) -> list[float]:
         """Return the seconds of some repeats after one that warms up."""
@@ -152,7 +152,7 @@ class Bench:
         """Measure a step: the reference's procedure in float32, ours in float32, TF32 and bfloat16."""
         torch = self.torch
         examples = self.examples(1)
-        tokens = sum(len(e.ids) for e in examples)
+        tokens = sum(e.tokens for e in examples)
         rows = []
         for what, dtype, tf32, ours in (
             ("reference: padded, recomputed, all logits, float32", torch.float32, False, False),
@@ -172,11 +172,13 @@ class Bench:
         return rows
 
     def _ours(self, adapted: Any, examples: Sequence[Any]) -> Callable[[], float]:
-        from fedtune.training.executor import backpropagate, training
+        from fedtune.training.executor import training
+        from fedtune.training.gradients import backpropagate
+        from fedtune.training.loss import Step
 
         def step() -> float:
             with training(adapted.model, False):
-                return backpropagate(adapted, examples, 2**20, exact=True)
+                return backpropagate(adapted, Step(examples), 2**20, exact=True)
 
         return step
 
@@ -208,7 +210,7 @@ class Bench:
         rows = []
         for size in sizes:
             cohort = Cohort(adapted, size, Limits(2**20))
-            tokens = sum(len(e.ids) for w in works for step in w.steps for e in step)
+            tokens = sum(e.tokens for w in works for step in w.steps for e in step)
             times = self.seconds(lambda cohort=cohort: cohort.run_all(works))
             rows.append(self.row(f"cohort of {size}, {most} clients x 3 steps", adapted, tokens, times))
         for row in rows:
@@ -222,8 +224,8 @@ class Bench:
         from fedtune.models.attention import packed_logits
 
         adapted = self.adapted(torch.bfloat16 if self.device.type == "cuda" else torch.float32)
-        common = self.examples(7, 1, 100)[0].ids[:60]
-        prompts = [tuple(common) + e.ids for e in self.examples(8, count, 120)]
+        common = self.examples(7, 1, 100)[0].texts[0].ids[:60]
+        prompts = [tuple(common) + e.texts[0].ids for e in self.examples(8, count, 120)]
         tokens = sum(map(len, prompts))
         ends = [sum(map(len, prompts[: i + 1])) - 1 for i in range(count)]
 
@@ -253,7 +255,7 @@ class Bench:
 
         shape = adapted.base.model.config
         width = max(p.element_size() for p in adapted.base.model.parameters())
-        tokens = sum(len(e.ids) for e in self.examples(1))
+        tokens = sum(e.tokens for e in self.examples(1))
         model = sum(p.numel() * p.element_size() for p in adapted.base.model.parameters())
         predicted = model + tokens * activation_bytes(shape, width, checkpointing=False)
         return {"peak": int(self.torch.cuda.max_memory_allocated()), "predicted": predicted}

@@ -21,22 +21,24 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fedtune.config import Config
-from fedtune.data.encode import Encoded
+from fedtune.objectives import Example
 
 SENTIMENT_LENGTH, SENTIMENT_BATCH = 512, 32
 IGNORED = -100
 
 
-def padded(examples: Sequence[Encoded], pad: int) -> dict[str, Tensor]:
+def padded(examples: Sequence[Example], pad: int) -> dict[str, Tensor]:
     """Return a batch padded to its longest row; prompt and padding have no label."""
-    width = max(len(e.ids) for e in examples)
-    ids = torch.full((len(examples), width), pad)
+    texts = [text for example in examples for text in example.texts]
+    width = max(len(text.ids) for text in texts)
+    ids = torch.full((len(texts), width), pad)
     mask, labels = torch.zeros_like(ids), torch.full_like(ids, IGNORED)
-    for row, example in enumerate(examples):
-        length = len(example.ids)
-        ids[row, :length] = torch.tensor(example.ids)
+    for row, text in enumerate(texts):
+        length = len(text.ids)
+        ids[row, :length] = torch.tensor(text.ids)
         mask[row, :length] = 1
-        labels[row, example.start : length] = torch.tensor(example.ids[example.start :])
+        for start, end in text.spans:
+            labels[row, start:end] = torch.tensor(text.ids[start:end])
     return {"input_ids": ids, "attention_mask": mask, "labels": labels}
 
 
@@ -85,7 +87,7 @@ class Reference:
             self._kept = wrapped
         return wrapped
 
-    def step(self, model: Any, examples: Sequence[Encoded]) -> float:
+    def step(self, model: Any, examples: Sequence[Example]) -> float:
         """Backpropagate one step's loss through the logits of every position; return the loss."""
         return self.backward(model, padded(examples, 2))
 
@@ -98,7 +100,7 @@ class Reference:
         loss.backward()
         return loss.item()
 
-    def fit(self, start: Mapping[str, Tensor], steps: Sequence[Sequence[Encoded]], rate: float) -> dict[str, Tensor]:
+    def fit(self, start: Mapping[str, Tensor], steps: Sequence[Sequence[Example]], rate: float) -> dict[str, Tensor]:
         """Answer one message: all its optimiser steps from the adapter it brought."""
         from peft import get_peft_model_state_dict, set_peft_model_state_dict
 

@@ -34,7 +34,6 @@ from benchmarks.reference import Reference, answers, averaged, padded, sentiment
 
 from fedtune import domains
 from fedtune.config import Config
-from fedtune.data.encode import Encoded
 from fedtune.evaluation import items as item_sets
 from fedtune.evaluation import official
 from fedtune.evaluation.extract import official_label
@@ -43,6 +42,7 @@ from fedtune.lora.state import to_tensors
 from fedtune.models import adapter, measure
 from fedtune.models import load as models
 from fedtune.models.adapter import AdaptedModel
+from fedtune.objectives import Example
 from fedtune.settings import load
 from fedtune.training import schedule, workload
 from fedtune.training.loss import Part, joint_loss
@@ -94,12 +94,12 @@ def attached(config: Config) -> AdaptedModel:
 # one training step
 
 
-def _flops(adapted: AdaptedModel, examples: Sequence[Encoded]) -> float:
+def _flops(adapted: AdaptedModel, examples: Sequence[Example]) -> float:
     """Return the useful operations of a step: 4 P a token, the head where a label is; padding does not count."""
     head = adapted.base.model.get_output_embeddings().weight.numel()
     body = sum(p.numel() for p in adapted.base.model.parameters()) - head
     lora = sum(p.numel() for p in adapted.slots.values())
-    tokens, labels = sum(len(e.ids) for e in examples), sum(e.labels for e in examples)
+    tokens, labels = sum(e.tokens for e in examples), sum(e.labels for e in examples)
     return (4.0 * body + 6.0 * lora) * tokens + 4.0 * head * labels
 
 
@@ -113,7 +113,7 @@ def _gemm(adapted: AdaptedModel, rows: int) -> float:
     return sum(sizes) / sum(size / rate for size, rate in zip(sizes, rates, strict=True))
 
 
-def _unpacked(adapted: AdaptedModel, examples: Sequence[Encoded], *, responses: bool) -> float:
+def _unpacked(adapted: AdaptedModel, examples: Sequence[Example], *, responses: bool) -> float:
     """A padded step without recomputation, with the logits of every position or of the responses only."""
     batch = padded(examples, 2)
     inner = adapted.model.get_base_model()
@@ -159,7 +159,7 @@ def step(domain: str, repeats: int) -> list[Row]:
     worst = max(abs(loss / next(iter(losses.values())) - 1) for loss in losses.values())
     assert worst < 1e-4, losses
     times = alternate(sides, repeats)
-    tokens = sum(len(e.ids) for e in examples)
+    tokens = sum(e.tokens for e in examples)
     names = list(sides)
     rate, useful = _gemm(adapted, tokens), _flops(adapted, examples)
     return [
@@ -292,7 +292,10 @@ def _whole(full: bool) -> Config:
 def manifest(config: Config, adapted: AdaptedModel, shards: workload.EncodedShards) -> str:
     """Hash the work: the start, and of every step of every client and round its rate and its tokens."""
     steps = [
-        [schedule.learning_rate(config.train, t, ROUNDS), [[shards.shards[c][i].ids for i in rows] for rows in plan]]
+        [
+            schedule.learning_rate(config.train, t, ROUNDS),
+            [[shards.shards[c][i].texts[0].ids for i in rows] for rows in plan],
+        ]
         for t in range(1, ROUNDS + 1)
         for c in range(config.federation.clients)
         if (plan := schedule.batches(config.train, len(shards.shards[c]), config.seed, c, t))

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from fedtune.experiment.reporter import Reporter
     from fedtune.methods import METHODS
     from fedtune.methods.wrappers import WRAPPERS
+    from fedtune.objectives import OBJECTIVES
     from fedtune.results.schema import Result
     from fedtune.spaces import SPACES
     from fedtune.types import FedtuneError
@@ -24,6 +25,7 @@ __version__ = "0.1.0"
 __all__ = [
     "DOMAINS",
     "METHODS",
+    "OBJECTIVES",
     "SPACES",
     "TASKS",
     "WRAPPERS",
@@ -47,6 +49,7 @@ _HOMES = {
     "fedtune.experiment.reporter": ("Reporter",),
     "fedtune.methods": ("METHODS",),
     "fedtune.methods.wrappers": ("WRAPPERS",),
+    "fedtune.objectives": ("OBJECTIVES",),
     "fedtune.results.schema": ("Result",),
     "fedtune.spaces": ("SPACES",),
     "fedtune.types": ("FedtuneError",),

@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from fedtune import domains, methods, spaces
+from fedtune import domains, methods, objectives, spaces
 from fedtune.config import Config, Settings
 from fedtune.config.load import changed, merge, read_toml, validated
 from fedtune.domains.base import Task
@@ -130,6 +130,7 @@ def outside(config: Config) -> dict[str, Origin]:
         ("method", methods.METHODS.origin, [config.method.name]),
         ("wrapper", WRAPPERS.origin, [*config.wrappers]),
         ("space", spaces.SPACES.origin, [config.peft.kind]),
+        ("objective", objectives.OBJECTIVES.origin, [config.objective.name]),
         ("domain", domains.DOMAINS.origin, [config.domain]),
         ("task", domains.TASKS.origin, config.eval.tasks),
         ("kind", scorers.KINDS.origin, sorted({task.kind for task in domains.chosen_tasks(config)})),
@@ -259,12 +260,7 @@ def installed(config: Config) -> Iterable[Problem]:
         yield Problem('engine.executor = "ray"', "Ray is not installed", "pip install 'fedtune[simulation]'")
 
 
-OF_A_RUN = (
-    domains.problems,
-    spaces.problems,
-    methods.invalid,
-    empty,
-    twice,
-)  # and none that asks what today's defaults are
-CHECKS = (domains.problems, spaces.problems, methods.problems, without_effect, empty, twice)
+# none of these asks what today's defaults are
+OF_A_RUN = (domains.problems, spaces.problems, methods.invalid, objectives.problems, empty, twice)
+CHECKS = (domains.problems, spaces.problems, methods.problems, objectives.problems, without_effect, empty, twice)
 PLACES = (places, installed)

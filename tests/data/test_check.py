@@ -129,3 +129,96 @@ def test_a_long_row_that_opens_templates_and_closes_none_is_read(piece: str) -> 
     row = {"instruction": piece * 500_000, "input": piece * 500_000 + "[INST]", "output": "yes"}
     checked = check([row], {}, max_chars=10**7)
     assert [p.detail for p in checked.problems] == ["'[INST]' in input"]
+
+
+def chat(*said: str, system: str = "") -> list[dict[str, str]]:
+    """Messages in which user and assistant take turns."""
+    head = [{"role": "system", "content": system}] if system else []
+    return head + [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(said)]
+
+
+def test_a_row_without_question_and_answer_may_be_a_conversation() -> None:
+    rows = [
+        {"messages": chat("a", "b", "c", "d"), "site": 3},
+        {"messages": chat("a", "b", system="be brief")},
+        {"instruction": "a", "output": "b", "messages": chat("c", "d")},
+        {"messages": chat("a", "x\ud800y", "l" * 200, "d <|x|>")},
+    ]
+    checked = check(rows, {}, "site", max_chars=100)
+    assert [row.turns for row in checked.rows] == [
+        (("a", "b"), ("c", "d")),
+        (("be brief\n\na", "b"),),
+        (),
+        (("a", "x?y"), ("l" * 100, "d <|x|>")),
+    ]
+    assert [(row.instruction, row.output) for row in checked.rows] == [("", ""), ("", ""), ("a", "b"), ("", "")]
+    assert checked.rows[0].group == "3"
+    assert {(p.row, p.kind, p.detail) for p in checked.problems} == {
+        (3, "odd_unicode", "U+D800 in message 1"),
+        (3, "over_long", "message 2 has 200 characters"),
+        (3, "template_text", "'<|x|>' in message 3"),
+    }
+
+
+@pytest.mark.parametrize(
+    ("messages", "kind", "said"),
+    [
+        ("hello", "bad_conversation", "is a text, not a list of messages"),
+        ({"role": "user"}, "bad_conversation", "is an object, not a list"),
+        (None, "bad_conversation", "is null, not a list"),
+        ([], "bad_conversation", "does not end with an answer"),
+        (["hello"], "bad_conversation", "has a text where a message is due"),
+        ([{"role": "user"}], "bad_conversation", "has a message whose content is null, not a text"),
+        ([{"role": 7, "content": "x"}], "bad_conversation", "whose role is a number"),
+        (chat("a"), "bad_conversation", "does not end with an answer"),
+        (chat("a", "b", "c"), "bad_conversation", "does not end with an answer"),
+        (chat("a", "b")[::-1], "bad_conversation", "has 'assistant' where 'user' is due"),
+        (chat("a", "b") + chat("", "", system="late"), "bad_conversation", "has 'system' where 'user' is due"),
+        (chat("a", "b") * 2 + [{"role": "tool", "content": ""}], "bad_conversation", "has 'tool' where 'user'"),
+        (chat("a", "b", "c", " \n"), "empty_answer", "'messages'"),
+        (Unreadable("cannot be read"), "bad_conversation", "'messages' cannot be read"),
+    ],
+)
+def test_a_conversation_out_of_turn_is_dropped_and_named(messages: object, kind: str, said: str) -> None:
+    (problem,) = check([{"messages": messages}], {}).problems
+    assert (problem.kind, problem.action) == (kind, "dropped")
+    assert said in problem.detail
+
+
+_VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.text(max_size=5) | st.sampled_from(["user", "assistant", "system"]),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.sampled_from(["role", "content", "x"]), inner),
+)
+
+
+@given(_VALUES)
+def test_whatever_messages_are_a_row_is_taken_or_named(messages: object) -> None:
+    checked = check([{"messages": messages}], {})
+    if checked.rows:
+        assert all(answer.strip() for _, answer in checked.rows[0].turns)
+        assert checked.rows[0].turns
+    else:
+        assert [p.action for p in checked.problems] == ["dropped"]
+
+
+def test_columns_that_an_objective_wants_are_texts_with_words() -> None:
+    good = {"instruction": "a", "output": "b", "worse": "c"}
+    rows = [good, {**good, "worse": 7}, {**good, "worse": " "}, {"instruction": "a", "output": "b"}]
+    rows += [{"messages": chat("a", "b"), "worse": "c\ud800"}, {"messages": chat("a", "b")}]
+    checked = check(rows, {"rejected": "worse"}, wanted=("rejected",))
+    assert [dict(row.columns) for row in checked.rows] == [{"rejected": "c"}, {"rejected": "c?"}]
+    assert [(p.row, p.kind) for p in checked.problems if p.action == "dropped"] == [
+        (1, "not_text"),
+        (2, "empty_answer"),
+        (3, "missing_column"),
+        (5, "missing_column"),
+    ]
+    assert all(not row.columns for row in check(rows, {}).rows)
+
+
+def test_a_row_says_of_itself_only_what_it_has() -> None:
+    """So that the hash of data without conversations is what it was before there were any."""
+    (plain,) = check([{"instruction": "a", "output": "b"}], {}).rows
+    assert plain.plain() == {"instruction": "a", "input": "", "output": "b", "group": ""}
+    (talk,) = check([{"messages": chat("a", "b")}], {}).rows
+    assert talk.plain()["turns"] == (("a", "b"),)

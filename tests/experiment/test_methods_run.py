@@ -112,15 +112,15 @@ def test_what_is_around_a_method_runs_and_resumes(
 
 
 def test_flipped_labels_are_the_attackers_only(settings: Callable[..., Settings]) -> None:
-    from fedtune.data.encode import Encoded
+    from fedtune.objectives import Example
     from fedtune.training.workload import EncodedShards, poisoned
 
-    shard = (Encoded((1, 2, 7), 2), Encoded((1, 3, 8), 2), Encoded((1, 4, 7), 2))
+    shard = (Example.labelled((1, 2, 7), 2), Example.labelled((1, 3, 8), 2), Example.labelled((1, 4, 7), 2))
     shards = EncodedShards((shard, shard), (), 0)
     config = settings(attack={"kind": "label-flip", "clients": [1]}).config
     changed = poisoned(shards, config).shards
     assert changed[0] == shard
-    assert [e.ids for e in changed[1]] == [(1, 2, 8), (1, 3, 7), (1, 4, 8)]
+    assert [text.ids for example in changed[1] for text in example.texts] == [(1, 2, 8), (1, 3, 7), (1, 4, 8)]
     assert poisoned(shards, settings().config) is shards
 
 

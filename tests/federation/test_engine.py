@@ -16,7 +16,6 @@ from torch import Tensor
 from fedtune import methods
 from fedtune.config import Config, Settings
 from fedtune.config.schema import ModelSettings
-from fedtune.data.encode import Encoded
 from fedtune.experiment import arms
 from fedtune.experiment.arms import Arm
 from fedtune.experiment.reporter import Reporter
@@ -29,12 +28,13 @@ from fedtune.methods import METHODS, Recipe, ServerState
 from fedtune.models.adapter import attach
 from fedtune.models.budget import message_bytes
 from fedtune.models.load import load
+from fedtune.objectives import Example
 from fedtune.training.cohort import Cohort
 from fedtune.training.executor import Executor, Sequential
 from fedtune.training.workload import EncodedShards
 from fedtune.types import RoundRecord
 
-TEXTS = [Encoded(tuple(range(5, 12 + i)), 6 + i) for i in range(5)]
+TEXTS = [Example.labelled(range(5, 12 + i), 6 + i) for i in range(5)]
 
 
 def arm(config: Config, folder: Path, clients: int, cohort: int = 1) -> Arm:

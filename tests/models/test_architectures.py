@@ -13,14 +13,16 @@ from torch import nn
 
 from fedtune.config import Config
 from fedtune.config.schema import LoraSettings, ModelSettings
-from fedtune.data.encode import Encoded
 from fedtune.domains.base import Item
 from fedtune.evaluation import generate, likelihood
 from fedtune.evaluation.alone import batches
 from fedtune.models.adapter import attach
 from fedtune.models.load import LoadedModel, load
 from fedtune.models.proof import proof_of, prove
-from fedtune.training.executor import backpropagate, training
+from fedtune.objectives import Example
+from fedtune.training.executor import training
+from fedtune.training.gradients import backpropagate
+from fedtune.training.loss import Step
 from fedtune.types import FedtuneError, ModelError
 from tests.architectures import causal_configs, tiny
 from tests.tiny import make_tokenizer
@@ -246,15 +248,16 @@ def check_training(loaded: LoadedModel, truth: Any) -> None:
     stock = get_peft_model(truth, adapted.model.peft_config["default"])
     stock.load_state_dict({n: p for n, p in adapted.model.state_dict().items() if "lora_" in n}, strict=False)
     tokens = [loaded.tokenizer(item.prompt)["input_ids"] for item in ITEMS]
-    steps = [Encoded(tuple(ids), start) for ids, start in zip(tokens, (12, 15, 11), strict=True)]
+    examples = [Example.labelled(ids, start) for ids, start in zip(tokens, (12, 15, 11), strict=True)]
     with training(adapted.model, False):
-        loss = backpropagate(adapted, steps, 4096, exact=True)
-    total = sum(e.labels for e in steps)
+        loss = backpropagate(adapted, Step(examples), 4096, exact=True)
+    texts = [text for example in examples for text in example.texts]
+    total = sum(text.labels for text in texts)
     stock.train()
     own = torch.stack(
         [
-            F.cross_entropy(logits_of(stock, e.ids)[e.start - 1 : -1], torch.tensor(e.ids[e.start :]), reduction="sum")
-            for e in steps
+            F.cross_entropy(logits_of(stock, t.ids)[t.start - 1 : -1], torch.tensor(t.ids[t.start :]), reduction="sum")
+            for t in texts
         ]
     )
     (own.sum() / total).backward()

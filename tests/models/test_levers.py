@@ -143,11 +143,24 @@ def test_the_loss_in_chunks_is_cross_entropy(monkeypatch: pytest.MonkeyPatch, ch
     added = torch.randn(50, generator=generator, dtype=torch.float64) if bias else None
     targets = torch.randint(0, 50, (13,), generator=generator)
     shares = torch.rand(13, generator=generator, dtype=torch.float64)
-    total, each = head.linear_loss(hidden, weight, added, targets, shares)
     plain = F.cross_entropy(F.linear(hidden, weight, added), targets, reduction="none")
-    assert torch.allclose(each, plain, atol=1e-12)
-    (one,), (two,) = (torch.autograd.grad(2 * value, hidden) for value in (total, (plain * shares).sum()))
-    assert torch.allclose(one, two, atol=1e-12)
+    (want,) = torch.autograd.grad((plain * shares).sum().square(), hidden, retain_graph=True)
+    for expected in (shares, torch.full_like(shares, 0.125)):
+        each = head.linear_losses(hidden, weight, added, targets, expected)
+        assert torch.allclose(each, plain, atol=1e-12)
+        (made,) = torch.autograd.grad((each * shares).sum().square(), hidden)
+        assert torch.allclose(made, want, rtol=1e-12)
+
+
+def test_in_16_bits_a_derivative_that_is_known_late_is_multiplied_in_32() -> None:
+    generator = torch.Generator().manual_seed(1)
+    hidden = torch.randn(13, 64, generator=generator).bfloat16().requires_grad_()
+    weight = torch.randn(50, 64, generator=generator).bfloat16()
+    targets, late = torch.randint(0, 50, (13,), generator=generator), torch.rand(13, generator=generator)
+    ones = torch.ones(13)
+    (unit,) = torch.autograd.grad(head.linear_losses(hidden, weight, None, targets, ones).sum(), hidden)
+    (made,) = torch.autograd.grad((head.linear_losses(hidden, weight, None, targets, ones) * late).sum(), hidden)
+    assert torch.equal(made, (unit.float() * late[:, None]).bfloat16())
 
 
 def test_a_head_that_does_more_than_multiply_is_seen() -> None:

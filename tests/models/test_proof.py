@@ -11,7 +11,6 @@ import torch
 
 from fedtune.config import Config, Settings
 from fedtune.config.schema import LoraSettings, ModelSettings
-from fedtune.data.encode import Encoded
 from fedtune.evaluation.alone import Alone, batches, decoder_for
 from fedtune.evaluation.decode import Decoder
 from fedtune.models import head
@@ -21,9 +20,11 @@ from fedtune.models.dropout import KeyedDropout, Keys, token_keys
 from fedtune.models.interface import NAME
 from fedtune.models.load import LoadedModel, load
 from fedtune.models.proof import proof_of, prove
+from fedtune.objectives import Example
 from fedtune.training.cohort import stacks
-from fedtune.training.executor import backpropagate, training
-from fedtune.training.loss import Part, joint_loss
+from fedtune.training.executor import training
+from fedtune.training.gradients import backpropagate
+from fedtune.training.loss import Part, Step, joint_loss
 from fedtune.training.plan import Machine, plan
 from fedtune.types import ModelError
 from tests.architectures import causal_configs, tiny
@@ -50,12 +51,12 @@ def adapted_of(model: Any, **lora: Any) -> AdaptedModel:
     return found
 
 
-def gradients(adapted: AdaptedModel, examples: Sequence[Encoded], **how: Any) -> dict[str, torch.Tensor]:
+def gradients(adapted: AdaptedModel, examples: Sequence[Example], **how: Any) -> dict[str, torch.Tensor]:
     """Gradients of a step, with activations recomputed if asked."""
     with training(adapted.model, how.pop("recomputed", False)):
         for slot in adapted.slots.values():
             slot.grad = None
-        backpropagate(adapted, examples, how.pop("tokens", 4096), **how)
+        backpropagate(adapted, Step(examples, key=how.pop("key", 0)), how.pop("tokens", 4096), **how)
     return {n: p.grad.clone() for n, p in adapted.slots.items() if p.grad is not None}
 
 
@@ -130,7 +131,7 @@ def test_a_model_that_drops_by_itself_draws_by_its_step_and_shares_nothing() -> 
     adapted = adapted_of(dropping(), target_modules=("c_attn",))
     assert proof_of(adapted.model).random
     assert not proof_of(make_model()).random
-    examples = [Encoded(tuple(text), 3) for text in TEXTS]
+    examples = [Example.labelled(text, 3) for text in TEXTS]
     first = gradients(adapted, examples, exact=True, key=7)
     torch.manual_seed(1234)
     again, other = gradients(adapted, examples, exact=True, key=7), gradients(adapted, examples, exact=True, key=8)
@@ -152,7 +153,7 @@ def hybrid() -> AdaptedModel:
 
 @pytest.mark.parametrize("exact", [True, False])
 def test_one_text_at_a_time_does_not_hang_on_passes_or_recomputing(hybrid: AdaptedModel, exact: bool) -> None:
-    examples = [Encoded(tuple(text), 3) for text in TEXTS]
+    examples = [Example.labelled(text, 3) for text in TEXTS]
     want = gradients(hybrid, examples, exact=exact, key=5)
     assert close(want, gradients(hybrid, examples, exact=exact, key=5, tokens=1))
     assert close(want, gradients(hybrid, examples, exact=exact, key=5, recomputed=True))

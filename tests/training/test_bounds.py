@@ -4,12 +4,12 @@ import pytest
 import torch
 
 from fedtune.config.schema import LoraSettings, TrainSettings
-from fedtune.data.encode import Encoded
 from fedtune.lora.state import to_tensors
 from fedtune.methods.sound import GROWTH
 from fedtune.models.adapter import attach
 from fedtune.models.load import LoadedModel
 from fedtune.models.proof import prove
+from fedtune.objectives import Example
 from fedtune.training.executor import Sequential, Work
 from tests import architectures
 
@@ -31,6 +31,6 @@ def test_training_from_a_mean_with_the_largest_reply_stays_finite(kind: str) -> 
     generator = torch.Generator().manual_seed(0)
     drawn = {n: torch.randn(t.shape, generator=generator) for n, t in to_tensors(adapted.layout).items()}
     start = {n: t * (GROWTH / 4) / t.norm() for n, t in drawn.items()}
-    texts = [[Encoded(tuple(range(10 + k, 60 + k)), 5) for k in range(2)]] * 3
+    texts = [[Example.labelled(range(10 + k, 60 + k), 5) for k in range(2)]] * 3
     trained = Sequential(adapted).run(Work(start, list(start), texts, 5e-5, TrainSettings(max_grad_norm=1.0), 0, True))
     assert all(bool(t.isfinite().all()) for t in trained.values())

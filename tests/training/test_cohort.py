@@ -12,24 +12,24 @@ from torch import Tensor
 from fedtune import methods
 from fedtune.config import Config, Settings
 from fedtune.config.schema import ModelSettings
-from fedtune.data.encode import Encoded
 from fedtune.lora.state import to_tensors
 from fedtune.methods.requests import Program, Tensors, Train
 from fedtune.models.adapter import AdaptedModel, attach
 from fedtune.models.load import load
+from fedtune.objectives import Example
 from fedtune.training.cohort import Cohort
 from fedtune.training.executor import Executor, Limits, Sequential
 from fedtune.training.local import LocalWork
 from fedtune.training.scheduler import together
 from tests.training.programs import all_asked, asking
 
-Shards = list[list[Encoded]]
+Shards = list[list[Example]]
 
 
-def example(seed: int, length: int, labels: int) -> Encoded:
+def example(seed: int, length: int, labels: int) -> Example:
     """A text that begins like the others and goes on by itself."""
     drawn = torch.randint(5, 500, (length,), generator=torch.Generator().manual_seed(seed)).tolist()
-    return Encoded(tuple(range(20, 32)) + tuple(drawn), 12 + length - labels)
+    return Example.labelled([*range(20, 32), *drawn], 12 + length - labels)
 
 
 def shards(clients: int) -> Shards:
@@ -139,7 +139,8 @@ def test_a_client_sees_nothing_of_another(build: Any) -> None:
     adapted, config = build(train={"max_steps": 3})
     starts, data = [started(adapted)] * 3, shards(3)
     # other tokens, of which as many are shared: in a row of another length products round otherwise
-    changed = [data[0], [Encoded(tuple((i + 1) % 480 for i in e.ids), e.start) for e in data[1]], data[2]]
+    other = [Example.labelled([(i + 1) % 480 for i in e.texts[0].ids], e.texts[0].start) for e in data[1]]
+    changed = [data[0], other, data[2]]
     before = trained(adapted, config, Cohort(adapted, 3), starts, data)
     after = trained(adapted, config, Cohort(adapted, 3), starts, changed)
     assert all(torch.equal(before[c][n], after[c][n]) for c in (0, 2) for n in before[c])

@@ -17,7 +17,6 @@ from benchmarks.reference import Reference, averaged, padded
 
 from fedtune.config import Config, Settings
 from fedtune.config.schema import ModelSettings
-from fedtune.data.encode import Encoded
 from fedtune.experiment import arms
 from fedtune.experiment.reporter import Reporter
 from fedtune.federation.pool import LocalPool, complete
@@ -25,6 +24,7 @@ from fedtune.lora.state import to_tensors
 from fedtune.methods.requests import Train
 from fedtune.models.adapter import attach
 from fedtune.models.load import load
+from fedtune.objectives import Example
 from fedtune.training import schedule
 from fedtune.training.cohort import Cohort
 from fedtune.training.executor import Sequential
@@ -77,7 +77,7 @@ def test_c9_one_client_is_stock_peft_and_the_stock_trainer(config: Config, tmp_p
         remove_unused_columns=False,
     )
 
-    def collate(examples: list[Encoded]) -> dict[str, torch.Tensor]:
+    def collate(examples: list[Example]) -> dict[str, torch.Tensor]:
         return padded(examples, 2)
 
     InOrder(stock, arguments, train_dataset=micro, data_collator=collate).train()  # type: ignore[arg-type]

@@ -11,23 +11,23 @@ import torch.nn.functional as F
 from fedtune import methods
 from fedtune.config import Config, Settings
 from fedtune.config.schema import ModelSettings
-from fedtune.data.encode import Encoded
 from fedtune.lora.state import to_tensors
 from fedtune.models.adapter import AdaptedModel, attach
 from fedtune.models.attention import packed_logits
 from fedtune.models.load import load
 from fedtune.models.packing import Span, pack
+from fedtune.objectives import Example
 from fedtune.training import schedule
 from fedtune.training.executor import Limits, Sequential, alone
 from fedtune.training.local import LocalWork
 from fedtune.training.loss import Part, joint_loss, micro_batches
 
 
-def _example(seed: int, length: int, labels: int) -> Encoded:
+def _example(seed: int, length: int, labels: int) -> Example:
     generator = torch.Generator().manual_seed(seed)
     shared = list(range(20, 32))
     tail = torch.randint(5, 500, (length,), generator=generator).tolist()
-    return Encoded(tuple(shared + tail), len(shared) + length - labels)
+    return Example.labelled(shared + tail, len(shared) + length - labels)
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class Done:
 
 def fit(
     adapted: AdaptedModel,
-    shard: list[Encoded],
+    shard: list[Example],
     start: Mapping[str, torch.Tensor],
     recipe: methods.Recipe,
     config: Config,
@@ -67,16 +67,18 @@ def config(settings: Callable[..., Settings]) -> Config:
     return settings(train={"max_steps": 4, "per_device_train_batch_size": 5, "learning_rate_max": 1e-2}).config
 
 
-def _padded_loss(model: Any, examples: list[Encoded]) -> torch.Tensor:
+def _padded_loss(model: Any, examples: list[Example]) -> torch.Tensor:
     """The stock way: one padded batch, all logits, ignored labels."""
-    longest = max(len(e.ids) for e in examples)
-    ids = torch.full((len(examples), longest), 2)
+    texts = [text for example in examples for text in example.texts]
+    longest = max(len(text.ids) for text in texts)
+    ids = torch.full((len(texts), longest), 2)
     mask = torch.zeros_like(ids)
     labels = torch.full_like(ids, -100)
-    for row, e in enumerate(examples):
-        ids[row, : len(e.ids)] = torch.tensor(e.ids)
-        mask[row, : len(e.ids)] = 1
-        labels[row, e.start : len(e.ids)] = torch.tensor(e.ids[e.start :])
+    for row, text in enumerate(texts):
+        ids[row, : len(text.ids)] = torch.tensor(text.ids)
+        mask[row, : len(text.ids)] = 1
+        for start, end in text.spans:
+            labels[row, start:end] = torch.tensor(text.ids[start:end])
     logits = model(input_ids=ids, attention_mask=mask).logits
     return F.cross_entropy(logits[:, :-1].reshape(-1, logits.shape[-1]), labels[:, 1:].reshape(-1), reduction="sum")
 
@@ -101,7 +103,7 @@ def test_packed_response_only_loss_and_gradients_are_the_padded_full_ones(config
 
 def test_no_text_sees_its_neighbour(config: Config) -> None:
     adapted = _adapted(config)
-    texts = [e.ids for e in SHARD[:3]]
+    texts = [example.texts[0].ids for example in SHARD[:3]]
     keep = list(range(len(texts[0])))
     with torch.no_grad():
         one = packed_logits(adapted.model, texts, keep)
@@ -122,7 +124,7 @@ def test_a_shared_prefix_is_laid_out_once() -> None:
 def test_micro_batches_keep_order_and_limit() -> None:
     runs = list(micro_batches(SHARD, 60))
     assert [e for run in runs for e in run] == SHARD
-    assert all(sum(len(e.ids) for e in run) <= 60 or len(run) == 1 for run in runs)
+    assert all(sum(e.tokens for e in run) <= 60 or len(run) == 1 for run in runs)
 
 
 def _stock_training(config: Config, adapted: AdaptedModel, round_: int) -> dict[str, torch.Tensor]:

@@ -30,7 +30,7 @@ from fedtune.types import AdapterError
 from tests.training.programs import all_asked, asked, ran
 from tests.training.test_local import SHARD, _stock_training
 
-TEXTS = [e.ids for e in SHARD[:4]]
+TEXTS = [example.texts[0].ids for example in SHARD[:4]]
 KEEP = list(range(sum(map(len, TEXTS))))
 
 
@@ -195,7 +195,7 @@ def test_a_mixture_by_similarity_is_each_texts_own(config: Config) -> None:
     model = adapted(config)
     tensors = noisy(model)
     other = {n.replace(".lora_", ".other_"): t for n, t in noisy(model, seed=1).items()}
-    prompts = [e.ids[: e.start] for e in SHARD[:4]]
+    prompts = [text.ids[: text.start] for example in SHARD[:4] for text in example.texts]
     anchors = text_features(model.model, prompts[1:3])
     model.load({**tensors, **other, "mix.anchors": anchors, "mix.weight": torch.tensor(0.5)})
     keeps = [range(len(prompt) - 1, len(text)) for prompt, text in zip(prompts, TEXTS, strict=True)]

@@ -95,6 +95,23 @@ def _spaces() -> Rows:
     return _origins(rows, SPACES)
 
 
+def _objectives() -> Rows:
+    from fedtune.objectives import OBJECTIVES
+
+    rows = [
+        {
+            "objective": o.name,
+            "title": o.title,
+            "arXiv": o.paper.removeprefix("arXiv:") or "-",
+            "texts": o.texts,
+            "columns": ", ".join(o.columns) or "-",
+            "settings": ", ".join(o.Parameters.model_fields) or "-",
+        }
+        for o in OBJECTIVES.values()
+    ]
+    return _origins(rows, OBJECTIVES)
+
+
 def _domains() -> Rows:
     from fedtune.domains import DOMAINS
 
@@ -176,6 +193,7 @@ LISTS: dict[str, Callable[[], Rows]] = {
     "methods": _methods,
     "wrappers": _wrappers,
     "spaces": _spaces,
+    "objectives": _objectives,
     "domains": _domains,
     "tasks": _tasks,
     "protocols": _protocols,

@@ -13,7 +13,7 @@ from pydantic import BaseModel, ValidationError
 
 from fedtune.config.depth import DEEPEST, parsed, too_deep
 from fedtune.config.protocol import Protocol, protocol_names, read_protocol
-from fedtune.config.schema import Config
+from fedtune.config.schema import Config, ObjectiveSettings
 from fedtune.io import canonical, read_text
 from fedtune.types import ConfigError, Problem, nearest
 
@@ -182,6 +182,8 @@ def unranked_reasons(config: Config, protocol: Protocol) -> tuple[str, ...]:
         return ("scripted attackers take part",)
     if config.peft.kind != "lora":
         return (f"peft.kind is {config.peft.kind!r}, the protocol {protocol.name} trains LoRA",)
+    if config.objective != ObjectiveSettings():
+        return (f"it trains by the objective {config.objective.name}, and cross-entropy is what is ranked",)
     want = flatten(standard(config.domain, protocol).plain())
     have = flatten(config.plain())
     changed = [k for k in want if protocol.locks(k) and canonical(want[k]) != canonical(have.get(k))]

@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, field_validator, model_validator
 
 from fedtune.config.rows import DataSettings, PromptSettings
+from fedtune.config.section import Chosen
 from fedtune.config.section import Section as Section  # methods declare their settings with it
 from fedtune.io import digest
 
@@ -69,16 +70,16 @@ class PeftSettings(BaseModel):
         return dict(self.model_extra or {})
 
 
-class MethodSettings(BaseModel):
-    """The federated method and its own parameters, checked against what the method declares."""
+class MethodSettings(Chosen):
+    """The federated method and its own settings."""
 
-    model_config = ConfigDict(extra="allow", frozen=True, allow_inf_nan=False)
     name: str = "fedit"
 
-    @property
-    def parameters(self) -> dict[str, Any]:
-        """The method's own settings, without its name."""
-        return dict(self.model_extra or {})
+
+class ObjectiveSettings(Chosen):
+    """What training minimises, and its own settings."""
+
+    name: str = "cross-entropy"
 
 
 class DriftSettings(Section):
@@ -258,6 +259,7 @@ class Config(Section):
     prompt: PromptSettings = PromptSettings()
     federation: FederationSettings = FederationSettings()
     train: TrainSettings = TrainSettings()
+    objective: ObjectiveSettings = ObjectiveSettings()
     eval: EvalSettings = EvalSettings()
     engine: EngineSettings = EngineSettings()
 

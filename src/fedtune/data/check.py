@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from fedtune.data import conversation
 from fedtune.data.files import MOST_NAMED, BadRow, Unreadable, kind_of
 from fedtune.types import DataError, counted
 
@@ -23,12 +24,25 @@ _ODD = re.compile(
 
 @dataclass(frozen=True)
 class TrainRow:
-    """One training example in the benchmark's three columns; `group` is its value in the partition column."""
+    """One row to train on: a question and its answer in the benchmark's three columns, or a conversation.
+
+    Attributes:
+        instruction, input, output: empty where the row is a conversation.
+        group: its value in the partition column.
+        turns: question and answer of each turn of a conversation.
+        columns: what an objective wants to know beside these.
+    """
 
     instruction: str
     input: str
     output: str
     group: str = ""
+    turns: tuple[tuple[str, str], ...] = ()
+    columns: Mapping[str, str] = field(default_factory=dict)
+
+    def plain(self) -> dict[str, Any]:
+        """Return what the row is, as JSON types; what only some rows have is left out of the others."""
+        return {name: value for name, value in asdict(self).items() if value or name not in ("turns", "columns")}
 
 
 # how a count of rows of each kind is told
@@ -36,6 +50,7 @@ WORDS = {
     "bad_row": "malformed",
     "missing_column": "without a required column",
     "not_text": "with a value that is not text",
+    "bad_conversation": "with a malformed conversation",
     "empty_answer": "with an empty answer",
     "over_long": "cut to data.max_chars",
     "odd_unicode": "with unusual characters",
@@ -119,23 +134,72 @@ def has_columns(row: Mapping[str, Any]) -> str:
     return f"its columns are {', '.join(names[:MOST_NAMED])}{rest}" if names else "it is empty"
 
 
-def _refusals(number: int, row: Mapping[str, Any], columns: Mapping[str, str], group: str) -> list[RowProblem]:
+@dataclass(frozen=True)
+class _Source:
+    """Where a source has what a row is made of; see `check`."""
+
+    columns: Mapping[str, str]
+    group: str
+    wanted: Sequence[str]
+
+    def of(self, column: str) -> str:
+        """Return what the source calls a column of ours."""
+        return self.columns.get(column, column)
+
+    def talks(self, row: Mapping[str, Any]) -> bool:
+        """Tell whether a row is a conversation: it has messages, and no columns of its own for question and answer."""
+        own = (self.of("instruction"), self.of("output"))
+        return self.of(conversation.COLUMN) in row and not any(column in row for column in own)
+
+    def texts(self, row: Mapping[str, Any]) -> tuple[str, ...]:
+        """Return the columns whose texts a row has to have, by our names; `input` may be missing."""
+        return (*(() if self.talks(row) else COLUMNS), *self.wanted)
+
+
+def _refusals(number: int, row: Mapping[str, Any], source: _Source) -> list[RowProblem]:
     """Return what makes a row unusable."""
     if isinstance(row, BadRow):
         return [RowProblem(number, "bad_row", row.reason, "dropped")]
-    sources = {column: columns.get(column, column) for column in COLUMNS}
-    missing = [f"no {source!r}" for column, source in sources.items() if source not in row and column != "input"]
+    sources = {column: source.of(column) for column in source.texts(row)}
+    missing = [f"no {name!r}" for column, name in sources.items() if name not in row and column != "input"]
     if missing:
         return [RowProblem(number, "missing_column", f"{', '.join(missing)}; {has_columns(row)}", "dropped")]
     found = []
-    for source in sources.values():
-        if row.get(source) is not None and (reason := not_text(row[source])):
-            found.append(RowProblem(number, "not_text", f"{source!r} {reason}", "dropped"))
+    for name in sources.values():
+        if row.get(name) is not None and (reason := not_text(row[name])):
+            found.append(RowProblem(number, "not_text", f"{name!r} {reason}", "dropped"))
+    group = source.group
     if isinstance(key := row.get(group), Unreadable) and group not in sources.values():
         found.append(RowProblem(number, "not_text", f"{group!r} {key.reason}", "dropped"))
-    if not found and not (row[sources["output"]] or "").strip():
-        found.append(RowProblem(number, "empty_answer", repr(sources["output"]), "dropped"))
-    return found
+    return found or list(_unanswered(number, row, source))
+
+
+def _unanswered(number: int, row: Mapping[str, Any], source: _Source) -> Iterator[RowProblem]:
+    """Yield a problem for each text without a word that something is to be learned from."""
+    empty = [source.of(c) for c in source.texts(row) if c not in ("instruction", "input")]
+    yield from (
+        RowProblem(number, "empty_answer", repr(name), "dropped") for name in empty if not (row[name] or "").strip()
+    )
+    if source.talks(row):
+        name = source.of(conversation.COLUMN)
+        try:
+            turns = conversation.turns(row[name])
+        except ValueError as err:
+            yield RowProblem(number, "bad_conversation", f"{name!r} {err}", "dropped")
+        else:
+            if not all(answer.strip() for _, answer in turns):
+                yield RowProblem(number, "empty_answer", repr(name), "dropped")
+
+
+def _row(raw: Mapping[str, Any], source: _Source) -> TrainRow:
+    """Return a row that nothing speaks against."""
+    texts = {column: raw.get(source.of(column)) or "" for column in source.texts(raw)}
+    return TrainRow(
+        **{column: texts.pop(column, "") for column in COLUMNS},
+        group=_key(raw.get(source.group)) if source.group else "",
+        turns=conversation.turns(raw[source.of(conversation.COLUMN)]) if source.talks(raw) else (),
+        columns=texts,
+    )
 
 
 def _key(value: Any) -> str:
@@ -143,13 +207,19 @@ def _key(value: Any) -> str:
     return "" if value is None else str(value)
 
 
+def _named(row: TrainRow) -> dict[str, str]:
+    """Return the texts of a row by what they are called in a report; one column in two roles once."""
+    texts = {"instruction": row.instruction, "input": row.input, "output": row.output}
+    if row.group not in texts.values():
+        texts["group"] = row.group
+    said = [text for turn in row.turns for text in turn]
+    return {**texts, **{f"message {number}": text for number, text in enumerate(said)}, **row.columns}
+
+
 def _remarks(number: int, row: TrainRow, max_chars: int) -> list[RowProblem]:
     """Return what is odd about a row that still trains."""
     found = []
-    texts = dict(vars(row))
-    if row.group in (row.instruction, row.input, row.output):
-        del texts["group"]  # one column in two roles
-    for column, text in texts.items():
+    for column, text in _named(row).items():
         if len(text) > max_chars:
             found.append(RowProblem(number, "over_long", f"{column} has {len(text)} characters", "truncated"))
         if odd := _unusual(text):
@@ -160,33 +230,54 @@ def _remarks(number: int, row: TrainRow, max_chars: int) -> list[RowProblem]:
     return found
 
 
+def _mended(row: TrainRow, max_chars: int) -> TrainRow:
+    """Return a row whose texts are no longer than allowed, and can be encoded."""
+
+    def mended(text: str) -> str:
+        return unpaired(text[:max_chars])
+
+    return TrainRow(
+        mended(row.instruction),
+        mended(row.input),
+        mended(row.output),
+        mended(row.group),
+        tuple((mended(question), mended(answer)) for question, answer in row.turns),
+        {name: mended(text) for name, text in row.columns.items()},
+    )
+
+
 def check(
-    rows: Iterable[Mapping[str, Any]], columns: Mapping[str, str], group: str = "", max_chars: int = 100_000
+    rows: Iterable[Mapping[str, Any]],
+    columns: Mapping[str, str],
+    group: str = "",
+    max_chars: int = 100_000,
+    wanted: Sequence[str] = (),
 ) -> CheckedRows:
     """Map columns and report every row that is not sound.
 
     Args:
-        rows: as the source has them.
+        rows: as the source has them; one without question and answer may have a conversation as `messages`.
         columns: our column name -> the source's, where they differ.
         group: the source's partition column, if any.
         max_chars: longer texts are cut there and reported.
+        wanted: columns of text that an objective wants beside ours.
 
     Returns:
-        Rows that their file does not have whole, with a missing column, a value that is not text, or an empty
-        answer are dropped; over-long, oddly encoded and template-bearing ones are cut, mended or kept as plain
-        text, the partition column as well. All are listed.
+        Rows that their file does not have whole, with a missing column, a value that is not text, a conversation out of
+        turn, or an empty answer are dropped; over-long, oddly encoded and template-bearing ones are cut, mended or kept
+        as plain text, the partition column as well. All are listed.
     """
     good: list[TrainRow] = []
     problems: list[RowProblem] = []
+    source = _Source(columns, group, wanted)
     for number, raw in enumerate(rows):
-        refused = _refusals(number, raw, columns, group)
+        refused = _refusals(number, raw, source)
         problems += refused
         if refused:
             continue
-        texts = {c: raw.get(columns.get(c, c)) or "" for c in COLUMNS}
-        row = TrainRow(**texts, group=_key(raw.get(group)) if group else "")
+        row = _row(raw, source)
         problems += _remarks(number, row, max_chars)
-        good.append(TrainRow(**{c: unpaired(t[:max_chars]) for c, t in vars(row).items()}))
+        good.append(_mended(row, max_chars))
     return CheckedRows(tuple(good), tuple(problems))
 
 

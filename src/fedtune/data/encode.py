@@ -1,4 +1,4 @@
-"""From a row to token ids and the place where its labels begin."""
+"""From a conversation to token ids and the spans of them that are labels."""
 
 from __future__ import annotations
 
@@ -10,39 +10,39 @@ from typing import Any
 
 from fedtune.config import Config
 from fedtune.data.check import TrainRow
+from fedtune.data.conversation import Turn
 from fedtune.types import ModelError
 
 _PLACE = re.compile(r"\{(instruction|response)\}")
 
 
 @dataclass(frozen=True)
-class Encoded:
-    """One example: token ids, and the index of the first one that is a label; all after it are labels too."""
+class Text:
+    """Token ids, and the spans [start, end) of them that are labels: in order, and apart from each other."""
 
     ids: tuple[int, ...]
-    start: int
+    spans: tuple[tuple[int, int], ...]
+
+    @staticmethod
+    def labelled(ids: Sequence[int], start: int) -> Text:
+        """Return a text whose labels are all tokens from `start` on."""
+        return Text(tuple(ids), ((start, len(ids)),))
+
+    @property
+    def start(self) -> int:
+        """Index of the first label; before it stands the prompt."""
+        return self.spans[0][0] if self.spans else len(self.ids)
 
     @property
     def labels(self) -> int:
         """How many tokens are trained on."""
-        return len(self.ids) - self.start
+        return sum(end - start for start, end in self.spans)
 
-
-@dataclass(frozen=True)
-class EncodedSet:
-    """Encoded examples, with the rows that had to be left out or cut.
-
-    Attributes:
-        examples: those that train; none is without a label.
-        kept: for each, the index of its row in what was encoded.
-        masked: rows with no label left (the answer lay behind the cut, or was not found): never trained.
-        truncated: rows cut at the maximum length that still have labels.
-    """
-
-    examples: tuple[Encoded, ...]
-    kept: tuple[int, ...]
-    masked: tuple[int, ...]
-    truncated: tuple[int, ...]
+    def cut(self, length: int) -> Text:
+        """Return the first `length` tokens; a label at position 0 has nothing to be predicted from and is none."""
+        ids = self.ids[:length]
+        spans = ((max(start, 1), min(end, len(ids))) for start, end in self.spans)
+        return Text(ids, tuple((start, end) for start, end in spans if start < end))
 
 
 def question(row: TrainRow, mode: str) -> str:
@@ -90,7 +90,7 @@ def _find_last(ids: Sequence[int], wanted: Sequence[int]) -> int:
     return -1
 
 
-def encode_pair(tokenizer: Any, prompt: str, response: str, *, special: bool = True) -> Encoded:
+def encode_pair(tokenizer: Any, prompt: str, response: str, *, special: bool = True) -> Text:
     """Encode prompt and response as one text; a token is a label if it reaches into the response.
 
     Works with any tokenizer: nothing is assumed about where a token may begin. A space between prompt and
@@ -109,10 +109,10 @@ def encode_pair(tokenizer: Any, prompt: str, response: str, *, special: bool = T
     encoded = tokenizer(prompt + response, return_offsets_mapping=True, add_special_tokens=special)
     ends = [end for _, end in encoded["offset_mapping"]]
     start = next((i for i, end in enumerate(ends) if end > len(prompt)), len(ends))
-    return Encoded(tuple(encoded["input_ids"]), start)
+    return Text.labelled(encoded["input_ids"], start)
 
 
-def _without_offsets(tokenizer: Any, prompt: str, response: str, special: bool) -> Encoded:
+def _without_offsets(tokenizer: Any, prompt: str, response: str, special: bool) -> Text:
     """Encode as `encode_pair` does, with a tokenizer that does not say which letters a token stands for.
 
     Where the prompt alone has the same first tokens, the response begins after them. Elsewhere a token stands on both
@@ -122,7 +122,7 @@ def _without_offsets(tokenizer: Any, prompt: str, response: str, special: bool) 
     alone = list(tokenizer(prompt, add_special_tokens=special)["input_ids"])
     same = next((i for i, (a, b) in enumerate(zip(whole, alone, strict=False)) if a != b), min(len(whole), len(alone)))
     if set(alone[same:]) <= set(tokenizer.all_special_ids):
-        return Encoded(tuple(whole), same)
+        return Text.labelled(whole, same)
 
     def text(tokens: int) -> str:
         return str(tokenizer.decode(whole[:tokens], skip_special_tokens=False, clean_up_tokenization_spaces=False))
@@ -134,43 +134,53 @@ def _without_offsets(tokenizer: Any, prompt: str, response: str, special: bool) 
             "begins cannot be known; use a fast tokenizer (one with tokenizer.json)"
         )
     covered = bisect.bisect_left(range(len(whole)), True, key=lambda n: text(n).startswith(lead + prompt))
-    return Encoded(tuple(whole), covered if text(covered) == lead + prompt else covered - 1)
+    return Text.labelled(whole, covered if text(covered) == lead + prompt else covered - 1)
 
 
-def _encode_row(row: TrainRow, tokenizer: Any, special: Sequence[str], config: Config) -> Encoded:
-    train, prompt = config.train, config.prompt
-    text = render(prompt.template, escape_special(question(row, prompt.input), special))
-    encoded = encode_pair(tokenizer, text, escape_special(row.output, special))
-    if train.labels == "template-tokens":
-        # trl's completion-only collator as FlowerTune's template calls it: the response is what follows the
-        # last place where the marker's tokens, without the first two, stand. See docs/protocol.md.
-        marker = tokenizer("\n### Response:", add_special_tokens=False)["input_ids"][2:]
-        found = _find_last(encoded.ids, marker)
-        return Encoded(encoded.ids, found if found >= 0 else len(encoded.ids))
-    # some tokenizers end every text themselves
-    if train.train_eos and tokenizer.eos_token_id is not None and encoded.ids[-1:] != (tokenizer.eos_token_id,):
-        return Encoded((*encoded.ids, tokenizer.eos_token_id), encoded.start)
-    return encoded
+class Encoder:
+    """How the conversations of a run become tokens.
 
-
-def encode(rows: Sequence[TrainRow], tokenizer: Any, config: Config) -> EncodedSet:
-    """Encode rows, cut them at `train.max_length`, and set aside those without a label.
-
-    A label at position 0 has nothing to be predicted from and does not count.
+    Args:
+        tokenizer: whose tokens.
+        config: the template, what counts as a label, and whether an answer ends with the end of text.
     """
-    examples: list[Encoded] = []
-    kept: list[int] = []
-    masked: list[int] = []
-    truncated: list[int] = []
-    special = special_tokens(tokenizer)
-    for index, row in enumerate(rows):
-        whole = _encode_row(row, tokenizer, special, config)
-        cut = Encoded(whole.ids[: config.train.max_length], max(whole.start, 1))
-        if cut.labels <= 0:
-            masked.append(index)
-            continue
-        if len(cut.ids) < len(whole.ids):
-            truncated.append(index)
-        examples.append(cut)
-        kept.append(index)
-    return EncodedSet(tuple(examples), tuple(kept), tuple(masked), tuple(truncated))
+
+    def __init__(self, tokenizer: Any, config: Config) -> None:
+        self.tokenizer = tokenizer
+        self.config = config
+        self._special = special_tokens(tokenizer)
+
+    def turns(self, row: TrainRow) -> tuple[Turn, ...]:
+        """Return the questions and answers of a row: its conversation, or the one that its columns are."""
+        return row.turns or ((question(row, self.config.prompt.input), row.output),)
+
+    def text(self, turns: Sequence[Turn]) -> Text:
+        """Encode a conversation; its labels are the answers.
+
+        Each turn is the template filled with its question, and then its answer. So the first turn is what a single
+        question is, which a model is asked at evaluation.
+        """
+        ids: list[int] = []
+        spans: list[tuple[int, int]] = []
+        for number, (asked, answer) in enumerate(turns):
+            text = self._turn(asked, answer, first=not number)
+            spans += [(start + len(ids), end + len(ids)) for start, end in text.spans]
+            ids += text.ids
+        return Text(tuple(ids), tuple(spans))
+
+    def _turn(self, asked: str, answer: str, *, first: bool) -> Text:
+        tokenizer, train = self.tokenizer, self.config.train
+        # where no end of text tells an answer from the next turn, a line does
+        border = "" if first or train.train_eos else "\n"
+        text = border + render(self.config.prompt.template, escape_special(asked, self._special))
+        encoded = encode_pair(tokenizer, text, escape_special(answer, self._special), special=first)
+        if train.labels == "template-tokens":
+            # trl's completion-only collator as FlowerTune's template calls it: the response is what follows the
+            # last place where the marker's tokens, without the first two, stand. See docs/protocol.md.
+            marker = tokenizer("\n### Response:", add_special_tokens=False)["input_ids"][2:]
+            found = _find_last(encoded.ids, marker)
+            return Text.labelled(encoded.ids, found if found >= 0 else len(encoded.ids))
+        # some tokenizers end every text themselves
+        if train.train_eos and tokenizer.eos_token_id is not None and encoded.ids[-1:] != (tokenizer.eos_token_id,):
+            return Text.labelled((*encoded.ids, tokenizer.eos_token_id), encoded.start)
+        return encoded

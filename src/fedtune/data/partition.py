@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict
 from typing import Any
 
 import numpy as np
@@ -56,7 +55,7 @@ def problems(spec: str) -> list[Problem]:
 def _shuffled(rows: Sequence[TrainRow], seed: int) -> Any:
     import datasets
 
-    table = datasets.Dataset.from_list([{**asdict(r), "row": i} for i, r in enumerate(rows)])
+    table = datasets.Dataset.from_list([{"group": r.group, "row": i} for i, r in enumerate(rows)])
     return table.shuffle(seed=seed)
 
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from fedtune.config import Config
-from fedtune.data.encode import Encoded, encode_pair, escape_special, render, special_tokens
+from fedtune.data.encode import Text, encode_pair, escape_special, render, special_tokens
 from fedtune.domains.base import Item
 from fedtune.models.head import log_probabilities
 from fedtune.types import ModelError
@@ -58,27 +58,27 @@ def check_prompt(tokenizer: Any, config: Config) -> None:
         raise ModelError(f"{config.model.name}: eval.prompt is chat and {why}; {other}") from err
 
 
-def _candidates(item: Item, wrap: Callable[[str], str], tokenizer: Any, config: Config) -> list[Encoded]:
+def _candidates(item: Item, wrap: Callable[[str], str], tokenizer: Any, config: Config) -> list[Text]:
     prompt = prompt_text(item, wrap, tokenizer, config)
     # a chat template writes all special tokens itself, those at the beginning too
     special = config.eval.prompt != "chat"
     return [encode_pair(tokenizer, prompt, answer, special=special) for answer in item.answers]
 
 
-def _shared(candidates: Sequence[Encoded]) -> bool:
+def _shared(candidates: Sequence[Text]) -> bool:
     """Tell whether all candidates are one token after the same prompt: then one pass scores them all."""
     prompts = {c.ids[: c.start] for c in candidates}
     return len(prompts) == 1 and all(c.labels == 1 for c in candidates)
 
 
-def _texts(candidates: Sequence[Encoded]) -> list[tuple[int, ...]]:
+def _texts(candidates: Sequence[Text]) -> list[tuple[int, ...]]:
     """Return the texts that have to pass through the model for one item."""
     return [candidates[0].ids[: candidates[0].start]] if _shared(candidates) else [c.ids for c in candidates]
 
 
-def _batches(items: Iterable[list[Encoded]], limit: int) -> Iterator[list[list[Encoded]]]:
+def _batches(items: Iterable[list[Text]], limit: int) -> Iterator[list[list[Text]]]:
     """Group neighbouring items into packed rows of at most `limit` tokens."""
-    batch: list[list[Encoded]] = []
+    batch: list[list[Text]] = []
     size = 0
     for candidates in items:
         tokens = sum(map(len, _texts(candidates)))
@@ -108,7 +108,7 @@ class _Row:
     sizes: list[list[int]] = field(default_factory=list)
 
 
-def _plan(batch: Sequence[list[Encoded]]) -> _Row:
+def _plan(batch: Sequence[list[Text]]) -> _Row:
     """Lay out some items' candidates; single tokens after the same prompt are read at one place."""
     row, offset = _Row(), 0
     for candidates in batch:

@@ -173,7 +173,7 @@ def _grid(arm: Arm, recipe: Recipe, only: int | None) -> LocalGrid:
         key = _key(arm)
         asked = shards if only is None else shards.of(only)
         pool.workers.prepare(key, RunSpec(arm.config, arm.folder, arm.start, asked))
-        means = {c: sum(len(e.ids) for e in shard) / max(1, len(shard)) for c, shard in enumerate(arm.shards.shards)}
+        means = {c: sum(e.tokens for e in shard) / max(1, len(shard)) for c, shard in enumerate(arm.shards.shards)}
         return WorkerGrid(pool, key, clients, costs_of(means), reported(arm.reporter))
     executor = pool.executor or Sequential(arm.adapted)
     runtime = Runtime(arm.config, arm.adapted, recipe, arm.start, shards, executor, arm.private, arm.reporter.step)

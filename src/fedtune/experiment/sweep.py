@@ -133,7 +133,8 @@ def _one(point: Point, resident: Resident, watch: Reporter) -> Steps[str]:
 
 def _longest(configs: Sequence[Config], resident: Resident) -> workload.EncodedShards:
     """Return the shards with the longest text of all runs: what fits must fit for each."""
-    different = {digest([c.domain, c.plain()["data"], c.plain()["prompt"], c.train.max_length]): c for c in configs}
+    parts = ("data", "prompt", "objective")
+    different = {digest([c.domain, *(c.plain()[part] for part in parts), c.train.max_length]): c for c in configs}
     found = [workload.encode_shards(workload.load(c), resident.base.tokenizer, c) for c in different.values()]
     return max(found, key=lambda shards: shards.longest)
 

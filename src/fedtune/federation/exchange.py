@@ -10,6 +10,7 @@ from flwr.app import Message
 from flwr.app.metadata import Metadata
 from torch import Tensor
 
+from fedtune import objectives
 from fedtune.federation import messages
 from fedtune.federation.faults import kill_point
 from fedtune.federation.guard import aggregated
@@ -98,7 +99,9 @@ def _most(fed: Federation, client: int, round_: int) -> Most:
     """Return what a client can have done in a round."""
     train, plan = fed.config.train, _plan(fed, client, round_)
     steps = fed.recipe.method.losses(len(plan))
-    return Most(schedule.distinct(plan), steps, steps * train.batch * train.max_length)
+    objective = objectives.kind(fed.config)
+    tokens = steps * train.batch * objective.texts * train.max_length
+    return Most(schedule.distinct(plan), steps, tokens, objective.least)
 
 
 def _expected(fed: Federation, cohort: Sequence[int], when: When, state: ServerState) -> Expected:

@@ -58,11 +58,15 @@ class Reply:
 
 @dataclass(frozen=True)
 class Most:
-    """What a client can have done in a round at most: different examples used, losses taken, tokens in them."""
+    """What a client can have done in a round at most: different examples used, losses taken, tokens in them.
+
+    `least` is the smallest loss that there can be.
+    """
 
     examples: int
     steps: int
     tokens: int
+    least: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -215,12 +219,13 @@ def _judged(reply: Reply, expected: Expected, seen: set[int]) -> tuple[Reply, tu
     return reply, ((odd[0], plain(odd[1])) if odd else None)
 
 
-def _within(metrics: Mapping[str, float], name: str, most: float, notes: list[str]) -> float | None:
+def _within(metrics: Mapping[str, float], name: str, most: float, notes: list[str], least: float = 0.0) -> float | None:
     """Return a number that a client reports; None where it reports none, or, with a note, one that cannot be."""
     value = metrics.get(name, math.nan)
-    if math.isnan(value) or 0 <= value <= most:
+    if math.isnan(value) or least <= value <= most:
         return None if math.isnan(value) else value
-    notes.append(f"{name} = {value:g} cannot be (at most {most:g}), left out")
+    range_ = f"at least {least:g}" if value < least else f"at most {most:g}"
+    notes.append(f"{name} = {value:g} cannot be ({range_}), left out")
     return None
 
 
@@ -237,7 +242,7 @@ def _accept(reply: Reply, expected: Expected) -> tuple[ClientUpdate, ClientStats
         examples=used,
         tokens=int(_within(reply.metrics, "tokens", most.tokens, notes) or 0),
         steps=int(_within(reply.metrics, "steps", most.steps, notes) or 0),
-        loss=_within(reply.metrics, "loss", STEEPEST, notes),
+        loss=_within(reply.metrics, "loss", STEEPEST, notes, most.least),
     )
     weight = expected.registered[client] if expected.weights == "shard-size" else used
     update = ClientUpdate(client, tensors, weight, stats.steps, stats.loss, expected.round - 1)

@@ -23,53 +23,53 @@ CLOSE = 1e-2
 _PLAIN = "fedtune_plain_head"
 
 
-class _Loss(torch.autograd.Function):
-    """Cross-entropy of each row [rows], weighed, through a frozen linear head.
+class _Losses(torch.autograd.Function):
+    """Cross-entropy of each row [rows] through a frozen linear head.
 
-    The gradient of the hidden states is made together with the loss, while a chunk's logits are at hand.
+    The gradients of the hidden states are made together with the losses, while a chunk's logits are at hand. The
+    derivatives of what the losses are used for are known later, and multiply them.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, shares: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        losses = torch.empty(len(hidden), dtype=shares.dtype, device=hidden.device)
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, expected: Tensor
+    ) -> Tensor:
+        losses = torch.empty(len(hidden), dtype=expected.dtype, device=hidden.device)
         slopes = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         rows = max(1, CHUNK // weight.shape[0])
         for first in range(0, len(hidden), rows):
             part = slice(first, first + rows)
-            logits = F.linear(hidden[part], weight, bias).to(shares.dtype)
+            logits = F.linear(hidden[part], weight, bias).to(expected.dtype)
             logits.sub_(logits.amax(-1, keepdim=True))
             own = targets[part, None]
             wanted = logits.gather(1, own).squeeze(1)
             sums = logits.exp_().sum(-1)
             losses[part] = sums.log() - wanted
             if slopes is not None:
-                logits.mul_((shares[part] / sums)[:, None]).scatter_add_(1, own, -shares[part, None])
+                logits.mul_((expected[part] / sums)[:, None]).scatter_add_(1, own, -expected[part, None])
                 slopes[part] = logits.to(weight.dtype) @ weight
         if slopes is not None:
-            ctx.save_for_backward(slopes)
-        ctx.mark_non_differentiable(losses)
-        return (losses * shares).sum(), losses
+            ctx.save_for_backward(slopes, expected)
+        return losses
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor, None, None, None, None]:
-        (slopes,) = ctx.saved_tensors
-        return slopes.mul(grad.to(slopes.dtype)), None, None, None, None
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None, None]:
+        slopes, expected = ctx.saved_tensors
+        # in 16 bits the factor is exact only where it is 1, so the product is made in the losses' precision
+        return torch.mul(slopes, (grad / expected)[:, None], out=torch.empty_like(slopes)), None, None, None, None
 
 
-def linear_loss(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, shares: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Return sum_i share_i CE_i, to be backpropagated once, and each CE_i [rows] in nats.
+def linear_losses(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, expected: Tensor) -> Tensor:
+    """Return the cross-entropy of each row [rows] in nats, of which any function may be backpropagated.
 
     Args:
         hidden: last hidden states [rows, hidden].
         weight, bias: of the frozen head [vocabulary, hidden], [vocabulary].
         targets: token ids [rows].
-        shares: what each row counts for, in the precision that losses are reckoned in.
+        expected: about the derivative of that function by each loss, not 0 [rows]. It changes nothing but rounding, and
+            is of the precision that losses are reckoned in.
     """
-    made: tuple[Tensor, Tensor] = _Loss.apply(hidden, weight, bias, targets, shares)  # type: ignore[no-untyped-call]
+    made: Tensor = _Losses.apply(hidden, weight, bias, targets, expected)  # type: ignore[no-untyped-call]
     return made
 
 
@@ -186,20 +186,18 @@ def log_probabilities(
         return _row_log_probabilities(model, row, keep, wanted)
 
 
-def row_losses(
-    model: Any, row: PackedRow, keep: Sequence[int], targets: Sequence[int], shares: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Return the weighed sum of losses of a packed row, and each position's loss [len(keep)].
+def row_losses(model: Any, row: PackedRow, keep: Sequence[int], targets: Sequence[int], expected: Tensor) -> Tensor:
+    """Return the cross-entropy of the labels of a packed row [len(keep)], to be differentiated.
 
     Args:
         model: a causal language model with a plain head, bare or wrapped by PEFT.
         row: the texts.
         keep: places in the texts joined end to end that predict a label.
         targets: those labels.
-        shares: what each counts for.
+        expected: see `linear_losses`.
     """
     hidden = _hidden(model, row)
-    index = _indexed(row, keep, hidden.device)
     head = inner(model).get_output_embeddings()
     wanted = torch.tensor(targets, dtype=torch.long, device=hidden.device)
-    return linear_loss(hidden.index_select(0, index), head.weight, head.bias, wanted, shares)
+    chosen = hidden.index_select(0, _indexed(row, keep, hidden.device))
+    return linear_losses(chosen, head.weight, head.bias, wanted, expected)

@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fedtune.data.encode import Encoded
 from fedtune.lora.state import to_tensors
 from fedtune.methods.requests import Tensors
 from fedtune.models.adapted import AdaptedModel
@@ -20,17 +19,17 @@ from fedtune.models.interface import inner
 from fedtune.models.proof import COARSE_GRADIENT, far, proof_of, texts_for
 from fedtune.models.stack import Stack
 from fedtune.names import BASE, M, is_side
+from fedtune.objectives import Example
 from fedtune.training.executor import (
     Limits,
     Sequential,
     Work,
-    backpropagate,
-    one_pass,
     optimizer,
     place,
     training,
 )
-from fedtune.training.loss import Part, passes
+from fedtune.training.gradients import backpropagate, one_pass
+from fedtune.training.loss import Part, Step, passes
 from fedtune.training.scheduler import Outcome, attempted
 from fedtune.types import last_line
 
@@ -47,33 +46,33 @@ def _unwarned() -> Iterator[None]:
         yield
 
 
-def _stacked_gradients(adapted: AdaptedModel, starts: Sequence[Tensors], texts: Sequence[Encoded]) -> list[Tensors]:
-    """Return each client's gradients on one text of its own, from one pass."""
+def _stacked_gradients(adapted: AdaptedModel, starts: Sequence[Tensors], examples: Sequence[Example]) -> list[Tensors]:
+    """Return each client's gradients on one example of its own, from one pass."""
     stack = Stack(adapted, starts, list(adapted.slots))
     slots = [stack.slots(k, start) for k, start in enumerate(starts)]
-    parts = [Part([text], 1.0 / text.labels) for text in texts]
+    parts = [Part([example], 1.0 / example.labels) for example in examples]
     with training(adapted.model, False), stack.active(), _unwarned():
         one_pass(adapted, parts, exact=True, on_rows=lambda lengths: stack.rows(range(len(parts)), lengths))
     return [{n: p.grad for n, p in own.items() if p.grad is not None} for own in slots]
 
 
-def _own_gradients(adapted: AdaptedModel, start: Tensors, text: Encoded) -> Tensors:
+def _own_gradients(adapted: AdaptedModel, start: Tensors, example: Example) -> Tensors:
     """Return the same of one client, in PEFT's own layers."""
     chosen = place(adapted, start, list(adapted.slots))
     with training(adapted.model, False):
-        backpropagate(adapted, [text], len(text.ids), exact=True)
+        backpropagate(adapted, Step([example]), example.tokens, exact=True)
     return {n: torch.zeros_like(p) if p.grad is None else p.grad.clone() for n, p in chosen.items()}
 
 
 def _tried(adapted: AdaptedModel) -> bool:
     base = inner(adapted.model)
-    texts = [Encoded(tuple(text), 1) for text in texts_for(base)[1:]]
+    examples = [Example.labelled(text, 1) for text in texts_for(base)[1:]]
     generator = torch.Generator().manual_seed(0)
     layout = to_tensors(adapted.layout)
-    starts = [{n: t + 0.05 * torch.randn(t.shape, generator=generator) for n, t in layout.items()} for _ in texts]
+    starts = [{n: t + 0.05 * torch.randn(t.shape, generator=generator) for n, t in layout.items()} for _ in examples]
     try:
-        own = [_own_gradients(adapted, start, text) for start, text in zip(starts, texts, strict=True)]
-        made = _stacked_gradients(adapted, starts, texts)
+        own = [_own_gradients(adapted, start, example) for start, example in zip(starts, examples, strict=True)]
+        made = _stacked_gradients(adapted, starts, examples)
     except Exception:  # whatever a model's own code raises, it cannot do this
         return False
     dtype = next(p.dtype for p in base.parameters() if p.is_floating_point())
@@ -168,8 +167,7 @@ class Cohort:
         """Backpropagate one step of every client that has one left; return their losses."""
         going = [k for k, w in enumerate(works) if number < len(w.steps)]
         losses = dict.fromkeys(going, 0.0)
-        steps, keys = [works[k].steps[number] for k in going], [works[k].key(number) for k in going]
-        for parts in passes(steps, keys, self.limits.tokens):
+        for parts in passes([works[k].step(number) for k in going], self.limits.tokens):
             self._pass(stack, {going[place]: part for place, part in parts.items()}, works[0].exact, losses)
         return losses
 
@@ -185,7 +183,7 @@ class Cohort:
 
 def _shares(works: Sequence[Work], seconds: float) -> list[float]:
     """Return each work's share of the seconds they took at once, by its tokens: long texts take nobody else's time."""
-    tokens = [sum(len(e.ids) for step in work.steps for e in step) for work in works]
+    tokens = [sum(example.tokens for step in work.steps for example in step) for work in works]
     each = seconds / max(1, sum(tokens))
     return [each * count for count in tokens]
 
@@ -196,8 +194,8 @@ def _fixed(work: Work) -> dict[str, Tensor]:
 
 def _together(model: Any, work: Work) -> bool:
     """Tell whether a client's texts may lie in one row with others', with nothing random but what is keyed."""
-    found = proof_of(model)
-    return not found.random and found.packs([e.ids for step in work.steps for e in step])
+    found, examples = proof_of(model), [example for step in work.steps for example in step]
+    return not found.random and found.packs([text.ids for example in examples for text in example.texts])
 
 
 def _stackable(work: Work) -> bool:

@@ -11,13 +11,14 @@ import torch
 from torch import Tensor
 
 from fedtune.config.schema import TrainSettings
-from fedtune.data.encode import Encoded
 from fedtune.lora.state import Plain, to_tensors
 from fedtune.methods.requests import Correction, Tensors, Term
 from fedtune.models.adapted import AdaptedModel
-from fedtune.models.interface import attending, inner
-from fedtune.models.proof import proof_of, texts_for
-from fedtune.training.loss import Part, joint_loss, keyed, lots, passes, regrouped
+from fedtune.models.interface import inner
+from fedtune.models.proof import texts_for
+from fedtune.objectives import Example, Objective
+from fedtune.training.gradients import backpropagate
+from fedtune.training.loss import CROSS_ENTROPY, Step
 from fedtune.training.scheduler import Outcome, attempted, together
 from fedtune.types import ModelError, derive_seed
 
@@ -90,22 +91,24 @@ class Work:
         extras: what the method adds.
         on_step: called with the examples and the loss of each step.
         on_start: called before the first step, and again where an attempt that failed is made anew.
+        objective: what is minimised.
     """
 
     start: Tensors
     names: Sequence[str]
-    steps: Sequence[Sequence[Encoded]]
+    steps: Sequence[Sequence[Example]]
     rate: float
     settings: TrainSettings
     seed: int
     exact: bool
     extras: Extras = field(default_factory=Extras)
-    on_step: Callable[[Sequence[Encoded], float], None] = lambda examples, loss: None
+    on_step: Callable[[Sequence[Example], float], None] = lambda examples, loss: None
     on_start: Callable[[], None] = lambda: None
+    objective: Objective[Any] = CROSS_ENTROPY
 
-    def key(self, step: int) -> int:
-        """Return what keys a step's random draws."""
-        return derive_seed(self.seed, "step", step)
+    def step(self, number: int) -> Step:
+        """Return a step, with a key of its own for what is random in it."""
+        return Step(self.steps[number], self.objective, derive_seed(self.seed, "step", number))
 
 
 # what a client has to do: it asks for optimiser steps, and goes on with the tensors that are trained
@@ -183,39 +186,6 @@ def place(adapted: AdaptedModel, start: Tensors, names: Sequence[str]) -> dict[s
     return {name: slots[name] for name in names}
 
 
-def _one_lot(
-    adapted: AdaptedModel, parts: Sequence[Part], exact: bool, on_rows: Callable[[list[int]], None] | None
-) -> list[float]:
-    """Backpropagate the losses of parts that pass through the model together; return each part's."""
-    model, texts = adapted.model, [text for part in parts for text in part.texts]
-    with contextlib.ExitStack() as during:
-        during.enter_context(attending(model, packed=proof_of(model).packs(texts)))
-        if not exact:
-            during.enter_context(keyed(adapted.keys, parts, adapted.device))
-        if model.training and proof_of(model).random:
-            during.enter_context(torch.random.fork_rng())
-            torch.manual_seed(derive_seed(parts[0].key, "own dropout", parts[0].first))
-        loss, own = joint_loss(model, parts, share_prefix=exact, on_rows=on_rows)
-        loss.backward()  # type: ignore[no-untyped-call]
-    return own
-
-
-def one_pass(
-    adapted: AdaptedModel, parts: Sequence[Part], *, exact: bool, on_rows: Callable[[list[int]], None] | None = None
-) -> list[float]:
-    """Backpropagate the losses of some parts of steps, in one pass if they may; return each part's."""
-    apart = lots(adapted.model, parts)
-    losses = [_one_lot(adapted, lot, exact, on_rows) for lot in apart]
-    return losses[0] if len(apart) == 1 else regrouped([own for (own,) in losses], parts)
-
-
-def backpropagate(
-    adapted: AdaptedModel, examples: Sequence[Encoded], tokens: int, *, exact: bool, key: int = 0
-) -> float:
-    """Backpropagate the mean loss over all labels of one client's step, whatever the micro-batches; return it."""
-    return sum(sum(one_pass(adapted, list(p.values()), exact=exact)) for p in passes([examples], [key], tokens))
-
-
 def rehearse(adapted: AdaptedModel, limits: Limits, *, exact: bool) -> None:
     """Take one step's gradient on a short text, as training will, and leave nothing of it.
 
@@ -228,7 +198,7 @@ def rehearse(adapted: AdaptedModel, limits: Limits, *, exact: bool) -> None:
     chosen = place(adapted, to_tensors(adapted.layout), list(adapted.slots))
     try:
         with training(adapted.model, limits.checkpointing):
-            backpropagate(adapted, [Encoded(tuple(text), 1)], limits.tokens, exact=exact)
+            backpropagate(adapted, Step([Example.labelled(text, 1)]), limits.tokens, exact=exact)
         # a gradient of zeros has reached it, and is what some weights give
         reached = any(p.grad is not None for p in chosen.values())
         broken = [n for n, p in chosen.items() if p.grad is not None and not p.grad.isfinite().all()]
@@ -288,8 +258,7 @@ class Sequential:
         with training(self._adapted.model, self.limits.checkpointing):
             for number, examples in enumerate(work.steps):
                 made.zero_grad(set_to_none=True)
-                tokens, key = self.limits.tokens, work.key(number)
-                loss = backpropagate(self._adapted, examples, tokens, exact=work.exact, key=key)
+                loss = backpropagate(self._adapted, work.step(number), self.limits.tokens, exact=work.exact)
                 work.extras.step(chosen, list(chosen.values()), work.settings.max_grad_norm, made)
                 work.on_step(examples, loss)
         return self._adapted.read(work.start)

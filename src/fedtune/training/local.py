@@ -9,8 +9,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from fedtune import objectives
 from fedtune.config import Config
-from fedtune.data.encode import Encoded
 from fedtune.lora.state import AdapterState
 from fedtune.methods.requests import (
     ClientContext,
@@ -27,9 +27,11 @@ from fedtune.methods.requests import (
 )
 from fedtune.models.adapted import AdaptedModel
 from fedtune.models.attention import text_features
+from fedtune.objectives import Example
 from fedtune.training import schedule
-from fedtune.training.executor import Extras, Jobs, Limits, Work, backpropagate, place
-from fedtune.training.loss import joint_loss, passes
+from fedtune.training.executor import Extras, Jobs, Limits, Work, place
+from fedtune.training.gradients import backpropagate
+from fedtune.training.loss import Step, joint_loss, passes
 from fedtune.types import derive_seed
 
 T = TypeVar("T")
@@ -53,7 +55,7 @@ class LocalWork:
     def __init__(
         self,
         adapted: AdaptedModel,
-        shard: Sequence[Encoded],
+        shard: Sequence[Example],
         layout: AdapterState,
         kept: Tensors,
         config: Config,
@@ -63,6 +65,7 @@ class LocalWork:
     ) -> None:
         self._adapted, self._shard, self._config, self._on_step = adapted, shard, config, on_step
         self._tokens = tokens
+        self._objective = objectives.build(config)
         self.client, self.round, self.phase = key
         self.layout, self.kept = layout, kept
         self.rate = schedule.learning_rate(config.train, self.round, config.federation.rounds)
@@ -77,7 +80,7 @@ class LocalWork:
         """How many different examples the round's steps have."""
         return schedule.distinct(self.plan)
 
-    def _examples(self, step: int) -> list[Encoded]:
+    def _examples(self, step: int) -> list[Example]:
         return [self._shard[i] for i in self.plan[step]]
 
     @property
@@ -129,14 +132,15 @@ class LocalWork:
             Extras(request.term, request.masks, request.correction),
             self._report,
             again,
+            self._objective,
         )
 
     @property
     def _exact(self) -> bool:
         return self._config.lora.dropout == 0
 
-    def _report(self, examples: Sequence[Encoded], loss: float) -> None:
-        tokens = sum(len(e.ids) for e in examples)
+    def _report(self, examples: Sequence[Example], loss: float) -> None:
+        tokens = sum(example.tokens for example in examples)
         self.losses_seen.append(loss)
         self.tokens += tokens
         if self._on_step:
@@ -145,8 +149,8 @@ class LocalWork:
     def _gradients(self, at: Tensors, names: Sequence[str]) -> dict[str, Tensor]:
         """Return the gradient of the round's first step at a point."""
         chosen = place(self._adapted, at, names)
-        examples, tokens = self._examples(0), self._tokens
-        self._report(examples, backpropagate(self._adapted, examples, tokens, exact=self._exact))
+        step = self._step(examples := self._examples(0))
+        self._report(examples, backpropagate(self._adapted, step, self._tokens, exact=self._exact))
         return {n: (torch.zeros_like(p) if p.grad is None else p.grad).to("cpu", copy=True) for n, p in chosen.items()}
 
     @torch.no_grad()
@@ -160,16 +164,20 @@ class LocalWork:
         self._report(examples, found[0])
         return found
 
-    def _plain_loss(self, examples: Sequence[Encoded]) -> float:
-        runs = (list(parts.values()) for parts in passes([examples], [0], self._tokens))
+    def _step(self, examples: Sequence[Example]) -> Step:
+        return Step(examples, self._objective)
+
+    def _plain_loss(self, examples: Sequence[Example]) -> float:
+        runs = (list(parts.values()) for parts in passes([self._step(examples)], self._tokens))
         return sum(sum(joint_loss(self._adapted.model, parts, share_prefix=True)[1]) for parts in runs)
 
     def _features(self, count: int) -> Tensor:
         """Return the base model's last hidden state [count, hidden] at the end of the first examples' prompts."""
-        texts = [e.ids[: e.start] for e in self._shard[:count]]
+        first = [example.texts[0] for example in self._shard[:count]]
+        texts = [text.ids[: text.start] for text in first]
         return text_features(self._adapted.model, texts).float().cpu()
 
     @property
     def loss(self) -> float:
-        """The mean over steps of the mean cross-entropy of a step's labels, in nats; NaN before any."""
+        """The mean over steps of the loss of a step; NaN before any."""
         return math.fsum(self.losses_seen) / len(self.losses_seen) if self.losses_seen else math.nan

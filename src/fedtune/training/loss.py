@@ -11,12 +11,24 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fedtune.data.encode import Encoded
+from fedtune.config.section import Section
 from fedtune.models.attention import row_logits, text_weights
 from fedtune.models.dropout import Keys, token_keys
 from fedtune.models.head import has_plain_head, row_losses
 from fedtune.models.packing import join, pack
 from fedtune.models.proof import proof_of
+from fedtune.objectives import CrossEntropy, Example, Objective
+
+CROSS_ENTROPY = CrossEntropy(Section())
+
+
+@dataclass(frozen=True)
+class Step:
+    """One client's optimiser step: its examples, what they are trained by, and the key of what is random in it."""
+
+    examples: Sequence[Example]
+    objective: Objective[Any] = CROSS_ENTROPY
+    key: int = 0
 
 
 @dataclass(frozen=True)
@@ -25,83 +37,135 @@ class Part:
 
     Attributes:
         examples: at least one.
-        share: what a label's loss counts for: one over the labels of the client's whole step.
+        share: one over the weights of all examples of the client's step.
         key: of what is random in the client's step.
-        first: place of the first example in the step.
+        first: place of the first text in the step.
+        objective: what the examples are trained by.
     """
 
-    examples: Sequence[Encoded]
+    examples: Sequence[Example]
     share: float = 1.0
     key: int = 0
     first: int = 0
+    objective: Objective[Any] = CROSS_ENTROPY
 
     @property
     def texts(self) -> list[tuple[int, ...]]:
-        """Token ids of each example."""
-        return [e.ids for e in self.examples]
+        """Token ids of each text."""
+        return [text.ids for example in self.examples for text in example.texts]
+
+    @property
+    def labels(self) -> int:
+        """Labels of all texts."""
+        return sum(example.labels for example in self.examples)
+
+    def by_example(self) -> Iterator[Part]:
+        """Yield each example as a part of its own."""
+        first = self.first
+        for example in self.examples:
+            yield replace(self, examples=[example], first=first)
+            first += len(example.texts)
+
+    def by_text(self) -> Iterator[Part]:
+        """Yield each text as a part of its own, which has no loss: that is the whole example's."""
+        texts = [text for example in self.examples for text in example.texts]
+        for place, text in enumerate(texts, self.first):
+            yield replace(self, examples=[Example((text,))], first=place)
+
+    def loss(self, logs: Tensor) -> Tensor:
+        """Return the part's loss from the log-probabilities of its labels [labels]."""
+        return self.objective.total(logs, self.examples, self.share)
 
 
-def micro_batches(examples: Sequence[Encoded], limit: int) -> Iterator[list[Encoded]]:
+def micro_batches(examples: Sequence[Example], limit: int) -> Iterator[list[Example]]:
     """Cut a step's examples into runs of at most `limit` tokens (a longer single one stands alone)."""
-    run: list[Encoded] = []
+    run: list[Example] = []
     size = 0
     for example in examples:
-        if run and size + len(example.ids) > limit:
+        if run and size + example.tokens > limit:
             yield run
             run, size = [], 0
         run.append(example)
-        size += len(example.ids)
+        size += example.tokens
     if run:
         yield run
 
 
-def passes(steps: Sequence[Sequence[Encoded]], keys: Sequence[int], limit: int) -> Iterator[dict[int, Part]]:
+def passes(steps: Sequence[Step], limit: int) -> Iterator[dict[int, Part]]:
     """Cut one step of each client into passes of about `limit` tokens in all; which examples form a step stays.
 
     Yields client's place -> its part.
     """
 
-    def parts(examples: Sequence[Encoded], key: int) -> Iterator[Part]:
-        share, first = 1.0 / sum(e.labels for e in examples), 0
-        for run in micro_batches(examples, limit // len(steps)):
-            yield Part(run, share, key, first)
-            first += len(run)
+    def parts(step: Step) -> Iterator[Part]:
+        share, first = 1.0 / sum(map(step.objective.weight, step.examples)), 0
+        for run in micro_batches(step.examples, limit // len(steps)):
+            yield Part(run, share, step.key, first, step.objective)
+            first += sum(len(example.texts) for example in run)
 
-    for row in zip_longest(*(parts(examples, key) for examples, key in zip(steps, keys, strict=True))):
+    for row in zip_longest(*map(parts, steps)):
         yield {place: part for place, part in enumerate(row) if part is not None}
 
 
-def _labels(parts: Sequence[Part]) -> tuple[list[int], list[int], list[float]]:
-    """Return, of all labels, the places in the joined texts that predict them, their tokens, and their shares."""
+def _labels(parts: Sequence[Part]) -> tuple[list[int], list[int]]:
+    """Return, of all labels, the places in the joined texts that predict them, and their tokens."""
     keep: list[int] = []
     targets: list[int] = []
-    shares: list[float] = []
     offset = 0
-    for part in parts:
-        for example in part.examples:
-            keep += range(offset + example.start - 1, offset + len(example.ids) - 1)
-            targets += example.ids[example.start :]
-            shares += [part.share] * example.labels
-            offset += len(example.ids)
-    return keep, targets, shares
+    for text in (text for part in parts for example in part.examples for text in example.texts):
+        for start, end in text.spans:
+            keep += range(offset + start - 1, offset + end - 1)
+            targets += text.ids[start:end]
+        offset += len(text.ids)
+    return keep, targets
+
+
+def in_one_row(model: Any, parts: Sequence[Part]) -> bool:
+    """Tell whether the texts of some parts may lie in one row."""
+    texts = [text for part in parts for text in part.texts]
+    return len(texts) == 1 or proof_of(model).packs(texts)
 
 
 def lots(model: Any, parts: Sequence[Part]) -> list[list[Part]]:
-    """Return parts as they pass through a model: all together, or each text alone where rows are not proven."""
-    texts = [text for part in parts for text in part.texts]
-    if len(texts) == 1 or proof_of(model).packs(texts):
+    """Return parts as they pass through a model: all together, or each example alone where rows are not proven."""
+    if in_one_row(model, parts):
         return [list(parts)]
-    return [
-        [replace(part, examples=[example], first=part.first + number)]
-        for part in parts
-        for number, example in enumerate(part.examples)
-    ]
+    return [[alone] for part in parts for alone in part.by_example()]
 
 
 def regrouped(losses: Sequence[float], parts: Sequence[Part]) -> list[float]:
-    """Return the parts' losses from those of their texts."""
+    """Return the parts' losses from those of their examples."""
     ends = [0, *accumulate(len(part.examples) for part in parts)]
     return [sum(losses[start:end]) for start, end in pairwise(ends)]
+
+
+def label_logs(
+    model: Any,
+    parts: Sequence[Part],
+    *,
+    share_prefix: bool = False,
+    on_rows: Callable[[list[int]], None] | None = None,
+) -> Tensor:
+    """Return the log-probabilities of all labels of parts, in order, as they are in one row [labels].
+
+    Args:
+        model, parts, share_prefix, on_rows: see `joint_loss`.
+    """
+    keep, targets = _labels(parts)
+    plain = has_plain_head(model)  # it may have to be tried, which is not done in the middle of a pass
+    with text_weights(model, [t for part in parts for t in part.texts], keep) as shareable:
+        shared = share_prefix and shareable and not (model.training and proof_of(model).random)
+        rows = [pack(part.texts, share_prefix=shared) for part in parts]
+        if on_rows:
+            on_rows([len(own.ids) for own in rows])
+        row = join(rows) if len(rows) > 1 else rows[0]
+        weight = next(model.parameters())
+        precision = torch.float64 if weight.dtype == torch.float64 else torch.float32
+        if plain:
+            expected = [part.share for part in parts for _ in range(part.labels)]
+            return -row_losses(model, row, keep, targets, torch.tensor(expected, dtype=precision, device=weight.device))
+        wanted = torch.tensor(targets, device=weight.device)
+        return -F.cross_entropy(row_logits(model, row, keep).to(precision), wanted, reduction="none")
 
 
 def joint_loss(
@@ -111,7 +175,7 @@ def joint_loss(
     share_prefix: bool = False,
     on_rows: Callable[[list[int]], None] | None = None,
 ) -> tuple[Tensor, list[float]]:
-    """Return the sum over parts of share times summed cross-entropy, to be backpropagated, and each part's own.
+    """Return the sum of the parts' losses, to be backpropagated, and each part's own.
 
     Samples never interact, so the gradient of each client's parameters is that of its own loss.
 
@@ -125,29 +189,16 @@ def joint_loss(
     if len(apart) > 1:
         made = [joint_loss(model, lot) for lot in apart]
         return torch.stack([total for total, _ in made]).sum(), regrouped([own for _, (own,) in made], parts)
-    keep, targets, shares = _labels(parts)
-    plain = has_plain_head(model)
-    with text_weights(model, [t for part in parts for t in part.texts], keep) as shareable:
-        shared = share_prefix and shareable and not (model.training and proof_of(model).random)
-        rows = [pack(part.texts, share_prefix=shared) for part in parts]
-        if on_rows:
-            on_rows([len(own.ids) for own in rows])
-        row = join(rows) if len(rows) > 1 else rows[0]
-        weight = next(model.parameters())
-        precision = torch.float64 if weight.dtype == torch.float64 else torch.float32
-        counted = torch.tensor(shares, dtype=precision, device=weight.device)
-        if plain:
-            total, each = row_losses(model, row, keep, targets, counted)
-        else:
-            wanted = torch.tensor(targets, device=weight.device)
-            each = F.cross_entropy(row_logits(model, row, keep).to(counted.dtype), wanted, reduction="none")
-            total = (each * counted).sum()
-    sizes = [sum(e.labels for e in part.examples) for part in parts]
-    split = torch.split(each.detach() * counted, sizes)
-    return total, [float(own.sum()) for own in split]
+    if in_one_row(model, parts):
+        logs = label_logs(model, parts, share_prefix=share_prefix, on_rows=on_rows)
+    else:
+        logs = torch.cat([label_logs(model, [alone]) for part in parts for alone in part.by_text()])
+    each = torch.split(logs, [part.labels for part in parts])
+    losses = [part.loss(own) for part, own in zip(parts, each, strict=True)]
+    return torch.stack(losses).sum(), [float(loss.detach()) for loss in losses]
 
 
 def keyed(keys: Keys, parts: Sequence[Part], device: torch.device) -> Any:
     """Return the context in which a pass over the parts drops what its keys say."""
-    lengths = [[len(e.ids) for e in part.examples] for part in parts]
+    lengths = [[len(text) for text in part.texts] for part in parts]
     return keys.of(token_keys([p.key for p in parts], [p.first for p in parts], lengths, device))

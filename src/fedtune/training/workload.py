@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
-from fedtune import domains
+from fedtune import domains, objectives
 from fedtune.config import Config
 from fedtune.data import check, files, hub, partition
-from fedtune.data.encode import Encoded
-from fedtune.data.tokens import encode_once
+from fedtune.data.encode import Text
 from fedtune.domains.base import Row, TrainingSet
 from fedtune.io import digest, expanded
+from fedtune.objectives import Example
+from fedtune.objectives.examples import encode_once
 from fedtune.types import DataError, derive_seed
 
 
@@ -93,10 +94,11 @@ def load(config: Config) -> TrainingData:
         DataError: nothing to train on, or the split is impossible.
     """
     training, raw = source(config)
-    checked = check.check(raw, training.columns, training.group, config.data.max_chars)
+    wanted = objectives.kind(config).columns
+    checked = check.check(raw, training.columns, training.group, config.data.max_chars, wanted)
     rows = _chosen(check.require(checked, training.name), config)
     shards = partition.partition(rows, config.data.partition, config.federation.clients, config.data.shuffle_seed)
-    data_hash = digest([[asdict(r) for r in rows], shards])
+    data_hash = digest([[row.plain() for row in rows], shards])
     return TrainingData(
         training.name, check.CheckedRows(tuple(rows), checked.problems), tuple(map(tuple, shards)), data_hash
     )
@@ -106,7 +108,7 @@ def load(config: Config) -> TrainingData:
 class EncodedShards:
     """Each client's examples, and how many rows were cut or have no label and never train."""
 
-    shards: tuple[tuple[Encoded, ...], ...]
+    shards: tuple[tuple[Example, ...], ...]
     masked: tuple[int, ...]
     truncated: int
 
@@ -117,12 +119,12 @@ class EncodedShards:
     @property
     def longest(self) -> int:
         """Tokens of the longest example."""
-        return max(len(example.ids) for shard in self.shards for example in shard)
+        return max(example.tokens for shard in self.shards for example in shard)
 
     @property
     def mean(self) -> float:
         """Tokens of an example on average."""
-        lengths = [len(example.ids) for shard in self.shards for example in shard]
+        lengths = [example.tokens for shard in self.shards for example in shard]
         return sum(lengths) / len(lengths)
 
     @property
@@ -137,7 +139,7 @@ def encode_shards(data: TrainingData, tokenizer: Any, config: Config) -> Encoded
     Raises:
         DataError: no row of any client has a label (wrong template, or all answers lie behind the cut).
     """
-    encoded = encode_once(data.checked.rows, tokenizer, config)
+    encoded = encode_once(data.checked.rows, objectives.build(config), tokenizer, config)
     if not encoded.examples:
         raise DataError(
             f"{data.name}: none of {len(data.checked.rows)} rows has a label left; is the response marker in "
@@ -161,11 +163,15 @@ def poisoned(shards: EncodedShards, config: Config) -> EncodedShards:
     return replace(shards, shards=tuple(changed))
 
 
-def _flipped(shard: Sequence[Encoded]) -> tuple[Encoded, ...]:
-    responses = [example.ids[example.start :] for example in shard]
+def _flipped(shard: Sequence[Example]) -> tuple[Example, ...]:
+    """Exchange the last answers of examples of one text."""
+    texts = [text for example in shard for text in example.texts]
+    answers = [text.ids[slice(*text.spans[-1])] for text in texts]
     flipped = []
-    for place, example in enumerate(shard):
-        others = responses[place + 1 :] + responses[:place]
-        wrong = next((r for r in others if r != responses[place]), responses[place])
-        flipped.append(Encoded(example.ids[: example.start] + wrong, example.start))
+    for place, (example, text) in enumerate(zip(shard, texts, strict=True)):
+        others = answers[place + 1 :] + answers[:place]
+        wrong = next((answer for answer in others if answer != answers[place]), answers[place])
+        start = text.spans[-1][0]
+        changed = Text(text.ids[:start] + wrong, (*text.spans[:-1], (start, start + len(wrong))))
+        flipped.append(replace(example, texts=(changed,)))
     return tuple(flipped)
