@@ -268,3 +268,21 @@ def test_a_space_of_another_package_is_chosen_by_its_name(offer: Offer, settings
     assert whole.load([tree]).unranked[-1] == f"the space mine comes from the package {package} 0.3"
     with pytest.raises(ConfigError, match='unknown space; did you mean "mine"'):
         whole.load([{**tree, "peft": {"kind": "mines"}}])
+
+
+def test_an_objective_of_another_package_is_trained_by(
+    offer: Offer, settings: Callable[..., Settings], data_folder: Path, tmp_path: Path
+) -> None:
+    page = (PAGE.parent / "add-an-objective.md").read_text("utf-8")
+    (code,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    package = offer(code, objectives={"simpo": "SimPO"}).replace("_", "-")
+    assert {r["objective"]: r["package"] for r in lines("ls", "objectives")}["simpo"] == f"{package} 0.3"
+    rows = [json.loads(line) for line in (data_folder / "train/finance_toy.jsonl").read_text().splitlines()]
+    (tmp_path / "data/train").mkdir(parents=True)
+    pairs = "".join(json.dumps({**row, "rejected": "unknown"}) + "\n" for row in rows)
+    (tmp_path / "data/train/finance_pairs.jsonl").write_text(pairs)
+    (tmp_path / "data/eval").symlink_to(data_folder / "eval")
+    made = settings(objective__name="simpo", data__path=str(tmp_path / "data"), federation__rounds=1, eval__limit=4)
+    assert f"the objective simpo comes from the package {package} 0.3" in made.unranked
+    _, result = run(made, tmp_path / "run")
+    assert (result.rounds, result.lost_clients) == (1, 0)
