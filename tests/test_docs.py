@@ -6,6 +6,7 @@ import ast
 import fnmatch
 import re
 import shlex
+import tomllib
 from pathlib import Path
 
 import click
@@ -15,6 +16,8 @@ import typer
 from fedtune.cli import app
 from fedtune.config import Config
 from fedtune.methods import METHODS
+from fedtune.objectives import OBJECTIVES
+from fedtune.spaces import SPACES
 
 ROOT = Path(__file__).parent.parent
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("benchmarks/**/*.md")])
@@ -63,10 +66,10 @@ def test_every_command_and_option_that_a_page_names_exists(page: Path) -> None:
 
 
 def settings_of(section: str) -> set[str]:
-    if section == "method":
-        return {"name"} | {name for method in METHODS.values() for name in method.Parameters.model_fields}
-    kind = Config.model_fields[section].annotation
-    return set(getattr(kind, "model_fields", ()))
+    """The keys of a section, with those of the components that it names."""
+    own = set(getattr(Config.model_fields[section].annotation, "model_fields", ()))
+    named = {"method": METHODS, "objective": OBJECTIVES, "peft": SPACES}.get(section, {})
+    return own | {name for component in named.values() for name in component.Parameters.model_fields}
 
 
 @pytest.mark.parametrize("page", CURRENT, ids=lambda p: str(p.relative_to(ROOT)))
@@ -74,3 +77,12 @@ def test_every_setting_that_a_page_names_exists(page: Path) -> None:
     for section, key in SETTING.findall(page.read_text("utf-8")):
         if section in Config.model_fields and key not in FILES and section not in ("arm", "seed", "domain"):
             assert fnmatch.filter(settings_of(section), key), f"{page.name} names {section}.{key}"
+
+
+def test_the_layers_of_the_page_are_those_that_are_enforced() -> None:
+    contracts = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["tool"]["importlinter"]["contracts"]
+    page = (ROOT / "docs/architecture.md").read_text("utf-8")
+    shown = page.split("## Layers")[1].split("```")[1].strip().splitlines()
+    assert [re.split(r"\s{2,}", line)[0] for line in shown] == [
+        name.replace("fedtune.", "") for name in contracts[0]["layers"]
+    ]

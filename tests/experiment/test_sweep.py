@@ -121,20 +121,20 @@ def test_a_run_out_of_memory_ends_alone_and_the_summary_is_written(
     settings: Callable[..., Settings], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     chosen = points({"seed": [1, 2, 3]}, build(settings, federation={"clients": 2, "rounds": 1}), tmp_path)
-    plain = module.run
+    plain = module.steps
 
     def sometimes(made: Settings, folder: Path, **more: Any) -> Any:
         if made.config.seed == 2:
             raise RuntimeError("CUDA out of memory.\nTried to allocate")
         return plain(made, folder, **more)
 
-    monkeypatch.setattr(module, "run", sometimes)
+    monkeypatch.setattr(module, "steps", sometimes)
     with pytest.raises(RunFailedError, match=r"1 of 3 runs failed:\n  .*: RuntimeError: CUDA out of memory\. Tried"):
         sweep(chosen, tmp_path)
     written = read_json(tmp_path / "sweep.json")
     assert list(written["failed"]) == [chosen[1].name]
     assert [row["seeds"] for row in written["rows"]] == [[1, 3]]
-    monkeypatch.setattr(module, "run", plain)
+    monkeypatch.setattr(module, "steps", plain)
     assert [row["seeds"] for row in sweep(chosen, tmp_path)] == [[1, 2, 3]], "the same command does the rest"
 
 
