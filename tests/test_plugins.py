@@ -19,13 +19,16 @@ from typer.testing import CliRunner
 from fedtune import settings as whole
 from fedtune.cli import app
 from fedtune.config import Settings
-from fedtune.domains import DOMAINS, TASKS
+from fedtune.domains import DOMAINS, TASKS, Item
 from fedtune.evaluation import scorers
+from fedtune.evaluation.items import TaskItems
+from fedtune.evaluation.run import evaluate
 from fedtune.experiment import arms
 from fedtune.experiment.reporter import Reporter
 from fedtune.experiment.run import run
-from fedtune.io import read_json
+from fedtune.io import digest, read_json, read_lines
 from fedtune.methods import METHODS, wrappers
+from fedtune.results.manifest import code_sha256, versions
 from fedtune.types import CancelledError, ConfigError, ResumeError, RoundRecord
 from tests.evaluation.test_scorers import the_page
 from tests.outside import FEDEMA, install
@@ -148,7 +151,9 @@ half = {"sometimes": NUMBERS["likelihood"]}
 """
 
 
-def test_a_kind_of_task_of_another_package_scores_its_tasks(offer: Offer, settings: Callable[..., Settings]) -> None:
+def test_a_kind_of_task_of_another_package_scores_its_tasks(
+    offer: Offer, settings: Callable[..., Settings], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     points = {"domains": {"school": "school"}, "kinds": {"number": "NUMBERS", "half": "half", "none": "words"}}
     package = offer(the_page() + SUMS, **points).replace("_", "-")
     made = settings(domain="school", eval__tasks=["words"], eval__modes=["likelihood"], eval__max_new_tokens=9)
@@ -159,6 +164,13 @@ def test_a_kind_of_task_of_another_package_scores_its_tasks(offer: Offer, settin
     assert "is no mapping of scorers" in scorers.KINDS.fault("none")
     with pytest.raises(ConfigError, match="words cannot be scored in the mode official"):
         settings(domain="school", eval__tasks=["words"], eval__modes=["official"])
+    # samples of another version of the package are not taken up
+    monkeypatch.setattr("fedtune.evaluation.generate.complete", lambda *asked: iter([[["It is 4."]]]))
+    items = TaskItems(TASKS["words"], (Item("2 and 2?", "2 and 2?", ("4",), 0),), (0,), "h")
+    assert evaluate(None, None, items, "greedy", made.config, tmp_path / "log", "me").score == 1
+    header, origin = read_lines(tmp_path / "log")[0], scorers.KINDS.origin("number")
+    assert origin is not None
+    assert header["code"] == digest([code_sha256(), versions(), origin.sha256])
 
 
 BROKEN = {

@@ -25,13 +25,14 @@ Sample = dict[str, Any]
 
 def _header(loaded: TaskItems, scorer: Scorer, config: Config, identity: str) -> Sample:
     """Return a log's first line: everything that its samples depend on."""
+    origin = scorers.KINDS.origin(loaded.task.kind)
     return {
         "task": loaded.task.name,
         "mode": scorer.mode,
         "items": loaded.sha256,
         "model": identity,
         "settings": digest(scorer.depends_on(config)),
-        "code": digest([code_sha256(), versions()]),
+        "code": digest([code_sha256(), versions(), *([origin.sha256] if origin else [])]),
     }
 
 
