@@ -7,9 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from typer.testing import CliRunner
 
 import fedtune
 from fedtune.board.samples import recomputed
+from fedtune.cli import app
 from fedtune.config import Config
 from fedtune.config.schema import EvalSettings
 from fedtune.domains import TASKS, Item, Task
@@ -127,3 +129,11 @@ def test_a_score_in_a_mode_that_its_task_has_none_of_is_refused(sums: TaskItems,
 def test_a_kind_without_scorers_is_named_with_the_nearest() -> None:
     with pytest.raises(ConfigError, match=r"task odd(.|\n)*kind = 'choise'.*has no scorers.*choice"):
         scorers.of(Task("odd", "choise", lambda row: None))
+
+
+def test_a_published_score_is_shown_with_what_its_metric_adds(tmp_path: Path) -> None:
+    file = tmp_path / "x.jsonl"
+    write_lines(file, [{"gold": "A", "output": "A"}, {"gold": "B", "output": "The"}])
+    said = CliRunner().invoke(app, ["score", "medqa", str(file)]).stdout
+    assert "medqa (official, accuracy): 0.5000, 95 % interval 0.0000 to 1.0000, n = 2\n" in said
+    assert "valid answers: 50.0%; always the majority class: 0.5000\n" in said

@@ -19,7 +19,7 @@ def score(
     json_output: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Score a generation file somebody published."""
-    from fedtune.evaluation import published
+    from fedtune.evaluation import published, scorers
 
     result, _, why = published.scored(task, file, mode, references)
     if why:
@@ -27,11 +27,11 @@ def score(
     if json_output:
         typer.echo(json.dumps(result.model_dump(mode="json", exclude={"withheld", "items_sha256"})))
         return
-    low, high = result.interval or (float("nan"), float("nan"))
-    if result.details:
-        typer.echo(f"{task}: pass@1 {result.score:.4f}, 95 % interval {low:.4f} to {high:.4f}, n = {result.n}")
-        typer.echo(", ".join(f"{name} {share:.3f}" for name, share in result.details.items()))
-        return
-    valid = "unknown" if result.valid_rate is None else f"{result.valid_rate:.1%}"
-    typer.echo(f"{task} ({mode}): {result.score:.4f}, 95 % interval {low:.4f} to {high:.4f}, n = {result.n}")
-    typer.echo(f"valid answers: {valid}; always the majority class: {result.trivial['majority']:.4f}")
+    metric = scorers.metric(result.metric)
+    if result.score is None:
+        say(f"{task} ({mode}, {metric.name}): withheld: {result.withheld}")
+    else:
+        low, high = result.interval or (float("nan"), float("nan"))
+        shown = f"{result.score:.4f}, 95 % interval {low:.4f} to {high:.4f}, n = {result.n}"
+        say(f"{task} ({mode}, {metric.name}): {shown}")
+    say(metric.notes(result))

@@ -13,7 +13,13 @@ from fedtune.evaluation.scorers.base import Metric, Row, Sample, Scorer, pair
 from fedtune.results.schema import Score
 from fedtune.results.stats import macro_f1, proportion_interval
 
-ACCURACY = Metric("accuracy", short="acc", hits=True)
+
+def _notes(score: Score) -> str:
+    valid = "unknown" if score.valid_rate is None else f"{score.valid_rate:.1%}"
+    return f"valid answers: {valid}; always the majority class: {score.trivial['majority']:.4f}"
+
+
+ACCURACY = Metric("accuracy", short="acc", hits=True, notes=_notes)
 JUDGED = ("predicted", "correct", "strict", "valid")  # what a sample says that its answer gives
 
 

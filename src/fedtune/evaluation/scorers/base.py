@@ -28,6 +28,10 @@ def _readable(score: Score) -> str:
     return "" if score.valid_rate is None else f"{score.valid_rate:.0%}"
 
 
+def _details(score: Score) -> str:
+    return ", ".join(f"{name} {value:.3f}" for name, value in score.details.items())
+
+
 @dataclass(frozen=True)
 class Metric:
     """What the number of a score is, and how it is shown.
@@ -40,6 +44,7 @@ class Metric:
         hits: whether it is a whole number of right items out of all items.
         quality: the heading of a table's last column.
         quality_of: what that column says of a score.
+        notes: what is said beside a single score.
     """
 
     name: str
@@ -50,6 +55,7 @@ class Metric:
     hits: bool = False
     quality: str = "valid"
     quality_of: Callable[[Score], str] = _readable
+    notes: Callable[[Score], str] = _details
 
 
 class Solver:
