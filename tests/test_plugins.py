@@ -158,6 +158,9 @@ def test_a_kind_of_task_of_another_package_scores_its_tasks(
     package = offer(the_page() + SUMS, **points).replace("_", "-")
     made = settings(domain="school", eval__tasks=["words"], eval__modes=["likelihood"], eval__max_new_tokens=9)
     assert f"the kind number comes from the package {package} 0.3" in made.unranked
+    listed = {row["kind"]: (row["package"], row["tasks"]) for row in lines("ls", "kinds")}
+    assert listed["number"] == (f"{package} 0.3", "words")
+    assert (listed["solution"], listed.keys() & {"half", "none"}) == (("fedtune", "algorithms-solutions"), set())
     (scorer,) = scorers.planned(TASKS["words"], made.config.eval)
     assert (scorer.mode, scorer.metric.name) == ("greedy", "accuracy")
     assert "'sometimes' is no word of eval.modes" in scorers.KINDS.fault("half")

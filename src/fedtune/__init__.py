@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from fedtune.api import aggregate, evaluate, load_settings, run, sweep
     from fedtune.config import Config, Settings
     from fedtune.domains import DOMAINS, TASKS
+    from fedtune.evaluation.scorers import KINDS
     from fedtune.experiment.reporter import Reporter
     from fedtune.methods import METHODS
     from fedtune.methods.wrappers import WRAPPERS
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 __all__ = [
     "DOMAINS",
+    "KINDS",
     "METHODS",
     "OBJECTIVES",
     "SPACES",
@@ -46,6 +48,7 @@ _HOMES = {
     "fedtune.api": ("aggregate", "evaluate", "load_settings", "run", "sweep"),
     "fedtune.config": ("Config", "Settings"),
     "fedtune.domains": ("DOMAINS", "TASKS"),
+    "fedtune.evaluation.scorers": ("KINDS",),
     "fedtune.experiment.reporter": ("Reporter",),
     "fedtune.methods": ("METHODS",),
     "fedtune.methods.wrappers": ("WRAPPERS",),

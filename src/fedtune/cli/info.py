@@ -188,6 +188,25 @@ def _wrappers() -> Rows:
     return _origins(rows, WRAPPERS)
 
 
+def _kinds() -> Rows:
+    from typing import get_args
+
+    from fedtune.config.schema import Mode
+    from fedtune.domains import TASKS
+    from fedtune.evaluation.scorers import KINDS
+
+    rows = [
+        {
+            "kind": name,
+            **{word: scorers[word].mode if word in scorers else "-" for word in sorted(get_args(Mode))},
+            "metric": ", ".join(sorted({scorer.metric.name for scorer in scorers.values()})),
+            "tasks": " ".join(task.name for task in TASKS.values() if task.kind == name) or "-",
+        }
+        for name, scorers in KINDS.items()
+    ]
+    return _origins(rows, KINDS)
+
+
 LISTS: dict[str, Callable[[], Rows]] = {
     "models": _models,
     "methods": _methods,
@@ -196,6 +215,7 @@ LISTS: dict[str, Callable[[], Rows]] = {
     "objectives": _objectives,
     "domains": _domains,
     "tasks": _tasks,
+    "kinds": _kinds,
     "protocols": _protocols,
     "partitions": _partitions,
     "packages": _packages,
@@ -248,7 +268,7 @@ def ls(
     what: Annotated[str, typer.Argument(help=f"One of: {', '.join(LISTS)}")] = "domains",
     json_output: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """List models, methods, wrappers, spaces, domains, tasks, protocols, partitions or packages."""
+    """List what there is: models, methods, their wrappers, spaces, objectives, domains, tasks and the rest."""
     if what not in LISTS:
         fix = nearest(what, LISTS) or f"one of {', '.join(LISTS)}"
         raise ConfigError("command line", [Problem(f"ls {what}", "unknown list", fix)])
