@@ -1,4 +1,4 @@
-"""A one-page report of a run, as Markdown or as HTML that asks for nothing."""
+"""A one-page report of a run, as Markdown or as HTML that loads nothing else."""
 
 from __future__ import annotations
 
