@@ -447,7 +447,7 @@ def test_fedkseed_takes_slopes_along_the_directions_of_the_clients_own_steps_alo
     method = cast(FedKSeed, make("fedkseed", seeds=4096))
     start32 = {p: replace(m, a=m.a.float(), b=m.b.float()) for p, m in START.items()}
     state, client = ServerState(start32), Slope(1)
-    sent = method.fit(cast(Any, client), to_tensors(start32)).payload
+    sent = fit_by(method, client, to_tensors(start32)).payload
     assert method.flaw(sent, state, 1, 1, client.steps) == ""
     for other, round_, steps in ((0, 1, client.steps), (1, 2, client.steps), (1, 1, client.steps - 1)):
         assert "that its steps do not take" in method.flaw(sent, state, other, round_, steps)

@@ -21,7 +21,8 @@ from fedtune.lora.product import Product
 from fedtune.lora.state import PREFIX, fresh, to_tensors, with_rank, with_tensors
 from fedtune.methods import ClientUpdate, ServerState
 from fedtune.methods.requests import Correction, Gradients, Train
-from fedtune.models.adapter import AdaptedModel, attach, base_weight, save
+from fedtune.models.adapted import base_weight
+from fedtune.models.adapter import AdaptedModel, attach, save
 from fedtune.models.attention import packed_logits, text_features
 from fedtune.models.load import load
 from fedtune.training.cohort import Cohort
@@ -161,7 +162,8 @@ def test_fed_sbs_sketches_are_those_of_the_dense_gradient(config: Config) -> Non
     model = adapted(config)
     method = methods.build(config.model_copy(update={"method": config.method.model_copy(update={"name": "fed_sb"})}))
     gradients = _full_gradients(model, config)
-    sketches = method.fit(local(model, config), to_tensors(model.layout)).payload
+    work = local(model, config)
+    sketches = ran(work, method.fit(work.context, to_tensors(model.layout))).payload
     probe = method._probe(model.layout, 1)  # type: ignore[attr-defined]
     for path, gradient in gradients.items():
         scale = model.layout[path].scale
@@ -312,7 +314,8 @@ def test_a_clients_own_model_is_what_it_trained(config: Config, name: str) -> No
     chosen = config.model_copy(update={"method": config.method.model_copy(update={"name": name})})
     model, recipe = adapted(config), methods.create(chosen)
     state = recipe.initial(model.layout)
-    fitted = recipe.fit(local(model, chosen), recipe.view(state, 1))
+    work = local(model, chosen)
+    fitted = ran(work, recipe.fit(work.context, recipe.view(state, 1)))
     after = recipe.server_step([ClientUpdate(1, fitted.payload, 1.0)], state, 1)
     mine = recipe.begin(model.layout, recipe.view(after, 1), fitted.kept, 2)
     for tensor_name, tensor in fitted.payload.items():
