@@ -147,7 +147,7 @@ def _combination(config: Config, kind: type[Method]) -> Iterable[Problem]:
     if set(client_ranks(config).values()) == {config.lora.r} and name != "lora_a2":
         yield Problem("lora.ranks", f"has no effect: every client has r = {config.lora.r} without it", "leave it out")
     yield from wrappers.problems(config)
-    for taken in config.wrappers.keys() & METHODS.keys():
+    for taken in (name for name in config.wrappers if name in METHODS):
         yield Problem(f"wrappers.{taken}", "has the name of a method, and the tensors of both would be mixed up")
     for wrapper in wrappers.asked(config, kind):
         yield from wrapper.problems(config, kind, _names)
