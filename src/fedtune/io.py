@@ -16,33 +16,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from fedtune.types import CorruptFileError, FedtuneError, LockedError, MissingFileError
+from fedtune.types import CorruptFileError, LockedError, MissingFileError
 
 MAX_JSON_BYTES = 512 * 1024**2
-
-
-def expanded(path: str | Path) -> Path:
-    """Return a path with `~` written out; where nobody knows that home, `~` is a name like any other."""
-    try:
-        return Path(path).expanduser()
-    except RuntimeError:
-        return Path(path)
-
-
-def cache_dir() -> Path:
-    """Return the folder for downloads and converted models (`FEDTUNE_CACHE`, else the XDG cache).
-
-    Raises:
-        FedtuneError: there is no home to have a cache in.
-    """
-    if root := os.environ.get("FEDTUNE_CACHE"):
-        return Path(root)
-    if root := os.environ.get("XDG_CACHE_HOME"):
-        return Path(root) / "fedtune"
-    home = expanded("~")
-    if not home.is_absolute():
-        raise FedtuneError("this user has no home folder; set FEDTUNE_CACHE to a folder for downloads and models")
-    return home / ".cache" / "fedtune"
 
 
 def _sync_folder(folder: Path) -> None:

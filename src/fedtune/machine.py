@@ -6,6 +6,8 @@ import math
 import os
 from pathlib import Path
 
+from fedtune.types import FedtuneError
+
 # processor time that a control group may use, and the period it is for, in microseconds: version 2, then 1
 _QUOTAS = (("cpu.max", None), ("cpu/cpu.cfs_quota_us", "cpu/cpu.cfs_period_us"))
 
@@ -26,3 +28,27 @@ def cores(root: Path = Path("/sys/fs/cgroup")) -> int:
     """Return how many cores this process may use: by its affinity, and by the quota of its container."""
     mine = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return max(1, math.ceil(min(mine, _quota(root))))
+
+
+def expanded(path: str | Path) -> Path:
+    """Return a path with `~` written out; where nobody knows that home, `~` is a name like any other."""
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:
+        return Path(path)
+
+
+def cache_dir() -> Path:
+    """Return the folder for downloads and converted models (`FEDTUNE_CACHE`, else the XDG cache).
+
+    Raises:
+        FedtuneError: there is no home to have a cache in.
+    """
+    if root := os.environ.get("FEDTUNE_CACHE"):
+        return Path(root)
+    if root := os.environ.get("XDG_CACHE_HOME"):
+        return Path(root) / "fedtune"
+    home = expanded("~")
+    if not home.is_absolute():
+        raise FedtuneError("this user has no home folder; set FEDTUNE_CACHE to a folder for downloads and models")
+    return home / ".cache" / "fedtune"

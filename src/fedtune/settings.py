@@ -16,7 +16,7 @@ from fedtune.config import Config, Settings
 from fedtune.config.load import changed, merge, read_toml, validated
 from fedtune.domains.base import Task
 from fedtune.evaluation import scorers
-from fedtune.io import expanded
+from fedtune.machine import expanded
 from fedtune.methods.wrappers import WRAPPERS
 from fedtune.models import zoo
 from fedtune.registry import Origin

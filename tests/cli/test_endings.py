@@ -19,7 +19,7 @@ import typer
 from fedtune import cli
 from fedtune.cli import errors
 from fedtune.config import Settings
-from fedtune.io import cache_dir, expanded
+from fedtune.machine import cache_dir, expanded
 from fedtune.types import CancelledError, DataError, FedtuneError
 
 

@@ -30,8 +30,8 @@ from fedtune.federation.screening import CONTENT
 from fedtune.io import read_lines
 from fedtune.lora import state
 from fedtune.lora.state import AdapterState, LoraModule, to_tensors
-from fedtune.methods.base import ServerState
 from fedtune.methods.sound import GROWTH
+from fedtune.methods.state import ServerState
 from fedtune.types import RunFailedError
 from tests.faults.hostile import clients
 

@@ -19,7 +19,7 @@ from fedtune.federation.nodes import connect
 from fedtune.federation.pool import LocalPool, Steps
 from fedtune.federation.rounds import able, draw, run_rounds
 from fedtune.methods import Recipe
-from fedtune.methods.base import ServerState
+from fedtune.methods.state import ServerState
 from fedtune.types import RunFailedError, derive_seed
 from tests.faults.hostile import clients
 from tests.faults.test_bad_updates import federation, start, toy_app

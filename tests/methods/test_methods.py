@@ -14,7 +14,7 @@ from fedtune.lora.base_delta import effective
 from fedtune.lora.product import regauge
 from fedtune.lora.state import AdapterState, LoraModule, to_tensors
 from fedtune.methods import METHODS, ClientUpdate, Method, Scene, ServerState, problems
-from fedtune.methods.base import Sizes
+from fedtune.methods.state import Sizes
 
 OUT, IN, RANK = 7, 5, 2
 

@@ -12,8 +12,8 @@ from fedtune.config import Config
 from fedtune.lora.base_delta import effective
 from fedtune.lora.state import PREFIX, AdapterState, LoraModule, to_tensors, with_tensors
 from fedtune.methods import METHODS, Recipe, ServerState, create
-from fedtune.methods.base import ClientUpdate
 from fedtune.methods.fed_sb import FedSB
+from fedtune.methods.state import ClientUpdate
 from tests.clients import fit_by
 from tests.faults.hostile import Toy
 from tests.methods.test_methods import GLOBAL, make, mean, same

@@ -16,7 +16,7 @@ from fedtune.experiment.evaluate import evaluate
 from fedtune.experiment.run import run
 from fedtune.io import read_json
 from fedtune.lora.state import Plain
-from fedtune.methods.base import ClientUpdate, ServerState
+from fedtune.methods.state import ClientUpdate, ServerState
 from fedtune.settings import load
 from fedtune.types import CancelledError, ConfigError
 from tests.experiment.test_methods_run import Stops, _end

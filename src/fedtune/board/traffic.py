@@ -9,7 +9,7 @@ from typing import Any
 from fedtune.board.adapter import ADAPTER, of_base, saved
 from fedtune.io import read_lines
 from fedtune.methods import METHODS
-from fedtune.methods.base import Sizes
+from fedtune.methods.state import Sizes
 from fedtune.results.entry import Entry
 from fedtune.types import Problem
 

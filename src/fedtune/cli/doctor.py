@@ -16,7 +16,7 @@ def _cuda() -> str:
 
 
 def _cache() -> str:
-    from fedtune.io import cache_dir
+    from fedtune.machine import cache_dir
 
     path = cache_dir()
     existing = next(p for p in (path, *path.parents) if p.exists())

@@ -13,7 +13,7 @@ from typing import Any, NoReturn
 
 from typer.core import TyperGroup
 
-from fedtune.io import cache_dir
+from fedtune.machine import cache_dir
 from fedtune.types import CancelledError, CorruptFileError, FedtuneError, plain
 
 TRACEBACK = "FEDTUNE_TRACEBACK"

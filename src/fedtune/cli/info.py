@@ -37,7 +37,7 @@ def _models() -> Rows:
 
 def _traffic(kind: type[Method]) -> tuple[str, str]:
     """Return a method's bytes up and down relative to FedIT's: Mistral-7B, q and v, rank 32, 10 clients a round."""
-    from fedtune.methods.base import Sizes
+    from fedtune.methods.state import Sizes
 
     rank, clients = 32, 10
     sizes = [Sizes(4096 * rank, out * rank, rank, clients) for out in (4096, 1024)]

@@ -8,7 +8,7 @@ import logging
 from collections.abc import Iterator
 from pathlib import Path
 
-from fedtune.io import cache_dir
+from fedtune.machine import cache_dir
 
 log = logging.getLogger("fedtune")
 

@@ -22,7 +22,8 @@ from functools import lru_cache
 from pathlib import Path
 
 from fedtune.data.once import made_once
-from fedtune.io import cache_dir, expanded, file_sha256
+from fedtune.io import file_sha256
+from fedtune.machine import cache_dir, expanded
 from fedtune.types import CorruptFileError, OfflineError
 
 log = logging.getLogger("fedtune")

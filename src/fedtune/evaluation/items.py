@@ -13,7 +13,8 @@ from fedtune.config import Config
 from fedtune.data import files, hub
 from fedtune.data.check import unpaired
 from fedtune.domains.base import Item, Row, Task
-from fedtune.io import digest, expanded
+from fedtune.io import digest
+from fedtune.machine import expanded
 from fedtune.types import CorruptFileError, DataError, derive_seed
 
 log = logging.getLogger("fedtune")

@@ -16,7 +16,8 @@ from typing import Any
 import tomli_w
 
 from fedtune.config import Config, Settings
-from fedtune.io import digest, expanded, read_json, reading, write_bytes, write_json
+from fedtune.io import digest, read_json, reading, write_bytes, write_json
+from fedtune.machine import expanded
 from fedtune.models.source import settings_files
 from fedtune.models.zoo import is_local
 from fedtune.results.manifest import (

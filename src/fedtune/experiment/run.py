@@ -23,7 +23,7 @@ from fedtune.federation.faults import kill_point
 from fedtune.federation.pool import Steps, complete
 from fedtune.io import folder_lock, only_files, read_lines, write_json, write_lines
 from fedtune.lora.state import AdapterState
-from fedtune.methods.base import ServerState
+from fedtune.methods.state import ServerState
 from fedtune.models import budget, zoo
 from fedtune.results import schema
 from fedtune.training import workload

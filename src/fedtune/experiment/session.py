@@ -23,7 +23,7 @@ from fedtune.federation.pool import LocalPool
 from fedtune.federation.workers import WorkerPool
 from fedtune.io import digest
 from fedtune.lora.state import AdapterState
-from fedtune.methods.base import ServerState
+from fedtune.methods.state import ServerState
 from fedtune.models.adapted import AdaptedModel
 from fedtune.models.merge import folded
 from fedtune.results import schema

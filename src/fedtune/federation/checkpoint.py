@@ -17,21 +17,12 @@ from torch import Tensor
 
 from fedtune.federation.faults import kill_point
 from fedtune.federation.guard import state_problem
-from fedtune.io import (
-    append_lines,
-    file_sha256,
-    read_json,
-    read_lines,
-    reading,
-    write_bytes,
-    write_json,
-    write_lines,
-)
+from fedtune.io import append_lines, file_sha256, read_json, read_lines, reading, write_bytes, write_json, write_lines
 from fedtune.lora.base_delta import Piece
 from fedtune.lora.product import Product
 from fedtune.lora.state import to_tensors, with_tensors
 from fedtune.methods import sound
-from fedtune.methods.base import ServerState
+from fedtune.methods.state import ServerState
 from fedtune.methods.wrappers import WRAPPERS
 from fedtune.tensors import tensor_header
 from fedtune.types import CorruptFileError, ResumeError, RoundRecord, last_line

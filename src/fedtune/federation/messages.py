@@ -18,7 +18,7 @@ import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 from torch import Tensor
 
-from fedtune.federation.screening import Reply
+from fedtune.federation.reply import Reply
 from fedtune.models.budget import message_bytes, wire_dtype
 from fedtune.types import last_line, plain
 

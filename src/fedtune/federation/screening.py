@@ -15,9 +15,10 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from fedtune.federation.reply import Reply
 from fedtune.lora.state import copied
-from fedtune.methods.base import ClientUpdate
 from fedtune.methods.sound import GROWTH
+from fedtune.methods.state import ClientUpdate
 from fedtune.names import rank_axis
 from fedtune.types import ClientStats, Rejection, last_line, plain
 
@@ -29,31 +30,6 @@ CONTENT = frozenset(
 ) | {"aggregation"}
 # no cross-entropy of a model is larger, in nats
 STEEPEST = 1e4
-
-
-@dataclass(frozen=True)
-class Reply:
-    """What came back for one message, decoded but not yet trusted.
-
-    Attributes:
-        client: the client it was sent to, as the transport knows; None for a node never asked.
-        claims: (run, round, client, exchange of the round) as the reply says.
-        tensors: the update; None for an error reply.
-        metrics: numbers by name.
-        error: the client's traceback, if it failed.
-        flaw: what of the reply could not be read.
-        bytes: of the update on the wire.
-        asked: it answers this exchange's own order, as the transport knows: other claims than that order's are false.
-    """
-
-    client: int | None
-    claims: tuple[str, int, int, int] | None
-    tensors: Mapping[str, Tensor] | None
-    metrics: Mapping[str, float]
-    error: str = ""
-    flaw: str = ""
-    bytes: int = 0
-    asked: bool = False
 
 
 @dataclass(frozen=True)

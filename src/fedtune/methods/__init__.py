@@ -9,7 +9,7 @@ from fedtune import spaces
 from fedtune.config import Config
 from fedtune.config.section import own_problems
 from fedtune.methods import wrappers
-from fedtune.methods.base import ANY, ClientUpdate, Method, Scene, ServerState
+from fedtune.methods.base import ANY, Method
 from fedtune.methods.effects import without_effect
 from fedtune.methods.fed_sb import FedSB
 from fedtune.methods.fedalt import FedALT
@@ -35,6 +35,7 @@ from fedtune.methods.rac_lora import RACLoRA
 from fedtune.methods.rbla import RBLA
 from fedtune.methods.recipe import Recipe
 from fedtune.methods.rolora import RoLoRA
+from fedtune.methods.state import ClientUpdate, Scene, ServerState
 from fedtune.methods.wrappers.rules import RULES
 from fedtune.registry import Registry
 from fedtune.types import Problem, derive_seed, nearest

@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, ClassVar
 
 from pydantic import Field
 
-from fedtune.methods.base import ClientUpdate, Method, ServerState
+from fedtune.methods.base import Method
 from fedtune.methods.requests import ClientContext, Fitted, Program, Tensors
+from fedtune.methods.state import ClientUpdate, ServerState
 from fedtune.names import BASE
 
 if TYPE_CHECKING:

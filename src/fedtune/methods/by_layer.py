@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from fedtune.methods.base import ClientUpdate, Method, ServerState
+from fedtune.methods.base import Method
+from fedtune.methods.state import ClientUpdate, ServerState
 
 if TYPE_CHECKING:
     from fedtune.lora.state import AdapterState, LoraModule

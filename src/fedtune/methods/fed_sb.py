@@ -13,10 +13,11 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from fedtune.methods.base import ClientUpdate, Method, ServerState, Sizes
+from fedtune.methods.base import Method
 from fedtune.methods.requests import ClientContext, Fitted, Gradients, Program, Tensors, Train
 from fedtune.methods.sketches import evened
 from fedtune.methods.sound import LOOSE
+from fedtune.methods.state import ClientUpdate, ServerState, Sizes
 from fedtune.names import CORE, PREFIX, A, B
 from fedtune.types import derive_seed
 

@@ -11,8 +11,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from fedtune.methods.base import ClientUpdate, Method, ServerState
+from fedtune.methods.base import Method
 from fedtune.methods.requests import ClientContext, Fitted, Program, Tensors, Train
+from fedtune.methods.state import ClientUpdate, ServerState
 from fedtune.names import FACTORS, OTHER, PREFIX, ROUTER
 
 if TYPE_CHECKING:

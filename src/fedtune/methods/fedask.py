@@ -14,11 +14,11 @@ from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
 
-from fedtune.methods.base import ClientUpdate, ServerState, Sizes
 from fedtune.methods.base_delta import MovesBase, is_kept
 from fedtune.methods.requests import ClientContext, Fitted, Program, Tensors
 from fedtune.methods.sketches import directions, evened
 from fedtune.methods.sound import GROWTH, LOOSE
+from fedtune.methods.state import ClientUpdate, ServerState, Sizes
 from fedtune.types import UpdateError, derive_seed
 
 if TYPE_CHECKING:

@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING
 
 from pydantic import Field
 
-from fedtune.methods.base import Method, ServerState
+from fedtune.methods.base import Method
 from fedtune.methods.requests import ClientContext, Features, Fitted, Program, Tensors, Train
+from fedtune.methods.state import ServerState
 from fedtune.names import ANCHORS, MIX
 
 if TYPE_CHECKING:

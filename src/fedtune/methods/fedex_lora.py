@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING
 
 from pydantic import Field
 
-from fedtune.methods.base import ClientUpdate, Method, ServerState, Sizes
+from fedtune.methods.base import Method
 from fedtune.methods.base_delta import MovesBase
+from fedtune.methods.state import ClientUpdate, ServerState, Sizes
 
 if TYPE_CHECKING:
     from fedtune.lora.product import Product

@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING
 
 from pydantic import Field
 
-from fedtune.methods.base import ANY, ClientUpdate, Method, ServerState, Sizes
+from fedtune.methods.base import ANY, Method
 from fedtune.methods.requests import ClientContext, Fitted, Losses, Program, Tensors
+from fedtune.methods.state import ClientUpdate, ServerState, Sizes
 from fedtune.types import derive_seed
 
 if TYPE_CHECKING:

@@ -9,8 +9,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from fedtune.methods.base import ClientUpdate, ServerState, Sizes
 from fedtune.methods.base_delta import MovesBase
+from fedtune.methods.state import ClientUpdate, ServerState, Sizes
 
 if TYPE_CHECKING:
     from fedtune.lora.product import Product

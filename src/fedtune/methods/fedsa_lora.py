@@ -9,8 +9,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from fedtune.methods.base import Method, ServerState, Sizes
+from fedtune.methods.base import Method
 from fedtune.methods.requests import ClientContext, Fitted, Program, Tensors, Train
+from fedtune.methods.state import ServerState, Sizes
 from fedtune.names import A
 
 if TYPE_CHECKING:

@@ -10,7 +10,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from fedtune.methods.base import ClientUpdate, Method, ServerState, Sizes
+from fedtune.methods.base import Method
+from fedtune.methods.state import ClientUpdate, ServerState, Sizes
 from fedtune.names import A
 
 if TYPE_CHECKING:

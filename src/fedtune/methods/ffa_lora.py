@@ -7,7 +7,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from fedtune.methods.base import Method, ServerState, Sizes
+from fedtune.methods.base import Method
+from fedtune.methods.state import ServerState, Sizes
 from fedtune.names import A
 
 if TYPE_CHECKING:

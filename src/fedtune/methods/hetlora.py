@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING
 
 from pydantic import Field
 
-from fedtune.methods.base import ClientUpdate, ServerState
 from fedtune.methods.rbla import RBLA
 from fedtune.methods.requests import ClientContext, Fitted, Program, Tensors
 from fedtune.methods.sound import capped
+from fedtune.methods.state import ClientUpdate, ServerState
 from fedtune.names import A, B
 
 if TYPE_CHECKING:

@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING
 
 from pydantic import Field
 
-from fedtune.methods.base import ClientUpdate, Method, ServerState, Sizes
+from fedtune.methods.base import Method
 from fedtune.methods.requests import ClientContext, Fitted, Program, Tensors, Train
+from fedtune.methods.state import ClientUpdate, ServerState, Sizes
 from fedtune.names import CHOSEN, A, B
 
 if TYPE_CHECKING:

@@ -10,9 +10,9 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from fedtune.methods.base import ClientUpdate, ServerState, Sizes
 from fedtune.methods.base_delta import MovesBase, is_base_side
 from fedtune.methods.requests import Tensors
+from fedtune.methods.state import ClientUpdate, ServerState, Sizes
 from fedtune.names import A
 
 if TYPE_CHECKING:

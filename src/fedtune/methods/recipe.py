@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING
 
 from fedtune.config import Config
 from fedtune.methods import sound
-from fedtune.methods.base import ClientUpdate, Method, ServerState
+from fedtune.methods.base import Method
 from fedtune.methods.requests import ClientContext, Fitted, Program, Tensors
+from fedtune.methods.state import ClientUpdate, ServerState
 from fedtune.methods.wrappers import Innermost, RoundContext, Wrapper, wrapped
 from fedtune.methods.wrappers.base import Note, unheard
 from fedtune.types import UpdateError

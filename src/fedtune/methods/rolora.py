@@ -4,7 +4,8 @@ With one factor common, the mean of the other is exact in every round. The first
 has no gradient.
 """
 
-from fedtune.methods.base import Method, Sizes
+from fedtune.methods.base import Method
+from fedtune.methods.state import Sizes
 from fedtune.names import A, B
 
 

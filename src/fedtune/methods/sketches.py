@@ -11,8 +11,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from fedtune.methods.base import ClientUpdate
 from fedtune.methods.sound import capped
+from fedtune.methods.state import ClientUpdate
 
 if TYPE_CHECKING:
     from torch import Tensor

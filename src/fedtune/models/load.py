@@ -17,7 +17,7 @@ from fedtune.config.schema import ModelSettings
 from fedtune.data.hub import guarded
 from fedtune.data.once import made_once
 from fedtune.data.packages import SMOLLM2, Package, read_wheel
-from fedtune.io import cache_dir, expanded
+from fedtune.machine import cache_dir, expanded
 from fedtune.models import measure
 from fedtune.models.checks import (
     check_complete,

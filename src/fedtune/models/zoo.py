@@ -11,7 +11,7 @@ from importlib import resources
 
 from fedtune.config import Config
 from fedtune.data import hub
-from fedtune.io import expanded
+from fedtune.machine import expanded
 from fedtune.types import Problem, nearest
 
 HEAD = "lm_head"  # of every architecture here; PEFT's `all-linear` leaves it out

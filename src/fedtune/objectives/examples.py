@@ -15,7 +15,8 @@ import numpy as np
 from fedtune.config import Config
 from fedtune.data.check import TrainRow
 from fedtune.data.encode import Encoder, Text, special_tokens
-from fedtune.io import cache_dir, digest, write_bytes
+from fedtune.io import digest, write_bytes
+from fedtune.machine import cache_dir
 from fedtune.objectives.base import Example, Objective
 
 log = logging.getLogger("fedtune")

@@ -12,7 +12,8 @@ from fedtune.config import Config
 from fedtune.data import check, files, hub, partition
 from fedtune.data.encode import Text
 from fedtune.domains.base import Row, TrainingSet
-from fedtune.io import digest, expanded
+from fedtune.io import digest
+from fedtune.machine import expanded
 from fedtune.objectives import Example
 from fedtune.objectives.examples import encode_once
 from fedtune.types import DataError, derive_seed

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 from fedtune.config.section import Section
-from fedtune.methods.base import ClientUpdate, Method, ServerState
+from fedtune.methods.base import Method
 from fedtune.methods.requests import ClientContext, Fitted, Program, Tensors
+from fedtune.methods.state import ClientUpdate, ServerState
 from fedtune.types import Problem
 
 if TYPE_CHECKING:

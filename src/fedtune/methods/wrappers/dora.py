@@ -10,8 +10,9 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from fedtune.methods import sound
-from fedtune.methods.base import ClientUpdate, Method, ServerState
+from fedtune.methods.base import Method
 from fedtune.methods.requests import ClientContext, Fitted, Program, RowNorms, Tensors
+from fedtune.methods.state import ClientUpdate, ServerState
 from fedtune.methods.wrappers.base import Innermost, RoundContext, Wrapper
 from fedtune.names import B, M
 from fedtune.types import Problem

@@ -7,7 +7,8 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from fedtune import spaces
-from fedtune.methods.base import ClientUpdate, Method, ServerState
+from fedtune.methods.base import Method
+from fedtune.methods.state import ClientUpdate, ServerState
 from fedtune.methods.wrappers import rules
 from fedtune.methods.wrappers.base import Idle, RoundContext, Wrapper
 from fedtune.types import Problem, RunFailedError

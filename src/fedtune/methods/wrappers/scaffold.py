@@ -6,9 +6,10 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from fedtune.methods.base import ClientUpdate, Method, ServerState
+from fedtune.methods.base import Method
 from fedtune.methods.requests import ClientContext, Correction, Fitted, Program, Request, Tensors, Train, handled
 from fedtune.methods.sound import CLIPPED, GROWTH
+from fedtune.methods.state import ClientUpdate, ServerState
 from fedtune.methods.wrappers.base import RoundContext, Wrapper
 from fedtune.types import Problem
 

@@ -14,7 +14,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from fedtune.methods.base import ClientUpdate, Method, ServerState
+from fedtune.methods.base import Method
+from fedtune.methods.state import ClientUpdate, ServerState
 from fedtune.methods.wrappers.base import Idle, RoundContext, Wrapper
 from fedtune.types import Problem
 
