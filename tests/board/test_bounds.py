@@ -1,6 +1,7 @@
 """What a stranger's files may make a check do grows with their length, and no faster; what they hold in memory too."""
 
 import gc
+import gzip
 import json
 import shutil
 import weakref
@@ -11,10 +12,11 @@ from typing import Any
 
 import pytest
 
-from fedtune.board import cohorts, logs, validate
+from fedtune.board import cohorts, log_size, logs, sets, validate
 from fedtune.board.archive import ENTRY, MAX_ENTRY
 from fedtune.board.store import read_entry, write_entry
 from fedtune.config.schema import FederationSettings
+from fedtune.io import digest
 from fedtune.results.entry import Answers, Entry, Point
 from fedtune.results.schema import Arm
 from tests.board.entries import entry, score
@@ -170,3 +172,53 @@ def test_what_is_in_the_store_is_known_in_whatever_form_it_comes(tmp_path: Path,
     assert validate.added(path, store)
     shutil.rmtree(store)
     assert not validate.added(path, store)
+
+
+@pytest.mark.parametrize(
+    ("line", "why"),
+    [
+        (b'{"i":0,"scores":[[]]}', ""),
+        (b'{"i":0,"outcomes":[{"kind":"wrong","x":[]}]}', "line 2 has lists or objects deeper inside"),
+        (b'{"i":0,"scores":[[[[]]]]}', "line 2 has lists or objects deeper inside"),
+        (b'{"i":0,"scores":[' + b"[]," * 40 + b"0]}", "has more than 40 values"),
+        (b'{"output":"' + b"x" * 300 + b'"}', "line 2 has more than 300 bytes"),
+        (b"[[],[]]", "line 2 is not an object"),
+        (b"[", "line 2 is not JSON"),
+    ],
+)
+def test_a_log_holds_no_more_than_a_run_writes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, line: bytes, why: str
+) -> None:
+    monkeypatch.setattr(log_size, "MAX_VALUES", 40)
+    monkeypatch.setattr(log_size, "MAX_LINE", 300)
+    (tmp_path / "fpb.likelihood.jsonl.gz").write_bytes(gzip.compress(b'{"header":1}\n' + line + b"\n"))
+    said = [str(problem) for problem in log_size.logs_fit(tmp_path)]
+    assert (why in said[0]) if why else not said
+
+
+@pytest.mark.parametrize("mode", ["likelihood", "official"])
+def test_one_client_s_log_is_held_at_a_time_and_the_hash_stays(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mode: str
+) -> None:
+    rooms_there = [f"federated/client-{n:04d}" for n in range(3)]
+    monkeypatch.setattr(sets, "client_rooms", lambda *_: rooms_there)
+    arm = Arm(name="federated", scores=[score(1, task="fpb", mode=mode)], per_client={f"fpb/{mode}": [1.0] * 3})
+    alive: list[weakref.ref[Any]] = []
+    most = 0
+
+    class Log(list[Any]):
+        pass
+
+    def samples(_: Path, room: str, *__: str) -> list[dict[str, Any]]:
+        nonlocal most
+        gc.collect()
+        most = max(most, sum(ref() is not None for ref in alive))
+        log = Log([{"i": 0, "gold": "A", "output": f"\u00e9 {room}"}])
+        alive.append(weakref.ref(log))
+        return log
+
+    monkeypatch.setattr(sets, "samples", samples)
+    rows = [[[{"i": 0, "gold": "A", "output": f"\u00e9 {r}"}.get(k) for k in sets.ANSWERED]] for r in rooms_there]
+    wanted = digest(rows if mode == "likelihood" else [rows, [0.5, None]])
+    assert sets.fingerprints(tmp_path, arm, [0.5, None]) == {f"fpb/{mode}": wanted}
+    assert most == 0

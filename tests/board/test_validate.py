@@ -471,9 +471,9 @@ ATTACKS = [
     (pickle_inside, "never a pickle"),
     (link_outside, "is a link"),
     (giant, "at most 16,777,216 are taken"),
-    (bomb, "unpacks to more than"),
+    (bomb, "line 1 has more than 8,388,608 bytes"),
     (empty_rows, "unpacks to more lines than the 1,212 items that the set has"),
-    (wide_row, "unpacks to more than 67,108,864 bytes"),
+    (wide_row, "line 1 has more than 8,388,608 bytes"),
     (large_entry, "entry.json: 17,"),
     (other_base, "was made for 'mistralai/Mistral-7B'"),
     (cut_adapter, "cut off"),
@@ -526,7 +526,7 @@ def test_an_attack_is_refused_with_its_reason(copy: Path, attack: Callable[[Path
 
 
 def test_all_logs_of_a_run_have_a_bound(good: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fedtune.board.validate.MAX_LOGS", 1000)
+    monkeypatch.setattr("fedtune.board.log_size.MAX_LOGS", 1000)
     assert "seed-1: its logs unpack to more than 1,000 bytes in all" in reasons(good)
 
 

@@ -1,5 +1,6 @@
 import gzip
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -18,6 +19,7 @@ from fedtune.evaluation.generate import Decoding, complete, nucleus
 from fedtune.evaluation.items import TaskItems
 from fedtune.evaluation.published import score
 from fedtune.evaluation.run import evaluate
+from fedtune.evaluation.scorers.program import Program
 from fedtune.evaluation.solvers import Completions
 from fedtune.io import read_lines
 from fedtune.models.load import LoadedModel, load
@@ -164,6 +166,32 @@ def test_programs_are_scored_logged_and_resumed(
     (tmp_path / "log.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows[:2]))
     assert evaluate(NoModel(), None, loaded, "official", config, tmp_path / "log.jsonl", "me") == first
     assert asked == [2, 1]
+
+
+@pytest.mark.parametrize(
+    ("text", "why"),
+    [
+        ("def f(x):\n    return x", "1 programs do not pass as they are said to; the first: item 0, wrong"),
+        ("def h(x):\n    return x", "line 2: its programs do not begin with the item's prompt"),
+    ],
+)
+def test_a_log_of_programs_that_do_not_pass_is_refused(
+    settings: Callable[..., Settings], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str, why: str
+) -> None:
+    loaded, config = TaskItems(TASKS["humaneval"], (ADD,), (0,), "sha"), settings().config
+    log = tmp_path / "log.jsonl"
+    monkeypatch.setattr(Program, "unavailable", lambda self, task: "")
+    monkeypatch.setattr(
+        programs, "run", lambda texts, *_: [sandbox.Outcome("wrong", compiled=True, detail="") for _ in texts]
+    )
+    _toy(monkeypatch, {ADD.prompt: ["\n    return x"]})
+    evaluate(NoModel(), None, loaded, "greedy", config, log, "me")
+    header, row = read_lines(log)
+    outcome = {"kind": "passed", "compiled": True, "detail": ""}
+    row |= {"programs": [text], "outcomes": [outcome], "correct": True, "value": 1.0}
+    log.write_text(json.dumps(header) + "\n" + json.dumps(row) + "\n")
+    with pytest.raises(CorruptFileError, match=re.escape(f"{log}: {why}")):
+        evaluate(NoModel(), None, loaded, "greedy", config, log, "me")
 
 
 def test_without_a_sandbox_the_code_tasks_refuse_and_say_what_to_do(

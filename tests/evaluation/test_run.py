@@ -1,6 +1,8 @@
 """Likelihood and official evaluation on the tiny model, against slow references; logs, resume and errors."""
 
+import re
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +20,10 @@ from fedtune.evaluation import likelihood, official
 from fedtune.evaluation.decode import History
 from fedtune.evaluation.items import TaskItems, load
 from fedtune.evaluation.run import evaluate
-from fedtune.io import digest, read_lines
+from fedtune.io import digest, read_lines, write_lines
 from fedtune.models.load import LoadedModel
 from fedtune.models.load import load as load_model
+from fedtune.types import CorruptFileError
 
 QUESTIONS = [multiple_choice("Answer.", f"Which {i} one", [f"o{i}", "x y", "z"], i % 3) for i in range(19)]
 SENTENCES = [sentiment(f"Profit {'rose ' * (i % 5)}today .", i % 3, "news") for i in range(9)]
@@ -303,6 +306,31 @@ def test_a_second_call_does_only_what_is_missing(
     inode = log.stat().st_ino
     assert evaluate(*args) == fresh
     assert log.stat().st_ino == inode, "a log that lacks nothing is left alone"
+
+
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        ({"correct": 2}, "line 2: correct is 2, it gives"),
+        ({"predicted": "x"}, "line 2: predicted is 'x', it gives"),
+        ({"gold": "x"}, "line 2: its right answer is not the item's"),
+        ({"gold": None}, "line 2: its right answer is not the item's"),
+        ({"answers": 5}, "line 2: its possible answers are not the item's"),
+        ({"scores": 5}, "line 2: it has not one likelihood for each answer"),
+        ({"same_prompt_as": 1}, "line 2: its prompt is not that of the sample it names"),
+        ({"error": "no", "correct": True}, "line 2: an item that raised has an answer or counts as right"),
+    ],
+)
+def test_a_log_is_held_against_its_items_and_what_it_says_of_its_own_answers(
+    model: LoadedModel, loaded: TaskItems, tiny_config: Config, tmp_path: Path, change: dict[str, Any], why: str
+) -> None:
+    few = replace(loaded, items=loaded.items[:2], places=loaded.places[:2])
+    args = (model.model, model.tokenizer, few, "likelihood", tiny_config, tmp_path / "fpb.jsonl", "me")
+    evaluate(*args)
+    header, first, *rest = read_lines(args[5])
+    write_lines(args[5], [header, {**first, **change}, *rest])
+    with pytest.raises(CorruptFileError, match=re.escape(f"{args[5]}: {why}")):
+        evaluate(*args)
 
 
 def test_a_log_of_another_model_is_started_anew(

@@ -23,16 +23,6 @@ NUMBERS = ("score", "interval", "strict", "valid_rate", "macro_f1", "trivial", "
 TOLERANCE = {"interval": 0.02}
 
 
-def _reread(row: Row, scorer: Scorer) -> str:
-    """Say what is wrong with how a sample was judged, or return an empty string."""
-    if not isinstance(row.get("i"), int):
-        return "it has no place in the set"
-    if row.get("error"):
-        counts = any(row.get(k) for k in ("correct", "strict", "value", "valid", "predicted"))
-        return "an item that raised has an answer or counts as right" if counts else ""
-    return scorer.check_sample(row)
-
-
 def impossible(score: Score) -> str:
     """Say why a score cannot have come from n items, or return an empty string."""
     if score.score is None or not scorers.metric(score.metric).hits:
@@ -151,7 +141,7 @@ def _one(
     found = []
     if (header.get("items"), header.get("task"), header.get("mode")) != (score.items_sha256, score.task, score.mode):
         found.append("its samples are of other items, or of another task or mode")
-    wrong = [f"item {row.get('i')}: {why}" for row in rows if (why := _reread(row, scorer))]
+    wrong = [f"item {row.get('i')}: {why}" for row in rows if (why := scorer.misjudged(row))]
     if wrong:
         return None, [*found, f"{len(wrong)} samples are judged wrongly; the first: {wrong[0]}"]
     if why := _places(rows) or scorer.check_log(rows, settings):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any
 from fedtune.data.files import parse_rows, read_text_file
 from fedtune.domains import DOMAINS, TASKS
 from fedtune.evaluation import known, scorers
-from fedtune.io import digest, reading
+from fedtune.io import canonical, reading
 from fedtune.results.entry import Point
 from fedtune.results.schema import PATH_PART, Arm, Score
 from fedtune.types import CorruptFileError
@@ -106,6 +107,18 @@ def _distinct(score: Score) -> bool:
     return scorer is not None and scorer.distinct
 
 
+def _fingerprint(run: Path, rooms: Sequence[str], score: Score, losses: Sequence[float | None]) -> str:
+    """Return what `digest` gives of all rooms' rows, with one room's log in memory at a time; nothing without rows."""
+    alone, some = _distinct(score), False
+    made = hashlib.sha256(b"[" if alone else b"[[")
+    for number, room in enumerate(rooms):
+        rows = [[row.get(key) for key in ANSWERED] for row in samples(run, room, score.task, score.mode)]
+        made.update((("," if number else "") + canonical(rows)).encode("utf-8", "surrogatepass"))
+        some = some or bool(rows)
+    made.update(b"]" if alone else f"],{canonical(list(losses))}]".encode())
+    return made.hexdigest() if some else ""
+
+
 def fingerprints(run: Path, arm: Arm, losses: Sequence[float | None]) -> dict[str, str]:
     """Return a hash of what an arm's models answered, by task and mode; however the logs are packed, it is the same.
 
@@ -118,11 +131,9 @@ def fingerprints(run: Path, arm: Arm, losses: Sequence[float | None]) -> dict[st
     found = {}
     for score in arm.scores:
         rooms = client_rooms(run, arm.name) if arm.per_client else [arm.name]
-        logs = [samples(run, room, score.task, score.mode) for room in rooms]
-        if any(logs):
-            rows = [[[row.get(key) for key in ANSWERED] for row in log] for log in logs]
-            with reading(run / "evals" / arm.name / f"{score.task}.{score.mode}.jsonl"):  # a number may be infinite
-                made = digest(rows if _distinct(score) else [rows, list(losses)])
+        with reading(run / "evals" / arm.name / f"{score.task}.{score.mode}.jsonl"):  # a number may be infinite
+            made = _fingerprint(run, rooms, score, losses)
+        if made:
             found[f"{score.task}/{score.mode}"] = made
     return found
 
@@ -153,7 +164,7 @@ def _of_part(run: Path, arm: Arm) -> Iterator[str]:
         task = TASKS.get(score.task)
         if score.score is None or task is None:
             continue
-        logs = [samples(run, room, score.task, score.mode) for room in rooms]
+        logs = (samples(run, room, score.task, score.mode) for room in rooms)
         key = scorers.key(task)
         found = {why for rows in logs if (why := known.shortfall(task.name, score.mode, key, task.n, rows))}
         yield from (f"{task.name} ({score.mode}): {why}" for why in sorted(found))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gzip
 import hashlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
@@ -14,6 +13,7 @@ from fedtune.board.adapter import adapter_problems
 from fedtune.board.archive import ENTRY, MAX_ENTRY, MAX_FILE, MAX_FILES, MAX_TEXT, MAX_TOTAL, is_clutter, opened
 from fedtune.board.cohorts import round_problems
 from fedtune.board.entries import from_run
+from fedtune.board.log_size import MAX_LOG, logs_fit
 from fedtune.board.logs import curve_problems, log_problems
 from fedtune.board.samples import impossible, recomputed
 from fedtune.board.store import holds, read_entry
@@ -28,8 +28,6 @@ from fedtune.results.entry import Entry
 from fedtune.settings import load
 from fedtune.types import FedtuneError, Problem, ProblemsError
 
-MAX_LOG, MAX_LOGS = 64 * 1024**2, 256 * 1024**2  # bytes of one log, and of all of a run, unpacked
-MAX_ROWS = 20_000  # of a set whose size is not known
 ALLOWED = (".json", ".jsonl", ".gz", ".toml", ".md", ".yaml", ".safetensors")
 
 
@@ -186,31 +184,6 @@ def _scores(folder: Path, entry: Entry) -> Iterator[Problem]:
                 yield Problem(where, problem)
 
 
-def _logs_fit(folder: Path) -> Iterator[Problem]:
-    """Yield logs that are no gzip, cut off, or unpack to more than a log may be; nothing is kept of them."""
-    total = 0
-    for path in (p for p in _paths(folder) if p.suffix == ".gz"):
-        name, size, ends = str(path.relative_to(folder)), 0, 0
-        # a line for each item of the set, one before them, and no more
-        task = TASKS.get(path.name.partition(".")[0])
-        most = (task.n if task else 0) or MAX_ROWS
-        try:
-            with gzip.open(path) as file:
-                while size <= MAX_LOG and ends <= most + 1 and (chunk := file.read(1 << 20)):
-                    size, ends = size + len(chunk), ends + chunk.count(b"\n")
-        # zlib.error, EOFError, BadGzipFile: whatever gzip makes of a damaged file
-        except Exception as err:
-            yield Problem(name, f"is not a whole gzip file: {err}")
-        total += size
-        if size > MAX_LOG:
-            yield Problem(name, f"unpacks to more than {MAX_LOG:,} bytes")
-        if ends > most + 1:
-            yield Problem(name, f"unpacks to more lines than the {most:,} items that the set has")
-        if total > MAX_LOGS:
-            yield Problem(folder.name, f"its logs unpack to more than {MAX_LOGS:,} bytes in all")
-            return
-
-
 OF_MODELS = (log_problems, _scores, curve_problems, adapter_problems)
 CHECKS = (_hashes, _settings, _evaluated, _made, *OF_MODELS, round_problems, byte_problems)
 
@@ -224,7 +197,7 @@ def check_one(folder: Path) -> tuple[Entry | None, list[Problem]]:
         entry = read_entry(folder / ENTRY, MAX_ENTRY)
     except FedtuneError as err:
         return None, [Problem(ENTRY, str(err).replace(f"{folder}/", ""))]
-    problems += _logs_fit(folder)
+    problems += logs_fit(folder)
     if problems:
         return entry, problems
     for check in CHECKS:

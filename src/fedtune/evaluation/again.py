@@ -127,26 +127,31 @@ def _said_to_pass(rows: Sequence[Sample]) -> list[tuple[int, str]]:
     ]
 
 
-def failing(task: Task, rows: Sequence[Sample]) -> Iterator[tuple[int, str]]:
+def failing(task: Task, rows: Sequence[Sample], tests: Mapping[int, str] | None = None) -> Iterator[tuple[int, str]]:
     """Yield (item, outcome) of programs that are said to pass and do not, up to `ENOUGH`.
 
     Only what is said to pass is run: nothing else adds to a score. One that fails is run once more, alone, for a busy
     machine is no proof.
 
+    Args:
+        task, rows: the samples.
+        tests: by the items' places; those of the whole known set by default.
+
     Raises:
         FedtuneError: no sandbox, no tool, or no tests; or the programs have not ended in the time for all of them.
     """
-    known, found = tests_at_hand(task), 0
+    known = {i: item.gold_answer for i, item in enumerate(tests_at_hand(task))} if tests is None else tests
+    found = 0
     claimed = _said_to_pass(rows)
-    if strange := [i for i, _ in claimed if not 0 <= i < len(known)]:
+    if strange := [i for i, _ in claimed if i not in known]:
         yield strange[0], "is no item of the set"
         return
     for start in range(0, len(claimed), BATCH):
         part = claimed[start : start + BATCH]
-        first = _run([text for _, text in part], [known[i].gold_answer for i, _ in part], task.language)
+        first = _run([text for _, text in part], [known[i] for i, _ in part], task.language)
         for (i, text), outcome in zip(part, first, strict=True):
             if outcome.kind != "passed":
-                (second,) = _run([text], [known[i].gold_answer], task.language)
+                (second,) = _run([text], [known[i]], task.language)
                 if second.kind != "passed":
                     found += 1
                     yield i, second.kind

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from fedtune.config import Config
-from fedtune.domains.base import Task
+from fedtune.domains.base import Item, Task
 from fedtune.evaluation import scorers
 from fedtune.evaluation.items import TaskItems, load
 from fedtune.evaluation.retry import batches
@@ -36,12 +36,29 @@ def _header(loaded: TaskItems, scorer: Scorer, config: Config, identity: str) ->
     }
 
 
-def _resumable(log: Path, header: Sample, places: Sequence[int]) -> list[Sample]:
+def _refused(log: Path, why: str) -> CorruptFileError:
+    return CorruptFileError(f"{log}: {why}. Move the file away, and the task is evaluated anew")
+
+
+def _unsound(row: Sample, item: Item, mark: Sample, scorer: Scorer) -> str:
+    """Say why a sample is not what its item and its own answer make, or return an empty string."""
+    try:
+        if why := scorer.foreign(row, item) or scorer.misjudged(row):
+            return why
+    except (TypeError, LookupError, ValueError, AttributeError, OverflowError) as err:
+        return f"is not what an evaluation writes ({type(err).__name__}: {err})"
+    odd = any(row.get(key) not in (None, mark.get(key)) for key in ("same_prompt_as", *mark))
+    return "its prompt is not that of the sample it names" if odd else ""
+
+
+def _resumable(log: Path, header: Sample, loaded: TaskItems, scorer: Scorer) -> list[Sample]:
     """Return the samples already in the log; a log of other items, model, settings or code is started anew.
 
     Raises:
-        CorruptFileError: its samples are not those of the items in order: two evaluations wrote it at once.
+        CorruptFileError: its samples are not those of the items in order: two evaluations wrote it at once; or one is
+            judged otherwise than its own answer says.
     """
+    places, marks = loaded.places, scorer.marks(loaded)
     lines = read_lines(log, torn_tail=True)
     if not lines or lines[0] != header:
         write_lines(log, [header])
@@ -52,6 +69,8 @@ def _resumable(log: Path, header: Sample, places: Sequence[int]) -> list[Sample]
                 f"{log}: line {number} is not the sample of item {place}: was it written by two evaluations at once, "
                 "or by hand? Move the file away, and the task is evaluated anew"
             )
+        if why := _unsound(row, loaded.items[number - 2], marks.get(place, {}), scorer):
+            raise _refused(log, f"line {number}: {why}")
     update_lines(log, lines)
     return lines[1:]
 
@@ -109,9 +128,12 @@ def evaluate(
     if scorer is None:
         raise ValueError(f"{task.name} is not scored in the mode {mode!r}")
     solver, count, header = scorer.solver(), len(loaded.items), _header(loaded, scorer, config, identity)
-    rows = _resumable(log, header, loaded.places)
+    rows = _resumable(log, header, loaded, scorer)
     if reason := scorer.unavailable(task):
         return Score(task=task.name, mode=mode, metric=scorer.metric.name, n=count, score=None, withheld=reason)
+    tests = {place: item.gold_answer for place, item in zip(loaded.places, loaded.items, strict=True)}
+    if why := scorer.check_log(rows, config.eval) or next(scorer.run_again(task, rows, tests), ""):
+        raise _refused(log, why)
     if solver.whole and len(rows) < count:
         rows = rows[: len(rows) // solver.size * solver.size]
     annotations = scorer.annotations(loaded)

@@ -80,6 +80,14 @@ class Accuracy(Scorer):
         wrong = [name for name in JUDGED if row.get(name) != made[name]]
         return f"{wrong[0]} is {row.get(wrong[0])!r}, it gives {made[wrong[0]]!r}" if wrong else ""
 
+    def foreign(self, row: Row, item: Item) -> str:
+        """Say whether the right answer, or what may be answered, is not the item's."""
+        if row.get("gold") != item.gold_answer:
+            return "its right answer is not the item's"
+        if not row.get("error") and row.get("answers", [*item.answers]) != [*item.answers]:
+            return "its possible answers are not the item's"
+        return super().foreign(row, item)
+
     def item(self, row: Row) -> Item:
         """Return a stranger's sample as the item that it says it is of. Raises ValueError."""
         gold = row.get("gold")

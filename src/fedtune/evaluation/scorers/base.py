@@ -125,6 +125,19 @@ class Scorer(ABC):
     def check_sample(self, row: Row) -> str:
         """Say in what a sample is not what its own answer gives, or return an empty string; a stranger wrote it."""
 
+    def misjudged(self, row: Row) -> str:
+        """Say in what a sample is not what its own answer gives, or it raised and counts; a stranger wrote it."""
+        if not isinstance(row.get("i"), int):
+            return "it has no place in the set"
+        if row.get("error"):
+            counts = any(row.get(k) for k in ("correct", "strict", "value", "valid", "predicted"))
+            return "an item that raised has an answer or counts as right" if counts else ""
+        return self.check_sample(row)
+
+    def foreign(self, row: Row, item: Item) -> str:
+        """Say in what a stranger's sample is not one of this item, or return an empty string."""
+        return "" if row.get("group") == item.group else "its group is not the item's"
+
     def samples(self, loaded: TaskItems, first: int, answers: Sequence[Any], settings: EvalSettings) -> list[Sample]:
         """Read the answers to some items, one by one unless a scorer does otherwise.
 
@@ -177,8 +190,13 @@ class Scorer(ABC):
         """Say in what sound samples are together not what the settings ask for, or return an empty string."""
         return ""
 
-    def run_again(self, task: Task, rows: Sequence[Row]) -> Iterator[str]:
-        """Yield what making the samples' outcomes again shows, where they have any and that can be done here."""
+    def run_again(self, task: Task, rows: Sequence[Row], tests: Mapping[int, str] | None = None) -> Iterator[str]:
+        """Yield what making the samples' outcomes again shows, where they have any and that can be done here.
+
+        Args:
+            task, rows: the samples.
+            tests: of the items, by their places; those of the known set, where it is at hand, by default.
+        """
         yield from ()
 
     def not_run_again(self, task: Task) -> str:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from fedtune.config import Config
 from fedtune.config.schema import EvalSettings
-from fedtune.domains.base import Task
+from fedtune.domains.base import Item, Task
 from fedtune.evaluation import again, metrics, programs, sandbox
 from fedtune.evaluation.items import TaskItems
 from fedtune.evaluation.retry import Failed
@@ -145,13 +145,18 @@ class Program(Scorer):
         few = next((r for r in rows if not isinstance(r.get("programs"), list) or len(r["programs"]) != count), None)
         return f"item {few['i']} has not as many programs as the settings say ({count})" if few else ""
 
-    def run_again(self, task: Task, rows: Sequence[Row]) -> Iterator[str]:
+    def foreign(self, row: Row, item: Item) -> str:
+        """Say whether a program does not begin as the item does."""
+        begun = all(text.startswith(item.prompt) for text in row["programs"])
+        return super().foreign(row, item) if begun else "its programs do not begin with the item's prompt"
+
+    def run_again(self, task: Task, rows: Sequence[Row], tests: Mapping[int, str] | None = None) -> Iterator[str]:
         """Yield what running the programs that are said to pass shows, where they can be run here."""
-        if why := again.too_much(rows):
+        if why := again.too_much(rows) if tests is None else "":
             yield why
-        elif not again.unable(task):
+        elif tests is not None or not again.unable(task):
             try:
-                found = list(again.failing(task, rows))
+                found = list(again.failing(task, rows, tests))
             except FedtuneError as err:
                 yield f"its programs could not be run again: {err}"
                 return
