@@ -134,7 +134,7 @@ def test_each_item_has_as_many_programs_as_the_settings_say(
     score = scorer.summarise("humaneval", rows, EvalSettings(samples=3), ITEMS)
     ran: list[Any] = []
     monkeypatch.setattr(again, "unable", lambda task: "")
-    monkeypatch.setattr(again, "failing", lambda task, rows: iter(ran.append(rows) or ()))
+    monkeypatch.setattr(again, "failing", lambda task, rows, *_: iter(ran.append(rows) or ()))
     found = list(recomputed(tmp_path, Arm(name="federated", scores=[score]), score, EvalSettings(samples=count)))
     assert bool(ran) == good
     assert found == (
@@ -152,7 +152,7 @@ def test_programs_that_are_said_to_pass_are_run_again(tmp_path: Path, monkeypatc
     score = KINDS["program"]["official"].summarise("humaneval", rows, items=ITEMS)
     arm = Arm(name="federated", scores=[score])
     monkeypatch.setattr(again, "unable", lambda task: "")
-    monkeypatch.setattr(again, "failing", lambda task, rows: iter([(0, "error"), (2, "wrong")]))
+    monkeypatch.setattr(again, "failing", lambda task, rows, *_: iter([(0, "error"), (2, "wrong")]))
     assert list(recomputed(tmp_path, arm, score)) == [
         "2 programs do not pass as they are said to; the first: item 0, error"
     ]
