@@ -58,7 +58,7 @@ def _resumable(log: Path, header: Sample, loaded: TaskItems, scorer: Scorer) -> 
         CorruptFileError: its samples are not those of the items in order: two evaluations wrote it at once; or one is
             judged otherwise than its own answer says.
     """
-    places, marks = loaded.places, scorer.marks(loaded)
+    places, marks = loaded.places, scorer.annotations(loaded)
     lines = read_lines(log, torn_tail=True)
     if not lines or lines[0] != header:
         write_lines(log, [header])
