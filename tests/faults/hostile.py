@@ -45,7 +45,7 @@ class Toy:
         self.draws = torch.Generator().manual_seed(1000 * self.round + 10 * self.client + self.phase)
 
     def _noise(self, like: Tensor) -> Tensor:
-        return 0.1 * torch.randn(like.shape, generator=self.draws)
+        return (0.1 * torch.randn(like.shape, generator=self.draws)).to(like.dtype)
 
     def train(self, start: Any, names: Sequence[str], *more: Any, **_: Any) -> dict[str, Tensor]:
         correction = more[2] if len(more) > 2 else None

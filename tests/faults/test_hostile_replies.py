@@ -170,6 +170,14 @@ def test_no_reply_ends_a_run(tmp_path: Path) -> None:
     assert _all(500, 0, tmp_path) >= 500
 
 
+@pytest.mark.parametrize("around", ["ia3", "full", "ia3 under krum"])
+def test_no_reply_ends_a_run_that_trains_no_factors(tmp_path: Path, around: str) -> None:
+    scene = Scene("fedit", around, tmp_path)
+    for seed in range(1000, 1060):
+        _check(scene, seed, f"fedit with {around}")
+    assert Evil.unpickled == 0
+
+
 def _longest(reply: Any, names: str, size: float) -> Any:
     """Return a reply whose tensors of some names are as long as a size says, and whose others are 0."""
     sent = messages.unpack(reply.content.array_records[messages.ADAPTER])
@@ -235,7 +243,7 @@ def test_the_bound_of_what_is_added_up_does_not_grow_with_the_sum(
         now = complete(one_round(scene.fed, round_, now))
         assert BAD in {c.client for c in now.records[-1].clients}, now.records[-1].rejected
     assert limit(9) == first
-    sums = {n: float(t.norm()) for n, t in now.state.extra.items() if n.startswith(names)}
+    sums = {n: float(t.norm()) for n, t in now.state.carried().items() if n.startswith(names)}
     assert sums
     if around == "scaffold":  # a mean of means of gradients, each clipped to this norm
         assert max(sums.values()) <= scene.config.train.max_grad_norm * (1 + 1e-6)
