@@ -119,3 +119,13 @@ def test_what_has_no_side_adapters_is_as_it_was(tmp_path: Path) -> None:
     assert same(store.load(0, (2, 1)), {"own": torch.ones(2)})
     assert not (tmp_path / "shared").exists()
     assert blocks.axis_of("own") is None
+
+
+def test_tensors_that_share_memory_are_kept_like_any_other(tmp_path: Path) -> None:
+    """SCAFFOLD keeps a control twice in a round that did not train it, and a safetensors file takes no memory twice."""
+    store, one = PrivateStore(tmp_path), torch.arange(6.0).reshape(2, 3)
+    kept = {"a": one, "b": one, "c": one.T, "d": one[1:]}
+    store.save(0, (1, 1), kept)
+    found = store.load(0, (2, 1))
+    assert found.keys() == kept.keys()
+    assert all(torch.equal(found[n], t) for n, t in kept.items())

@@ -20,7 +20,7 @@ from fedtune.federation.guard import state_problem
 from fedtune.io import append_lines, file_sha256, read_json, read_lines, reading, write_bytes, write_json, write_lines
 from fedtune.lora.base_delta import Piece
 from fedtune.lora.product import Product
-from fedtune.lora.state import to_tensors, with_tensors
+from fedtune.lora.state import apart, to_tensors, with_tensors
 from fedtune.methods import sound
 from fedtune.methods.state import ServerState
 from fedtune.methods.wrappers import WRAPPERS
@@ -77,7 +77,7 @@ def _tensors(state: ServerState) -> dict[str, Tensor]:
         for path, product in piece.products.items()
         for end in ("left", "right")
     }
-    return {name: t.contiguous() for name, t in {**to_tensors(state.adapter), **extra, **base}.items()}
+    return apart({**to_tensors(state.adapter), **extra, **base})
 
 
 def _state(tensors: Mapping[str, Tensor], start: ServerState, round_: int) -> ServerState:

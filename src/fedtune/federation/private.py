@@ -12,6 +12,7 @@ from torch import Tensor
 
 from fedtune.federation.blocks import Blocks, axis_of
 from fedtune.io import write_bytes
+from fedtune.lora.state import apart
 from fedtune.tensors import tensor_header
 
 _NAME = re.compile(r"round-(\d{6})-(\d)\.safetensors")
@@ -80,7 +81,7 @@ class PrivateStore:
 
     def _write(self, path: Path, tensors: Mapping[str, Tensor]) -> None:
         """Write a client's file after the blocks it refers to, so that a whole file has all of them."""
-        own = {n: t.contiguous() for n, t in tensors.items() if axis_of(n) is None}
+        own = apart({n: t for n, t in tensors.items() if axis_of(n) is None})
         sides = {n: t for n, t in tensors.items() if axis_of(n) is not None}
         if self._blocks and sides:
             own[_BLOCKS] = torch.tensor(self._blocks.save(path, sides))

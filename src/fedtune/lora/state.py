@@ -195,3 +195,14 @@ def from_tensors(
 def copied(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return tensors of their own memory: nobody who holds the others can change them."""
     return {name: tensor.detach().clone() for name, tensor in tensors.items()}
+
+
+def apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return tensors as a file takes them: contiguous, and none in the memory of another."""
+    found: dict[str, Tensor] = {}
+    memory: set[int] = set()
+    for name, tensor in tensors.items():
+        place = tensor.untyped_storage().data_ptr()
+        found[name] = tensor.clone(memory_format=torch.contiguous_format) if place in memory else tensor.contiguous()
+        memory.add(place)
+    return found
