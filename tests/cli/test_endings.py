@@ -89,7 +89,7 @@ def test_what_should_not_happen_is_one_line_with_its_place_and_what_to_do(
 def test_the_place_is_in_our_own_code() -> None:
     with pytest.raises(TypeError) as raised:
         expanded(5)  # type: ignore[arg-type]
-    assert "(io.py:" in errors.said(raised.value)[0]
+    assert "(machine.py:" in errors.said(raised.value)[0]
 
 
 ENDINGS = {

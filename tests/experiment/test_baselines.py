@@ -92,7 +92,7 @@ def test_a_client_alone_that_fails_is_told_and_in_no_mean(
     assert "client 1: error (always)" in arm.failed[1]
     assert all(len(each) == 2 for each in arm.per_client.values())
     assert not (path / "arms/local-only/client-0001/adapter").exists()
-    assert any("1 clients have no model and no score (1)" in line for line in doubts(result))
+    assert any("no model and no score for 1 client (1)" in line for line in doubts(result))
     document = read_json(path / "result.json")
     assert document["arms"][-1]["failed"] == {"1": arm.failed[1]}
     # bytes, rounds and steps are those of all clients, not of the last

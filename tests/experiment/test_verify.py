@@ -36,7 +36,7 @@ def test_everything_else_is_the_same_exactly() -> None:
         "round 1: client 0 had 8 examples, has 9",
         "round 1: client 0 had 2 steps, has 3",
     ]
-    assert differences(rounds(), []) == ["1 rounds were to be run again, 0 were"]
+    assert differences(rounds(), []) == ["1 round to be run again, 0 ended"]
 
 
 @pytest.mark.parametrize("line", [{}, [], "x", None, {"round": 1}, {**rounds()[0], "clients": None}])

@@ -5,6 +5,7 @@ import gzip
 import io
 import json
 from collections.abc import Callable
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -75,8 +76,10 @@ def test_damaged_training_files_end_in_rows_reports_or_a_named_error(tmp_path: P
     def read() -> None:
         checked = check(files.read_rows(path), {}, "output")
         for row in require(checked, "a"):
-            "".join(vars(row).values()).encode()
-            assert row.output.strip()
+            answers = [row.output, *(answer for _, answer in row.turns)]
+            texts = [row.instruction, row.input, row.group, *chain.from_iterable(row.turns), *row.columns.values()]
+            "".join([*answers, *texts]).encode()
+            assert any(answer.strip() for answer in answers)
         "\n".join(checked.lines()).encode("utf-8", "backslashreplace")
         partition.partition(checked.rows, "shards:1", 2, 1)
 

@@ -263,7 +263,7 @@ def test_a_slope_along_a_direction_of_no_step_is_refused(tmp_path: Path) -> None
 
     taken = int(scene.before.state.extra[name].count_nonzero())
     scene.mutate = everywhere
-    after = one_round(scene.fed, 3, scene.before)
+    after = complete(one_round(scene.fed, 3, scene.before))
     assert [(r.client, r.reason) for r in after.records[-1].rejected] == [(BAD, "values")]
     assert int(after.state.extra[name].count_nonzero()) <= taken + 3 * Toy.steps
 

@@ -231,7 +231,9 @@ def test_a_head_whose_logits_are_capped_far_beyond_a_small_models_is_seen() -> N
 
     for cap in (None, 1e4):
         torch.manual_seed(0)
-        model = Gemma2ForCausalLM(Gemma2Config(**SMALL, **HEADS, final_logit_softcapping=cap)).eval()
+        model = (
+            Gemma2ForCausalLM(Gemma2Config(**SMALL, **HEADS, final_logit_softcapping=cap)).eval().requires_grad_(False)
+        )
         assert head.has_plain_head(model) is (cap is None)
 
 

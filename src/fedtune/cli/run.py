@@ -106,7 +106,7 @@ def _print(resolved: Settings) -> None:
     typer.echo(f"# protocol {resolved.protocol.name} sha256 {resolved.protocol.hash}")
     kind = METHODS[resolved.config.method.name]
     if around := [wrapper.name for wrapper in asked(resolved.config, kind)]:
-        typer.echo(f"# wrappers, from the outside in: {', '.join(around)}")
+        say(f"# wrappers, from the outside in: {', '.join(around)}")
     for reason in resolved.unranked:
         say(f"# unranked: {reason}")
 
