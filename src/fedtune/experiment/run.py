@@ -25,6 +25,7 @@ from fedtune.io import folder_lock, only_files, read_lines, write_json, write_li
 from fedtune.lora.state import AdapterState
 from fedtune.methods.state import ServerState
 from fedtune.models import budget, zoo
+from fedtune.models.load import LoadedModel
 from fedtune.results import schema
 from fedtune.training import workload
 from fedtune.training.plan import Plan
@@ -226,6 +227,14 @@ def run(
     return complete(alone)
 
 
+def _opened(path: Path, settings: Settings, data: str, base: LoadedModel, *, resume: bool, force: bool) -> RunFolder:
+    """Open a run's folder for what the run is made of: settings, the hash of its data, and the base model."""
+    config, dtype = settings.config, str(base.model.dtype).removeprefix("torch.")
+    known = folder.identity(config, data, base.revision, dtype)
+    unranked = (*settings.unranked, *zoo.unranked_reasons(config), *domains.unranked_reasons(config))
+    return open_run(path, settings, known, unranked, resume=resume, force=force)
+
+
 def steps(
     settings: Settings,
     out: Path | None = None,
@@ -265,11 +274,8 @@ def steps(
         tasks = domains.chosen_tasks(config)
         check_tasks(tasks, config)
         shared = resident or Resident.of(config, [config.seed])
-        base = shared.base
-        check_prompts(base.tokenizer, tasks, config)
-        known = folder.identity(config, data.hash, base.revision, str(base.model.dtype).removeprefix("torch."))
-        unranked = (*settings.unranked, *zoo.unranked_reasons(config), *domains.unranked_reasons(config))
-        opened = open_run(path, settings, known, unranked, resume=resume, force=force)
+        check_prompts(shared.base.tokenizer, tasks, config)
+        opened = _opened(path, settings, data.hash, shared.base, resume=resume, force=force)
         try:
             with status(opened):
                 start = shared.starts[config.seed]
