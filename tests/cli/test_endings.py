@@ -215,10 +215,11 @@ def test_ctrl_c_is_a_line_and_130(monkeypatch: pytest.MonkeyPatch, capsys: pytes
 def test_ctrl_c_during_imports_is_a_line_and_130(module: str) -> None:
     """One module is imported before any command, one by a command."""
     code = (
-        "import os, runpy, signal, sys\n"
+        "import runpy, signal, sys\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # a job in the background ignores it
         "class Stop:\n"
         "    def find_spec(self, name, path=None, target=None):\n"
-        f"        if name == {module!r}: os.kill(os.getpid(), signal.SIGINT)\n"
+        f"        if name == {module!r}: signal.raise_signal(signal.SIGINT)\n"
         "sys.meta_path.insert(0, Stop())\n"
         "sys.argv = ['fedtune', 'score', 'fpb', 'none.json']\n"
         "runpy.run_module('fedtune', run_name='__main__', alter_sys=True)\n"

@@ -357,3 +357,18 @@ def test_a_full_disk_under_a_conversion_is_named(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr("fedtune.models.load._convert_gguf", full)
     with pytest.raises(ModelError, match=r"cannot be written: .*No space left on device.*FEDTUNE_CACHE"):
         packaged_folder("packaged/smollm2-135m-instruct")
+
+
+@pytest.mark.parametrize("where", ["attn_implementation", "_attn_implementation", "part", "table"])
+def test_an_implementation_that_is_code_of_a_repository_is_refused(
+    tiny_folder: Path, tmp_path: Path, where: str
+) -> None:
+    folder, kernel = Path(shutil.copytree(tiny_folder, tmp_path / "model")), "kernels-community/attention@abc"
+    config = json.loads((folder / "config.json").read_text())
+    named = {
+        "part": {"text_config": {"attn_implementation": kernel}},
+        "table": {"attn_implementation": {"text_config": kernel}},
+    }
+    (folder / "config.json").write_text(json.dumps(config | named.get(where, {where: kernel})))
+    with pytest.raises(ModelError, match="code of a repository and never run"):
+        load(ModelSettings(name=str(folder)))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -81,18 +81,28 @@ def not_a_number(path: Path) -> str:
     return ""
 
 
-def _names(value: Any, key: str) -> bool:
-    """Tell whether a JSON value has a key anywhere inside."""
+def _entries(value: Any) -> Iterator[tuple[str, Any]]:
+    """Yield every key of a JSON value with what it stands for, however deep inside."""
     left = [value]
     while left:
         inner = left.pop()
         if isinstance(inner, dict):
-            if key in inner:
-                return True
+            yield from inner.items()
             left += inner.values()
         elif isinstance(inner, list):
             left += inner
-    return False
+
+
+def _names(value: Any, key: str) -> bool:
+    """Tell whether a JSON value has a key anywhere inside."""
+    return any(name == key for name, _ in _entries(value))
+
+
+def _kernels(settings: Any) -> list[str]:
+    """Return the implementations (of attention, of experts) that are repositories of code on the Hub."""
+    chosen = [value for key, value in _entries(settings) if "_implementation" in f"_{key}"]
+    named = [inner for value in chosen for inner in (value.values() if isinstance(value, dict) else [value])]
+    return [name for name in named if isinstance(name, str) and "/" in name]
 
 
 def _read_settings(path: Path) -> Any:
@@ -104,7 +114,7 @@ def _read_settings(path: Path) -> Any:
 
 
 def check_settings(path: Path) -> Any:
-    """Read settings; refuse those that name another file to be loaded in place of the model's own.
+    """Read settings; refuse those that name code, or another file to be loaded in place of the model's own.
 
     Such a file can be a pickle, or lie outside of what identifies the model.
 
@@ -117,6 +127,11 @@ def check_settings(path: Path) -> Any:
         raise ModelError(
             f"{path}: its {named} names other files to load; only files of the usual names are read: "
             f"give them those ({SINGLE}, config.json, tokenizer.json) and remove {named}"
+        )
+    if kernels := _kernels(settings):
+        raise ModelError(
+            f"{path}: asks for the implementation {kernels[0]!r}, which is code of a repository and never run; "
+            "remove the entry"
         )
     return settings
 
