@@ -191,7 +191,8 @@ def test_a_log_holds_no_more_than_a_run_writes(
 ) -> None:
     monkeypatch.setattr(log_size, "MAX_VALUES", 40)
     monkeypatch.setattr(log_size, "MAX_LINE", 300)
-    (tmp_path / "fpb.likelihood.jsonl.gz").write_bytes(gzip.compress(b'{"header":1}\n' + line + b"\n"))
+    (tmp_path / "evals").mkdir()
+    (tmp_path / "evals/fpb.likelihood.jsonl.gz").write_bytes(gzip.compress(b'{"header":1}\n' + line + b"\n"))
     said = [str(problem) for problem in log_size.logs_fit(tmp_path)]
     assert (why in said[0]) if why else not said
 

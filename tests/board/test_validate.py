@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
-from fedtune.board import sets
+from fedtune.board import samples, sets
 from fedtune.board.adapter import adapter_problems, of_base
 from fedtune.board.entries import from_run
 from fedtune.board.store import duplicate, write_entry
@@ -534,7 +534,18 @@ def test_two_logs_of_one_evaluation_are_never_both_read(copy: Path) -> None:
     with pytest.raises(CorruptFileError, match=r"fpb\.official\.jsonl: stands beside fpb\.official\.jsonl\.gz"):
         second_log(copy / "seed-1")
     relist(copy / "seed-1")
-    assert "fpb.official.jsonl: stands beside" in reasons(copy)
+    assert "fpb.official.jsonl: is not packed" in reasons(copy)
+
+
+@pytest.mark.parametrize("name", ["fpb.official.jsonl", "fpb.official.jsonl.GZ", "fpb.official.json"])
+def test_a_log_that_is_not_measured_is_never_read(copy: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    log = copy / "seed-1/evals/federated/fpb.official.jsonl.gz"
+    log.rename(log.with_name(name))
+    relist(copy / "seed-1")
+    shutil.rmtree(copy / "seed-2")
+    for reader in (sets, samples):
+        monkeypatch.setattr(reader, "read_text_file", lambda *_: pytest.fail("is read without having been measured"))
+    assert name in reasons(copy)
 
 
 def test_the_same_run_twice_is_found(copy: Path) -> None:

@@ -64,10 +64,16 @@ def _measured(path: Path, most: int) -> int:
 
 
 def logs_fit(folder: Path) -> Iterator[Problem]:
-    """Yield logs that are no gzip, cut off, or hold more than a run writes; nothing is kept of them."""
+    """Yield logs that are not packed, no gzip, cut off, or hold more than a run writes; nothing is kept of them."""
     total = 0
-    for path in sorted(p for p in folder.rglob("*.gz") if not is_clutter(p.relative_to(folder))):
+    for path in sorted(p for p in (folder / "evals").rglob("*") if not p.is_dir()):
+        if is_clutter(path.relative_to(folder)):
+            continue
         name, task = str(path.relative_to(folder)), TASKS.get(path.name.partition(".")[0])
+        # whoever reads a log asks what it holds, and not its name: what is not measured must not be read
+        if not name.endswith(".jsonl.gz"):
+            yield Problem(name, "is not packed; fedtune submit packs it as .jsonl.gz")
+            continue
         try:
             total += _measured(path, (task.n if task else 0) or MAX_ROWS)
         except _TooMuchError as err:

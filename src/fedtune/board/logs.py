@@ -46,8 +46,6 @@ def _strays(folder: Path, entry: Entry) -> Iterator[Problem]:
     there = {p for p in (folder / "evals").rglob("*") if not p.is_dir() and not is_clutter(p.relative_to(folder))}
     for path in sorted(there - named_logs(folder, entry.arms, entry.curve)):
         yield Problem(str(path.relative_to(folder)), "belongs to no score, client or round")
-    for path in sorted(p for p in there if p.suffix != ".gz"):
-        yield Problem(str(path.relative_to(folder)), "is not packed; fedtune submit packs it as .jsonl.gz")
 
 
 def _clients(folder: Path, entry: Entry, arm: Arm) -> Iterator[Problem]:
