@@ -16,6 +16,7 @@ import torch
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
+from fedtune import objectives, spaces
 from fedtune import settings as whole
 from fedtune.cli import app
 from fedtune.config import Settings
@@ -28,6 +29,7 @@ from fedtune.experiment.reporter import Reporter
 from fedtune.experiment.run import run
 from fedtune.io import digest, read_json, read_lines
 from fedtune.methods import METHODS, wrappers
+from fedtune.registry import Registry
 from fedtune.results.manifest import code_sha256, versions
 from fedtune.types import CancelledError, ConfigError, ResumeError, RoundRecord
 from tests.evaluation.test_scorers import the_page
@@ -301,3 +303,16 @@ def test_an_objective_of_another_package_is_trained_by(
     assert f"the objective simpo comes from the package {package} 0.3" in made.unranked
     _, result = run(made, tmp_path / "run")
     assert (result.rounds, result.lost_clients) == (1, 0)
+
+
+@pytest.mark.parametrize(
+    "registry", [METHODS, wrappers.WRAPPERS, spaces.SPACES, objectives.OBJECTIVES], ids=lambda registry: registry.kind
+)
+def test_a_class_whose_settings_are_no_section_is_refused(offer: Offer, registry: Registry[Any]) -> None:
+    own = next(iter(registry.own.values()))
+    kind = own if isinstance(own, type) else type(own)
+    source = f"from {kind.__module__} import {kind.__name__} as Own\nclass Broken(Own):\n    name = 'broken'\n"
+    offer(source + "    Parameters = dict", **{f"{registry.kind}s": {"broken": "Broken"}})
+    assert "Broken.Parameters is no subclass of " in registry.fault("broken")
+    offer(source, **{f"{registry.kind}s": {"sound": "Broken"}})
+    assert "Broken.name is 'broken'" in registry.fault("sound")

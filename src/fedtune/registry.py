@@ -11,18 +11,20 @@ import logging
 import re
 import sys
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib import metadata
 from pathlib import Path
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
+from fedtune.config.section import Section
 from fedtune.results.manifest import source_sha256
 from fedtune.results.schema import PATH_PART
 from fedtune.types import last_line
 
 T = TypeVar("T")
+C = TypeVar("C")
 _log = logging.getLogger("fedtune")
 
 
@@ -61,6 +63,32 @@ def _origin(point: metadata.EntryPoint) -> Origin:
     file = Path(getattr(top, "__file__", None) or sys.modules[point.module].__file__ or "")
     name, version = (point.dist.name, point.dist.version) if point.dist else (point.module, "unknown")
     return Origin(name, version, source_sha256(file.parent if file.name == "__init__.py" else file))
+
+
+def subclass_of(
+    base: type[C], *, texts: Sequence[str] = ("name", "title"), parameters: type = Section
+) -> Callable[[str, object], type[C]]:
+    """Return the check of a registry whose components are classes; it raises TypeError or ValueError.
+
+    Args:
+        base: what they derive from.
+        texts: attributes that each must have, as text; its `name` is the one that it is offered under.
+        parameters: what the `Parameters` of each derive from.
+    """
+
+    def check(name: str, found: object) -> type[C]:
+        if not (isinstance(found, type) and issubclass(found, base)):
+            raise TypeError(f"{found!r:.100} is no subclass of {base.__module__.removesuffix('.base')}.{base.__name__}")
+        kind: Any = found
+        if missing := [a for a in texts if not isinstance(getattr(kind, a, None), str)]:
+            raise TypeError(f"{kind.__name__} has no {missing[0]}")
+        if not (isinstance(kind.Parameters, type) and issubclass(kind.Parameters, parameters)):
+            raise TypeError(f"{kind.__name__}.Parameters is no subclass of {parameters.__qualname__}")
+        if kind.name != name:
+            raise ValueError(f"{kind.__name__}.name is {kind.name!r}")
+        return found
+
+    return check
 
 
 class Registry(Mapping[str, T], Generic[T]):

@@ -37,7 +37,7 @@ from fedtune.methods.recipe import Recipe
 from fedtune.methods.rolora import RoLoRA
 from fedtune.methods.state import ClientUpdate, Scene, ServerState
 from fedtune.methods.wrappers.rules import RULES
-from fedtune.registry import Registry
+from fedtune.registry import Registry, subclass_of
 from fedtune.types import Problem, derive_seed, nearest
 
 _ALL: tuple[type[Method], ...] = (
@@ -67,20 +67,11 @@ _ALL: tuple[type[Method], ...] = (
 )
 
 
-def _checked(name: str, found: object) -> type[Method]:
-    """Return a method that another package offers. Raises TypeError or ValueError: it is none, or of another name."""
-    if not (isinstance(found, type) and issubclass(found, Method)):
-        raise TypeError(f"{found!r:.100} is no subclass of fedtune.methods.Method")
-    if missing := [a for a in ("name", "title", "paper") if not isinstance(getattr(found, a, None), str)]:
-        raise TypeError(f"{found.__name__} has no {missing[0]}")
-    if not issubclass(found.Parameters, Method.Parameters):
-        raise TypeError(f"{found.__name__}.Parameters is no subclass of Method.Parameters")
-    if found.name != name:
-        raise ValueError(f"{found.__name__}.name is {found.name!r}")
-    return found
-
-
-METHODS = Registry[type[Method]]("method", {m.name: m for m in _ALL}, _checked)
+METHODS = Registry[type[Method]](
+    "method",
+    {m.name: m for m in _ALL},
+    subclass_of(Method, texts=("name", "title", "paper"), parameters=Method.Parameters),
+)
 AROUND = {
     "fedprox": "drift.proximal_mu=0.01",
     "scaffold": "drift.scaffold=true with train.optimizer=sgd",

@@ -6,27 +6,13 @@ from collections.abc import Iterable
 from typing import Any
 
 from fedtune.config import Config
-from fedtune.config.section import Section, own_problems
+from fedtune.config.section import own_problems
 from fedtune.objectives.base import Example, Objective
 from fedtune.objectives.cross_entropy import CrossEntropy
-from fedtune.registry import Registry
+from fedtune.registry import Registry, subclass_of
 from fedtune.types import Problem, nearest
 
-
-def _checked(name: str, found: object) -> type[Objective[Any]]:
-    """Return an objective that another package offers. Raises TypeError or ValueError: it is none, or misnamed."""
-    if not (isinstance(found, type) and issubclass(found, Objective)):
-        raise TypeError(f"{found!r:.100} is no subclass of fedtune.objectives.Objective")
-    if missing := [a for a in ("name", "title") if not isinstance(getattr(found, a, None), str)]:
-        raise TypeError(f"{found.__name__} has no {missing[0]}")
-    if not issubclass(found.Parameters, Section):
-        raise TypeError(f"{found.__name__}.Parameters is no subclass of Section")
-    if found.name != name:
-        raise ValueError(f"{found.__name__}.name is {found.name!r}")
-    return found
-
-
-OBJECTIVES = Registry[type[Objective[Any]]]("objective", {CrossEntropy.name: CrossEntropy}, _checked)
+OBJECTIVES = Registry[type[Objective[Any]]]("objective", {CrossEntropy.name: CrossEntropy}, subclass_of(Objective))
 
 __all__ = ["OBJECTIVES", "CrossEntropy", "Example", "Objective", "build", "problems"]
 

@@ -8,26 +8,17 @@ from fedtune.config import Config
 from fedtune.config.load import flatten
 from fedtune.config.schema import LoraSettings
 from fedtune.config.section import own_problems
-from fedtune.registry import Registry
+from fedtune.registry import Registry, subclass_of
 from fedtune.spaces.base import Space
 from fedtune.spaces.full import Full
 from fedtune.spaces.ia3 import IA3
 from fedtune.spaces.lora import Lora
 from fedtune.types import Problem, nearest
 
-
-def _checked(name: str, found: object) -> Space:
-    """Return a space that another package offers. Raises TypeError or ValueError: it is none, or of another name."""
-    if not (isinstance(found, type) and issubclass(found, Space)):
-        raise TypeError(f"{found!r:.100} is no subclass of fedtune.spaces.Space")
-    if missing := [a for a in ("name", "title") if not isinstance(getattr(found, a, None), str)]:
-        raise TypeError(f"{found.__name__} has no {missing[0]}")
-    if found.name != name:
-        raise ValueError(f"{found.__name__}.name is {found.name!r}")
-    return found()
-
-
-SPACES = Registry[Space]("space", {space.name: space for space in (Lora(), IA3(), Full())}, _checked)
+_class = subclass_of(Space)
+SPACES = Registry[Space](
+    "space", {space.name: space for space in (Lora(), IA3(), Full())}, lambda name, found: _class(name, found)()
+)
 
 __all__ = ["SPACES", "Space", "of", "problems"]
 

@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from functools import reduce
 
 from fedtune.config import Config
-from fedtune.config.section import Section, own_problems
+from fedtune.config.section import own_problems
 from fedtune.methods.base import Method
 from fedtune.methods.wrappers.attack import Attackers
 from fedtune.methods.wrappers.base import Innermost, RoundContext, Wrapper
@@ -18,7 +18,7 @@ from fedtune.methods.wrappers.fedprox import FedProx
 from fedtune.methods.wrappers.robust import Robust
 from fedtune.methods.wrappers.scaffold import Scaffold
 from fedtune.methods.wrappers.server_optimizer import ServerOptimizer
-from fedtune.registry import Registry
+from fedtune.registry import Registry, subclass_of
 from fedtune.types import Problem, nearest
 
 _OWN: tuple[type[Wrapper], ...] = (Attackers, Scaffold, Robust, DoRA, ServerOptimizer, FedProx)
@@ -26,18 +26,7 @@ _OWN: tuple[type[Wrapper], ...] = (Attackers, Scaffold, Robust, DoRA, ServerOpti
 __all__ = ["WRAPPERS", "Innermost", "RoundContext", "Wrapper", "asked", "problems", "wrapped"]
 
 
-def _checked(name: str, found: object) -> type[Wrapper]:
-    """Return a wrapper that another package offers. Raises TypeError or ValueError: it is none, or of another name."""
-    if not (isinstance(found, type) and issubclass(found, Wrapper)):
-        raise TypeError(f"{found!r:.100} is no subclass of fedtune.methods.wrappers.Wrapper")
-    if not issubclass(found.Parameters, Section):
-        raise TypeError(f"{found.__name__}.Parameters is no subclass of Section")
-    if getattr(found, "name", None) != name:
-        raise ValueError(f"{found.__name__}.name is {getattr(found, 'name', None)!r}")
-    return found
-
-
-WRAPPERS = Registry[type[Wrapper]]("wrapper", {w.name: w for w in _OWN}, _checked)
+WRAPPERS = Registry[type[Wrapper]]("wrapper", {w.name: w for w in _OWN}, subclass_of(Wrapper, texts=("name",)))
 
 
 def problems(config: Config) -> Iterable[Problem]:
