@@ -59,7 +59,11 @@ def test_sound_samples_give_their_score(judge: Callable[..., list[str]]) -> None
         ({"scores": []}, "has not one likelihood for each answer"),
         ({"scores": [1.0] * 5}, "has not one likelihood for each answer"),
         ({"scores": [True, 0, 0, 0]}, "has not one likelihood for each answer"),
-        ({"scores": [-1.0, -2.0, None, -2.0]}, "has not one likelihood for each answer"),
+        ({"scores": [-1.0, -2.0, "x", -2.0]}, "has not one likelihood for each answer"),
+        ({"scores": [None] * 4}, "the model's likelihood of every answer is zero"),
+        ({"scores": [0.5, -2.0, -2.0, -2.0]}, "the model's likelihood of an answer is above 1"),
+        ({"scores": [None, -2.0, -2.0, -2.0]}, "predicted is 'A', it gives 'B'"),
+        ({"predicted": "x" * 10**6}, "x, it gives 'A'"),
         ({"scores": [-3.0, -2.0, -2.5, -2.6]}, "predicted is 'A', it gives 'B'"),
         ({"gold": "B"}, "correct is True, it gives False"),
         ({"gold": "E"}, "is none of its answers"),
@@ -68,7 +72,10 @@ def test_sound_samples_give_their_score(judge: Callable[..., list[str]]) -> None
         ({"strict": False}, "strict is False, it gives True"),
         ({"valid": False}, "valid is False, it gives True"),
         ({"i": "0"}, "has no place in the set"),
-        ({"value": 1.0}, "it has a value, which only programs and solutions have"),
+        ({"value": 1.0}, "it has value, which no such sample has"),
+        ({"output": "A"}, "it has output, which no such sample has"),
+        ({"same_prompt_as": 1}, "it names another sample"),
+        ({"i": False}, "has no place in the set"),
         (
             {"error": "RuntimeError", "correct": False, "strict": False, "valid": False},
             "an item that raised has an answer or counts as right",
@@ -80,6 +87,7 @@ def test_a_sample_that_is_not_judged_as_a_run_judges_is_named(
     judge: Callable[..., list[str]], changes: dict[str, Any], said: str
 ) -> None:
     (problem,) = judge([{**SOUND[0], **changes}, *SOUND[1:]])
+    assert len(problem) < 300
     assert problem.startswith("1 samples are judged wrongly; the first: item ")
     assert said in problem
 

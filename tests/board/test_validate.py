@@ -485,7 +485,7 @@ ATTACKS = [
     (turned_bits, "entry.answers: is"),
     (hidden_reason, "does not say that this makes it unranked"),
     (not_json, "entry.json"),
-    (bits_by_a_value, "it has a value, which only programs and solutions have"),
+    (bits_by_a_value, "it has value, which no such sample has"),
     (no_adapter, "adapter_model.safetensors: is missing; fedit leaves an adapter"),
     (small_adapter, "has a layer of rank 1, the settings say 4"),
     (bytes_below_zero, "round 1: its bytes are no count"),

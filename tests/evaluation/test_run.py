@@ -317,7 +317,10 @@ def test_a_second_call_does_only_what_is_missing(
         ({"gold": None}, "line 2: its right answer is not the item's"),
         ({"answers": 5}, "line 2: its possible answers are not the item's"),
         ({"scores": 5}, "line 2: it has not one likelihood for each answer"),
-        ({"same_prompt_as": 1}, "line 2: its prompt is not that of the sample it names"),
+        (
+            {"same_prompt_as": 1},
+            "line 2: it names another sample, which only those of official answers to questions do",
+        ),
         ({"error": "no", "correct": True}, "line 2: an item that raised has an answer or counts as right"),
     ],
 )

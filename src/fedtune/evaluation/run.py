@@ -71,7 +71,6 @@ def _resumable(log: Path, header: Sample, loaded: TaskItems, scorer: Scorer) -> 
             )
         if why := _unsound(row, loaded.items[number - 2], marks.get(place, {}), scorer):
             raise _refused(log, f"line {number}: {why}")
-    update_lines(log, lines)
     return lines[1:]
 
 

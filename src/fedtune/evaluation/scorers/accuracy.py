@@ -9,7 +9,7 @@ from typing import Any
 from fedtune.config.schema import EvalSettings
 from fedtune.domains.base import Item
 from fedtune.evaluation import metrics
-from fedtune.evaluation.scorers.base import Metric, Row, Sample, Scorer, pair
+from fedtune.evaluation.scorers.base import Metric, Row, Sample, Scorer, pair, stray
 from fedtune.results.schema import Score
 from fedtune.results.stats import macro_f1, proportion_interval
 
@@ -71,14 +71,24 @@ class Accuracy(Scorer):
 
     def check_sample(self, row: Row) -> str:
         """Read a sample's own answer again."""
-        if "value" in row:
-            return "it has a value, which only programs and solutions have"
         try:
             made = self.sample(self.item(row), self.answer(row))
         except ValueError as err:
             return str(err)
-        wrong = [name for name in JUDGED if row.get(name) != made[name]]
-        return f"{wrong[0]} is {row.get(wrong[0])!r}, it gives {made[wrong[0]]!r}" if wrong else ""
+        wrong = next((name for name in JUDGED if row.get(name) != made[name]), "")
+        return f"{wrong} is {row.get(wrong)!r:.60}, it gives {made[wrong]!r:.60}" if wrong else stray(row, made)
+
+    def check_failed(self, row: Row) -> str:
+        """Say whether a sample without an answer has one, or no right answer."""
+        if not self.may_be_right(row.get("gold")):
+            return f"its right answer {row.get('gold')!r:.60} is none of its answers"
+        made = self.failed(Item("", "", (row["gold"],), 0), "")
+        wrong = next((name for name in JUDGED if row.get(name) != made[name]), "")
+        return f"{wrong} is {row.get(wrong)!r:.60}, of an item that raised" if wrong else stray(row, made)
+
+    def may_be_right(self, gold: Any) -> bool:
+        """Tell whether an item of such a task can have this right answer."""
+        return isinstance(gold, str)
 
     def foreign(self, row: Row, item: Item) -> str:
         """Say whether the right answer, or what may be answered, is not the item's."""
@@ -92,7 +102,7 @@ class Accuracy(Scorer):
         """Return a stranger's sample as the item that it says it is of. Raises ValueError."""
         gold = row.get("gold")
         if not isinstance(gold, str):
-            raise ValueError(f"its right answer {gold!r} is no text")
+            raise ValueError(f"its right answer {gold!r:.60} is no text")
         return Item("", "", (gold,), 0)
 
     def answer(self, row: Row) -> Any:

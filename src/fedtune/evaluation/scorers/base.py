@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -95,6 +95,7 @@ class Scorer(ABC):
         samples_optional: whether a withheld score may have no samples, as the machine lacks what making them takes.
         readings: how a published file of answers can be read, the usual way first; none where nobody publishes any.
         needs_tests: whether a published file of answers needs one with tests beside it.
+        takes_outputs: whether a sample may name another, whose output counts as its own (`metrics.as_counted`).
     """
 
     mode: str
@@ -105,6 +106,7 @@ class Scorer(ABC):
     samples_optional: ClassVar[bool] = False
     readings: ClassVar[tuple[str, ...]] = ()
     needs_tests: ClassVar[bool] = False
+    takes_outputs: ClassVar[bool] = False
 
     @abstractmethod
     def solver(self) -> Solver:
@@ -127,12 +129,18 @@ class Scorer(ABC):
 
     def misjudged(self, row: Row) -> str:
         """Say in what a sample is not what its own answer gives, or it raised and counts; a stranger wrote it."""
-        if not isinstance(row.get("i"), int):
+        if type(row.get("i")) is not int:
             return "it has no place in the set"
-        if row.get("error"):
-            counts = any(row.get(k) for k in ("correct", "strict", "value", "valid", "predicted"))
-            return "an item that raised has an answer or counts as right" if counts else ""
-        return self.check_sample(row)
+        if "same_prompt_as" in row and not self.takes_outputs:
+            return "it names another sample, which only those of official answers to questions do"
+        if not row.get("error"):
+            return self.check_sample(row)
+        counts = any(row.get(k) for k in ("correct", "strict", "value", "valid", "predicted"))
+        return "an item that raised has an answer or counts as right" if counts else self.check_failed(row)
+
+    def check_failed(self, row: Row) -> str:
+        """Say in what the sample of an item that raised is not as `failed` makes one; a stranger wrote it."""
+        return ""
 
     def foreign(self, row: Row, item: Item) -> str:
         """Say in what a stranger's sample is not one of this item, or return an empty string."""
@@ -222,6 +230,16 @@ class Scorer(ABC):
             CorruptFileError: the file cannot be read so.
         """
         raise NotImplementedError
+
+
+# what a model gave, and what came of it; a kind of samples has some of them
+GIVEN = ("answers", "scores", "output", "value", "programs", "outcomes")
+
+
+def stray(row: Row, own: Container[str]) -> str:
+    """Say which answer a sample has that samples of its kind have not, or return an empty string."""
+    odd = next((name for name in GIVEN if name in row and name not in own), "")
+    return f"it has {odd}, which no such sample has" if odd else ""
 
 
 def pair(interval: Interval | None) -> tuple[float, float] | None:

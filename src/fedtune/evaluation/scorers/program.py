@@ -6,7 +6,7 @@ import math
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from fedtune.config import Config
 from fedtune.config.schema import EvalSettings
@@ -14,7 +14,7 @@ from fedtune.domains.base import Item, Task
 from fedtune.evaluation import again, metrics, programs, sandbox
 from fedtune.evaluation.items import TaskItems
 from fedtune.evaluation.retry import Failed
-from fedtune.evaluation.scorers.base import Metric, Row, Sample, Scorer, Solver, pair
+from fedtune.evaluation.scorers.base import Metric, Row, Sample, Scorer, Solver, pair, stray
 from fedtune.results.schema import Score
 from fedtune.results.stats import mean_interval, proportion_interval
 from fedtune.types import FedtuneError
@@ -26,6 +26,13 @@ def _ran(score: Score) -> str:
 
 
 PASS = Metric("pass@1", quality="compiles, timeouts", quality_of=_ran)
+
+
+def _is_outcome(found: Any) -> bool:
+    """Tell whether a stranger's outcome is one of the sandbox's."""
+    if not isinstance(found, dict):
+        return False
+    return found.get("kind") in get_args(sandbox.Kind) and type(found.get("compiled")) is bool
 
 
 def _passed(row: Row) -> int:
@@ -135,9 +142,17 @@ class Program(Scorer):
             return "it has not one outcome for each program"
         if not all(isinstance(t, str) for t in texts):
             return "its programs are not texts"
+        if not all(map(_is_outcome, outcomes)):
+            return "an outcome is none that running a program has"
         passed = [o["kind"] == "passed" for o in outcomes]
         same = row.get("correct") == passed[0] and row.get("value") == sum(passed) / len(passed)
-        return "" if same else "its value is not the share of its programs that passed"
+        if not same:
+            return "its value is not the share of its programs that passed"
+        return stray(row, ("programs", "outcomes", "value"))
+
+    def check_failed(self, row: Row) -> str:
+        """Say whether the programs of an item that raised are not judged as any others are; none of them passed."""
+        return self.check_sample(row)
 
     def check_log(self, rows: Sequence[Row], settings: EvalSettings) -> str:
         """Say which item has not as many programs as the settings ask for."""

@@ -59,5 +59,9 @@ class Questions(Accuracy):
         if not isinstance(answers, list) or answers != list(self.form.answers or LETTERS[: len(answers)]):
             raise ValueError("its possible answers are not those of the task")
         if gold not in answers:
-            raise ValueError(f"its right answer {gold!r} is none of its answers")
+            raise ValueError(f"its right answer {gold!r:.60} is none of its answers")
         return Item("", "", tuple(answers), answers.index(gold))
+
+    def may_be_right(self, gold: Any) -> bool:
+        """Tell whether an item of such a task can have this right answer."""
+        return gold in (self.form.answers or [*LETTERS])

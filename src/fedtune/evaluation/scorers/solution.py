@@ -8,7 +8,7 @@ from fedtune.config.schema import EvalSettings
 from fedtune.domains.base import Item
 from fedtune.evaluation import metrics
 from fedtune.evaluation.extract import wrap
-from fedtune.evaluation.scorers.base import Metric, Row, Sample, Scorer, Solver, pair
+from fedtune.evaluation.scorers.base import Metric, Row, Sample, Scorer, Solver, pair, stray
 from fedtune.evaluation.scorers.likelihood import unusable
 from fedtune.results.schema import Score
 from fedtune.results.stats import mean_interval
@@ -58,8 +58,17 @@ class Solution(Scorer):
         )
 
     def check_sample(self, row: Row) -> str:
-        """Say whether a sample has no value."""
-        return "" if type(row.get("value")) in (int, float) else "it has no value"
+        """Say whether a sample's value is no log-likelihood, or is not all that it has."""
+        if type(row.get("value")) not in (int, float):
+            return "it has no value"
+        return unusable([row["value"]]) or self._stray(row)
+
+    def check_failed(self, row: Row) -> str:
+        """Say whether a sample without a likelihood has one, even one of 1, or anything else."""
+        return self._stray(row) if row.get("value") is None else "an item that raised has a value"
+
+    def _stray(self, row: Row) -> str:
+        return stray(row, ("value",)) or ("it has a right answer" if row.get("gold") else "")
 
 
 SOLUTION = {"likelihood": Solution()}
