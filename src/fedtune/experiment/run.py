@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import wraps
 from pathlib import Path
+from typing import ParamSpec, TypeVar
 
 from fedtune import domains, spaces
 from fedtune.config import Settings
@@ -31,6 +33,8 @@ from fedtune.training import workload
 from fedtune.training.plan import Plan
 from fedtune.types import RoundRecord, RunFailedError, counted
 
+P = ParamSpec("P")
+T = TypeVar("T")
 Trained = tuple[schema.Arm, Sequence[RoundRecord]]
 ARMS = ("federated", "local-only", "centralised")
 
@@ -210,23 +214,6 @@ def _work(
     return result
 
 
-def run(
-    settings: Settings,
-    out: Path | None = None,
-    *,
-    resume: bool = False,
-    force: bool = False,
-    extra_arms: Sequence[str] = (),
-    reporter: Reporter | None = None,
-    resident: Resident | None = None,
-) -> tuple[Path, schema.Result]:
-    """Run an experiment, or continue one, beside no other; see `steps`."""
-    alone = steps(
-        settings, out, resume=resume, force=force, extra_arms=extra_arms, reporter=reporter, resident=resident
-    )
-    return complete(alone)
-
-
 def _opened(path: Path, settings: Settings, data: str, base: LoadedModel, *, resume: bool, force: bool) -> RunFolder:
     """Open a run's folder for what the run is made of: settings, the hash of its data, and the base model."""
     config, dtype = settings.config, str(base.model.dtype).removeprefix("torch.")
@@ -288,3 +275,15 @@ def steps(
             watch.close()
             if resident is None:
                 shared.end()
+
+
+def _alone(work: Callable[P, Steps[T]]) -> Callable[P, T]:
+    @wraps(work)
+    def to_its_end(*args: P.args, **kwargs: P.kwargs) -> T:
+        return complete(work(*args, **kwargs))
+
+    return to_its_end
+
+
+run = _alone(steps)
+"""Run an experiment, or continue one, beside no other; parameters and errors are those of `steps`."""
