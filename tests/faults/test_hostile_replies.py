@@ -45,7 +45,8 @@ AROUND: dict[str, dict[str, Any]] = {
     "foolsgold": {"robust": {"rule": "foolsgold"}},
     "clip": {"robust": {"clip_norm": 1.0}},
     "ia3": {"peft": {"kind": "ia3"}},
-    "full": {"peft": {"kind": "full"}},
+    # at a rate at which the clients' moves of about 0.1 are within reach of its steps
+    "full": {"peft": {"kind": "full"}, "train": {"learning_rate_min": 0.1, "learning_rate_max": 0.1}},
     "ia3 under krum": {"peft": {"kind": "ia3"}, "robust": {"rule": "krum", "malicious": 0}},
     "median clip": {"robust": {"clip_norm": "median", "malicious": 0}},
 }

@@ -14,6 +14,7 @@ from fedtune.config.load import unranked_reasons
 from fedtune.config.protocol import read_protocol
 from fedtune.experiment.evaluate import evaluate
 from fedtune.experiment.run import run
+from fedtune.federation.checkpoint import rounds_of
 from fedtune.io import read_json
 from fedtune.lora.state import Plain
 from fedtune.methods.state import ClientUpdate, ServerState
@@ -56,20 +57,37 @@ def test_a_cohort_trains_one_client_after_the_other(made: Callable[..., Settings
     assert all(torch.equal(t, _end(other)[n]) for n, t in _end(one).items())
 
 
-def test_full_parameters_in_bfloat16_travel_and_are_saved_so(made: Callable[..., Settings], tmp_path: Path) -> None:
-    half = {"model": {"dtype": "bfloat16"}, "federation": {"rounds": 1}}
-    path, result = run(made("full", **half), tmp_path / "run")
+def test_full_parameters_in_bfloat16_travel_so_and_are_kept_in_float32(
+    made: Callable[..., Settings], tmp_path: Path
+) -> None:
+    chosen = made("full", model={"dtype": "bfloat16"}, server={"optimizer": "fedavgm", "learning_rate": 0.3})
+    path, result = run(chosen, tmp_path / "whole")
+    assert (result.rounds, result.lost_clients) == (2, 0)
     assert result.bytes_down + result.bytes_up == result.bytes_predicted
-    saved = safetensors.torch.load_file(path / "model/model.safetensors")
+    with pytest.raises(CancelledError):
+        run(chosen, tmp_path / "cut", reporter=Stops(1))
+    again, _ = run(chosen, tmp_path / "cut", resume=True)
+    one, two, saved = _end(path), _end(again), safetensors.torch.load_file(path / "model/model.safetensors")
+    assert {t.dtype for t in one.values()} == {torch.float32}
     assert {t.dtype for t in saved.values()} == {torch.bfloat16}
-    assert {t.dtype for t in _end(path).values()} == {torch.bfloat16}
+    assert all(torch.equal(one[n], two[n]) for n in one | two)
+    assert all(torch.equal(one[n].bfloat16(), t) for n, t in saved.items())
+    assert any(not torch.equal(one[n], t.float()) for n, t in saved.items())
+    # a header for each tensor, and two bytes for each parameter, from and to three clients in two rounds
+    numbers = result.trainable_parameters
+    assert result.bytes_predicted == 2 * 2 * 3 * (2 * numbers + 128 * len(saved))
 
 
 AROUND: dict[str, tuple[str, dict[str, Any]]] = {
     "fedkseed": ("full", {"method": {"name": "fedkseed", "seeds": 8}}),
     "scaffold": ("ia3", {"drift": {"scaffold": True}, "train": {"optimizer": "sgd"}}),
     "fedadam": ("ia3", {"server": {"optimizer": "fedadam"}, "drift": {"proximal_mu": 0.1}}),
-    "robust": ("full", {"robust": {"rule": "trimmed"}, "attack": {"kind": "boost", "clients": [1]}}),
+    "robust": ("full", {"robust": {"rule": "trimmed"}, "attack": {"kind": "sign-flip", "clients": [1], "scale": 2.0}}),
+    "bfloat16": (
+        "full",
+        {"model": {"dtype": "bfloat16"}, "drift": {"scaffold": True}, "train": {"optimizer": "sgd"}},
+    ),
+    "bfloat16 by seeds": ("full", {"model": {"dtype": "bfloat16"}, "method": {"name": "fedkseed", "seeds": 8}}),
     "local-only": ("full", {"arm": "local-only"}),
 }
 
@@ -94,6 +112,16 @@ def test_a_robust_rule_drops_who_stands_apart() -> None:
     after = recipe.server_step(updates, state, 1)
     assert isinstance(after.adapter, Plain)
     assert torch.allclose(after.adapter.tensors["w"], torch.full((4,), 4.05 / 4), atol=1e-6)
+
+
+def test_a_boost_beyond_what_a_round_can_do_to_a_weight_is_refused(
+    made: Callable[..., Settings], tmp_path: Path
+) -> None:
+    attack = {"kind": "boost", "clients": [1], "scale": 50.0}
+    path, result = run(made("full", federation={"rounds": 1}, attack=attack), tmp_path / "run")
+    [record] = rounds_of(path)
+    assert result.lost_clients == 1
+    assert [(r.client, r.reason) for r in record.rejected] == [(1, "values")]
 
 
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {

@@ -5,6 +5,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
+from fedtune import methods
 from fedtune.federation import messages
 from fedtune.lora import algebra, product
 from fedtune.lora.base_delta import as_adapter, effective
@@ -12,6 +13,7 @@ from fedtune.lora.state import AdapterState, Plain, parameters, to_tensors, with
 from fedtune.methods import METHODS, ClientUpdate, ServerState
 from fedtune.models.budget import message_bytes
 from fedtune.names import FACTORS, PREFIX, ROLES, is_side, rank_axis
+from fedtune.settings import load
 from fedtune.types import AdapterError
 
 TENSORS = {"w": torch.arange(6.0).reshape(2, 3), "half": torch.ones(2, dtype=torch.bfloat16), "one": torch.tensor(2.0)}
@@ -59,6 +61,22 @@ def test_the_mean_of_clients_by_hand() -> None:
     updates = [ClientUpdate(c, t, n) for c, (t, n) in enumerate(zip(sent, (1, 3), strict=True))]
     after = method.server_step(updates, ServerState(Plain("full", {"w": torch.zeros(2, 3)})), 1)
     assert torch.equal(to_tensors(after.adapter)["w"], torch.full((2, 3), 3.25))
+
+
+def test_changes_below_the_spacing_of_the_weights_add_up() -> None:
+    """One client of four moves weights of 1 by their spacing 2**-7: the mean moves by a quarter of it each round."""
+    chosen = load([{"domain": "finance", "peft": {"kind": "full"}}]).config
+    recipe = methods.create(chosen)
+    state = recipe.initial(Plain("full", {"w": torch.ones(3).bfloat16(), "count": torch.tensor(5)}))
+    for round_ in range(1, 5):
+        sent = recipe.view(state, 0)
+        assert (sent["w"].dtype, sent["count"].dtype) == (torch.bfloat16, torch.int64)
+        assert recipe.expected(state, 0, round_)["w"].dtype == torch.bfloat16
+        moves = [2**-7, 0, 0, 0]
+        updates = [ClientUpdate(c, {"w": sent["w"] + move}, 8.0, version=round_ - 1) for c, move in enumerate(moves)]
+        state = recipe.server_step(updates, state, round_)
+        assert torch.equal(to_tensors(state.adapter)["w"], torch.full((3,), 1 + round_ * 2**-9))
+    assert float(recipe.view(state, 0)["w"][0]) == 1 + 2**-7
 
 
 @pytest.mark.parametrize("near", [True, False])

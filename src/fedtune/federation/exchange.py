@@ -16,7 +16,7 @@ from fedtune.federation.faults import kill_point
 from fedtune.federation.guard import aggregated
 from fedtune.federation.pool import Steps, exchange
 from fedtune.federation.screening import CONTENT, Expected, Most, Screened, Screening
-from fedtune.lora.algebra import RunningMean
+from fedtune.lora.algebra import RunningMean, wide
 from fedtune.lora.state import copied
 from fedtune.methods import ClientUpdate, ServerState
 from fedtune.models.budget import message_bytes
@@ -106,6 +106,7 @@ def _most(fed: Federation, client: int, round_: int) -> Most:
 
 def _expected(fed: Federation, cohort: Sequence[int], when: When, state: ServerState) -> Expected:
     round_, phase = when
+    rate = schedule.learning_rate(fed.config.train, round_, fed.config.federation.rounds)
     return Expected(
         fed.run_id,
         round_,
@@ -113,7 +114,7 @@ def _expected(fed: Federation, cohort: Sequence[int], when: When, state: ServerS
         fed.registered,
         lambda client: _most(fed, client, round_),
         fed.config.federation.weights,
-        lambda tensors, client: fed.recipe.flaw(tensors, state, client, round_, len(_plan(fed, client, round_))),
+        lambda tensors, client: fed.recipe.flaw(tensors, state, client, round_, len(_plan(fed, client, round_)), rate),
         phase,
         fed.recipe.method.ragged,
         fed.recipe.growth,
@@ -173,7 +174,7 @@ class _Updates:
         if self._sum is None:
             self._all.append(update)
         else:
-            self._sum.add(update.tensors, update.examples)
+            self._sum.add({name: wide(t) for name, t in update.tensors.items()}, update.examples)
 
     def close(self) -> list[ClientUpdate]:
         """Return the updates, or one that stands for all."""

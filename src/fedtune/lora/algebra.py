@@ -8,6 +8,11 @@ import torch
 from torch import Tensor
 
 
+def wide(tensor: Tensor) -> Tensor:
+    """Return a tensor in float32 or better."""
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+
 def gram(changes: Sequence[Mapping[str, Tensor]]) -> Tensor:
     """Return the inner products [n, n] of n sets of tensors, summed over their names, in float64."""
     table = torch.zeros(len(changes), len(changes), dtype=torch.float64)

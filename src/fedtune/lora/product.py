@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from fedtune.lora.algebra import weighted_mean
+from fedtune.lora.algebra import weighted_mean, wide
 from fedtune.lora.state import LoraModule
 
 # below this ratio of Cholesky's diagonal a Gram matrix in float64 no longer carries float32's digits
@@ -37,18 +37,14 @@ class Product:
         return int(self.left.shape[1])
 
 
-def _wide(tensor: Tensor) -> Tensor:
-    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
-
-
 def stack(modules: Sequence[LoraModule], weights: Sequence[float]) -> Product:
     """Return sum_i w_i s_i B_i A_i / sum_i w_i as stacked factors, without any error (FLoRA, arXiv 2409.05976).
 
     Each module's own scale is used, so ranks and alphas may differ; the weight goes on one factor only.
     """
     total = float(sum(weights))
-    left = torch.cat([_wide(m.b) for m in modules], dim=1)
-    right = torch.cat([_wide(m.a) * (w / total * m.scale) for m, w in zip(modules, weights, strict=True)], dim=0)
+    left = torch.cat([wide(m.b) for m in modules], dim=1)
+    right = torch.cat([wide(m.a) * (w / total * m.scale) for m, w in zip(modules, weights, strict=True)], dim=0)
     return Product(left, right)
 
 
@@ -119,7 +115,7 @@ def energy_rank(values: Tensor, energy: float) -> int:
 
 def of(module: LoraModule) -> Product:
     """Return a module's delta as a product, in the orientation of B A."""
-    return Product(_wide(module.b) * module.scale, _wide(module.a))
+    return Product(wide(module.b) * module.scale, wide(module.a))
 
 
 def precise(module: LoraModule) -> Product:
@@ -191,12 +187,12 @@ def residual(modules: Sequence[LoraModule], weights: Sequence[float]) -> Product
         weights: of each; they need not sum to 1.
     """
     shares = torch.tensor(weights, dtype=torch.float64) / float(sum(weights))
-    mean = weighted_mean(({"a": _wide(m.a), "b": _wide(m.b)} for m in modules), weights)
+    mean = weighted_mean(({"a": wide(m.a), "b": wide(m.b)} for m in modules), weights)
     roots = shares.sqrt().to(mean["a"].dtype)
     count = len(modules)
     mixing = torch.linalg.qr(torch.cat([roots[:, None], torch.eye(count, dtype=roots.dtype)], dim=1))[0][:, 1:]
-    spread_a = torch.stack([w * (_wide(m.a) - mean["a"]) for w, m in zip(roots, modules, strict=True)])
-    spread_b = torch.stack([w * (_wide(m.b) - mean["b"]) for w, m in zip(roots, modules, strict=True)])
+    spread_a = torch.stack([w * (wide(m.a) - mean["a"]) for w, m in zip(roots, modules, strict=True)])
+    spread_b = torch.stack([w * (wide(m.b) - mean["b"]) for w, m in zip(roots, modules, strict=True)])
     right = torch.einsum("ij,irk->jrk", mixing, spread_a).flatten(0, 1)
     left = torch.einsum("ij,ior->ojr", mixing, spread_b).flatten(1, 2)
     return Product(left * modules[0].scale, right)
@@ -231,7 +227,7 @@ def rotation_to(moving: Tensor, reference: Tensor, blend: float = 1.0) -> Tensor
         reference: [r, k].
         blend: below 1 the rotation goes only part of the way from the identity.
     """
-    turn = nearest_orthogonal(_wide(moving) @ _wide(reference).T)
+    turn = nearest_orthogonal(wide(moving) @ wide(reference).T)
     if blend == 1:
         return turn
     return nearest_orthogonal((1 - blend) * torch.eye(turn.shape[0], dtype=turn.dtype) + blend * turn)

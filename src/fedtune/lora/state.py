@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
+from fedtune.lora.algebra import wide
 from fedtune.names import PREFIX, A, B, M
 from fedtune.types import AdapterError, derive_seed
 
@@ -66,10 +68,17 @@ class Plain(Mapping[str, LoraModule]):
     Attributes:
         space: what its tensors are, by the name of a space.
         tensors: by the names they have in messages and files.
+        kinds: in which dtypes they are sent, by name; in their own where it says nothing.
     """
 
     space: str
     tensors: Mapping[str, Tensor]
+    kinds: Mapping[str, torch.dtype] = field(default_factory=dict)
+
+    @cached_property
+    def sent(self) -> dict[str, Tensor]:
+        """The tensors as they are sent, and as the model has them."""
+        return {name: t.to(self.kinds.get(name, t.dtype)) for name, t in self.tensors.items()}
 
     def _refused(self) -> AdapterError:
         return AdapterError(f"{self.space}: its tensors are no low-rank factors, so there is no layer with a product")
@@ -111,7 +120,7 @@ def with_tensors(like: AdapterState, tensors: Mapping[str, Tensor]) -> AdapterSt
         odd = sorted(set(names) ^ set(tensors))[:3]
         raise AdapterError(f"the adapter's tensors are not those expected; first that differ: {', '.join(odd)}")
     if isinstance(like, Plain):
-        return Plain(like.space, {name: tensors[name] for name in like.tensors})
+        return replace(like, tensors={name: tensors[name] for name in like.tensors})
     return {
         path: replace(
             module,
@@ -121,6 +130,30 @@ def with_tensors(like: AdapterState, tensors: Mapping[str, Tensor]) -> AdapterSt
         )
         for path, module in like.items()
     }
+
+
+def kept(adapter: AdapterState) -> AdapterState:
+    """Return a state as a server keeps it: weights in float32 or better, so that changes below their spacing add up."""
+    if not isinstance(adapter, Plain):
+        return adapter
+    kinds = {name: t.dtype for name, t in adapter.tensors.items() if t.is_floating_point()}
+    return replace(adapter, tensors={**adapter.tensors, **{n: wide(adapter.tensors[n]) for n in kinds}}, kinds=kinds)
+
+
+def as_sent(adapter: AdapterState, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the tensors of a message, those that a state keeps wider than they are sent in the dtype of the model."""
+    if not isinstance(adapter, Plain):
+        return dict(tensors)
+    own, sent = adapter.tensors, adapter.sent
+    return {n: t if n not in own else sent[n] if t is own[n] else t.to(sent[n].dtype) for n, t in tensors.items()}
+
+
+def received(adapter: AdapterState, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return what a client sent as the state moved by the same change: from what was sent, which was rounded, to it."""
+    if not isinstance(adapter, Plain):
+        return dict(tensors)
+    own, sent = adapter.tensors, adapter.sent
+    return {n: t if own.get(n) is sent.get(n) else t + (own[n] - sent[n]) for n, t in tensors.items()}
 
 
 def parameters(adapter: AdapterState) -> int:

@@ -17,7 +17,9 @@ from fedtune.methods.state import ClientUpdate, Scene, ServerState, Sizes
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from fedtune.config.schema import TrainSettings
     from fedtune.lora.state import AdapterState
+    from fedtune.methods.sound import Reach
 
 # the spaces of a method that takes a state's tensors as they are, whatever they stand for
 ANY = frozenset({"any"})
@@ -239,6 +241,19 @@ class Method:
         from fedtune.methods.sound import GROWTH
 
         return GROWTH
+
+    def reach(self, train: TrainSettings, rate: float, steps: int) -> Reach | None:
+        """Return how far a round can carry a weight of the model from what was sent; None where nobody can say.
+
+        Args:
+            train: the optimiser.
+            rate: the round's learning rate.
+            steps: of the round's plan.
+        """
+        from fedtune.methods.sound import reach
+
+        known = self.factors and self.optimises and not self.private
+        return reach(train, rate, self.losses(steps)) if known else None
 
     def common(self, round_: int, name: str) -> bool:
         """Tell whether a tensor has to be the same in all adapters that are aggregated after a round."""

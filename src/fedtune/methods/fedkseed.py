@@ -73,10 +73,11 @@ class FedKSeed(Method):
         return now
 
     def begin(self, layout: AdapterState, download: Tensors, kept: Tensors, round_: int) -> dict[str, Tensor]:
-        """Replay the sums so far on the run's initial adapter."""
+        """Replay the sums so far on the run's initial adapter, as the server does, in float32."""
+        from fedtune.lora.state import kept as wide
         from fedtune.lora.state import to_tensors
 
-        return self.replay(to_tensors(layout), download[_SCALARS])
+        return self.replay(to_tensors(wide(layout)), download[_SCALARS])
 
     def losses(self, steps: int) -> int:
         """Count the steps of the walk."""

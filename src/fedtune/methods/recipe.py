@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from fedtune import spaces
 from fedtune.config import Config
 from fedtune.methods import sound
 from fedtune.methods.base import Method
@@ -65,7 +67,9 @@ class Recipe:
 
     def initial(self, adapter: AdapterState) -> ServerState:
         """Return the server's state before the first round."""
-        return ServerState(self.outer.initial(adapter))
+        from fedtune.lora.state import kept
+
+        return ServerState(self.outer.initial(kept(adapter)))
 
     def begin(self, layout: AdapterState, download: Tensors, kept: Tensors, round_: int) -> dict[str, Tensor]:
         """Return all tensors of a client's model at the start of a round; magnitudes are relative under exact DoRA."""
@@ -77,23 +81,38 @@ class Recipe:
 
     def view(self, state: ServerState, client: int) -> dict[str, Tensor]:
         """Return what a client downloads."""
-        return self.outer.view(state, client)
+        from fedtune.lora.state import as_sent
+
+        return as_sent(state.adapter, self.outer.view(state, client))
 
     def expected(self, state: ServerState, client: int, round_: int) -> dict[str, Tensor]:
         """Return tensors with the names, shapes and dtypes that a client must send, and about the size."""
-        return self.outer.expected(state, client, round_)
+        from fedtune.lora.state import as_sent
+
+        return as_sent(state.adapter, self.outer.expected(state, client, round_))
 
     def growth(self, name: str) -> float:
         """Return by how much the norm of a tensor that a client sends may exceed that of what is expected."""
         return self.outer.growth(name)
 
-    def flaw(self, update: Tensors, state: ServerState, client: int, round_: int, steps: int) -> str:
-        """Say what is wrong with an update whose names and dtypes are as expected, or return an empty string."""
-        return self.outer.flaw(update, state, client, round_, steps)
+    def flaw(
+        self, update: Tensors, state: ServerState, client: int, round_: int, steps: int, rate: float = math.inf
+    ) -> str:
+        """Say what is wrong with an update whose names and dtypes are as expected, or return an empty string.
+
+        Whole weights must not have moved further than so many steps at the round's learning rate can carry them.
+        """
+        from fedtune.lora.state import as_sent, to_tensors
+
+        known = spaces.of(self.config).whole and rate < math.inf
+        within = self.outer.reach(self.config.train, rate, steps) if known else None
+        sent = as_sent(state.adapter, to_tensors(state.adapter))
+        odd = sound.change_problem(update, sent, within) if within else ""
+        return odd or self.outer.flaw(update, state, client, round_, steps)
 
     def middle(self, updates: Sequence[ClientUpdate], state: ServerState, round_: int) -> ServerState:
         """Return the state for the next exchange of the same round."""
-        self._check(updates, replace(state, round=round_ - 1))
+        updates = self._taken(updates, replace(state, round=round_ - 1))
         return self.method.middle(updates, state, round_)
 
     def server_step(
@@ -118,15 +137,19 @@ class Recipe:
             RunFailedError: fewer updates than a robust rule needs.
         """
         # a method may draw what is frozen from the round's number, and rounds may have been skipped since the last step
-        self._check(updates, replace(state, round=round_ - 1))
+        updates = self._taken(updates, replace(state, round=round_ - 1))
         return self.outer.server_step(updates, state, RoundContext(round_, refused, note))
 
-    def _check(self, updates: Sequence[ClientUpdate], state: ServerState) -> None:
-        """Look at every update before anything is made of them; a sum was looked at term by term as it came.
+    def _taken(self, updates: Sequence[ClientUpdate], state: ServerState) -> list[ClientUpdate]:
+        """Return the updates as the state moved by each, looked at before anything is made of them.
+
+        A sum was looked at term by term as it came.
 
         Raises:
             UpdateError: the first client whose numbers cannot be taken.
         """
+        from fedtune.lora.state import received
+
         for update in () if self.streams else updates:
             problem = sound.number_problem(update.tensors)
             # where only means of factors are taken, the bounds on those are enough
@@ -135,3 +158,4 @@ class Recipe:
                 problem = sound.product_problem(whole, state.adapter)
             if problem:
                 raise UpdateError(update.client, problem)
+        return [replace(u, tensors=received(state.adapter, u.tensors)) for u in updates]

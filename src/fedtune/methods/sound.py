@@ -13,11 +13,13 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from functools import cache
+from typing import TYPE_CHECKING, NamedTuple
 
 from fedtune.names import B
 
 if TYPE_CHECKING:
+    from fedtune.config.schema import TrainSettings
     from fedtune.lora.state import AdapterState
     from fedtune.methods.requests import Tensors
 
@@ -32,6 +34,67 @@ LOOSE = 1e4
 CLIPPED = 10.0
 # in medians of a round: how much of a client's own norm counts where that norm would set its weight
 OUTLYING = 2.0
+# of the way that a round's steps can make in exact arithmetic: rounding weights to bfloat16 doubles a small step at
+# most, and AdamW's moments are rounded to it as well
+MARGIN = 4.0
+
+
+class Reach(NamedTuple):
+    """How far a round's steps can carry a weight: ||change|| <= most + share ||start||.
+
+    Attributes:
+        order: of the norm: infinity bounds every number of a tensor, 2 all of them together.
+        most: what gradients can make.
+        share: what weight decay can make.
+    """
+
+    order: float
+    most: float
+    share: float
+
+
+@cache
+def _adam(beta1: float, beta2: float, steps: int) -> float:
+    """Return how far steps of Adam carry a number at a rate of 1 at most.
+
+    Its step m/sqrt(v) has m = sum a_i g_i and v = sum b_i g_i^2, so it is at most sqrt(sum a_i^2/b_i) (Cauchy-Schwarz).
+    """
+    ratio = beta1**2 / beta2 if beta2 else math.inf if beta1 else 0.0
+    far, terms = 0.0, 1.0
+    for step in range(1, steps + 1):
+        far += (1 - beta1) / (1 - beta1**step) * math.sqrt((1 - beta2**step) / (1 - beta2) * terms)
+        terms = terms * ratio + 1
+    return far
+
+
+def reach(train: TrainSettings, rate: float, steps: int) -> Reach:
+    """Return how far so many steps at a rate can carry a weight; no honest client comes further."""
+    share = math.expm1(min(MARGIN * rate * steps * train.weight_decay, 50.0))
+    clipped = steps * train.max_grad_norm
+    if train.optimizer == "sgd":
+        return Reach(2.0, MARGIN * rate * clipped * (1 + share), share)
+    far = min(_adam(train.adam_beta1, train.adam_beta2, steps), clipped / train.adam_epsilon)
+    return Reach(math.inf, MARGIN * rate * far * (1 + share), share)
+
+
+def change_problem(tensors: Tensors, start: Tensors, within: Reach) -> str:
+    """Say which weight has moved further than a round's steps can carry it, or return an empty string.
+
+    Args:
+        tensors: what a client sent; what it was not sent is passed over.
+        start: what it was sent.
+        within: what is possible.
+    """
+    import torch
+
+    for name in (n for n in tensors if n in start):
+        before = start[name].float()
+        moved = float(torch.linalg.vector_norm(tensors[name].float() - before, within.order))
+        limit = within.most + within.share * float(torch.linalg.vector_norm(before, within.order))
+        if not moved <= limit:
+            what = "a number" if within.order == math.inf else "the tensor"
+            return f"{name}: {what} has moved by {moved:.3g}; a round's steps reach {limit:.3g}"
+    return ""
 
 
 def number_problem(tensors: Tensors) -> str:

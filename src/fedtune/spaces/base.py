@@ -30,6 +30,7 @@ class Space:
         Parameters: the space's own settings in the section `peft`.
         folder: of a run, in which the trained state is saved.
         factored: its states are layers of factors, which have ranks and products, and lie side by side in one pass.
+        whole: its states are weights of the model: a client must not move one further than its optimiser can.
     """
 
     name: ClassVar[str]
@@ -37,6 +38,7 @@ class Space:
     paper: ClassVar[str] = ""
     folder: ClassVar[str] = "adapter"
     factored: ClassVar[bool] = False
+    whole: ClassVar[bool] = False
 
     class Parameters(Section):
         """No settings of its own."""

@@ -1,4 +1,7 @@
-"""Full parameters: all weights of the base model are trained, in the precision it is loaded in."""
+"""Full parameters: all weights of the base model are trained, in the precision it is loaded in.
+
+Clients hold and send them so; the server keeps them, and adds up changes, in float32 (`lora.state.Plain`).
+"""
 
 from __future__ import annotations
 
@@ -22,6 +25,7 @@ class Full(Space):
     name = "full"
     title = "all weights of the base model"
     folder = "model"
+    whole = True
 
     def problems(self, config: Config) -> Iterator[Problem]:
         """Refuse quantised weights, which have no gradient."""

@@ -16,7 +16,9 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from fedtune.config import Config
+    from fedtune.config.schema import TrainSettings
     from fedtune.lora.state import AdapterState
+    from fedtune.methods.sound import Reach
 
 Note = Callable[[str], object]
 # a setting and why it has no effect
@@ -80,6 +82,10 @@ class Innermost:
     def growth(self, name: str) -> float:
         """Return by how much the norm of a tensor that a client sends may exceed that of what is expected."""
         return self.method.growth(name)
+
+    def reach(self, train: TrainSettings, rate: float, steps: int) -> Reach | None:
+        """Return how far a round can carry a weight of the model from what was sent; None where nobody can say."""
+        return self.method.reach(train, rate, steps)
 
     def flaw(self, update: Tensors, state: ServerState, client: int, round_: int, steps: int) -> str:
         """Say what is wrong with an update whose names and dtypes are as expected, or return an empty string."""
@@ -167,6 +173,10 @@ class Wrapper(Innermost):
     def growth(self, name: str) -> float:
         """Return by how much the norm of a tensor that a client sends may exceed that of what is expected."""
         return self.inner.growth(name)
+
+    def reach(self, train: TrainSettings, rate: float, steps: int) -> Reach | None:
+        """Return how far a round can carry a weight of the model from what was sent; None where nobody can say."""
+        return self.inner.reach(train, rate, steps)
 
     def flaw(self, update: Tensors, state: ServerState, client: int, round_: int, steps: int) -> str:
         """Say what is wrong with an update whose names and dtypes are as expected, or return an empty string."""

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
     from fedtune.config import Config
     from fedtune.config.schema import TrainSettings
+    from fedtune.methods.sound import Reach
 
 T = TypeVar("T")
 CONTROL = "scaffold/"
@@ -60,7 +61,7 @@ def corrected(
         drift = Correction({n: server[n] - own[n] if n in own else server[n] for n in request.names if n in server})
         trained = yield replace(request, correction=drift)
         for name in drift:
-            zero = request.start[name].new_zeros(request.start[name].shape)
+            zero = server[name].new_zeros(request.start[name].shape)  # in the server's dtype, whatever the model's
             mean = drift.sums[name].to(zero.device, zero.dtype) / client.steps if name in drift.sums else zero
             changes[name] = mean - own.get(name, zero) if client.rate else zero
         return trained
@@ -130,6 +131,12 @@ def bounded(controls: Tensors, tensors: Tensors, train: TrainSettings) -> dict[s
         if (norm := float(controls[name].norm())) > most:
             found[name] = controls[name] * (most / norm)
     return found
+
+
+def correcting(train: TrainSettings) -> TrainSettings:
+    """Return settings whose plain steps reach as far as these do with c - c_i, both no larger than `bounded` has c."""
+    most = 3 * train.max_grad_norm + 2 * GROWTH * train.weight_decay
+    return train.model_copy(update={"max_grad_norm": most, "weight_decay": 3 * train.weight_decay})
 
 
 def new_controls(controls: Tensors, changes: Mapping[int, Tensors], round_: int, clients: int) -> dict[str, Tensor]:
@@ -206,6 +213,10 @@ class Scaffold(Wrapper):
     def growth(self, name: str) -> float:
         """Bound changes of controls by what gradients are clipped to."""
         return growth(self.config.train) if name.startswith(CONTROL) else self.inner.growth(name)
+
+    def reach(self, train: TrainSettings, rate: float, steps: int) -> Reach | None:
+        """Let the corrections of the steps reach further."""
+        return self.inner.reach(correcting(train), rate, steps)
 
     def flaw(self, update: Tensors, state: ServerState, client: int, round_: int, steps: int) -> str:
         """Look at the method's tensors; the controls' norms are bounded by `growth`."""
