@@ -1,8 +1,12 @@
 """Options that would change nothing, or that cannot be met, are refused before any work."""
 
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+from click import Context
+from typer.main import get_command
 from typer.testing import CliRunner
 
 from fedtune.cli import app
@@ -32,6 +36,21 @@ def test_an_option_without_effect_is_refused(what: str) -> None:
     done = CliRunner().invoke(app, words)
     assert isinstance(done.exception, ConfigError), done.output
     assert told in str(done.exception)
+
+
+def leaves(group: Any) -> Iterator[Any]:
+    context = Context(group)
+    for name in group.list_commands(context):
+        found = group.get_command(context, name)
+        yield from leaves(found) if hasattr(found, "commands") else [found]
+
+
+def test_every_argument_and_option_says_what_it_is() -> None:
+    found = list(leaves(get_command(app)))
+    assert len(found) > 15
+    assert [(c.name, p.name) for c in found for p in c.params if not p.help] == []
+    for words in (["run"], ["board", "build"]):
+        assert "The " in CliRunner().invoke(app, [*words, "--help"]).stdout.partition("Arguments")[2].splitlines()[1]
 
 
 @pytest.mark.parametrize("ending", ["png", "PDF"])

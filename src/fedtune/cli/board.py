@@ -8,10 +8,11 @@ from typing import Annotated
 
 import typer
 
+from fedtune.cli.errors import Group
 from fedtune.cli.say import say
 from fedtune.types import ConfigError, FedtuneError, Problem, counted
 
-board = typer.Typer(no_args_is_help=True, help="The leaderboard: built from entries in git, by anyone.")
+board = typer.Typer(cls=Group, no_args_is_help=True, help="The leaderboard: built from entries in git, by anyone.")
 REJECTED = 4
 
 

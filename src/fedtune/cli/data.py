@@ -71,8 +71,8 @@ def _shares(counts: list[dict[str, int]]) -> None:
 
 
 def data(
-    domain: Annotated[str, typer.Argument(help="general, finance, medical or code")],
-    partition: Annotated[str | None, typer.Option(help="iid, dirichlet:0.3, natural, shards:2 …")] = None,
+    domain: Annotated[str, typer.Argument(help="The domain: fedtune ls domains")],
+    partition: Annotated[str | None, typer.Option(help="iid, dirichlet:0.3, natural …: fedtune ls partitions")] = None,
     clients: Annotated[int | None, typer.Option(help="Clients (partitions).")] = None,
     protocol: Annotated[str | None, typer.Option(help="Frozen settings.")] = None,
     folder: Annotated[Path | None, typer.Option("--data", help="A folder with train/ files.")] = None,

@@ -9,9 +9,9 @@ import signal
 import sys
 import traceback
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, get_type_hints
 
-from typer.core import TyperGroup
+from typer.core import TyperArgument, TyperGroup
 
 from fedtune.machine import cache_dir
 from fedtune.types import CancelledError, CorruptFileError, FedtuneError, plain
@@ -51,6 +51,14 @@ class Group(TyperGroup):
             raise CorruptFileError(
                 f"a file ends too early ({str(err) or 'nothing more to read'}); is it cut off?"
             ) from err
+
+    def get_command(self, ctx: Any, cmd_name: str) -> Any:
+        """Return a command with the help of its arguments, which typer before 0.21 loses beside click from 8.5 on."""
+        found: Any = super().get_command(ctx, cmd_name)
+        for argument in (p for p in getattr(found, "params", ()) if isinstance(p, TyperArgument)):
+            (given,) = get_type_hints(found.callback, include_extras=True)[argument.name].__metadata__
+            argument.help = given.help
+        return found
 
 
 def _file_error(err: OSError) -> str:

@@ -45,8 +45,8 @@ OF_RUNS = ("eval.base", "eval.every")
 
 def evaluate(
     target: Annotated[str, typer.Argument(metavar="ADAPTER|MODEL", help="A PEFT folder, or a model's name.")],
-    domain: Annotated[str, typer.Option(help="general, finance, medical or code")],
-    task: Annotated[list[str] | None, typer.Option(help="A task's name; again for more.")] = None,
+    domain: Annotated[str, typer.Option(help="The domain: fedtune ls domains")],
+    task: Annotated[list[str] | None, typer.Option(help="A task, again for more: fedtune ls tasks")] = None,
     mode: Annotated[str, typer.Option(help="official, likelihood or both")] = "both",
     limit: Annotated[int, typer.Option(help="Items per task (a seeded sample); 0 is all.")] = 0,
     data: Annotated[Path | None, typer.Option(help="A folder with eval/<domain>/ files.")] = None,

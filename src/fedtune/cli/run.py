@@ -31,14 +31,14 @@ def _arms(text: str | None) -> list[str]:
 
 
 def run(
-    domain: Annotated[str | None, typer.Argument(help="general, finance, medical or code")] = None,
+    domain: Annotated[str | None, typer.Argument(help="The domain: fedtune ls domains")] = None,
     config: Annotated[Path | None, typer.Option("--config", "-c", help="A TOML file of settings.")] = None,
     protocol: Annotated[str | None, typer.Option(help="Frozen settings: fedtune ls protocols")] = None,
     model: Annotated[str | None, typer.Option(help="A zoo name, Hub id or local folder.")] = None,
     method: Annotated[str | None, typer.Option(help="The federated method: fedtune ls methods")] = None,
     rounds: Annotated[int | None, typer.Option(help="Rounds.")] = None,
     clients: Annotated[int | None, typer.Option(help="Clients (partitions).")] = None,
-    partition: Annotated[str | None, typer.Option(help="iid, dirichlet:0.3, natural, shards:2 …")] = None,
+    partition: Annotated[str | None, typer.Option(help="iid, dirichlet:0.3, natural …: fedtune ls partitions")] = None,
     seed: Annotated[int | None, typer.Option(help="The seed of all random draws.")] = None,
     arm: Annotated[str | None, typer.Option(help="federated, or a baseline alone: local-only, centralised.")] = None,
     arms: Annotated[

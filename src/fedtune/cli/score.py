@@ -12,7 +12,7 @@ from fedtune.cli.say import say
 
 
 def score(
-    task: Annotated[str, typer.Argument(help="A benchmark task: mmlu_stem, pubmedqa, fpb, humaneval …")],
+    task: Annotated[str, typer.Argument(help="A benchmark task, such as mmlu_stem or fpb: fedtune ls tasks")],
     file: Annotated[Path, typer.Argument(help="Generations: a JSON array or JSON lines, plain or gzipped.")],
     mode: Annotated[str, typer.Option(help="official (as FlowerTune reads answers) or strict")] = "official",
     references: Annotated[Path | None, typer.Option(help="Tests of programs (default: the set's own).")] = None,

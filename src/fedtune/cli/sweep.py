@@ -40,7 +40,7 @@ def _grid(texts: Sequence[str]) -> dict[str, list[Any]]:
 
 
 def sweep(
-    wanted: Annotated[list[str], typer.Argument(metavar="DOMAINS", help="general, finance, medical, code")],
+    wanted: Annotated[list[str], typer.Argument(metavar="DOMAINS", help="One or more: fedtune ls domains")],
     out: Annotated[Path, typer.Option(help="The sweep's folder; the same command continues an interrupted sweep.")],
     config: Annotated[Path | None, typer.Option("--config", "-c", help="A TOML file of settings.")] = None,
     protocol: Annotated[str | None, typer.Option(help="Frozen settings: fedtune ls protocols")] = None,

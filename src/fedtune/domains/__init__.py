@@ -1,4 +1,4 @@
-"""The domains and every task by name: our four, and those of other packages."""
+"""The domains and every task by name: our own, and those of other packages."""
 
 from __future__ import annotations
 

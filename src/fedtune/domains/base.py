@@ -100,7 +100,7 @@ class Domain:
     """One domain of the benchmark.
 
     Attributes:
-        name: `general`, `finance`, `medical` or `code`.
+        name: on the command line and in results.
         title: for people.
         training: the benchmark's own training set.
         packaged: the training set that comes inside registry packages.
