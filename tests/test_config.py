@@ -1,16 +1,18 @@
 import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import tomli_w
+from pydantic import model_validator
 
 from fedtune import domains, methods
 from fedtune.cli.settings import resolve
 from fedtune.config import Config, Settings, parse_assignment, protocol_names, read_protocol
 from fedtune.config.depth import DEEPEST, parsed, too_deep
 from fedtune.config.load import flatten, merge, read_toml
+from fedtune.config.section import Section, own_problems
 from fedtune.settings import load
 from fedtune.types import ConfigError
 
@@ -237,3 +239,32 @@ def test_of_very_many_mistakes_the_first_are_told() -> None:
     assert len(text.splitlines()) == 102
     of_a_method = _problems({"domain": "finance", "method": {"name": "fedit", **{f"k{i}": 1 for i in range(5000)}}})
     assert len(of_a_method.splitlines()) <= 102
+
+
+class _Bounded(Section):
+    low: float = 1.0
+    high: float = 2.0
+    word: Literal["a", "b"] = "a"
+
+    @model_validator(mode="after")
+    def _in_order(self) -> "_Bounded":
+        if self.low > self.high:
+            raise ValueError("low is above high")
+        return self
+
+
+def test_what_is_wrong_with_several_settings_together_is_told_of_their_table() -> None:
+    def told(**given: Any) -> list[str]:
+        return [str(problem) for problem in own_problems("objective", "bounded", _Bounded, given)]
+
+    assert told(low=1.5) == []
+    assert told(low=5.0) == ["objective: low is above high"]
+    assert told(lov=5.0) == ['objective.lov: unknown key; did you mean "low"?']
+    assert told(low="x")[0].startswith("objective.low = 'x': ")
+    (long,) = told(word="x" * 10**6)
+    assert len(long) < 500
+    assert long.endswith("Input should be 'a' or 'b'")
+
+
+def test_a_long_value_is_not_told_whole() -> None:
+    assert len(_problems({"domain": "finance", "train": {"labels": "x" * 10**5}})) < 1_000

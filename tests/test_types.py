@@ -18,6 +18,13 @@ def test_all_problems_stand_in_one_message() -> None:
     assert text.splitlines() == ["x.toml (2 problems)", "  a: is wrong; do b", "  c: too"]
 
 
+def test_a_problem_is_told_in_a_bounded_number_of_plain_characters() -> None:
+    told = str(Problem("\x1b[2J" * 10**5, "y" * 10**6, "do b"))
+    assert len(told) < 5_000
+    assert told.isprintable()
+    assert told.endswith("y; do b")
+
+
 def test_round_record_survives_json_and_weighs_its_loss() -> None:
     stats = (ClientStats(0, 10, 100, 2, 1.0), ClientStats(1, 30, 300, 2, 3.0), ClientStats(2, 5, 1, 1, None))
     record = RoundRecord(1, "ok", 1e-3, (0, 1, 2), stats, (Rejection(3, "error", "x"),), 7, 8, ("note",))

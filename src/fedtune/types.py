@@ -14,6 +14,9 @@ if TYPE_CHECKING:
     from pydantic import TypeAdapter
 
 
+MOST_TOLD = 2_000  # characters of a problem
+
+
 def counted(number: int, noun: str, plural: str = "") -> str:
     """Return a number with its noun, in the plural but for 1: `1 round`, `1,000 rounds`."""
     return f"{number:,} {noun if number == 1 else plural or noun + 's'}"
@@ -34,7 +37,8 @@ class Problem:
     fix: str = ""
 
     def __str__(self) -> str:
-        return f"{self.where}: {self.what}" + (f"; {self.fix}" if self.fix else "")
+        # what was found may be of any length
+        return plain(f"{self.where}: {self.what}" + (f"; {self.fix}" if self.fix else ""), MOST_TOLD)
 
 
 class ProblemsError(FedtuneError):

@@ -173,6 +173,7 @@ def test_a_row_without_question_and_answer_may_be_a_conversation() -> None:
         (chat("a"), "bad_conversation", "does not end with an answer"),
         (chat("a", "b", "c"), "bad_conversation", "does not end with an answer"),
         (chat("a", "b")[::-1], "bad_conversation", "has 'assistant' where 'user' is due"),
+        ([{"role": "r" * 10**6, "content": "x"}], "bad_conversation", "r where 'user' is due"),
         (chat("a", "b") + chat("", "", system="late"), "bad_conversation", "has 'system' where 'user' is due"),
         (chat("a", "b") * 2 + [{"role": "tool", "content": ""}], "bad_conversation", "has 'tool' where 'user'"),
         (chat("a", "b", "c", " \n"), "empty_answer", "'messages'"),

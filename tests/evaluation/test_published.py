@@ -52,7 +52,10 @@ def test_finance_files_hold_labels_or_texts(tmp_path: Path) -> None:
 def test_errors_name_the_row_the_column_and_the_nearest_task(tmp_path: Path) -> None:
     path = tmp_path / "x.json"
     path.write_text(json.dumps([CHOICES[0], {"prompt": "p", "gold": "A"}]))
-    with pytest.raises(CorruptFileError, match="row 2 lacks output; it has prompt, gold"):
+    with pytest.raises(CorruptFileError, match="row 2 lacks output; its columns are prompt, gold"):
+        score("medqa", path, "official")
+    path.write_text(json.dumps([{f"column {i}": 1 for i in range(10**5)}]))
+    with pytest.raises(CorruptFileError, match=r"row 1 lacks gold and output; .* and 99988 more$"):
         score("medqa", path, "official")
     path.write_text("[]")
     with pytest.raises(CorruptFileError, match="no rows"):

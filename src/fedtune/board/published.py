@@ -106,7 +106,7 @@ def _check_once(root: Path, items: Sequence[dict[str, Any]]) -> None:
     """Make sure a run has known tasks, each once: two runs in one row would be an average of nothing."""
     names = [item["task"] for item in items]
     if unknown := next((n for n in names if n not in TASKS), ""):
-        raise CorruptFileError(f"{root / 'index.json'}: unknown task {unknown!r}; {nearest(str(unknown), TASKS)}")
+        raise CorruptFileError(f"{root / 'index.json'}: unknown task {unknown!r:.60}; {nearest(str(unknown), TASKS)}")
     if twice := sorted({n for n in names if names.count(n) > 1}):
         who = f"{items[0]['participant']}, {items[0]['domain']}, {items[0]['model']}"
         raise CorruptFileError(

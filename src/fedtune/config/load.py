@@ -134,7 +134,7 @@ def _problem(error: Mapping[str, Any]) -> Problem:
     if error["type"] == "missing":
         return Problem(where, "is missing", "name a domain: fedtune run finance")
     value = error.get("input")
-    shown = f" = {value!r}" if not isinstance(value, (dict, BaseModel)) else ""
+    shown = f" = {value!r:.200}" if not isinstance(value, (dict, BaseModel)) else ""
     fix = ""
     if error["type"] == "literal_error" and isinstance(value, str):
         fix = nearest(value, str(error["ctx"]["expected"]).replace("'", "").replace(" or ", ", ").split(", "))

@@ -41,9 +41,11 @@ def own_problems(table: str, chosen: str, kind: type[Section], given: Mapping[st
         kind.model_validate(given)
     except ValidationError as err:
         for error in err.errors():
-            key = str(error["loc"][0])
+            # what is wrong with several together has no place of its own
+            where = ".".join(map(str, (table, *error["loc"][:1])))
             if error["type"] == "extra_forbidden":
-                fix = nearest(key, kind.model_fields) or f"{chosen} has no such setting"
-                yield Problem(f"{table}.{key}", "unknown key", fix)
+                fix = nearest(str(error["loc"][0]), kind.model_fields) or f"{chosen} has no such setting"
+                yield Problem(where, "unknown key", fix)
             else:
-                yield Problem(f"{table}.{key} = {error['input']!r}", error["msg"])
+                shown = f" = {error['input']!r:.200}" if error["loc"] else ""
+                yield Problem(where + shown, error["msg"].removeprefix("Value error, "))

@@ -27,7 +27,7 @@ def turns(messages: Any) -> tuple[Turn, ...]:
     for number, (role, _) in enumerate(said):
         wanted = ("user", "assistant")[number % 2]
         if role != wanted:
-            raise ValueError(f"has {role!r} where {wanted!r} is due; user and assistant take turns")
+            raise ValueError(f"has {role!r:.60} where {wanted!r} is due; user and assistant take turns")
     if not said or len(said) % 2:
         raise ValueError("does not end with an answer of the assistant")
     texts = [text for _, text in said]

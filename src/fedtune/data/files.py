@@ -119,7 +119,7 @@ def _read_csv(text: str, where: str) -> list[Row]:
         if len(header) == 1 and (mark := next((m for m in ";\t|" if m in header[0]), "")):
             raise CorruptFileError(f"{where}: line 1 is one column; it looks separated by {mark!r}, a comma is wanted")
         if twins := [name for name, count in Counter(header).items() if count > 1]:
-            raise CorruptFileError(f"{where}: line 1: several columns are called {twins[0]!r}")
+            raise CorruptFileError(f"{where}: line 1: several columns are called {twins[0]!r:.60}")
         return [_csv_row(header, cells, f"{where}: line {reader.line_num}") for cells in reader if cells]
     except csv.Error as err:
         raise CorruptFileError(f"{where}: line {reader.line_num}: {err}") from err

@@ -100,7 +100,7 @@ def _solution(row: Row) -> Item:
 def _humaneval(row: Row) -> Item:
     prompt, entry = text(row, "prompt").strip(), text(row, "entry_point")
     if not entry.isidentifier():
-        raise ValueError(f"'entry_point' is {entry!r}, not a name")
+        raise ValueError(f"'entry_point' is {entry!r:.60}, not a name")
     tests = program_tests(f"{text(row, 'test')}\ncheck({entry})", "python")
     return Item(prompt, prompt, (tests,), 0, optional(row, "task_id"))
 

@@ -50,7 +50,7 @@ def optional(row: Row, column: str) -> str:
 def number(row: Row, column: str) -> float:
     """Return a finite number, which may be written as text. Raises ValueError."""
     found = value(row, column)
-    wrong = f"{column!r} is {found!r}, not a number"
+    wrong = f"{column!r} is {found!r:.60}, not a number"
     if isinstance(found, bool) or not isinstance(found, (int, float, str)):
         raise ValueError(wrong)
     try:
@@ -68,7 +68,7 @@ def label(row: Row, column: str, least: int, most: int) -> int:
     if made.is_integer() and least <= made <= most:
         return int(made)
     hidden = "; -1 stands for a hidden answer, take a split that has its answers" if made == -1 else ""
-    raise ValueError(f"{column!r} is {row[column]!r}, not one of {least} to {most}{hidden}")
+    raise ValueError(f"{column!r} is {row[column]!r:.60}, not one of {least} to {most}{hidden}")
 
 
 def place(row: Row, column: str, answers: Sequence[str]) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from fedtune.data.check import has_columns
 from fedtune.data.files import kind_of, parse_rows, read_text_file
 from fedtune.domains.base import Item, Task
 from fedtune.evaluation import known
@@ -71,7 +72,7 @@ class Official(Questions):
             try:
                 samples.append(self._published_sample(row))
             except KeyError as err:
-                raise CorruptFileError(f"{path}: row {number} lacks {err.args[0]}; it has {', '.join(row)}") from err
+                raise CorruptFileError(f"{path}: row {number} lacks {err.args[0]}; {has_columns(row)}") from err
             except ValueError as err:
                 raise CorruptFileError(f"{path}: row {number}: {err}") from err
         if not samples:
