@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from fedtune.config import Settings
-from fedtune.config.schema import ModelSettings
+from fedtune.config.schema import EvalSettings, ModelSettings
 from fedtune.data import packages
 from fedtune.domains import TASKS
 from fedtune.domains.base import Item
@@ -18,6 +18,7 @@ from fedtune.evaluation import generate, programs, sandbox
 from fedtune.evaluation.generate import Decoding, complete, nucleus
 from fedtune.evaluation.items import TaskItems
 from fedtune.evaluation.published import score
+from fedtune.evaluation.retry import Failed
 from fedtune.evaluation.run import evaluate
 from fedtune.evaluation.scorers.program import Program
 from fedtune.evaluation.solvers import Completions
@@ -192,6 +193,16 @@ def test_a_log_of_programs_that_do_not_pass_is_refused(
     log.write_text(json.dumps(header) + "\n" + json.dumps(row) + "\n")
     with pytest.raises(CorruptFileError, match=re.escape(f"{log}: {why}")):
         evaluate(NoModel(), None, loaded, "greedy", config, log, "me")
+
+
+def test_a_prompt_that_passes_alone_is_wrong_where_writing_raised(monkeypatch: pytest.MonkeyPatch) -> None:
+    passed = sandbox.Outcome("passed", compiled=True, detail="")
+    monkeypatch.setattr(programs, "run", lambda texts, *_: [passed for _ in texts])
+    loaded, scorer = TaskItems(TASKS["humaneval"], (ADD, SAME), (0, 1), "sha"), Program("greedy", sampled=False)
+    raised, wrote = scorer.samples(loaded, 0, [Failed("boom"), [" return 1"]], EvalSettings())
+    assert [scorer.misjudged(row) for row in (raised, wrote)] == ["", ""]
+    assert (raised["value"], wrote["value"]) == (0.0, 1.0)
+    assert scorer.summarise("humaneval", [raised, wrote], EvalSettings(max_error_rate=1)).score == 0.5
 
 
 def test_without_a_sandbox_the_code_tasks_refuse_and_say_what_to_do(

@@ -93,11 +93,13 @@ class Program(Scorer):
         tests = [item.gold_answer for item, own in zip(items, written, strict=True) for _ in own]
         rows = programs.outcome_rows(written, programs.run(flat, tests, loaded.task.language))
         for number, (row, own, answer) in enumerate(zip(rows, written, answers, strict=True), first):
+            if isinstance(answer, Failed):
+                row["error"] = answer.text
+                # a prompt that passes its tests alone is no program that was written
+                row["outcomes"] = [{**o, "kind": "wrong"} if o["kind"] == "passed" else o for o in row["outcomes"]]
             passed = [o["kind"] == "passed" for o in row["outcomes"]]
             row.update(i=loaded.places[number], group=loaded.items[number].group, programs=own)
             row.update(correct=passed[0], value=sum(passed) / len(passed))
-            if isinstance(answer, Failed):
-                row["error"] = answer.text
         return rows
 
     def summarise(self, task: str, rows: Sequence[Row], settings: EvalSettings | None = None, items: str = "") -> Score:
