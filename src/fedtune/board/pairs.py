@@ -30,12 +30,25 @@ def _weights(generator: np.random.Generator, seeds: int) -> npt.NDArray[np.float
     return generator.multinomial(seeds, [1 / seeds] * seeds, DRAWS) / seeds
 
 
+def _better_first(pairs: Sequence[tuple[Flags, Flags]]) -> list[tuple[Flags, Flags]]:
+    """Return the pairs with the recipe of the higher score first, and of equal ones always the same."""
+
+    def place(recipe: tuple[Flags, ...]) -> tuple[float, list[bytes]]:
+        return -sum(float(flags.mean()) for flags in recipe), [flags.tobytes() for flags in recipe]
+
+    first, second = sorted(zip(*pairs, strict=True), key=place)
+    return list(zip(first, second, strict=True))
+
+
 def p_value(pairs: Sequence[tuple[Flags, Flags]]) -> float:
     """Return the two-sided p of two recipes' difference in score; draws of exactly zero count half on each side.
+
+    It does not depend on which recipe is named first, as the draws are the same.
 
     Args:
         pairs: for each task both recipes' flags, (seeds x items) each; the items are the same, the seeds need not be.
     """
+    pairs = _better_first(pairs)
     tasks = [_patterns(one, two) for one, two in pairs]
     differing = sum(int(counts[one.mean(0) != two.mean(0)].sum()) for one, two, counts in tasks)
     if differing < FEWEST:
