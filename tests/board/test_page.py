@@ -234,6 +234,23 @@ def test_the_overall_board_says_of_a_row_what_is_said_of_its_parts(browser: Any,
     tab.close()
 
 
+def test_reasons_are_listed_one_by_one(browser: Any, tmp_path: Path) -> None:
+    why = ["a protocol of its own", "the model is a local folder; its hash is known"]
+    write_entry(tmp_path / "store", entry(0, unranked=why))
+    (tmp_path / "store/zz.json").write_text("{}")
+    build(tmp_path / "store", tmp_path / "out")
+    tab = browser.new_page()
+    tab.goto((tmp_path / "out/index.html").as_uri() + "#board=finance")
+    assert tab.locator("#board tbody td[data-label=Rank]").get_attribute("title") == "\n".join(why)
+    tab.locator("#board tbody tr button").first.click()
+    assert tab.locator("tr.more dt:text-is('not ranked') + dd li").all_text_contents() == why
+    assert tab.locator("tr.more dt:text-is('notes') + dd li").count() == 0  # one alone is no list
+    assert tab.locator("tr.more dt:text-is('notes') + dd").text_content().startswith("1 of 3 seeds")
+    (left_out,) = tab.locator("footer li").all_text_contents()
+    assert left_out.startswith("zz.json: left out: ")
+    tab.close()
+
+
 def test_a_thousand_rows_render_at_once(browser: Any, tmp_path: Path) -> None:
     """All rows are in the document when the script has run: nothing is paged, nothing is waited for."""
     for one in many(1000):

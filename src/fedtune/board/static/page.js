@@ -180,13 +180,13 @@ function line(row) {
   }) } });
   const more = make("button", { type: "button", "aria-expanded": "false", text: row.team || "–", on: { click: (event) => toggle(event.currentTarget, row) } });
   return make("tr", { id: "row-" + row.id },
-    cell("Compare", {}, box), cell("Rank", { class: "number", text: rank === null ? "–" : String(rank), title: rank === null ? (row.unranked.join("; ") || row.state) : null }),
+    cell("Compare", {}, box), cell("Rank", { class: "number", text: rank === null ? "–" : String(rank), title: rank === null ? (row.unranked.join("\n") || row.state) : null }),
     cell("Who", {}, make("span", {}, more, row.title ? make("small", { text: " " + row.title }) : null)), cell("Base model", { text: row.base }), cell("Method", { text: row.method }),
     cell("Score, %", { class: "number", title: tip }, make("span", {}, percent(row.scores[state.mode]), make("small", { text: interval(row) }))),
     cell("Over base", { title: tip, class: "number" + (better === null ? "" : better > 0 ? " better" : " worse"), text: better === null ? "–" : signed(better) }),
     cell("Strict", { title: tip, class: "number", text: percent(row.strict[state.mode]) }), cell("Valid", { title: tip, class: "number", text: percent(row.valid[state.mode]) }),
     cell("Bytes", { class: "number", text: bytes(row.bytes) }), cell("Time", { class: "number", text: span(row.seconds) }), cell("Seeds", { class: "number", text: String(row.seeds.length || "–") }),
-    cell("State", {}, make("span", { class: "state " + row.state, text: row.state, title: row.reasons.join("; ") || null })));
+    cell("State", {}, make("span", { class: "state " + row.state, text: row.state, title: row.reasons.join("\n") || null })));
 }
 function toggle(button, row) {
   const tr = button.closest("tr"), open = button.getAttribute("aria-expanded") === "true";
@@ -194,14 +194,19 @@ function toggle(button, row) {
   else tr.after(make("tr", { class: "more" }, make("td", { colspan: COLUMNS.length + 1 }, details(row))));
   button.setAttribute("aria-expanded", String(!open));
 }
-function facts(pairs) { return make("dl", {}, ...pairs.filter(([, v]) => v !== null && v !== undefined && v !== "").flatMap(([k, v]) => [make("dt", { text: k }), v instanceof Node ? make("dd", {}, v) : make("dd", { text: String(v) })])); }
+// an array is shown as a list, where it has more than one text
+const list = (texts) => (texts.length > 1 ? make("ul", {}, ...texts.map((text) => make("li", { text }))) : texts[0]);
+function facts(pairs) {
+  const known = pairs.map(([k, v]) => [k, Array.isArray(v) ? list(v) : v]).filter(([, v]) => v !== null && v !== undefined && v !== "");
+  return make("dl", {}, ...known.flatMap(([k, v]) => [make("dt", { text: k }), make("dd", {}, v instanceof Node ? v : String(v))]));
+}
 function details(row) {
   const link = row.link ? make("a", { href: row.link, rel: "noopener nofollow", text: row.link }) : null;
-  const worst = row.tasks.filter((t) => t.clients && t.clients.length).map((t) => t.task + ": " + percent(Math.min(...t.clients)) + " to " + percent(Math.max(...t.clients))).join("; ");
+  const worst = row.tasks.filter((t) => t.clients && t.clients.length).map((t) => t.task + ": " + percent(Math.min(...t.clients)) + " to " + percent(Math.max(...t.clients)));
   return make("div", { class: "parts" },
     bars([row]),
-    facts([["link", link], ["why", row.reasons.join("; ")], ["not ranked", row.unranked.join("; ")], ["notes", row.remarks.join("; ")], ["revision", row.revision], ["protocol", row.protocol], ["partition", row.partition], ["LoRA rank", row.rank_r], ["DoRA", row.dora ? "yes" : null],
-      ["privacy", row.privacy ? "epsilon " + row.privacy.epsilon + ", delta " + row.privacy.delta + " (" + row.privacy.unit + ")" : "none"], ["seeds", row.seeds.join(", ")], ["spread over seeds", mainTasks(row).filter((t) => t.spread !== null).map((t) => t.task + ": ± " + (100 * t.spread).toFixed(1)).join("; ")], ["rounds", row.rounds || null], ["lost replies", row.lost || null],
+    facts([["link", link], ["why", row.reasons], ["not ranked", row.unranked], ["notes", row.remarks], ["revision", row.revision], ["protocol", row.protocol], ["partition", row.partition], ["LoRA rank", row.rank_r], ["DoRA", row.dora ? "yes" : null],
+      ["privacy", row.privacy ? "epsilon " + row.privacy.epsilon + ", delta " + row.privacy.delta + " (" + row.privacy.unit + ")" : "none"], ["seeds", row.seeds.join(", ")], ["spread over seeds", mainTasks(row).filter((t) => t.spread !== null).map((t) => t.task + ": ± " + (100 * t.spread).toFixed(1))], ["rounds", row.rounds || null], ["lost replies", row.lost || null],
       ["trainable parameters", row.trainable], ["adapter", row.adapter ? bytes(row.adapter) : null], ["peak memory", row.peak ? bytes(row.peak) : null], ["energy", row.energy ? (row.energy / 3.6e6).toFixed(3) + " kWh" : null],
       ["clients, worst to best", worst], ["recipe", String(row.config).slice(0, 16)], ["commit", row.commit ? String(row.commit).slice(0, 12) + (row.dirty ? " (changed)" : "") : null]]),
     row.losses.length > 1 ? curve("training loss by round", row.losses.map((y, i) => [i + 1, y])) : null,
@@ -315,8 +320,8 @@ function drawTable() {
   document.getElementById("status").textContent = rows.length + " of " + ROWS.filter((r) => r.domain === state.board).length + " rows on the " + state.board + " board";
 }
 function draw() { drawTabs(); drawControls(); drawHead(); drawTable(); drawCompare(); drawPareto(); }
-document.getElementById("made").textContent = "Made by " + DATA.made_by + " from " + DATA.entries + " entries, store " + DATA.store_sha256.slice(0, 16) + ". Anyone can build this page again from them."
-  + (DATA.left_out && DATA.left_out.length ? " Left out: " + DATA.left_out.join("; ") + "." : "");
+document.getElementById("made").textContent = "Made by " + DATA.made_by + " from " + DATA.entries + " entries, store " + DATA.store_sha256.slice(0, 16) + ". Anyone can build this page again from them.";
+if (DATA.left_out && DATA.left_out.length) document.getElementById("made").after(make("ul", {}, ...DATA.left_out.map((text) => make("li", { text }))));
 document.getElementById("empty").hidden = DATA.rows.length > 0;
 if (DATA.rows.length) { readAddress(); draw(); addEventListener("hashchange", () => { readAddress(); draw(); }); }
 else for (const part of document.querySelectorAll("main > section:not(#empty), main > #status, .skip, nav")) part.hidden = true;
