@@ -7,14 +7,14 @@ from typing import Any
 
 from fedtune.config import Config
 from fedtune.config.section import own_problems
-from fedtune.objectives.base import Example, Objective
+from fedtune.objectives.base import Example, Objective, by_text
 from fedtune.objectives.cross_entropy import CrossEntropy
 from fedtune.registry import Registry, subclass_of
 from fedtune.types import Problem, nearest
 
 OBJECTIVES = Registry[type[Objective[Any]]]("objective", {CrossEntropy.name: CrossEntropy}, subclass_of(Objective))
 
-__all__ = ["OBJECTIVES", "CrossEntropy", "Example", "Objective", "build", "problems"]
+__all__ = ["OBJECTIVES", "CrossEntropy", "Example", "Objective", "build", "by_text", "problems"]
 
 
 def problems(config: Config) -> Iterable[Problem]:

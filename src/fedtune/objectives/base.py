@@ -47,7 +47,8 @@ class Objective(Generic[P]):
     """What training minimises: the mean over a step's examples of a loss of their labels' log-probabilities.
 
     The loss of an example is a function of its own labels' log-probabilities and of nothing else in the step. So it is
-    the same however a step is cut into passes, and whoever's texts share a pass.
+    the same however a step is cut into passes, and whoever's texts share a pass. An objective of which that is not true
+    says so by `whole_step`, and its texts pass twice: for the log-probabilities, then for the gradients.
 
     Attributes:
         name: as in `objective.name`.
@@ -55,6 +56,7 @@ class Objective(Generic[P]):
         paper: where it is from.
         columns: columns of text that a row has to have beside question and answer.
         texts: of an example at most.
+        whole_step: whether the loss depends on all examples of a step together, as `total` says.
         least: the smallest loss that there can be; a client that reports a smaller one is not believed.
         Parameters: its own settings.
 
@@ -67,6 +69,7 @@ class Objective(Generic[P]):
     paper: ClassVar[str] = ""
     columns: ClassVar[tuple[str, ...]] = ()
     texts: ClassVar[int] = 1
+    whole_step: ClassVar[bool] = False
     least: ClassVar[float] = 0.0
 
     class Parameters(Section):
@@ -103,10 +106,16 @@ class Objective(Generic[P]):
 
         Args:
             logs: log-probabilities of all their labels, in order [labels].
-            examples: at least one.
+            examples: at least one; with `whole_step` all of the step.
             share: one over the weights of all examples of the step.
         """
-        sizes = [text.labels for example in examples for text in example.texts]
-        each = iter(logs.split(sizes))  # type: ignore[no-untyped-call]
-        losses = [self.weight(e) * self.loss([next(each) for _ in e.texts], e) for e in examples]
+        own = zip(by_text(logs, examples), examples, strict=True)
+        losses = [self.weight(example) * self.loss(texts, example) for texts, example in own]
         return sum(losses[1:], losses[0]) * share
+
+
+def by_text(logs: Tensor, examples: Sequence[Example]) -> list[list[Tensor]]:
+    """Return for each example the log-probabilities of each of its texts' labels, from those of all in order."""
+    sizes = [text.labels for example in examples for text in example.texts]
+    each = iter(logs.split(sizes))  # type: ignore[no-untyped-call]
+    return [[next(each) for _ in example.texts] for example in examples]

@@ -193,7 +193,12 @@ def _fixed(work: Work) -> dict[str, Tensor]:
 
 
 def _together(model: Any, work: Work) -> bool:
-    """Tell whether a client's texts may lie in one row with others', with nothing random but what is keyed."""
+    """Tell whether a client's texts may lie in one row with others', with nothing random but what is keyed.
+
+    They need not where the objective needs the log-probabilities of all of them before any loss.
+    """
+    if work.objective.whole_step:
+        return False
     found, examples = proof_of(model), [example for step in work.steps for example in step]
     return not found.random and found.packs([text.ids for example in examples for text in example.texts])
 

@@ -30,7 +30,7 @@ from fedtune.models.attention import text_features
 from fedtune.objectives import Example
 from fedtune.training import schedule
 from fedtune.training.executor import Extras, Jobs, Limits, Work, place
-from fedtune.training.gradients import backpropagate
+from fedtune.training.gradients import backpropagate, by_example
 from fedtune.training.loss import Step, joint_loss, passes
 from fedtune.types import derive_seed
 
@@ -168,7 +168,8 @@ class LocalWork:
         return Step(examples, self._objective)
 
     def _plain_loss(self, examples: Sequence[Example]) -> float:
-        runs = (list(parts.values()) for parts in passes([self._step(examples)], self._tokens))
+        step = by_example(self._adapted, self._step(examples), self._tokens, exact=True)
+        runs = (list(parts.values()) for parts in passes([step], self._tokens))
         return sum(sum(joint_loss(self._adapted.model, parts, share_prefix=True)[1]) for parts in runs)
 
     def _features(self, count: int) -> Tensor:
