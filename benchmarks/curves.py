@@ -75,7 +75,7 @@ def measure(clients: int, rank: int, length: int, model: str) -> dict[str, float
     )
     base = AutoModelForCausalLM.from_config(known)
     base.requires_grad_(False).eval()
-    prove(base, slim=True)
+    prove(base, fuse=True)
     adapted = adapter.attach(LoadedModel(base, None, model, "random"), config.lora, 0)
     generator = torch.Generator().manual_seed(0)
     drawn = torch.randint(0, 49152, (4, length), generator=generator).tolist()

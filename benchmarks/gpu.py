@@ -97,7 +97,7 @@ class Bench:
         with self.device:
             model = AutoModelForCausalLM.from_config(config, dtype=dtype)
         model.requires_grad_(False).eval()
-        prove(model, slim=True)
+        prove(model, fuse=True)
         return adapter.attach(LoadedModel(model, None, self.shape, "random"), self.lora, 0)
 
     def examples(self, seed: int, count: int = 16, mean: int = 230) -> list[Any]:

@@ -150,7 +150,7 @@ def step(domain: str, repeats: int) -> list[Row]:
 
     sides: dict[str, Callable[[], float]] = {
         "reference: padded, recomputed, all logits": lambda: reference.step(theirs, examples),
-        "+ activations kept, lean norms": lambda: plain(responses=False),
+        "+ activations kept, fused norms": lambda: plain(responses=False),
         "+ logits of the responses only": lambda: plain(responses=True),
         "+ no padding, loss in chunks": lambda: ours(prefix=False),
         "+ shared beginning computed once (ours)": lambda: ours(prefix=True),

@@ -306,7 +306,7 @@ def test_what_is_no_causal_model_is_refused(kind: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("kind", [k for k in ORDINARY if k in KINDS])
 def test_ordinary_models_keep_the_packed_pass(kind: str, dtype: torch.dtype) -> None:
-    found = prove(tiny(KINDS[kind]).to(dtype), slim=True)
+    found = prove(tiny(KINDS[kind]).to(dtype), fuse=True)
     assert (found.why, found.longest >= 2**31) == ("", True)
 
 

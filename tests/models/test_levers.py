@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from fedtune.config import Settings
 from fedtune.config.schema import ModelSettings
-from fedtune.models import attention, head, kernels, lean, packing
+from fedtune.models import attention, head, kernels, packing, rms_norm
 from fedtune.models.adapter import attach
 from fedtune.models.dropout import KeyedDropout, Keys, token_keys
 from fedtune.models.load import load
@@ -101,12 +101,12 @@ def test_texts_are_batched_where_that_is_cheaper_than_a_call() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
-def test_the_lean_norm_is_the_models_own(dtype: torch.dtype) -> None:
+def test_the_fused_norm_is_the_models_own(dtype: torch.dtype) -> None:
     model = make_model().to(dtype)
     for norm in (m for m in model.modules() if type(m).__name__ == "LlamaRMSNorm"):
         torch.nn.init.uniform_(norm.weight, 0.5, 1.5)
     own = model.model.norm.requires_grad_(False)
-    ours = lean._lean_norm(own)
+    ours = rms_norm._fused(own)
     assert ours is not None
     x = torch.randn(2, 5, 32, dtype=dtype, requires_grad=True)
     weight = torch.randn(2, 5, 32, dtype=dtype)
@@ -114,8 +114,8 @@ def test_the_lean_norm_is_the_models_own(dtype: torch.dtype) -> None:
     tolerance = 2e-2 if dtype == torch.bfloat16 else 1e-5
     assert torch.allclose(own(x), ours(x), atol=tolerance)
     assert torch.allclose(one, two, atol=tolerance)
-    assert lean.slim(model) == 5
-    assert lean.slim(model) == 0
+    assert rms_norm.fuse(model) == 5
+    assert rms_norm.fuse(model) == 0
 
 
 def test_a_norm_of_another_kind_stays() -> None:
@@ -130,7 +130,7 @@ def test_a_norm_of_another_kind_stays() -> None:
             return (1 + self.weight) * x * (x.pow(2).mean(-1, keepdim=True) + self.eps).rsqrt()
 
     model = nn.Sequential(OneMoreRMSNorm(), nn.LayerNorm(8))
-    assert lean.slim(model) == 0
+    assert rms_norm.fuse(model) == 0
 
 
 @pytest.mark.parametrize("chunk", [1, 700, 2**22])

@@ -15,9 +15,9 @@ from fedtune.lora.state import to_tensors
 from fedtune.models.adapted import AdaptedModel
 from fedtune.models.adapter import attach_ia3
 from fedtune.models.head import has_plain_head
-from fedtune.models.lean import LeanRMSNorm
 from fedtune.models.load import load
 from fedtune.models.merge import folded
+from fedtune.models.rms_norm import FusedRMSNorm
 from fedtune.models.trained import load_folder
 from fedtune.training.executor import Sequential, place
 from fedtune.types import AdapterError, ModelError
@@ -81,7 +81,7 @@ def test_full_parameters_train_through_the_models_own_norms_and_head(config: Cal
     adapted = attached(config("full"))
     start = to_tensors(adapted.layout)
     place(adapted, start, list(start))
-    assert not any(isinstance(m, LeanRMSNorm) for m in adapted.model.modules())
+    assert not any(isinstance(m, FusedRMSNorm) for m in adapted.model.modules())
     assert not has_plain_head(adapted.model)
     with torch.no_grad():
         assert has_plain_head(adapted.model)
@@ -91,7 +91,7 @@ def test_full_parameters_train_through_the_models_own_norms_and_head(config: Cal
         with adapted.as_base():
             assert torch.equal(adapted.model(IDS).logits, before)
     base = adapted.detach()
-    assert any(isinstance(m, LeanRMSNorm) for m in base.model.modules())
+    assert any(isinstance(m, FusedRMSNorm) for m in base.model.modules())
     assert not any(p.requires_grad for p in base.model.parameters())
     assert has_plain_head(base.model)
 

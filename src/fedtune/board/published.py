@@ -74,8 +74,8 @@ def _entry(root: Path, items: list[dict[str, Any]], facts: dict[str, Any], on_ta
             worst = max(worst, "reported", key=WORSE.index)  # by tests that nobody here knows
         scores.append(score)
         answers[f"federated/{score.task}/{score.mode}"] = Answers.pack(right, score.items_sha256)
-        if odd := _judged(item, score):
-            reasons.append(odd)
+        if problem := _judged(item, score):
+            reasons.append(problem)
             worst = "flagged"
     if not scores:
         raise CorruptFileError(f"{root}: {first['participant']} has no generations for {first['domain']}")

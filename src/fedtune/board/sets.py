@@ -19,9 +19,9 @@ from fedtune.types import CorruptFileError
 
 def _inside(folder: Path, *parts: str) -> Path:
     """Return a path below the folder of a run's logs, of names that lead nowhere else; else raise CorruptFileError."""
-    if odd := [part for part in parts if not re.fullmatch(PATH_PART, part)]:
+    if wrong := [part for part in parts if not re.fullmatch(PATH_PART, part)]:
         raise CorruptFileError(
-            f"{folder}: {odd[0][:100]!r} is no name of an arm, a task or a mode; no log is read by it"
+            f"{folder}: {wrong[0][:100]!r} is no name of an arm, a task or a mode; no log is read by it"
         )
     return folder.joinpath("evals", *parts)
 

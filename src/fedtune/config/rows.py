@@ -41,8 +41,8 @@ class PromptSettings(Section):
     @classmethod
     def _has_places(cls, value: str) -> str:
         places = PLACE.findall(value)
-        if odd := [name for name in places if name not in ("instruction", "response")]:
-            raise ValueError(f"has {{{odd[0]}}}, which nothing fills: {INPUT if odd[0] == 'input' else FILLED}")
+        if unknown := [name for name in places if name not in ("instruction", "response")]:
+            raise ValueError(f"has {{{unknown[0]}}}, which nothing fills: {INPUT if unknown[0] == 'input' else FILLED}")
         if places != ["instruction", "response"] or not value.endswith("{response}") or "{{" in value:
             raise ValueError("must have {instruction} once and end with {response}")
         return value

@@ -217,14 +217,14 @@ def _named(row: TrainRow) -> dict[str, str]:
 
 
 def _remarks(number: int, row: TrainRow, max_chars: int) -> list[RowProblem]:
-    """Return what is odd about a row that still trains."""
+    """Return what is unusual about a row that still trains."""
     found = []
     for column, text in _named(row).items():
         if len(text) > max_chars:
             found.append(RowProblem(number, "over_long", f"{column} has {len(text)} characters", "truncated"))
-        if odd := _unusual(text):
+        if unusual := _unusual(text):
             action = "replaced" if _SURROGATE.search(text) else "kept"
-            found.append(RowProblem(number, "odd_unicode", f"{odd} in {column}", action))
+            found.append(RowProblem(number, "odd_unicode", f"{unusual} in {column}", action))
         if template := _template(text):
             found.append(RowProblem(number, "template_text", f"{template[:30]!r} in {column}", "kept as plain text"))
     return found

@@ -47,8 +47,8 @@ def _unsound(row: Sample, item: Item, mark: Sample, scorer: Scorer) -> str:
             return why
     except (TypeError, LookupError, ValueError, AttributeError, OverflowError) as err:
         return f"is not what an evaluation writes ({type(err).__name__}: {err})"
-    odd = any(row.get(key) not in (None, mark.get(key)) for key in ("same_prompt_as", *mark))
-    return "its prompt is not that of the sample it names" if odd else ""
+    differs = any(row.get(key) not in (None, mark.get(key)) for key in ("same_prompt_as", *mark))
+    return "its prompt is not that of the sample it names" if differs else ""
 
 
 def _resumable(log: Path, header: Sample, loaded: TaskItems, scorer: Scorer) -> list[Sample]:

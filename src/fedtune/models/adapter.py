@@ -121,10 +121,10 @@ def _with_peft(base: LoadedModel, config: Any) -> tuple[Any, dict[str, torch.nn.
             raise ModelError(f"{base.name}: {err}; name the layers in {key}") from err
     slots = {_file_name(n): p for n, p in model.named_parameters() if p.requires_grad}
     layers = {path: m for path, m in model.get_base_model().named_modules() if isinstance(m, BaseTunerLayer)}
-    if odd := [path for path, layer in layers.items() if not _is_linear(layer)]:
-        kind = type(layers[odd[0]].get_base_layer()).__name__
+    if others := [path for path, layer in layers.items() if not _is_linear(layer)]:
+        kind = type(layers[others[0]].get_base_layer()).__name__
         model.unload()
-        raise ModelError(f"{base.name}: the target {odd[0]} is of the kind {kind}; only linear layers are adapted")
+        raise ModelError(f"{base.name}: the target {others[0]} is of the kind {kind}; only linear layers are adapted")
     return model, slots, layers
 
 

@@ -155,8 +155,8 @@ def read_config(folder: Path) -> AdapterConfig:
     if kind is None:
         said = f"peft_type = {short(config.get('peft_type'))}; only adapters of {' and '.join(KINDS)} are read"
         raise AdapterError(f"{folder}: {said}")
-    if odd := _not_applied(config, KNOWN[kind.kind]):
-        raise AdapterError(f"{folder}: {CONFIG}: {'; '.join(odd)}; {MERGE}")
+    if ignored := _not_applied(config, KNOWN[kind.kind]):
+        raise AdapterError(f"{folder}: {CONFIG}: {'; '.join(ignored)}; {MERGE}")
     try:
         return kind.model_validate({k: v for k, v in config.items() if k in kind.model_fields})
     except ValidationError as err:

@@ -57,9 +57,10 @@ def checked(folder: Path) -> tuple[AdapterConfig, dict[str, Any]]:
             + ". Convert it where you trust it: safetensors.torch.save_file(torch.load(path, weights_only=True), out)"
         )
     config, header = read_config(folder), tensor_header(folder / WEIGHTS)
-    odd = next((n for n, entry in header.items() if entry["dtype"] not in _FLOATS), None)
-    if odd:
-        raise AdapterError(f"{folder}: {odd} is {header[odd]['dtype']}; an adapter has {', '.join(sorted(_FLOATS))}")
+    other = next((n for n, entry in header.items() if entry["dtype"] not in _FLOATS), None)
+    if other:
+        what = f"{other} is {header[other]['dtype']}; an adapter has {', '.join(sorted(_FLOATS))}"
+        raise AdapterError(f"{folder}: {what}")
     if spoilt := not_a_number(folder / WEIGHTS):
         raise AdapterError(f"{folder}: {spoilt} has NaN or infinity")
     return config, header

@@ -225,7 +225,7 @@ def load(settings: ModelSettings, device: str | None = None) -> LoadedModel:
     model.eval()
     check_finite(what, model)
     check_vocabulary(what, model, tokenizer)
-    prove(model, what, slim=True)
+    prove(model, what, fuse=True)
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return LoadedModel(model, tokenizer, settings.name, _revision(settings, source, commit))

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fedtune.models import lean, sides
+from fedtune.models import rms_norm, sides
 from fedtune.models.interface import inner, packed_pass, plain_pass, watched
 from fedtune.models.packing import PackedRow, join, pack
 from fedtune.models.randomness import is_random
@@ -233,13 +233,13 @@ def _still(base: Any) -> Iterator[None]:
         base.train(was)
 
 
-def prove(model: Any, what: str = "", *, slim: bool = False) -> Proof:
+def prove(model: Any, what: str = "", *, fuse: bool = False) -> Proof:
     """Try a model, and keep with it what was found.
 
     Args:
         model: bare or wrapped by PEFT, with adapters that add nothing yet.
         what: to call it in errors; its class by default.
-        slim: put cheaper forms in the place of its norms, and try it with them; they go again if it fails.
+        fuse: put cheaper forms in the place of its norms, and try it with them; they go again if it fails.
 
     Raises:
         ModelError: it is not a causal language model, or cannot score a text at all.
@@ -253,12 +253,12 @@ def prove(model: Any, what: str = "", *, slim: bool = False) -> Proof:
             raise ModelError(f"{name}: {err}") from err
         except Exception as err:  # whatever a model's own code raises
             raise ModelError(f"{name} cannot score a text: {type(err).__name__}: {err}") from err
-        if slim:
-            lean.slim(base)
+        if fuse:
+            rms_norm.fuse(base)
         coarse = torch.bfloat16 if getattr(base, "is_quantized", False) else dtype
         why, longest = _packable(base, alone, coarse)
         if why:
-            lean.restore(base)
+            rms_norm.restore(base)
         found = Proof(why, longest, is_random(base, alone[0].text), _keeps(base, alone[0], coarse, packs=not why))
     setattr(base, _PROOF, found)
     return found

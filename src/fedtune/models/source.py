@@ -148,9 +148,9 @@ def check_index(path: Path) -> set[str]:
     if not isinstance(shards, dict) or not all(isinstance(name, str) for name in shards.values()):
         raise ModelError(f"{path}: its weight_map is not an object of file names")
     names = set(shards.values())
-    if odd := sorted(name for name in names if not _SHARD.fullmatch(name)):
+    if wrong := sorted(name for name in names if not _SHARD.fullmatch(name)):
         raise ModelError(
-            f"{path}: its weight_map names {odd[0]!r}; a name of a *.safetensors file in the same folder is wanted, "
+            f"{path}: its weight_map names {wrong[0]!r}; a name of a *.safetensors file in the same folder is wanted, "
             "without a folder and without a dot in front: save the model again with model.save_pretrained(folder)"
         )
     return names

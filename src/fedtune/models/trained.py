@@ -30,10 +30,10 @@ def _check_base(folder: Path, config: AdapterConfig, base: LoadedModel, insist: 
     Folders are compared by their last part: a path of another machine is no other model.
     """
     if config.base and config.base != base.name and Path(config.base).name != Path(base.name).name:
-        odd = f"{folder} was trained on {config.base!r}, the model given is {base.name!r}"
+        differs = f"{folder} was trained on {config.base!r}, the model given is {base.name!r}"
         if not insist:
-            raise AdapterError(f"{odd}; give --base to insist")
-        log.warning("%s", odd)
+            raise AdapterError(f"{differs}; give --base to insist")
+        log.warning("%s", differs)
     elif config.revision and _PINNED.fullmatch(config.revision) and config.revision != base.revision:
         log.warning("%s was trained on %s, this base model is %s", folder, config.revision[:19], base.revision[:19])
 

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from fedtune.lora.state import AdapterState, Plain, to_tensors
-from fedtune.models import lean
+from fedtune.models import rms_norm
 from fedtune.models.adapted import AdaptedModel
 from fedtune.models.dropout import Keys
 from fedtune.models.load import LoadedModel
@@ -30,7 +30,7 @@ class WholeModel(AdaptedModel):
         """Put the base model back as it was: its weights, frozen, and its cheaper norms."""
         self.load(to_tensors(self.layout))
         self.base.model.requires_grad_(False)
-        lean.slim(self.base.model)
+        rms_norm.fuse(self.base.model)
         return self.base
 
 
@@ -50,7 +50,7 @@ def attach(base: LoadedModel, space: str, trained: Callable[[str], bool] = lambd
     model = base.model
     if getattr(model, "is_quantized", False):
         raise ModelError(f"{base.name}: quantised weights cannot be trained; set model.quantization = 0")
-    lean.restore(model)
+    rms_norm.restore(model)
     slots = {name: p for name, p in model.named_parameters() if p.is_floating_point() and trained(name)}
     if not slots:
         raise ModelError(f"{base.name}: has no weights that {space} would train")

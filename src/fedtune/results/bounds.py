@@ -37,8 +37,8 @@ def plain_text(value: str) -> str:
 def _text(value: str, most: int) -> str:
     if len(value) > most:
         return f"has {len(value):,} characters, at most {most:,} are taken"
-    odd = next((c for c in value if not c.isprintable() and c not in _KEPT), "")
-    return f"has U+{ord(odd):04X}, which shows nothing or steers what shows it" if odd else ""
+    unseen = next((c for c in value if not c.isprintable() and c not in _KEPT), "")
+    return f"has U+{ord(unseen):04X}, which shows nothing or steers what shows it" if unseen else ""
 
 
 def _number(value: float) -> str:

@@ -22,8 +22,8 @@ def _checked(name: str, found: object) -> Scorers:
     """Return the scorers of a kind that another package offers. Raises TypeError or ValueError: they are none."""
     if not isinstance(found, Mapping) or not found or not all(isinstance(one, Scorer) for one in found.values()):
         raise TypeError(f"{found!r:.100} is no mapping of scorers")
-    if odd := [word for word in found if word not in get_args(Mode)]:
-        raise ValueError(f"{odd[0]!r} is no word of eval.modes")
+    if unknown := [word for word in found if word not in get_args(Mode)]:
+        raise ValueError(f"{unknown[0]!r} is no word of eval.modes")
     return found
 
 

@@ -238,8 +238,8 @@ GIVEN = ("answers", "scores", "output", "value", "programs", "outcomes")
 
 def stray(row: Row, own: Container[str]) -> str:
     """Say which answer a sample has that samples of its kind have not, or return an empty string."""
-    odd = next((name for name in GIVEN if name in row and name not in own), "")
-    return f"it has {odd}, which no such sample has" if odd else ""
+    extra = next((name for name in GIVEN if name in row and name not in own), "")
+    return f"it has {extra}, which no such sample has" if extra else ""
 
 
 def pair(interval: Interval | None) -> tuple[float, float] | None:

@@ -38,8 +38,8 @@ class OfficialChoice(Official):
     def check_log(self, rows: Sequence[Row], settings: EvalSettings) -> str:
         """Say which sample names one that cannot be the last with its prompt; in a log cut off that may be to come."""
         there = {row["i"]: row for row in rows}
-        odd = next((row for row in rows if "same_prompt_as" in row and not _may_name(row, there)), None)
-        return f"item {odd['i']} names a sample that cannot have its prompt" if odd else ""
+        wrong = next((row for row in rows if "same_prompt_as" in row and not _may_name(row, there)), None)
+        return f"item {wrong['i']} names a sample that cannot have its prompt" if wrong else ""
 
 
 def _may_name(row: Row, there: Mapping[int, Row]) -> bool:

@@ -33,7 +33,7 @@ class _Normalise(torch.autograd.Function):
         return weighted.mul_(scale).addcmul_(wide, inner).to(x.dtype), None, None
 
 
-class LeanRMSNorm(nn.Module):
+class FusedRMSNorm(nn.Module):
     """RMSNorm (Zhang and Sennrich 2019) of a frozen model: two passes forward and three backward."""
 
     def __init__(self, weight: nn.Parameter, eps: float, own: nn.Module) -> None:
@@ -54,37 +54,37 @@ class LeanRMSNorm(nn.Module):
         return normalised
 
 
-def _lean_norm(module: nn.Module) -> LeanRMSNorm | None:
-    """Return the lean form of a norm, if it is one that this form reproduces."""
+def _fused(module: nn.Module) -> FusedRMSNorm | None:
+    """Return the fused form of a norm, if it is one that this form reproduces."""
     eps = getattr(module, "variance_epsilon", getattr(module, "eps", None))
     weight = getattr(module, "weight", None)
     if not type(module).__name__.endswith("RMSNorm") or not isinstance(weight, nn.Parameter) or eps is None:
         return None
-    if weight.device.type == "meta" or type(module) is LeanRMSNorm:
+    if weight.device.type == "meta" or type(module) is FusedRMSNorm:
         return None
-    lean = LeanRMSNorm(weight, float(eps), module)
+    fused = FusedRMSNorm(weight, float(eps), module)
     generator = torch.Generator().manual_seed(0)
     trial = torch.randn(2, weight.numel(), generator=generator).to(weight.device, weight.dtype)
     with torch.no_grad():
-        same = torch.allclose(lean(trial).float(), module(trial).float(), rtol=TOLERANCE, atol=TOLERANCE)
-    return lean if same else None
+        same = torch.allclose(fused(trial).float(), module(trial).float(), rtol=TOLERANCE, atol=TOLERANCE)
+    return fused if same else None
 
 
-def slim(model: nn.Module) -> int:
+def fuse(model: nn.Module) -> int:
     """Replace what can be replaced in a frozen model; return how many layers were."""
     replaced = 0
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):
-            lean = _lean_norm(child)
-            if lean is not None:
-                setattr(parent, name, lean.train(child.training))
+            fused = _fused(child)
+            if fused is not None:
+                setattr(parent, name, fused.train(child.training))
                 replaced += 1
     return replaced
 
 
 def restore(model: nn.Module) -> int:
     """Put a model's own layers back; return how many were."""
-    replaced = [(p, n, c) for p in model.modules() for n, c in p.named_children() if isinstance(c, LeanRMSNorm)]
+    replaced = [(p, n, c) for p in model.modules() for n, c in p.named_children() if isinstance(c, FusedRMSNorm)]
     for parent, name, child in replaced:
         setattr(parent, name, child.own.train(child.training))
     return len(replaced)
