@@ -75,9 +75,9 @@ def test_the_logs_in_the_end_are_read_once_for_all_points_of_the_curve(
         log.touch()
     read: Counter[tuple[str, str]] = Counter()
 
-    def samples(_: Path, room: str, task: str, mode: str) -> list[dict[str, Any]]:
-        read[room, task] += 1
-        return [{"i": 0, "gold": "A" if room != "round-000004" or task == "fpb" else "B"}]
+    def samples(_: Path, subdir: str, task: str, mode: str) -> list[dict[str, Any]]:
+        read[subdir, task] += 1
+        return [{"i": 0, "gold": "A" if subdir != "round-000004" or task == "fpb" else "B"}]
 
     monkeypatch.setattr(logs, "samples", samples)
     monkeypatch.setattr(logs, "against", lambda *_, **__: ())
@@ -201,8 +201,8 @@ def test_a_log_holds_no_more_than_a_run_writes(
 def test_one_client_s_log_is_held_at_a_time_and_the_hash_stays(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mode: str
 ) -> None:
-    rooms_there = [f"federated/client-{n:04d}" for n in range(3)]
-    monkeypatch.setattr(sets, "client_rooms", lambda *_: rooms_there)
+    subdirs = [f"federated/client-{n:04d}" for n in range(3)]
+    monkeypatch.setattr(sets, "client_subdirs", lambda *_: subdirs)
     arm = Arm(name="federated", scores=[score(1, task="fpb", mode=mode)], per_client={f"fpb/{mode}": [1.0] * 3})
     alive: list[weakref.ref[Any]] = []
     most = 0
@@ -210,16 +210,16 @@ def test_one_client_s_log_is_held_at_a_time_and_the_hash_stays(
     class Log(list[Any]):
         pass
 
-    def samples(_: Path, room: str, *__: str) -> list[dict[str, Any]]:
+    def samples(_: Path, subdir: str, *__: str) -> list[dict[str, Any]]:
         nonlocal most
         gc.collect()
         most = max(most, sum(ref() is not None for ref in alive))
-        log = Log([{"i": 0, "gold": "A", "output": f"\u00e9 {room}"}])
+        log = Log([{"i": 0, "gold": "A", "output": f"\u00e9 {subdir}"}])
         alive.append(weakref.ref(log))
         return log
 
     monkeypatch.setattr(sets, "samples", samples)
-    rows = [[[{"i": 0, "gold": "A", "output": f"\u00e9 {r}"}.get(k) for k in sets.ANSWERED]] for r in rooms_there]
+    rows = [[[{"i": 0, "gold": "A", "output": f"\u00e9 {r}"}.get(k) for k in sets.ANSWERED]] for r in subdirs]
     wanted = digest(rows if mode == "likelihood" else [rows, [0.5, None]])
     assert sets.fingerprints(tmp_path, arm, [0.5, None]) == {f"fpb/{mode}": wanted}
     assert most == 0

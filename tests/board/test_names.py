@@ -10,7 +10,7 @@ import pytest
 from pydantic import ValidationError
 
 from fedtune.board.entries import from_run
-from fedtune.board.sets import client_rooms, log_path
+from fedtune.board.sets import client_subdirs, log_path
 from fedtune.board.submit import pack_one
 from fedtune.board.validate import check
 from fedtune.domains import TASKS
@@ -39,21 +39,21 @@ def test_a_name_that_could_be_a_path_is_refused_in_every_document(odd: str) -> N
     "odd", ["../x", "/etc", "./federated", "x/../../y", "..", "federated/", "federated//client-0001"]
 )
 def test_no_log_outside_is_looked_for_whatever_is_asked(tmp_path: Path, odd: str) -> None:
-    for room, task, mode in (
+    for subdir, task, mode in (
         (odd, "fpb", "official"),
         ("federated", f"{odd}/x", "m"),
         ("federated", "fpb", f"m/{odd}"),
     ):
         with pytest.raises(CorruptFileError, match="is no name of an arm"):
-            log_path(tmp_path, room, task, mode)
+            log_path(tmp_path, subdir, task, mode)
     with pytest.raises(CorruptFileError, match="is no name of an arm"):
-        client_rooms(tmp_path, odd)
+        client_subdirs(tmp_path, odd)
 
 
 def test_every_task_mode_and_room_of_a_run_has_a_name() -> None:
-    for room in ("base", "federated", "local-only", "centralised", "round-000002", "federated/client-0001"):
+    for subdir in ("base", "federated", "local-only", "centralised", "round-000002", "federated/client-0001"):
         for task in TASKS:
-            log_path(Path("run"), room, task, "likelihood")
+            log_path(Path("run"), subdir, task, "likelihood")
             Score(task=task, mode="greedy", n=1, score=None)
 
 

@@ -10,7 +10,7 @@ import pytest
 
 from fedtune.board import samples
 from fedtune.board.entries import from_run
-from fedtune.board.sets import client_rooms
+from fedtune.board.sets import client_subdirs
 from fedtune.board.submit import pack
 from fedtune.board.validate import check
 from fedtune.config import Settings
@@ -114,7 +114,7 @@ def test_samples_of_no_client_are_refused_and_give_no_answers(copy: Path) -> Non
 
 def _counted(packed: Path) -> None:
     """Make the arm's means and clients from the samples that are there, as a careful cheat would."""
-    rooms = client_rooms(packed, "federated")
+    subdirs = client_subdirs(packed, "federated")
 
     def remake(document: dict[str, Any]) -> None:
         arm = federated(document)
@@ -122,8 +122,8 @@ def _counted(packed: Path) -> None:
             score = Score.model_validate(told)
             scorer = find(TASKS[score.task], score.mode)
             assert scorer is not None
-            made = [samples._one(packed, room, score, scorer, EvalSettings())[0] for room in rooms]
-            logs = [samples.log_path(packed, room, score.task, score.mode) for room in rooms]
+            made = [samples._one(packed, subdir, score, scorer, EvalSettings())[0] for subdir in subdirs]
+            logs = [samples.log_path(packed, subdir, score.task, score.mode) for subdir in subdirs]
             arm["scores"][place] = mean_score([m for m in made if m], logs).model_dump(mode="json")
             arm["per_client"][f"{score.task}/{score.mode}"] = [m.score for m in made if m]
 

@@ -89,7 +89,7 @@ def test_what_a_file_does_not_have_whole_is_listed_with_its_number() -> None:
     assert [r.group for r in checked.rows] == [""]
 
 
-def test_the_natural_key_is_mended_as_the_other_columns_are() -> None:
+def test_the_natural_key_is_cleaned_as_the_other_columns_are() -> None:
     rows = [{"instruction": "a", "output": "pos\ud83d", "site": "x\udc00" + "y" * 200}]
     checked = check(rows, {}, group="site", max_chars=100)
     assert checked.rows[0].group == "x?" + "y" * 98

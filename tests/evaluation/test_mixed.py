@@ -101,7 +101,7 @@ def test_prompts_are_read_once_and_no_more_than_a_lot_at_a_time(
 ) -> None:
     """However many samples a prompt has, and without a table of the logits of all places."""
     tokenizer, rows = mixed.base.tokenizer, []
-    monkeypatch.setattr(attention, "LOT", 24)
+    monkeypatch.setattr(attention, "BATCH", 24)
     own = attention._features
 
     def noted(model: Any, texts: Any) -> Any:

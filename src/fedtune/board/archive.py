@@ -38,7 +38,7 @@ def is_clutter(name: str | PurePosixPath | Path) -> bool:
 
 
 def _info_problem(info: zipfile.ZipInfo) -> tuple[str, str]:
-    """Say what is wrong with one name of an archive, and what would mend it; empty texts where nothing is."""
+    """Say what is wrong with one name of an archive, and what would repair it; empty texts where nothing is."""
     name, path, kind = info.filename, PurePosixPath(info.filename), info.external_attr >> 28
     if "\\" in name:
         return "is written with backslashes", "zip it with a tool that writes / between folders"

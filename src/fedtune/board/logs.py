@@ -9,7 +9,7 @@ from pathlib import Path
 
 from fedtune.board.archive import is_clutter
 from fedtune.board.samples import against
-from fedtune.board.sets import client_rooms, log_path, named_logs, samples
+from fedtune.board.sets import client_subdirs, log_path, named_logs, samples
 from fedtune.domains import TASKS
 from fedtune.io import read_json, read_lines
 from fedtune.methods import METHODS
@@ -51,7 +51,7 @@ def _strays(folder: Path, entry: Entry) -> Iterator[Problem]:
 def _clients(folder: Path, entry: Entry, arm: Arm) -> Iterator[Problem]:
     """Yield clients with rows but without samples, and the other way round."""
     rows = dict(enumerate(entry.data["clients"]))
-    have = {int(room.rpartition("-")[2]) for room in client_rooms(folder, arm.name)}
+    have = {int(subdir.rpartition("-")[2]) for subdir in client_subdirs(folder, arm.name)}
     for client in sorted(client for client in have if not rows.get(client)):
         yield Problem(f"evals/{arm.name}/client-{client:04d}", "is of no client that has rows")
     if both := have & arm.failed.keys():
@@ -72,7 +72,7 @@ def curve_problems(folder: Path, entry: Entry) -> Iterator[Problem]:
     lines = read_lines(path) if path.exists() else []
     every, seen = entry.settings.eval.every, set()
     # those in the end are read once, and not for each line; a hash of them is kept
-    in_the_end = functools.cache(lambda task, mode: _items(folder, _rooms(folder, entry, "federated"), task, mode))
+    in_the_end = functools.cache(lambda task, mode: _items(folder, _subdirs(folder, entry, "federated"), task, mode))
     for line in lines:
         round_, score = line["round"], Score(**{k: v for k, v in line.items() if k != "round"})
         where, key = f"curve.jsonl: round {round_}, {score.task} ({score.mode})", (round_, score.task, score.mode)
@@ -83,31 +83,33 @@ def curve_problems(folder: Path, entry: Entry) -> Iterator[Problem]:
         yield from (Problem(where, why) for why in _point(folder, entry, f"round-{round_:06d}", score, in_the_end))
 
 
-def _rooms(folder: Path, entry: Entry, name: str) -> list[str]:
-    return client_rooms(folder, name) if _personal(entry, "federated") else [name]
+def _subdirs(folder: Path, entry: Entry, name: str) -> list[str]:
+    return client_subdirs(folder, name) if _personal(entry, "federated") else [name]
 
 
-def _point(folder: Path, entry: Entry, room: str, score: Score, in_the_end: Callable[[str, str], str]) -> Iterator[str]:
+def _point(
+    folder: Path, entry: Entry, subdir: str, score: Score, in_the_end: Callable[[str, str], str]
+) -> Iterator[str]:
     if score.task not in TASKS:
         yield "is of no task that is known here"
         return
     mean, settings = _personal(entry, "federated"), entry.settings.eval
-    rooms, last = (_rooms(folder, entry, name) for name in (room, "federated"))
-    if len(rooms) != len(last):
-        yield f"{len(rooms)} clients have samples, {len(last)} in the end"
+    subdirs, last = (_subdirs(folder, entry, name) for name in (subdir, "federated"))
+    if len(subdirs) != len(last):
+        yield f"{len(subdirs)} clients have samples, {len(last)} in the end"
         return
-    yield from against(folder, rooms, score, settings, mean=mean)
+    yield from against(folder, subdirs, score, settings, mean=mean)
     # without samples of the round nothing is to be compared
-    if not any(log_path(folder, name, score.task, score.mode).exists() for name in rooms):
+    if not any(log_path(folder, name, score.task, score.mode).exists() for name in subdirs):
         return
-    if _items(folder, rooms, score.task, score.mode) != in_the_end(score.task, score.mode):
+    if _items(folder, subdirs, score.task, score.mode) != in_the_end(score.task, score.mode):
         yield "its samples are not of the same items as those in the end"
 
 
-def _items(folder: Path, rooms: Sequence[str], task: str, mode: str) -> str:
-    """Return a hash of the places and right answers in the logs of each room."""
+def _items(folder: Path, subdirs: Sequence[str], task: str, mode: str) -> str:
+    """Return a hash of the places and right answers in the logs of each subdir."""
     made = hashlib.sha256()
-    for room in rooms:  # one log in memory at a time
-        found = [(row["i"], row.get("gold")) for row in samples(folder, room, task, mode)]
+    for subdir in subdirs:  # one log in memory at a time
+        found = [(row["i"], row.get("gold")) for row in samples(folder, subdir, task, mode)]
         made.update(hashlib.sha256(repr(found).encode()).digest())
     return made.hexdigest()

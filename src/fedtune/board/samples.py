@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from fedtune.board.sets import client_rooms, log_path
+from fedtune.board.sets import client_subdirs, log_path
 from fedtune.config.schema import EvalSettings
 from fedtune.data.files import parse_rows, read_text_file
 from fedtune.domains import TASKS
@@ -67,12 +67,12 @@ def recomputed(folder: Path, arm: Arm, score: Score, settings: EvalSettings | No
     if score.task not in TASKS:
         yield "is of no task that is known here"
         return
-    rooms = client_rooms(folder, arm.name) if arm.per_client else [arm.name]
+    subdirs = client_subdirs(folder, arm.name) if arm.per_client else [arm.name]
     values = arm.per_client.get(f"{score.task}/{score.mode}", [])
-    if arm.per_client and len(rooms) != len(values):
-        yield f"{len(values)} clients have a score, {len(rooms)} have samples"
+    if arm.per_client and len(subdirs) != len(values):
+        yield f"{len(values)} clients have a score, {len(subdirs)} have samples"
         return
-    yield from against(folder, rooms, score, settings or EvalSettings(), values, mean=bool(arm.per_client))
+    yield from against(folder, subdirs, score, settings or EvalSettings(), values, mean=bool(arm.per_client))
 
 
 def _unscored(score: Score, scorer: Scorer, path: str) -> Iterator[str]:
@@ -84,7 +84,7 @@ def _unscored(score: Score, scorer: Scorer, path: str) -> Iterator[str]:
 
 def against(
     folder: Path,
-    rooms: Sequence[str],
+    subdirs: Sequence[str],
     score: Score,
     settings: EvalSettings,
     said: Sequence[float | None] = (),
@@ -95,7 +95,7 @@ def against(
 
     Args:
         folder: the packed run.
-        rooms: where the samples are: of one model, or of each client's.
+        subdirs: where the samples are: of one model, or of each client's.
         score: as it is told.
         settings: of the evaluation.
         said: each client's score as it is told, where it is.
@@ -105,14 +105,14 @@ def against(
     if scorer is None:
         yield "is of no mode that this task is scored in"
         return
-    logs = [log_path(folder, room, score.task, score.mode) for room in rooms]
+    logs = [log_path(folder, subdir, score.task, score.mode) for subdir in subdirs]
     if not any(log.exists() for log in logs):
         yield from _unscored(score, scorer, str(logs[0].relative_to(folder)) if logs else "of no client")
         return
     each = []
-    for place, room in enumerate(rooms):
-        made, wrong = _one(folder, room, score, scorer, settings)
-        prefix = f"{room}: " if mean else ""
+    for place, subdir in enumerate(subdirs):
+        made, wrong = _one(folder, subdir, score, scorer, settings)
+        prefix = f"{subdir}: " if mean else ""
         yield from (f"{prefix}{why}" for why in wrong)
         if made is None:
             return
@@ -131,10 +131,10 @@ def _differences(said: Score, made: Score) -> Iterator[str]:
 
 
 def _one(
-    folder: Path, room: str, score: Score, scorer: Scorer, settings: EvalSettings
+    folder: Path, subdir: str, score: Score, scorer: Scorer, settings: EvalSettings
 ) -> tuple[Score | None, list[str]]:
     """Return the score that a log makes, if it is sound enough to make one, and what is wrong with its samples."""
-    path, task = log_path(folder, room, score.task, score.mode), TASKS[score.task]
+    path, task = log_path(folder, subdir, score.task, score.mode), TASKS[score.task]
     if not path.exists():
         return None, [f"has no samples ({path.relative_to(folder)})"]
     header, *rows = parse_rows(read_text_file(path), str(path.relative_to(folder))) or [{}]

@@ -26,31 +26,31 @@ def _inside(folder: Path, *parts: str) -> Path:
     return folder.joinpath("evals", *parts)
 
 
-def client_rooms(folder: Path, arm: str) -> list[str]:
+def client_subdirs(folder: Path, arm: str) -> list[str]:
     """Return the parts of an arm's logs, one for each client, where each has a model of its own; in their order.
 
     Raises:
         CorruptFileError: the arm's name could lead out of the folder.
     """
     numbers = {int(p.name[7:]) for p in _inside(folder, arm).glob("client-*") if p.name[7:].isdecimal()}
-    rooms = [f"{arm}/client-{number:04d}" for number in sorted(numbers)]
+    subdirs = [f"{arm}/client-{number:04d}" for number in sorted(numbers)]
     # a client's number is spelled in one way only; any other spelling is no client's
-    return [room for room in rooms if (folder / "evals" / room).exists()]
+    return [subdir for subdir in subdirs if (folder / "evals" / subdir).exists()]
 
 
-def log_path(folder: Path, room: str, task: str, mode: str) -> Path:
+def log_path(folder: Path, subdir: str, task: str, mode: str) -> Path:
     """Return where the samples of a task are, in a run folder or a packed one; there may be none.
 
     Args:
         folder: of the run.
-        room: an arm, or one client's part of it.
+        subdir: an arm, or one client's part of it.
         task, mode: which.
 
     Raises:
         CorruptFileError: there are two logs of it, so that nobody can tell which one counts; or a name could lead out
             of the folder.
     """
-    plain = _inside(folder, *room.split("/"), f"{task}.{mode}.jsonl")
+    plain = _inside(folder, *subdir.split("/"), f"{task}.{mode}.jsonl")
     packed = plain.with_name(f"{plain.name}.gz")
     if plain.exists() and packed.exists():
         raise CorruptFileError(f"{plain}: stands beside {packed.name}; one log of an evaluation is wanted, remove one")
@@ -67,24 +67,24 @@ def named_logs(folder: Path, arms: Sequence[Arm], curve: Sequence[Point]) -> set
     each = any(arm.per_client for arm in arms if arm.name == "federated")
     named += [(f"round-{p.round:06d}", p.task, p.mode, each) for p in curve]
     return {
-        log_path(folder, room, task, mode)
+        log_path(folder, subdir, task, mode)
         for where, task, mode, personal in named
-        for room in (client_rooms(folder, where) if personal else [where])
+        for subdir in (client_subdirs(folder, where) if personal else [where])
     }
 
 
-def samples(run: Path, room: str, task: str, mode: str) -> list[dict[str, Any]]:
+def samples(run: Path, subdir: str, task: str, mode: str) -> list[dict[str, Any]]:
     """Return the samples of a task from a run folder or a packed one; none where there is no log.
 
     Args:
         run: the folder.
-        room: the arm, or one client's part of it.
+        subdir: the arm, or one client's part of it.
         task, mode: which.
 
     Raises:
         CorruptFileError: a damaged log.
     """
-    path = log_path(run, room, task, mode)
+    path = log_path(run, subdir, task, mode)
     return parse_rows(read_text_file(path), str(path.relative_to(run)))[1:] if path.exists() else []
 
 
@@ -107,12 +107,12 @@ def _distinct(score: Score) -> bool:
     return scorer is not None and scorer.distinct
 
 
-def _fingerprint(run: Path, rooms: Sequence[str], score: Score, losses: Sequence[float | None]) -> str:
-    """Return what `digest` gives of all rooms' rows, with one room's log in memory at a time; nothing without rows."""
+def _fingerprint(run: Path, subdirs: Sequence[str], score: Score, losses: Sequence[float | None]) -> str:
+    """Return what `digest` gives of the rows of all subdirs, with one log in memory at a time; none without rows."""
     alone, some = _distinct(score), False
     made = hashlib.sha256(b"[" if alone else b"[[")
-    for number, room in enumerate(rooms):
-        rows = [[row.get(key) for key in ANSWERED] for row in samples(run, room, score.task, score.mode)]
+    for number, subdir in enumerate(subdirs):
+        rows = [[row.get(key) for key in ANSWERED] for row in samples(run, subdir, score.task, score.mode)]
         made.update((("," if number else "") + canonical(rows)).encode("utf-8", "surrogatepass"))
         some = some or bool(rows)
     made.update(b"]" if alone else f"],{canonical(list(losses))}]".encode())
@@ -130,9 +130,9 @@ def fingerprints(run: Path, arm: Arm, losses: Sequence[float | None]) -> dict[st
     """
     found = {}
     for score in arm.scores:
-        rooms = client_rooms(run, arm.name) if arm.per_client else [arm.name]
+        subdirs = client_subdirs(run, arm.name) if arm.per_client else [arm.name]
         with reading(run / "evals" / arm.name / f"{score.task}.{score.mode}.jsonl"):  # a number may be infinite
-            made = _fingerprint(run, rooms, score, losses)
+            made = _fingerprint(run, subdirs, score, losses)
         if made:
             found[f"{score.task}/{score.mode}"] = made
     return found
@@ -159,12 +159,12 @@ def reasons(run: Path, domain: str, arms: Sequence[Arm]) -> Iterator[str]:
 
 def _of_part(run: Path, arm: Arm) -> Iterator[str]:
     """Yield which of an arm's scores are of a part of a set, or of another."""
-    rooms = client_rooms(run, arm.name) if arm.per_client else [arm.name]
+    subdirs = client_subdirs(run, arm.name) if arm.per_client else [arm.name]
     for score in arm.scores:
         task = TASKS.get(score.task)
         if score.score is None or task is None:
             continue
-        logs = (samples(run, room, score.task, score.mode) for room in rooms)
+        logs = (samples(run, subdir, score.task, score.mode) for subdir in subdirs)
         key = scorers.key(task)
         found = {why for rows in logs if (why := known.shortfall(task.name, score.mode, key, task.n, rows))}
         yield from (f"{task.name} ({score.mode}): {why}" for why in sorted(found))

@@ -230,19 +230,19 @@ def _remarks(number: int, row: TrainRow, max_chars: int) -> list[RowProblem]:
     return found
 
 
-def _mended(row: TrainRow, max_chars: int) -> TrainRow:
+def _cleaned(row: TrainRow, max_chars: int) -> TrainRow:
     """Return a row whose texts are no longer than allowed, and can be encoded."""
 
-    def mended(text: str) -> str:
+    def cleaned(text: str) -> str:
         return unpaired(text[:max_chars])
 
     return TrainRow(
-        mended(row.instruction),
-        mended(row.input),
-        mended(row.output),
-        mended(row.group),
-        tuple((mended(question), mended(answer)) for question, answer in row.turns),
-        {name: mended(text) for name, text in row.columns.items()},
+        cleaned(row.instruction),
+        cleaned(row.input),
+        cleaned(row.output),
+        cleaned(row.group),
+        tuple((cleaned(question), cleaned(answer)) for question, answer in row.turns),
+        {name: cleaned(text) for name, text in row.columns.items()},
     )
 
 
@@ -264,8 +264,8 @@ def check(
 
     Returns:
         Rows that their file does not have whole, with a missing column, a value that is not text, a conversation out of
-        turn, or an empty answer are dropped; over-long, oddly encoded and template-bearing ones are cut, mended or kept
-        as plain text, the partition column as well. All are listed.
+        turn, or an empty answer are dropped. Over-long texts are cut, wrongly encoded ones cleaned, and those with a
+        template's tokens kept as plain text, the partition column as well. All are listed.
     """
     good: list[TrainRow] = []
     problems: list[RowProblem] = []
@@ -277,7 +277,7 @@ def check(
             continue
         row = _row(raw, source)
         problems += _remarks(number, row, max_chars)
-        good.append(_mended(row, max_chars))
+        good.append(_cleaned(row, max_chars))
     return CheckedRows(tuple(good), tuple(problems))
 
 

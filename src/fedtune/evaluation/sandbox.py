@@ -200,11 +200,11 @@ def execute(program: str, language: Language, finish: str = "") -> Outcome:
     if engine() is None:
         return Outcome("no-sandbox", MISSING, compiled=False)
     token = secrets.token_hex(16)
-    with tempfile.TemporaryDirectory(prefix="fedtune-") as room:
-        folder, scratch, logs = (Path(room) / name for name in ("work", "tmp", "logs"))
+    with tempfile.TemporaryDirectory(prefix="fedtune-") as root:
+        folder, scratch, logs = (Path(root) / name for name in ("work", "tmp", "logs"))
         for path in (folder, scratch, logs):
             path.mkdir()
-        os.chmod(room, 0o755)  # noqa: S103 - the sandbox's user is nobody
+        os.chmod(root, 0o755)  # noqa: S103 - the sandbox's user is nobody
         os.chmod(scratch, 0o777)  # noqa: S103
         text = program + (finish or language.finish).replace("{token}", token)
         (folder / language.file).write_bytes(text.encode("utf-8", "surrogatepass"))

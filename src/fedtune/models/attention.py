@@ -17,7 +17,7 @@ from fedtune.models.proof import proof_of
 from fedtune.types import ModelError
 
 # tokens of a pass that only reads the states at the texts' ends
-LOT = 4096
+BATCH = 4096
 
 
 def run_row(model: Any, row: PackedRow, module: Any = None, **options: Any) -> Any:
@@ -34,24 +34,24 @@ def run_row(model: Any, row: PackedRow, module: Any = None, **options: Any) -> A
     return plain_pass(model, row.ids, module, **options)
 
 
-def _lots(texts: Sequence[Sequence[int]]) -> Iterator[list[Sequence[int]]]:
-    """Group neighbouring texts into lots of at most LOT tokens."""
-    lot: list[Sequence[int]] = []
+def _batches(texts: Sequence[Sequence[int]]) -> Iterator[list[Sequence[int]]]:
+    """Group neighbouring texts into batches of at most BATCH tokens."""
+    batch: list[Sequence[int]] = []
     size = 0
     for text in texts:
-        if lot and size + len(text) > LOT:
-            yield lot
-            lot, size = [], 0
-        lot.append(text)
+        if batch and size + len(text) > BATCH:
+            yield batch
+            batch, size = [], 0
+        batch.append(text)
         size += len(text)
-    yield lot
+    yield batch
 
 
 def text_features(model: Any, texts: Sequence[Sequence[int]]) -> Tensor:
     """Return the base model's last hidden state at the end of each text [texts, hidden], adapters left out."""
     packs = proof_of(model).packs(texts)
-    lots = list(_lots(texts)) if packs else [[text] for text in texts]
-    return torch.cat([_features(model, lot) for lot in lots])
+    batches = list(_batches(texts)) if packs else [[text] for text in texts]
+    return torch.cat([_features(model, batch) for batch in batches])
 
 
 def _features(model: Any, texts: Sequence[Sequence[int]]) -> Tensor:

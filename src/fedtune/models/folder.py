@@ -121,8 +121,8 @@ class FolderState(Mapping[str, LoraModule]):
         entry = self._header[name]
         tensor = torch.empty(entry["shape"], dtype=_FLOATS[entry["dtype"]])
         file.seek(self._start + entry["data_offsets"][0])
-        room: Any = tensor.view(-1).view(torch.uint8).numpy()
-        file.readinto(room)
+        buffer: Any = tensor.view(-1).view(torch.uint8).numpy()
+        file.readinto(buffer)
         return tensor
 
     def __iter__(self) -> Iterator[str]:

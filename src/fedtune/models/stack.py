@@ -61,11 +61,11 @@ class Stack:
 
     def _stacked(self, name: str, starts: Sequence[Tensors]) -> Tensor:
         trained = name in self._ends
-        room = self._window(self.numbers, name) if trained else self.numbers.new_zeros(self._count, *self._shapes[name])
+        slot = self._window(self.numbers, name) if trained else self.numbers.new_zeros(self._count, *self._shapes[name])
         for k, start in enumerate(starts):
-            room[k][_corner(start[name])] = start[name].to(room.device, room.dtype)
+            slot[k][_corner(start[name])] = start[name].to(slot.device, slot.dtype)
         # gradients are added in place, into the matrix of lines
-        return self._leaf(room, self._window(self.gradients, name)) if trained else room
+        return self._leaf(slot, self._window(self.gradients, name)) if trained else slot
 
     def _scale(self, path: str, starts: Sequence[Tensors]) -> Tensor:
         ranks = [start[PREFIX + path + A].shape[0] for start in starts]

@@ -15,7 +15,7 @@ from fedtune.models.adapted import AdaptedModel
 from fedtune.models.interface import attending
 from fedtune.models.proof import proof_of
 from fedtune.objectives import Example, Objective
-from fedtune.training.loss import Part, Step, in_one_row, joint_loss, keyed, label_logs, lots, passes, regrouped
+from fedtune.training.loss import Part, Step, groups, in_one_row, joint_loss, keyed, label_logs, passes, regrouped
 from fedtune.types import derive_seed
 
 
@@ -33,7 +33,7 @@ def _passing(adapted: AdaptedModel, parts: Sequence[Part], exact: bool) -> Itera
         yield
 
 
-def _one_lot(
+def _one_group(
     adapted: AdaptedModel, parts: Sequence[Part], exact: bool, on_rows: Callable[[list[int]], None] | None
 ) -> list[float]:
     """Backpropagate the losses of parts that pass through the model together; return each part's."""
@@ -103,7 +103,7 @@ def by_example(adapted: AdaptedModel, step: Step, tokens: int, *, exact: bool) -
     if not step.objective.whole_step:
         return step
     parts = [part for row in passes([step], tokens) for part in row.values()]
-    apart = [part for each in parts for (part,) in lots(adapted.model, [each])]
+    apart = [part for each in parts for (part,) in groups(adapted.model, [each])]
     rows = [[part] if in_one_row(adapted.model, [part]) else list(part.by_text()) for part in apart]
     logs = _logs(adapted, [part for row in rows for part in row], exact)
     loss, slopes = _derivatives(Part(step.examples, parts[0].share, objective=step.objective), logs)
@@ -116,8 +116,8 @@ def one_pass(
     adapted: AdaptedModel, parts: Sequence[Part], *, exact: bool, on_rows: Callable[[list[int]], None] | None = None
 ) -> list[float]:
     """Backpropagate the losses of some parts of steps, in one pass if they may; return each part's."""
-    apart = lots(adapted.model, parts)
-    losses = [_one_lot(adapted, lot, exact, on_rows) for lot in apart]
+    apart = groups(adapted.model, parts)
+    losses = [_one_group(adapted, group, exact, on_rows) for group in apart]
     return losses[0] if len(apart) == 1 else regrouped([own for (own,) in losses], parts)
 
 

@@ -126,7 +126,7 @@ def in_one_row(model: Any, parts: Sequence[Part]) -> bool:
     return len(texts) == 1 or proof_of(model).packs(texts)
 
 
-def lots(model: Any, parts: Sequence[Part]) -> list[list[Part]]:
+def groups(model: Any, parts: Sequence[Part]) -> list[list[Part]]:
     """Return parts as they pass through a model: all together, or each example alone where rows are not proven."""
     if in_one_row(model, parts):
         return [list(parts)]
@@ -185,9 +185,9 @@ def joint_loss(
         share_prefix: compute what a part's texts begin with once: exact without dropout, not with it.
         on_rows: told how many tokens of the row each part has, before the pass.
     """
-    apart = lots(model, parts)
+    apart = groups(model, parts)
     if len(apart) > 1:
-        made = [joint_loss(model, lot) for lot in apart]
+        made = [joint_loss(model, group) for group in apart]
         return torch.stack([total for total, _ in made]).sum(), regrouped([own for _, (own,) in made], parts)
     if in_one_row(model, parts):
         logs = label_logs(model, parts, share_prefix=share_prefix, on_rows=on_rows)
