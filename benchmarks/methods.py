@@ -20,7 +20,6 @@ import statistics
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -33,7 +32,7 @@ from fedtune.config.load import merge
 from fedtune.experiment.aggregate import relative_error
 from fedtune.experiment.run import run
 from fedtune.io import append_lines, read_lines, write_bytes
-from fedtune.methods import METHODS, ClientUpdate, Recipe, ServerState
+from fedtune.methods import METHODS, ClientUpdate, Recipe, RoundContext, ServerState
 from fedtune.results.manifest import versions
 from fedtune.results.stats import student
 from fedtune.settings import load
@@ -53,14 +52,15 @@ class Watched:
     def __enter__(self) -> Watched:
         plain = self._plain
 
-        def step(recipe: Recipe, updates: Sequence[ClientUpdate], state: ServerState, round_: int) -> ServerState:
+        def step(
+            recipe: Recipe, updates: Sequence[ClientUpdate], state: ServerState, context: RoundContext
+        ) -> ServerState:
             started = time.perf_counter()
-            after = plain(recipe, updates, state, round_)
+            after = plain(recipe, updates, state, context)
             self.milliseconds.append(1000 * (time.perf_counter() - started))
-            if recipe.method.comparable and recipe.method.global_adapter:
-                before = replace(state, round=round_ - 1)
-                adapters = [recipe.method.completed(u, before) for u in updates]
-                new = tuple(p for p in after.base if p.round == round_)
+            if recipe.method.updates != "opaque" and recipe.method.models == "global":
+                adapters = recipe.method.adapters(updates, state, context.round)
+                new = tuple(p for p in after.base if p.round == context.round)
                 moved = ServerState(after.adapter, base=new)
                 self.errors.append(relative_error(moved, adapters, [u.examples for u in updates]))
             return after
@@ -118,7 +118,7 @@ def row(lines: list[dict[str, Any]], fedit: dict[str, Any]) -> str:
     shown = f"{max(errors):.1e}" if errors else "–"
     up, down = (statistics.mean(line[key] / fedit[key] for line in lines) for key in ("bytes_up", "bytes_down"))
     server = statistics.median(line["server_ms"] for line in lines)
-    score = interval([line["score"] for line in lines]) + (" (own models)" if kind.personalised else "")
+    score = interval([line["score"] for line in lines]) + (" (own models)" if kind.models != "global" else "")
     return f"| `{kind.name}` | {score} | {len(lines)} | {up:.2f} | {down:.2f} | {server:.0f} | {shown} |"
 
 

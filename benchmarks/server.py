@@ -24,6 +24,7 @@ from fedtune.io import write_json
 from fedtune.lora import product
 from fedtune.lora.state import AdapterState, LoraModule
 from fedtune.methods import METHODS, ServerState
+from fedtune.methods.aggregation import aggregate
 from fedtune.results.manifest import machine, versions
 
 SHAPES = {"q_proj": (4096, 4096), "v_proj": (1024, 4096)}
@@ -106,7 +107,7 @@ def main() -> None:
     for name in TIMED:
         before, method = peak(), METHODS[name](METHODS[name].Parameters())
         start = {path: clients[0][path] for path in clients[0]}
-        took = seconds(lambda m=method, s=start: m.aggregate(clients, [1.0] * len(clients), ServerState(s), 1))  # type: ignore[misc]
+        took = seconds(lambda m=method, s=start: aggregate(m, clients, [1.0] * len(clients), ServerState(s))[0])  # type: ignore[misc]
         found[name] = {"seconds": took - drawing, "peak_growth_gib": peak() - before}
         grown = f"{found[name]['peak_growth_gib']:.2f} GiB more at the peak"
         print(f"{name:12} {took - drawing:7.1f} s for {len(clients[0])} layers of {len(clients)} clients, {grown}")

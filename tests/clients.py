@@ -5,6 +5,10 @@ from __future__ import annotations
 from dataclasses import fields
 from typing import Any, TypeVar
 
+from torch import Tensor
+
+from fedtune.lora.state import AdapterState
+from fedtune.methods import ClientUpdate, Method, Recipe, ServerState
 from fedtune.methods.requests import (
     ClientContext,
     Features,
@@ -14,6 +18,7 @@ from fedtune.methods.requests import (
     Program,
     Request,
     RowNorms,
+    Tensors,
     Train,
 )
 
@@ -51,7 +56,17 @@ def context_of(client: Any) -> ClientContext:
     return ClientContext(**known)
 
 
-def fit_by(method: Any, client: Any, start: Any) -> Fitted:
+def fit_by(method: Method | Recipe, client: Any, start: Any) -> Fitted:
     """Return what a method, or a recipe, sends and keeps after a stand-in's work."""
-    result: Fitted = ran_by(client, method.fit(context_of(client), start))
-    return result
+    work = method.work if isinstance(method, Recipe) else method.fit
+    return ran_by(client, work(context_of(client), start))
+
+
+def begun_by(recipe: Recipe, layout: AdapterState, download: Tensors, kept: Tensors, round_: int) -> dict[str, Tensor]:
+    """Return all tensors of a client's model at the start of a round."""
+    return recipe.begin(ClientContext(0, round_, 1, layout, kept, rate=0.1, steps=1), download)
+
+
+def completed(method: Method, update: ClientUpdate, state: ServerState) -> AdapterState:
+    """Return an update of the round after a state's as a whole adapter."""
+    return method.adapters([update], state, state.round + 1)[0]

@@ -28,11 +28,11 @@ FEDEMA = '''
     """FedEMA: the global adapter is a moving average of the rounds' means."""
 
     from collections.abc import Sequence
+    from dataclasses import replace
 
     from pydantic import Field
-    from torch import Tensor
 
-    from fedtune.lora.state import to_tensors
+    from fedtune.lora.state import to_tensors, with_tensors
     from fedtune.methods import ClientUpdate, Method, ServerState
 
 
@@ -42,6 +42,8 @@ FEDEMA = '''
         name = "fedema"
         title = "FedEMA: moving average of the rounds' means"
         paper = "none"
+        guarantee = "none"
+        linear = True
 
         class Parameters(Method.Parameters):
             """The part of the global adapter that stays.
@@ -54,9 +56,10 @@ FEDEMA = '''
 
         parameters: Parameters
 
-        def combine(self, updates: Sequence[ClientUpdate], state: ServerState) -> dict[str, Tensor]:
+        def server_step(self, updates: Sequence[ClientUpdate], state: ServerState, round_: int) -> ServerState:
             """Return the average of what there is and the mean of what came."""
             kept, before = self.parameters.decay, to_tensors(state.adapter)
-            mean = super().combine(updates, state)
-            return {name: kept * before[name] + (1 - kept) * tensor for name, tensor in mean.items()}
+            after = super().server_step(updates, state, round_)
+            moved = {n: kept * before[n] + (1 - kept) * t for n, t in to_tensors(after.adapter).items()}
+            return replace(after, adapter=with_tensors(after.adapter, moved))
 '''

@@ -203,8 +203,9 @@ def aggregate(
 def _check_cut(method: Method, rank: int) -> None:
     """Raise ConfigError for a rank that a method would take no notice of."""
     from fedtune.methods import METHODS
+    from fedtune.methods.traits import cuts
 
-    if rank and not method.cuts:
-        able = ", ".join(name for name, kind in METHODS.items() if kind.cuts)
+    if rank and not cuts(type(method)):
+        able = ", ".join(name for name, kind in METHODS.items() if cuts(kind))
         found = Problem(f"rank={rank}", f"{method.name} does not cut its result to a rank", f"these do: {able}")
         raise ConfigError("fedtune aggregate", [found])

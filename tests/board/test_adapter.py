@@ -12,12 +12,13 @@ from fedtune.board import adapter
 from fedtune.board.adapter import ADAPTER, CONFIG, adapter_problems, of_base
 from fedtune.board.entries import from_run
 from fedtune.methods import METHODS
+from fedtune.methods.traits import moves_base
 from fedtune.results.entry import Entry
 from fedtune.tensors import tensor_header
 
 pytestmark = pytest.mark.xdist_group("submission")
 KNOWN = "HuggingFaceTB/SmolLM2-135M-Instruct"
-GROWING = sorted(name for name, kind in METHODS.items() if kind.keeps_base)
+GROWING = sorted(name for name, kind in METHODS.items() if moves_base(kind))
 
 
 @pytest.fixture

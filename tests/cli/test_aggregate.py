@@ -15,6 +15,7 @@ from typer.testing import CliRunner
 from fedtune.cli import app
 from fedtune.experiment.aggregate import Aggregated, aggregate, build, dense_update, write
 from fedtune.methods import METHODS, ServerState
+from fedtune.methods.traits import cuts
 from fedtune.models.folder import read_state
 from fedtune.types import AdapterError, ConfigError, FedtuneError, ProblemsError
 from tests.tiny import make_folder
@@ -144,7 +145,7 @@ def test_wrong_words_name_the_right_ones(folders: list[Path], tmp_path: Path) ->
             _run("--method", method, "--set", "rank=2", "--out", tmp_path / "out", "--clients", *folders)
 
 
-@pytest.mark.parametrize("method", [name for name, kind in METHODS.items() if kind.cuts])
+@pytest.mark.parametrize("method", [name for name, kind in METHODS.items() if cuts(kind)])
 def test_a_rank_that_is_asked_for_is_the_results(method: str, folders: list[Path], tmp_path: Path) -> None:
     words = ["--method", method, "--set", "rank=2", "--out", tmp_path / "out", "--clients", *folders]
     assert _run(*words)["rank"] == 2
@@ -295,7 +296,7 @@ def test_every_method_aggregates_folders_with_a_common_a(folders: list[Path], tm
     facts = _run("--method", method, "--examples", "1,2,3", "--out", tmp_path / "out", "--clients", *shared)
     assert all((Path(f) / "adapter_model.safetensors").exists() for f in facts["adapters"])
     # weights by norm, or a layer repaired towards the start, are not the weights of the examples
-    if METHODS[method].global_adapter and method not in ("hetlora", "fedilora"):
+    if METHODS[method].models != "own" and method not in ("hetlora", "fedilora"):
         assert facts["relative_error"] == pytest.approx(0, abs=1e-5)
 
 
@@ -453,7 +454,7 @@ def test_a_step_that_fails_on_numbers_is_an_error_of_the_adapters(
     err: Exception, folders: list[Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     method = build("flexlora", {})
-    monkeypatch.setattr(type(method), "aggregate", Mock(side_effect=err))
+    monkeypatch.setattr(type(method), "server_step", Mock(side_effect=err))
     with pytest.raises(AdapterError, match=r"flexlora cannot aggregate these adapters' values: (did not conv|too lar)"):
         aggregate(method, [read_state(folders[0])], [1])
 

@@ -13,6 +13,7 @@ from fedtune.cli import app
 from fedtune.lora.conformance import examine
 from fedtune.lora.state import from_tensors, to_tensors, with_rank
 from fedtune.methods import METHODS, ServerState
+from fedtune.methods.aggregation import aggregate
 from fedtune.types import ConfigError
 
 UNIVERSAL = {
@@ -38,7 +39,7 @@ def ours(name: str, states: list[dict[str, Tensor]], weights: list[float]) -> Ma
     read = [from_tensors(s, 1.0) for s in states]
     adapters = [{p: replace(m, alpha=float(m.rank)) for p, m in a.items()} for a in read]
     method = METHODS[name](METHODS[name].Parameters())
-    after = method.aggregate(adapters, weights, ServerState(adapters[0]), 1)
+    after = aggregate(method, adapters, weights, ServerState(adapters[0]))[0]
     made = as_adapter(after.adapter, after.base)
     return to_tensors({p: replace(m, b=m.b * m.scale) for p, m in made.items()})
 

@@ -44,9 +44,9 @@ def test_every_method_runs_three_rounds_and_resumes_bit_for_bit(
     if result.bytes_predicted is not None:
         assert result.bytes_down + result.bytes_up == result.bytes_predicted
     each = result.arms[-1].per_client
-    assert bool(each) is METHODS[name].personalised
+    assert bool(each) is (METHODS[name].models != "global")
     assert all(len(values) == 2 for values in each.values())
-    assert (path / "adapter").exists() is METHODS[name].global_adapter
+    assert (path / "adapter").exists() is (METHODS[name].models != "own")
     with pytest.raises(CancelledError):
         run(made, tmp_path / "cut", reporter=Stops(2))
     again, resumed = run(made, tmp_path / "cut", resume=True)

@@ -235,8 +235,8 @@ def test_the_bound_of_what_is_added_up_does_not_grow_with_the_sum(
     recipe, now = scene.fed.recipe, scene.before
 
     def limit(round_: int) -> float:
-        sent = recipe.expected(now.state, BAD, round_)
-        return max(recipe.growth(n) + float(t.norm()) for n, t in sent.items() if n.startswith(names))
+        sent = recipe.upload(now.state, BAD, round_)
+        return max(sent.growth(n) + float(t.norm()) for n, t in sent.tensors.items() if n.startswith(names))
 
     first = limit(3)
     for round_ in range(3, 9):
@@ -253,7 +253,7 @@ def test_the_bound_of_what_is_added_up_does_not_grow_with_the_sum(
 def test_a_slope_along_a_direction_of_no_step_is_refused(tmp_path: Path) -> None:
     """One along each of them, however small, would make every later replay as long as there are directions."""
     scene = Scene("fedkseed", "alone", tmp_path)
-    (name,) = scene.fed.recipe.expected(scene.before.state, BAD, 3)
+    (name,) = scene.fed.recipe.upload(scene.before.state, BAD, 3).tensors
 
     def everywhere(reply: Any) -> Any:
         sent = messages.unpack(reply.content.array_records[messages.ADAPTER])

@@ -20,11 +20,12 @@ from fedtune.federation.rounds import Federation, one_round
 from fedtune.lora import dora
 from fedtune.lora.state import PREFIX, A, AdapterState, B, LoraModule, M
 from fedtune.methods import METHODS
+from fedtune.methods.traits import magnitudes
 from fedtune.settings import load
 from tests.faults.hostile import Toy, clients
 
 PATH, BAD, ROUNDS = "layer.q", 2, 15
-DORA = [name for name in METHODS if METHODS[name].dora]
+DORA = [name for name in METHODS if magnitudes(METHODS[name])]
 _draws = torch.Generator().manual_seed(0)
 BASE = torch.randn(4, 6, generator=_draws)
 TARGET = BASE * torch.tensor([[0.7], [1.0], [1.3], [1.6]]) + 0.3 * torch.randn(4, 6, generator=_draws)

@@ -69,12 +69,12 @@ def _run(config: Config, folder: Path, clients: int, cohort: int = 1) -> dict[st
     return to_tensors(complete(arms.train(arm(config, folder, clients, cohort))).state.adapter)
 
 
-@pytest.mark.parametrize("name", [n for n, kind in METHODS.items() if kind.running and not kind.by_client])
+@pytest.mark.parametrize("name", [n for n, kind in METHODS.items() if kind.linear])
 def test_adding_up_as_they_come_gives_what_all_at_once_gives(
     settings: Callable[..., Settings], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
     config = settings(federation={"clients": 5, "rounds": 2}, method__name=name).config
-    assert methods.create(config).streams
+    assert methods.create(config).summed
     added = _run(config, tmp_path / "a", 5)
     monkeypatch.setattr(Recipe, "streams", property(lambda self: False))
     together = _run(config, tmp_path / "b", 5)
@@ -101,9 +101,9 @@ def test_what_compares_updates_gets_them_all(settings: Callable[..., Settings]) 
         {"method": {"name": "flexlora"}},
         {"method": {"name": "fedalt"}},
     ):
-        assert not methods.create(settings(**changes).config).streams
+        assert not methods.create(settings(**changes).config).summed
     sgd = {"drift": {"scaffold": True}, "train": {"optimizer": "sgd"}}
-    assert not methods.create(settings(**sgd).config).streams
+    assert not methods.create(settings(**sgd).config).summed
 
 
 def test_memory_does_not_grow_with_the_cohort(

@@ -13,12 +13,13 @@ from torch import Tensor
 from fedtune.config import Config
 from fedtune.lora.base_delta import effective
 from fedtune.lora.state import AdapterState, LoraModule, to_tensors
-from fedtune.methods import METHODS, ClientUpdate, Recipe, ServerState, create, sound
+from fedtune.methods import METHODS, ClientUpdate, Recipe, RoundContext, ServerState, create, sound
+from fedtune.methods.traits import magnitudes
 from fedtune.types import UpdateError
 
 CLIENTS, BAD = 5, 3
 VALUES = [0.0, 1e-38, 1e-8, 1e4, -1e4, 1e6, -1e6, 1e9, 1e20, -1e20, 3e38, -3e38]
-EXACT_DORA = [name for name in METHODS if METHODS[name].dora == "exact"]
+EXACT_DORA = [name for name in METHODS if magnitudes(METHODS[name]) == "exact"]
 
 
 def layout(dora: bool) -> AdapterState:
@@ -32,7 +33,7 @@ def payload(made: Recipe, state: ServerState, client: int, round_: int) -> dict[
     """Return what an honest client may send: what is expected, and a step."""
     generator = torch.Generator().manual_seed(100 * round_ + client)
     found = {}
-    for name, tensor in made.expected(state, client, round_).items():
+    for name, tensor in made.upload(state, client, round_).tensors.items():
         if not tensor.is_floating_point():
             found[name] = tensor
             continue
@@ -65,20 +66,19 @@ def finite(state: ServerState) -> bool:
 def advanced(made: Recipe, state: ServerState, round_: int, bad: tuple[float, int] | None) -> ServerState:
     """Make one round as the loop does: who is named by an error is left out of the round."""
     members = list(range(CLIENTS))
-    for phase in range(1, made.phases + 1):
+    while state.round < round_:
         sent = [ClientUpdate(c, payload(made, state, c, round_), 10.0) for c in members]
         if bad is not None and BAD in members:
             place = members.index(BAD)
             sent[place] = replace(sent[place], tensors=spoiled(dict(sent[place].tensors), *bad))
-            if made.config.lora.dora and made.flaw(sent[place].tensors, state, BAD, round_, 2):
+            if made.config.lora.dora and made.upload(state, BAD, round_, 2).problem(sent[place].tensors):
                 members.remove(BAD)  # such a reply is rejected as it comes
                 sent.pop(place)
-        act = made.middle if phase < made.phases else made.server_step
         try:
-            state = act(sent, state, round_)
+            state = made.server_step(sent, state, RoundContext(round_))
         except UpdateError as err:
             members.remove(err.client)
-            state = act([u for u in sent if u.client != err.client], state, round_)
+            state = made.server_step([u for u in sent if u.client != err.client], state, RoundContext(round_))
     assert set(members) >= set(range(CLIENTS)) - {BAD}
     return state
 
@@ -87,7 +87,7 @@ def check(config: dict[str, Any], value: float, where: int, when: int) -> None:
     made = create(Config.model_validate({"domain": "finance", "lora": {"r": 4, "alpha": 8.0}, **config}))
     state = made.initial(layout(made.config.lora.dora))
     for round_ in range(1, 4):
-        if made.streams and abs(value) > sound.LARGEST:
+        if made.summed and abs(value) > sound.LARGEST:
             return  # such a reply is rejected as it comes, before it is added to a sum
         state = advanced(made, state, round_, (value, where) if round_ == when else None)
         assert finite(state), round_
@@ -120,9 +120,9 @@ def test_nor_a_rule(rule: str, value: float, where: int) -> None:
     sent = [ClientUpdate(c, payload(made, state, c, 1), 10.0) for c in range(6)]
     sent[BAD] = replace(sent[BAD], tensors=spoiled(dict(sent[BAD].tensors), value, where))
     try:
-        after = made.server_step(sent, state, 1)
+        after = made.server_step(sent, state, RoundContext(1))
     except UpdateError as err:
-        after = made.server_step([u for u in sent if u.client != err.client], state, 1)
+        after = made.server_step([u for u in sent if u.client != err.client], state, RoundContext(1))
         assert {err.client} == {BAD}  # noqa: PT017
     assert finite(after)
 
@@ -134,10 +134,12 @@ def test_a_magnitude_moves_by_no_more_than_a_factor_of_two_in_a_round(name: str,
     made = create(Config.model_validate(tree))
     state = made.initial(layout(True))
     sent = payload(made, state, BAD, 1)
-    assert not made.flaw(sent, state, BAD, 1, 2)
+    assert not made.upload(state, BAD, 1, 2).problem(sent)
     last = [n for n in sent if "magnitude" in n][-1]
     for inside in (0.5, 2.0):
         sent[last] = to_tensors(state.adapter)[last].clone() * torch.tensor([1.0, 1, 1, 1, 1, inside])
-        assert not made.flaw(sent, state, BAD, 1, 2)
+        assert not made.upload(state, BAD, 1, 2).problem(sent)
     sent[last][5] *= factor / 2
-    assert re.match(r"l1\.q: row 5 has a magnitude of .*; from .* to .* is taken", made.flaw(sent, state, BAD, 1, 2))
+    assert re.match(
+        r"l1\.q: row 5 has a magnitude of .*; from .* to .* is taken", made.upload(state, BAD, 1, 2).problem(sent)
+    )

@@ -14,7 +14,7 @@ from torch import Tensor
 from fedtune.config import Config
 from fedtune.config.schema import AttackSettings, RobustSettings, ServerSettings
 from fedtune.lora.state import to_tensors
-from fedtune.methods import METHODS, ClientUpdate, Recipe, ServerState, build, client_ranks, create
+from fedtune.methods import METHODS, ClientUpdate, Recipe, RoundContext, ServerState, build, client_ranks, create
 from fedtune.methods.requests import Train
 from fedtune.methods.wrappers import attack, rules, scaffold
 from fedtune.methods.wrappers import server_optimizer as optimizer
@@ -124,7 +124,7 @@ def test_momentum_never_moves_a_frozen_factor(name: str) -> None:
             ClientUpdate(u.client, {n: t for n, t in u.tensors.items() if alternating.method.trainable(round_, n)}, 1.0)
             for u in updates(round_, round_ + 5)
         ]
-        state = alternating.server_step(sent, state, round_)
+        state = alternating.server_step(sent, state, RoundContext(round_))
         after = to_tensors(state.adapter)
         for tensor_name in before:
             frozen = not alternating.method.trainable(round_, tensor_name)
@@ -172,7 +172,7 @@ def _drifting(scaffold: bool, rounds: int = 200, lost: frozenset[int] = frozense
             kept[client] = fitted.kept
             if client == 0 or round_ not in lost:
                 sent.append(ClientUpdate(client, fitted.payload, 1.0))
-        state = made.server_step(sent, state, round_)
+        state = made.server_step(sent, state, RoundContext(round_))
     best = (3.0 * -1.0 + 1.0 * 4.0) / 4.0
     return max(float((t - best).abs().max()) for t in to_tensors(state.adapter).values())
 
@@ -194,7 +194,12 @@ def test_scaffolds_first_round_is_averaging_and_full_participation_means_the_mea
     for one in (made, plain):
         state = one.initial(START)
         fits = [fit_by(one, Quadratic(c, {}), one.view(state, c)) for c in (0, 1)]
-        results.append((one.server_step([ClientUpdate(c, f.payload, 1.0) for c, f in enumerate(fits)], state, 1), fits))
+        results.append(
+            (
+                one.server_step([ClientUpdate(c, f.payload, 1.0) for c, f in enumerate(fits)], state, RoundContext(1)),
+                fits,
+            )
+        )
     assert same(dense(results[0][0]), dense(results[1][0]))
     controls = [scaffold.split(f.kept)[1] for f in results[0][1]]
     server = results[0][0].memory["scaffold"]
@@ -282,7 +287,11 @@ def _attacked(kind: str, **changes: Any) -> float:
         payload = attack.tampered(near, start, made.config.attack, client, seed=1)
         sent.append(ClientUpdate(client, payload, 1.0))
     honest = made.method.server_step(sent[1:], made.initial(START), 1)
-    got, want, was = dense(made.server_step(sent, made.initial(START), 1)), dense(honest), mean([START], [1.0])
+    got, want, was = (
+        dense(made.server_step(sent, made.initial(START), RoundContext(1))),
+        dense(honest),
+        mean([START], [1.0]),
+    )
     gap = sum(float((got[p] - want[p]).norm() ** 2) for p in got) ** 0.5
     return gap / sum(float((want[p] - was[p]).norm() ** 2) for p in got) ** 0.5
 
@@ -306,7 +315,7 @@ def test_a_gauge_attack_hits_the_mean_of_factors_and_nothing_in_product_space() 
 def test_a_round_at_rate_zero_leaves_the_controls_as_they_are() -> None:
     made = recipe(drift={"scaffold": True}, train={"optimizer": "sgd"}, federation={"clients": 2})
     first = fit_by(made, Quadratic(0, {}), made.view(made.initial(START), 0))
-    state = made.server_step([ClientUpdate(0, first.payload, 1.0)], made.initial(START), 1)
+    state = made.server_step([ClientUpdate(0, first.payload, 1.0)], made.initial(START), RoundContext(1))
     local = Quadratic(0, first.kept)
     local.round, local.rate = 2, 0.0
     last = fit_by(made, local, made.view(state, 0))
@@ -352,13 +361,14 @@ def test_scaffolds_bounds_leave_honest_controls_as_they_are(decay: float, size: 
     made = recipe(drift={"scaffold": True}, train={"optimizer": "sgd", "weight_decay": decay})
     state = ServerState({p: replace(m, a=size * m.a, b=size * m.b) for p, m in START.items()})
     tensors = to_tensors(state.adapter)
-    expected = made.expected(state, 0, 1)
+    upload = made.upload(state, 0, 1)
+    expected = upload.tensors
     unit = {n: t / t.norm() for n, t in tensors.items()}
     # from one control of that size to its opposite; and a mean of such controls
     largest = {n: 0.999 + decay * (float(t.norm()) + 50.0) for n, t in tensors.items()}
     for name, most in largest.items():
         wire = scaffold.CONTROL + name
-        assert made.growth(wire) + float(expected[wire].norm()) >= 2 * most
+        assert upload.growth(wire) + float(expected[wire].norm()) >= 2 * most
     controls = {n: most * unit[n] for n, most in largest.items()}
     kept = scaffold.bounded(controls, tensors, made.config.train)
     assert all(torch.equal(kept[n], controls[n]) for n in controls)
@@ -457,7 +467,7 @@ def test_ranks_are_dealt_by_share() -> None:
     dealt = sorted(client_ranks(config).values())
     assert dealt == [4] * 5 + [8] * 3 + [16] * 2
     assert client_ranks(config) == client_ranks(config)
-    assert build(config).rank_of(0) in (4, 8, 16)
+    assert build(config).scene.ranks[0] in (4, 8, 16)
     with pytest.raises(ValueError, match=r"sum to 0\.5, not to 1"):
         Config.model_validate({"domain": "x", "lora": {"ranks": {4: 0.5}}})
     with pytest.raises(ValueError, match="rank 32 is above the global rank r = 16"):
@@ -468,5 +478,5 @@ def test_every_method_takes_a_server_step_inside_a_recipe() -> None:
     for name in METHODS:
         made = recipe(method={"name": name})
         state: ServerState = made.initial(START)
-        assert set(made.expected(state, 0, 1))
+        assert set(made.upload(state, 0, 1).tensors)
         assert made.view(state, 0)

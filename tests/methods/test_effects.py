@@ -1,6 +1,7 @@
 """Every setting of a run's training and of what is around a method changes some number, or is refused by name."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
+from dataclasses import replace
 from functools import cache
 from typing import Any
 
@@ -12,12 +13,13 @@ from fedtune.config import Config
 from fedtune.config.load import merge
 from fedtune.lora.base_delta import effective
 from fedtune.lora.state import AdapterState, LoraModule
-from fedtune.methods import METHODS, ClientUpdate, ServerState, create, problems
+from fedtune.methods import METHODS, ClientUpdate, Recipe, RoundContext, ServerState, create, problems
+from fedtune.methods.traits import by_product, magnitudes, moves_base, sends_pairs
 from fedtune.methods.wrappers import rules
 from fedtune.training import schedule
 from fedtune.training.executor import Extras, optimizer
 from fedtune.types import RunFailedError, UpdateError, derive_seed
-from tests.clients import fit_by
+from tests.clients import begun_by, fit_by
 
 CLIENTS, ROUNDS = 5, 3
 BASE: dict[str, Any] = {
@@ -113,16 +115,14 @@ def layout(config: Config) -> AdapterState:
     return {"l.q": LoraModule(a, b, lora.alpha, lora.rslora, torch.linspace(1, 2, 6) if lora.dora else None)}
 
 
-def _stepped(
-    step: Callable[..., ServerState], sent: list[ClientUpdate], state: ServerState, round_: int
-) -> ServerState:
+def _stepped(made: Recipe, sent: list[ClientUpdate], state: ServerState, round_: int) -> ServerState:
     """Make a step as the loop does: an attacker that is named by an error is left out."""
     try:
-        return step(sent, state, round_)
+        return made.server_step(sent, state, RoundContext(round_))
     except UpdateError as err:
-        return step([u for u in sent if u.client != err.client], state, round_)
+        return made.server_step([u for u in sent if u.client != err.client], state, RoundContext(round_))
     except RunFailedError:
-        return state
+        return replace(state, round=round_)
 
 
 @cache
@@ -133,14 +133,15 @@ def _outcome(text: str) -> list[Tensor]:
     kept: dict[int, dict[str, Tensor]] = {c: {} for c in range(CLIENTS)}
     sent: list[ClientUpdate] = []
     for round_ in range(1, ROUNDS + 1):
-        for phase in range(1, made.phases + 1):
-            sent = []
+        phase = 0
+        while state.round < round_:
+            sent, phase = [], phase + 1
             for client in range(CLIENTS):
                 fitted = fit_by(made, Toy(config, client, round_, phase, kept[client]), made.view(state, client))
                 kept[client] = fitted.kept or kept[client]
                 sent.append(ClientUpdate(client, fitted.payload, 10.0 + client))
-            state = _stepped(made.middle if phase < made.phases else made.server_step, sent, state, round_)
-    begun = made.begin(made.method.cut(layout(config), 0), made.view(state, 0), kept[0], ROUNDS + 1)
+            state = _stepped(made, sent, state, round_)
+    begun = begun_by(made, made.method.cut(layout(config), 0), made.view(state, 0), kept[0], ROUNDS + 1)
     whole = [p.dense() for p in effective(state.adapter, state.base).values()]
     return [*whole, *begun.values(), *kept[0].values(), *(t for u in sent for t in u.tensors.values())]
 
@@ -151,7 +152,7 @@ def outcome(config: Config) -> list[Tensor]:
 
 def has_effect(name: str, key: str, value: Any, around: Mapping[str, Any] | None = None) -> bool:
     """Tell whether a setting changes a number; if not, it must have been refused by its name."""
-    rates = {"train": {"learning_rate_max": 0.1, "learning_rate_min": 0.01}} if METHODS[name].optimises else {}
+    rates = {"train": {"learning_rate_max": 0.1, "learning_rate_min": 0.01}} if name != "fedkseed" else {}
     tree = merge(merge(merge(BASE, rates), {"method": {"name": name}}), around or {})
     before, after = Config.model_validate(tree), Config.model_validate(merge(tree, nested(key, value)))
     assert not list(problems(before)), [str(p) for p in problems(before)]
@@ -170,9 +171,9 @@ def has_effect(name: str, key: str, value: Any, around: Mapping[str, Any] | None
 @pytest.mark.parametrize("name", METHODS)
 def test_every_setting_of_training_has_an_effect_or_is_refused(name: str) -> None:
     found = {key: has_effect(name, key, value) for key, value in TRAIN.items() if key != "lora.dora"}
-    assert all(found.values()) is METHODS[name].optimises
-    assert has_effect(name, "lora.dora", True) is bool(METHODS[name].dora)
-    if METHODS[name].optimises:
+    assert all(found.values()) is (name != "fedkseed")
+    assert has_effect(name, "lora.dora", True) is bool(magnitudes(METHODS[name]))
+    if name != "fedkseed":
         sgd = {"train": {"optimizer": "sgd"}}
         assert not any(has_effect(name, f"train.adam_{key}", 0.5, sgd) for key in ("beta1", "beta2", "epsilon"))
         assert not has_effect(name, "drift.proximal_mu", 0.5, {"train": {"max_steps": 1}})
@@ -190,7 +191,7 @@ def test_every_attack_and_its_scale_have_an_effect_or_are_refused(name: str) -> 
     for kind in ("sign-flip", "boost", "random", "gauge", "label-flip"):
         around = {"attack": {"kind": "random" if kind != "random" else "boost", "clients": [1]}}
         changed = has_effect(name, "attack.kind", kind, around)
-        assert changed is (kind != "gauge" or METHODS[name].pairs)
+        assert changed is (kind != "gauge" or sends_pairs(METHODS[name]))
         if changed:
             around["attack"]["kind"] = kind
             assert has_effect(name, "attack.scale", 3.0, around) is (kind != "label-flip")
@@ -201,7 +202,7 @@ def test_every_attack_and_its_scale_have_an_effect_or_are_refused(name: str) -> 
 @pytest.mark.parametrize("name", METHODS)
 def test_every_server_optimiser_has_an_effect_or_is_refused(name: str) -> None:
     for chosen in ("fedavgm", "fedadagrad", "fedyogi", "fedadam"):
-        assert has_effect(name, "server.optimizer", chosen) is METHODS[name].factors
+        assert has_effect(name, "server.optimizer", chosen) is METHODS[name].steady
     assert not has_effect(name, "server.beta1", 0.5)
 
 
@@ -219,9 +220,9 @@ def test_every_number_of_a_server_optimiser_has_an_effect_or_is_refused(chosen: 
 @pytest.mark.parametrize("name", METHODS)
 def test_every_rule_has_an_effect_or_is_refused(name: str) -> None:
     for rule in ("krum", "multi-krum", "geometric-median", "trimmed", "foolsgold", "dnc"):
-        assert has_effect(name, "robust.rule", rule) is METHODS[name].by_product
+        assert has_effect(name, "robust.rule", rule) is by_product(METHODS[name])
     for clip in ("median", 1e-3):
-        assert has_effect(name, "robust.clip_norm", clip) is METHODS[name].by_product
+        assert has_effect(name, "robust.clip_norm", clip) is by_product(METHODS[name])
 
 
 @pytest.mark.parametrize("rule", ["none", "krum", "multi-krum", "geometric-median", "trimmed", "foolsgold", "dnc"])
@@ -260,8 +261,8 @@ def test_one_round_has_the_smallest_rate_only() -> None:
 def test_a_client_sends_both_factors_where_a_method_says_so() -> None:
     for name, kind in METHODS.items():
         config = Config.model_validate(merge(BASE, {"method": {"name": name}}))
-        sent = create(config).expected(create(config).initial(layout(config)), 0, 1)
-        assert kind.pairs is all(any(n.endswith(f".lora_{f}.weight") for n in sent) for f in "AB"), name
+        sent = create(config).upload(create(config).initial(layout(config)), 0, 1).tensors
+        assert sends_pairs(kind) is all(any(n.endswith(f".lora_{f}.weight") for n in sent) for f in "AB"), name
 
 
 @pytest.mark.parametrize(
@@ -272,7 +273,7 @@ def test_a_client_sends_both_factors_where_a_method_says_so() -> None:
         ("fedex_lora", "method.residual_rank", 16, {}),
         ("fedask", "method.width", 20, {}),
         ("fedask", "method.width", 10**9, {}),
-        *((name, "method.base_rank", 10**9, {}) for name in METHODS if METHODS[name].keeps_base),
+        *((name, "method.base_rank", 10**9, {}) for name in METHODS if moves_base(METHODS[name])),
         *((name, "lora.ranks", [4] * 5, {}) for name in METHODS if METHODS[name].mixed_ranks and name != "lora_a2"),
         ("flexlora", "lora.ranks", {4: 1.0}, {}),
         ("hetlora", "lora.ranks", {2: 0.01, 4: 0.99}, {}),

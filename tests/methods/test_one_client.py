@@ -10,7 +10,7 @@ from torch import Tensor
 from fedtune.config import Config
 from fedtune.lora.base_delta import effective
 from fedtune.lora.state import AdapterState, LoraModule, to_tensors, with_tensors
-from fedtune.methods import ClientUpdate, Recipe, ServerState, create, sound
+from fedtune.methods import ClientUpdate, Recipe, RoundContext, ServerState, create, sound
 from fedtune.methods.fed_sb import FedSB
 from fedtune.methods.fedask import FedASK
 from fedtune.methods.hetlora import HetLoRA
@@ -72,7 +72,7 @@ def test_no_client_of_hetlora_weighs_more_than_twice_the_median(size: float) -> 
 def gradients(method: FedSB, state: ServerState, gradient: Tensor) -> dict[str, Tensor]:
     """Return the sketches of a gradient that all layers have."""
     sent = {}
-    for name, like in method.expected(state, 0, 1).items():
+    for name, like in method.upload(state, 0, 1).tensors.items():
         probe = method._probe(state.adapter, int(name.rsplit(".", 1)[1]))
         path = name.removeprefix("base_model.model.").rsplit(".lora_", 1)[0]
         sent[name] = gradient @ probe[path].a.T if ".lora_B" in name else probe[path].b.T @ gradient
@@ -113,7 +113,7 @@ def _with_a_large_sketch(start: ServerState, chosen: int, step: float, size: flo
     sent = size * (odd / odd.norm() + noise * more / more.norm())
     if size:
         first[BAD] = replace(first[BAD], tensors={n: sent.float() for n in first[BAD].tensors})
-    middle = method.middle(first, start, 1)
+    middle = method.server_step(first, start, 1)
     bases = {n.removeprefix("fedask/Q/"): t for n, t in middle.extra.items()}
     second = [ClientUpdate(c, method.second(a, bases), 10.0) for c, a in enumerate(own)]
     return method.server_step(second, middle, 1)
@@ -151,7 +151,7 @@ def test_a_width_of_as_many_columns_as_fedask_needs_is_the_default_bit_for_bit()
     own[BAD] = {p: replace(m, b=50 * m.b) for p, m in own[BAD].items()}  # a width that leaves no room scales it down
     for chosen in (0, CLIENTS * RANK, 10**6):
         method = cast(FedASK, recipe("fedask", width=chosen).method)
-        found.append(method.middle(_sketches(method, own, method.sketch_width(OUT, IN, RANK)), start, 1).extra)
+        found.append(method.server_step(_sketches(method, own, method.sketch_width(OUT, IN, RANK)), start, 1).extra)
     assert all(torch.equal(found[0][n], other[n]) for other in found[1:] for n in found[0])
 
 
@@ -159,11 +159,11 @@ def test_a_sketch_of_more_directions_than_a_client_has_is_refused_by_its_name() 
     start, made = ServerState(adapter(0)), recipe("fedask")
     method = cast(FedASK, made.method)
     sent = _sketches(method, [with_tensors(start.adapter, honest(start, c).tensors) for c in range(CLIENTS)], 16)
-    method.middle(sent, start, 1)
+    method.server_step(sent, start, 1)
     full = {n: drawn(5, *t.shape) for n, t in sent[BAD].tensors.items()}
     sent[BAD] = replace(sent[BAD], tensors=full)
     with pytest.raises(UpdateError, match="more directions than its rank of 2") as caught:
-        method.middle(sent, start, 1)
+        method.server_step(sent, start, 1)
     assert caught.value.client == BAD
 
 
@@ -177,7 +177,7 @@ def test_a_clip_at_the_median_keeps_the_earlier_model_where_r_directions_are_kep
         sent = [honest(state, c) for c in range(CLIENTS)]
         apart = {n: 10 * t for n, t in to_tensors(adapter(50)).items()}
         bad = replace(sent[BAD], tensors=apart)
-        after = made.server_step([*sent[:BAD], bad, *sent[BAD + 1 :]], state, 1)
+        after = made.server_step([*sent[:BAD], bad, *sent[BAD + 1 :]], state, RoundContext(1))
         shares[clip] = left(model(state), model(after))
     assert shares["none"] < 0.3
     assert shares["median"] > 0.8

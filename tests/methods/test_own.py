@@ -11,6 +11,7 @@ from torch import Tensor
 from fedtune.lora import base_delta, product
 from fedtune.lora.state import PREFIX, AdapterState, LoraModule, fresh, to_tensors, with_rank, with_tensors
 from fedtune.methods import ClientUpdate, Method, Scene, ServerState
+from fedtune.methods.aggregation import aggregate
 from fedtune.methods.base_delta import MovesBase
 from fedtune.methods.fed_sb import FedSB
 from fedtune.methods.fedalt import FedALT, rest_of_world
@@ -24,7 +25,7 @@ from fedtune.methods.flora import FLoRA
 from fedtune.methods.hetlora import HetLoRA
 from fedtune.methods.lora_a2 import LoRAA2
 from fedtune.methods.rbla import RBLA
-from tests.clients import fit_by
+from tests.clients import completed, fit_by
 from tests.faults.hostile import Toy
 from tests.methods.test_methods import IN, OUT, START, adapter, dense, make, mean, run, same
 
@@ -97,7 +98,7 @@ def test_fedex_truncated_keeps_the_best_part_of_the_residual() -> None:
 def test_flora_uses_every_clients_own_scale_and_weighs_one_factor() -> None:
     clients, weights = [adapter(1, 1, 4.0), adapter(2, 3, 16.0)], [1.0, 5.0]
     assert same(run(make("flora"), clients, weights), mean(clients, weights))
-    after = make("flora").aggregate(clients, weights, ServerState(START), 1)
+    after = aggregate(make("flora"), clients, weights, ServerState(START))[0]
     assert base_delta.join(after.base)[NAME].inner == 4
     assert all(not m.b.any() and m.a.any() for m in after.adapter.values())
 
@@ -115,7 +116,7 @@ def test_flexlora_is_the_best_rank_r_approximation_and_nested() -> None:
     clients, weights = [adapter(s) for s in (1, 2, 3)], [1.0, 2.0, 3.0]
     state = ServerState(START)
     method = make("flexlora")
-    four, two = (method.aggregate(clients, weights, state, 1, rank=r).adapter for r in (4, 2))
+    four, two = (aggregate(method, clients, weights, state, r)[0].adapter for r in (4, 2))
     for path in START:
         ideal = mean(clients, weights)[path]
         values = torch.linalg.svdvals(ideal)
@@ -128,11 +129,11 @@ def test_flexlora_is_the_best_rank_r_approximation_and_nested() -> None:
 
 
 def run_at(method: Method, clients: list[AdapterState], weights: list[float], rank: int) -> dict[str, Tensor]:
-    return dense(method.aggregate(clients, weights, ServerState(START), 1, rank))
+    return dense(aggregate(method, clients, weights, ServerState(START), rank)[0])
 
 
 def test_hlora_splits_the_singular_values_evenly() -> None:
-    after = make("hlora").aggregate([adapter(1), adapter(2)], [1.0, 1.0], ServerState(START), 1).adapter[NAME]
+    after = aggregate(make("hlora"), [adapter(1), adapter(2)], [1.0, 1.0], ServerState(START))[0].adapter[NAME]
     assert torch.allclose(after.b.norm(dim=0), after.a.norm(dim=1))
 
 
@@ -146,7 +147,9 @@ def test_a_product_of_a_smaller_rank_has_zeros_and_no_nan_in_float32(name: str) 
                 module.b[:, part:] = 0
                 module.b[:, :part] *= seed
             clients.append(own)
-        got, want = run(make(name), clients, [1.0, 1.0]), mean(clients, [1.0, 1.0])
+        start = ServerState({p: replace(m, a=m.a.float(), b=m.b.float()) for p, m in START.items()})
+        got = dense(aggregate(make(name), clients, [1.0, 1.0], start)[0])
+        want = mean(clients, [1.0, 1.0])
         assert all(torch.allclose(got[p], want[p], atol=1e-4) for p in want)
 
 
@@ -163,15 +166,15 @@ def test_florist_keeps_the_energy_it_was_asked_for() -> None:
 
 def test_fedmomentum_splits_the_mean_exactly() -> None:
     clients, weights = [adapter(s) for s in (1, 2, 3)], [1.0, 2.0, 3.0]
-    after = make("fedmomentum").aggregate(clients, weights, ServerState(START), 1)
-    flex = make("flexlora").aggregate(clients, weights, ServerState(START), 1)
+    after = aggregate(make("fedmomentum"), clients, weights, ServerState(START))[0]
+    flex = aggregate(make("flexlora"), clients, weights, ServerState(START))[0]
     assert same(dense(replace(after, base=())), dense(flex))
     assert same(dense(after), mean(clients, weights))
 
 
 def test_rbla_returns_a_row_with_one_owner_unchanged_and_has_no_nan() -> None:
     small, large = adapter(1, 1), adapter(2, 3)
-    after = make("rbla").aggregate([small, large], [1.0, 9.0], ServerState(START), 1).adapter[NAME]
+    after = aggregate(make("rbla"), [small, large], [1.0, 9.0], ServerState(START))[0].adapter[NAME]
     assert torch.allclose(after.a[1:], large[NAME].a[1:])
     assert torch.allclose(after.a[0], 0.1 * small[NAME].a[0] + 0.9 * large[NAME].a[0])
     assert torch.allclose(after.b[:, 1:], large[NAME].b[:, 1:])
@@ -185,7 +188,7 @@ def test_rbla_returns_a_row_with_one_owner_unchanged_and_has_no_nan() -> None:
 def test_hetlora_weighs_by_the_norm_of_the_product() -> None:
     one, two = adapter(1), adapter(2)
     assert product.size(one[NAME]) == pytest.approx(float(one[NAME].delta().norm()))
-    after = make("hetlora").aggregate([one, two], [1.0, 1.0], ServerState(START), 1).adapter[NAME]
+    after = aggregate(make("hetlora"), [one, two], [1.0, 1.0], ServerState(START))[0].adapter[NAME]
     w1, w2 = product.size(one[NAME]), product.size(two[NAME])
     assert torch.allclose(after.a, (w1 * one[NAME].a + w2 * two[NAME].a) / (w1 + w2))
     doubled = {p: replace(m, a=m.a / 2, b=m.b * 2) for p, m in one.items()}
@@ -195,7 +198,7 @@ def test_hetlora_weighs_by_the_norm_of_the_product() -> None:
 def test_hetloras_penalty_has_a_gradient_and_only_on_the_tail() -> None:
     method = cast(HetLoRA, make("hetlora", gamma=0.5, regulariser=0.1))
     now: dict[str, Any] = {n: t.clone().requires_grad_() for n, t in to_tensors(adapter(1, 4)).items()}
-    term = method.loss_term(now, now)
+    term = method.penalty(now)
     assert term is not None
     term.backward()
     grad = now[PREFIX + NAME + A].grad
@@ -209,7 +212,7 @@ def test_fedilora_repairs_the_layer_that_agrees_least() -> None:
     method = cast(FediLoRA, make("fedilora", repair=0.5))
     start = to_tensors(START)
     trained = {**start, PREFIX + NAME + A: -start[PREFIX + NAME + A]}
-    sent = method.payload(trained, start, 1)
+    sent = method.repaired(trained, start)
     assert torch.allclose(sent[PREFIX + NAME + A], torch.zeros_like(trained[PREFIX + NAME + A]))
     assert all(torch.equal(sent[n], trained[n]) for n in sent if NAME not in n)
     zero = torch.zeros(2, 3)
@@ -275,7 +278,7 @@ def test_fedask_needs_sums_only() -> None:
     method = cast(FedASK, make("fedask"))
     clients, widths = [adapter(1), adapter(2)], dict.fromkeys(START, 4)
     first = [ClientUpdate(i, method.first(c, widths, 1), 1.0) for i, c in enumerate(clients)]
-    middle = method.middle(first, ServerState(START), 1)
+    middle = method.server_step(first, ServerState(START), 1)
     bases = {n.removeprefix("fedask/Q/"): t for n, t in middle.extra.items()}
     parts = [method.second(c, bases) for c in clients]
     for path in START:
@@ -305,7 +308,7 @@ def test_fed_sb_averages_the_core_and_keeps_the_bases() -> None:
             return found
 
     sketches = fit_by(method, Fake(), {**to_tensors(layout)}).payload
-    assert set(sketches) == set(method.expected(ServerState(START), 0, 1))
+    assert set(sketches) == set(method.upload(ServerState(START), 0, 1).tensors)
     state = method.server_step([ClientUpdate(0, sketches, 3.0)], ServerState(START), 1)
     for path in START:
         u, vh = state.extra["fed_sb/basis/" + path], state.adapter[path].a
@@ -313,7 +316,7 @@ def test_fed_sb_averages_the_core_and_keeps_the_bases() -> None:
         assert torch.allclose(u @ (u.T @ gradient[path]), gradient[path], atol=1e-8)
         assert torch.allclose((gradient[path] @ vh.T) @ vh, gradient[path], atol=1e-8)
         assert not state.adapter[path].delta().any()
-    cores = [{n: torch.randn(2, 2, dtype=torch.float64) for n in method.expected(state, 0, 2)} for _ in range(2)]
+    cores = [{n: torch.randn(2, 2, dtype=torch.float64) for n in method.upload(state, 0, 2).tensors} for _ in range(2)]
     after = method.server_step([ClientUpdate(i, c, 1.0) for i, c in enumerate(cores)], state, 2)
     for path in START:
         u, vh = state.extra["fed_sb/basis/" + path], state.adapter[path].a
@@ -339,23 +342,25 @@ def test_lora_a2_sends_the_ranks_that_changed_most_within_the_budget() -> None:
     sent = {n: trained[n].index_select(1, chosen[n]) for n in names}
     payload = {**sent, **{n + ".chosen": chosen[n] for n in names}}
     state = ServerState(START)
-    assert method.flaw(payload, state, 0, 1, 6) == ""
-    whole = method.completed(ClientUpdate(0, payload, 1.0), state)
+    assert method.upload(state, 0, 1, 6).problem(payload) == ""
+    whole = completed(method, ClientUpdate(0, payload, 1.0), state)
     assert torch.equal(whole[NAME].b[:, 0], START[NAME].b[:, 0])
     assert torch.equal(whole[NAME].b[:, 1], trained[names[0]][:, 1])
     twice = {**payload, names[0] + ".chosen": torch.tensor([1, 1]), names[0]: trained[names[0]]}
-    assert "a rank comes twice" in method.flaw(twice, state, 0, 1, 6)
+    assert "a rank comes twice" in method.upload(state, 0, 1, 6).problem(twice)
     wide = {**payload, names[0] + ".chosen": torch.tensor([0, 1]), names[0]: trained[names[0]]}
-    assert "3 ranks, the budget is 2" in method.flaw(wide, state, 0, 1, 6)
-    assert "ranks outside" in method.flaw({**payload, names[0] + ".chosen": torch.tensor([9])}, state, 0, 1, 6)
-    assert "for 1 ranks" in method.flaw({**payload, names[0]: trained[names[0]]}, state, 0, 1, 6)
+    assert "3 ranks, the budget is 2" in method.upload(state, 0, 1, 6).problem(wide)
+    assert "ranks outside" in method.upload(state, 0, 1, 6).problem(
+        {**payload, names[0] + ".chosen": torch.tensor([9])}
+    )
+    assert "for 1 ranks" in method.upload(state, 0, 1, 6).problem({**payload, names[0]: trained[names[0]]})
 
 
 def test_fedalts_rest_of_the_world_is_the_mean_of_the_others() -> None:
     clients, weights = [adapter(s) for s in (1, 2, 3)], [1.0, 2.0, 5.0]
     method = cast(FedALT, make("fedalt"))
-    after = method.aggregate(clients, weights, ServerState(START), 1)
-    rest = list(method.personal(clients, weights, after))
+    after, own = aggregate(method, clients, weights, ServerState(START))
+    rest = list(own or [])
     assert torch.allclose(rest[0][NAME].a, (2 * clients[1][NAME].a + 5 * clients[2][NAME].a) / 7)
     assert torch.allclose(rest[2][NAME].b, (clients[0][NAME].b + 2 * clients[1][NAME].b) / 3)
     alone = torch.ones(2)
@@ -399,10 +404,10 @@ def test_fedalts_skipped_rounds_are_in_no_mean() -> None:
 def test_fedsa_never_shows_anyone_another_clients_b() -> None:
     method = make("fedsa_lora")
     clients = [adapter(1), adapter(2)]
-    after = method.aggregate(clients, [1.0, 3.0], ServerState(START), 1)
+    after, found = aggregate(method, clients, [1.0, 3.0], ServerState(START))
     assert not after.adapter[NAME].b.any()
     assert all(A in n for n in method.view(after, 0))
-    own = list(method.personal(clients, [1.0, 3.0], after) or [])
+    own = list(found or [])
     assert torch.equal(own[1][NAME].b, clients[1][NAME].b)
     assert torch.allclose(own[0][NAME].a, 0.25 * clients[0][NAME].a + 0.75 * clients[1][NAME].a)
 
@@ -448,11 +453,11 @@ def test_fedkseed_takes_slopes_along_the_directions_of_the_clients_own_steps_alo
     start32 = {p: replace(m, a=m.a.float(), b=m.b.float()) for p, m in START.items()}
     state, client = ServerState(start32), Slope(1)
     sent = fit_by(method, client, to_tensors(start32)).payload
-    assert method.flaw(sent, state, 1, 1, client.steps) == ""
+    assert method.upload(state, 1, 1, client.steps).problem(sent) == ""
     for other, round_, steps in ((0, 1, client.steps), (1, 2, client.steps), (1, 1, client.steps - 1)):
-        assert "that its steps do not take" in method.flaw(sent, state, other, round_, steps)
+        assert "that its steps do not take" in method.upload(state, other, round_, steps).problem(sent)
     everywhere = {n: t + 1e-30 * (t == 0) for n, t in sent.items()}
-    assert "slopes along 4090 directions" in method.flaw(everywhere, state, 1, 1, client.steps)
+    assert "slopes along 4090 directions" in method.upload(state, 1, 1, client.steps).problem(everywhere)
 
 
 def test_fedkseed_goes_downhill() -> None:
@@ -530,7 +535,7 @@ def test_one_adapter_does_what_the_adapter_and_the_base_do() -> None:
     assert same({p: m.scale * m.b @ m.a for p, m in merged.items()}, dense(state))
     assert all(isinstance(m, LoraModule) and m.conv1d == START[p].conv1d for p, m in merged.items())
     assert base_delta.as_adapter(START) == START
-    assert FLoRA(FLoRA.Parameters()).base_rank == 0
+    assert FLoRA.Parameters().base_rank == 0
 
 
 def test_racs_updates_stand_under_the_rounds_own_a() -> None:
@@ -539,7 +544,7 @@ def test_racs_updates_stand_under_the_rounds_own_a() -> None:
     for last, round_ in ((0, 1), (1, 3)):
         used = fresh(START, method.seed, round_)
         payload = {n: t for n, t in to_tensors(adapter(1)).items() if n.endswith(B)}
-        whole = method.completed(ClientUpdate(0, payload, 1.0), ServerState(START, round_ - 1))
+        whole = completed(method, ClientUpdate(0, payload, 1.0), ServerState(START, round_ - 1))
         assert torch.equal(whole[NAME].a, used[NAME].a)
         after = method.server_step([ClientUpdate(0, payload, 1.0)], ServerState(START, last), round_)
         assert same(dense(after), {p: m.scale * m.b @ m.a for p, m in whole.items()})

@@ -13,11 +13,12 @@ from torch import Tensor
 from fedtune.config import Config
 from fedtune.lora.base_delta import effective
 from fedtune.lora.state import A, AdapterState, B, LoraModule, to_tensors, with_rank
-from fedtune.methods import METHODS, ClientUpdate, Recipe, ServerState, create, problems
+from fedtune.methods import METHODS, ClientUpdate, Recipe, RoundContext, ServerState, create, problems
+from fedtune.methods.traits import by_product
 from fedtune.methods.wrappers import rules
 from fedtune.types import RunFailedError, UpdateError
 
-SOUND = [name for name in METHODS if METHODS[name].by_product]
+SOUND = [name for name in METHODS if by_product(METHODS[name])]
 MIXED = [name for name in SOUND if METHODS[name].mixed_ranks]
 BOUNDING = ["krum", "multi-krum", "geometric-median", "trimmed", "dnc"]  # foolsgold is after clients that are alike
 CLIPS: list[dict[str, Any]] = [
@@ -55,13 +56,13 @@ def started(made: Recipe, dtype: torch.dtype = torch.float32) -> ServerState:
     """Return a state in the middle of a run: of methods that move the base, a fresh adapter."""
     state = made.initial(adapter(0, dtype))
     first = [ClientUpdate(c, _trained(made, state, c, 1), 10.0) for c in range(CLIENTS)]
-    return create(config(made.method.name, {})).server_step(first, state, 1)
+    return create(config(made.method.name, {})).server_step(first, state, RoundContext(1))
 
 
 def _trained(made: Recipe, state: ServerState, client: int, round_: int, step: float = 0.05) -> dict[str, Tensor]:
     """Return what an honest client sends: what it was sent, and a step away from it."""
     generator = torch.Generator().manual_seed(1000 * round_ + client)
-    sent = made.method.expected(state, client, round_)
+    sent = made.method.upload(state, client, round_).tensors
     return {n: t + step * torch.randn(t.shape, generator=generator, dtype=t.dtype) for n, t in sent.items()}
 
 
@@ -74,13 +75,13 @@ def model(state: ServerState) -> Tensor:
 def alone(made: Recipe, state: ServerState, update: ClientUpdate, round_: int) -> Tensor:
     """Return the model that one client's update is."""
     plain = create(config(made.method.name, {}))
-    return model(plain.server_step([update], state, round_))
+    return model(plain.server_step([update], state, RoundContext(round_)))
 
 
 def stepped(made: Recipe, sent: list[ClientUpdate], state: ServerState, round_: int) -> ServerState:
     """Make a round as the loop does: who is named by an error is left out, and with too few nothing happens."""
     try:
-        return made.server_step(sent, state, round_)
+        return made.server_step(sent, state, RoundContext(round_))
     except UpdateError as err:
         return stepped(made, [u for u in sent if u.client != err.client], state, round_)
     except RunFailedError:
@@ -152,7 +153,7 @@ def test_one_of_five_clients_cannot_move_the_model_beyond_what_the_rule_promises
     made = create(config(name, chosen))
     assert not list(problems(made.config))
     state = started(made)
-    sent = made.method.expected(state, bad, 2)
+    sent = made.method.upload(state, bad, 2).tensors
     updates = [ClientUpdate(c, _trained(made, state, c, 2), 10.0) for c in range(CLIENTS)]
     honest = torch.stack([alone(made, state, u, 2) for u in updates if u.client != bad])
     lie = attacked(kind, size, dict(updates[bad].tensors), sent, seed)
@@ -171,9 +172,9 @@ def test_without_a_rule_the_same_attacks_do_move_the_model() -> None:
     made = create(config("flexlora", {}))
     state = started(made)
     updates = [ClientUpdate(c, _trained(made, state, c, 2), 10.0) for c in range(CLIENTS)]
-    want = model(made.server_step(updates, state, 2))
+    want = model(made.server_step(updates, state, RoundContext(2)))
     for kind, size in (("boost", 300.0), ("noise", 10.0), ("fill", 10.0)):
-        sent = made.method.expected(state, 2, 2)
+        sent = made.method.upload(state, 2, 2).tensors
         bad = replace(updates[2], tensors=attacked(kind, size, dict(updates[2].tensors), sent, 1))
         got = model(stepped(made, [*updates[:2], bad, *updates[3:]], state, 2))
         assert float((got - want).norm()) > 5 * float(want.norm()), kind
@@ -218,10 +219,10 @@ def test_too_few_updates_are_an_error_and_never_a_weaker_rule(chosen: dict[str, 
     state = made.initial(adapter(0))
     fewest = rules.fewest(made.config.robust)
     updates = [ClientUpdate(c, _trained(made, state, c, 1), 10.0) for c in range(fewest)]
-    made.server_step(updates, state, 1)
+    made.server_step(updates, state, RoundContext(1))
     if fewest > 1:
         with pytest.raises(RunFailedError, match=f"needs {fewest} updates per round; {fewest - 1} came"):
-            made.server_step(updates[1:], state, 1)
+            made.server_step(updates[1:], state, RoundContext(1))
 
 
 @pytest.mark.parametrize("rule", rules.RULES)
@@ -230,7 +231,10 @@ def test_a_rule_counts_clients_and_not_the_examples_that_they_claim(rule: str) -
     state = started(made)
     updates = [ClientUpdate(c, _trained(made, state, c, 2), 10.0) for c in range(CLIENTS)]
     claiming = [replace(u, examples=10.0 ** (3 * u.client)) for u in updates]
-    assert torch.equal(model(made.server_step(updates, state, 2)), model(made.server_step(claiming, state, 2)))
+    assert torch.equal(
+        model(made.server_step(updates, state, RoundContext(2))),
+        model(made.server_step(claiming, state, RoundContext(2))),
+    )
 
 
 @pytest.mark.parametrize(("rule", "least"), [("krum", 3), ("multi-krum", 3), ("trimmed", 1), ("geometric-median", 1)])
@@ -252,7 +256,7 @@ def test_a_rule_names_whom_it_leaves_out() -> None:
     state = started(made)
     updates = [ClientUpdate(c, _trained(made, state, c, 2, 3.0 if c == 3 else 0.05), 10.0) for c in range(CLIENTS)]
     notes: list[str] = []
-    made.server_step(updates, state, 2, note=notes.append)
+    made.server_step(updates, state, RoundContext(2, note=notes.append))
     assert notes == ['robust.rule = "trimmed" gave no weight to the updates of clients 3']
 
 
@@ -266,7 +270,7 @@ def test_a_clip_at_next_to_nothing_leaves_the_model(name: str, ranks: tuple[int,
     """Whatever ranks clients have, and in whatever order: what is clipped off counts for the whole global model."""
     made = create(config(name, {"clip_norm": limit}, **_lora(name, ranks)))
     state = started(made, torch.float64)
-    after = made.server_step(_far(made, state, ranks), state, 2)
+    after = made.server_step(_far(made, state, ranks), state, RoundContext(2))
     assert float((model(after) - model(state)).norm()) < 1e-6 * float(model(state).norm())
 
 
@@ -278,7 +282,10 @@ def test_a_clip_above_all_norms_is_none(name: str, ranks: tuple[int, ...]) -> No
     plain = create(config(name, {}, **_lora(name, ranks)))
     state = started(plain, torch.float64)
     sent = _far(plain, state, ranks)
-    one, two = model(clipped.server_step(sent, state, 2)), model(plain.server_step(sent, state, 2))
+    one, two = (
+        model(clipped.server_step(sent, state, RoundContext(2))),
+        model(plain.server_step(sent, state, RoundContext(2))),
+    )
     assert float((one - two).norm()) < 1e-9 * float(two.norm())
 
 
@@ -297,7 +304,7 @@ def test_a_client_of_a_small_rank_is_measured_against_the_whole_model() -> None:
     state = ServerState(adapter(0, torch.float64), 1)
     cut = {p: with_rank(m, 1) for p, m in state.adapter.items()}
     sent = [ClientUpdate(0, to_tensors(cut), 10.0)]
-    assert float((model(made.server_step(sent, state, 2)) - model(state)).norm()) < 1e-6
+    assert float((model(made.server_step(sent, state, RoundContext(2))) - model(state)).norm()) < 1e-6
 
 
 @pytest.mark.parametrize("name", MIXED)
@@ -319,6 +326,6 @@ def test_what_cancels_in_an_update_reaches_neither_the_rule_nor_the_model(name: 
         else:
             tensor[:1] = 1e6 * torch.randn(12, generator=torch.Generator().manual_seed(2)).clamp(-1, 1)
             tensor[1] = -tensor[0]
-    got = model(made.server_step(updates, state, 1))
+    got = model(made.server_step(updates, state, RoundContext(1)))
     spread = float(torch.cdist(honest, torch.cat([honest, model(state)[None]])).max())
     assert float((got - honest.mean(0)).norm()) < 6 * spread

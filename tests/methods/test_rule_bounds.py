@@ -17,7 +17,7 @@ from fedtune.config import Config
 from fedtune.config.schema import RobustSettings
 from fedtune.federation.guard import Aggregated, aggregated
 from fedtune.lora.state import A, B
-from fedtune.methods import ClientUpdate, ServerState, create, problems
+from fedtune.methods import ClientUpdate, RoundContext, ServerState, create, problems
 from fedtune.methods.wrappers import rules
 from tests.methods.test_robust import BOUNDING, SOUND, _trained, alone, config, model, started
 
@@ -114,7 +114,7 @@ def attempt(
         tall=seed % 4 > 1,
     )
     updates = [ClientUpdate(c, lie, 10.0) for c, lie in enumerate(lies)] + honest
-    found = aggregated(lambda some: made.server_step(some, state, 2), updates)
+    found = aggregated(lambda some: made.server_step(some, state, RoundContext(2)), updates)
     return torch.stack([alone(made, state, u, 2) for u in honest]), state, found
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from fedtune import methods
 from fedtune.config.schema import TrainSettings
 from fedtune.lora.state import AdapterState, Plain, to_tensors
-from fedtune.methods import ClientUpdate, Recipe
+from fedtune.methods import ClientUpdate, Recipe, RoundContext
 from fedtune.methods.requests import Tensors
 from fedtune.models.load import LoadedModel
 from fedtune.models.proof import prove
@@ -51,7 +51,7 @@ def rounds(made: Recipe, start: AdapterState, moves: list[Tensor]) -> list[tuple
         sent = made.view(state, 0)
         replies = [{"w": sent["w"] + move.to(sent["w"].dtype)} for move in moves]
         before = to_tensors(state.adapter)
-        state = made.server_step([ClientUpdate(c, r, 8.0) for c, r in enumerate(replies)], state, round_)
+        state = made.server_step([ClientUpdate(c, r, 8.0) for c, r in enumerate(replies)], state, RoundContext(round_))
         found.append((distance(to_tensors(state.adapter), before), [distance(r, sent) for r in replies]))
     return found
 
@@ -98,6 +98,6 @@ def test_the_mean_of_trained_updates_is_clipped_to_the_norm(dtype: torch.dtype) 
     for share in (0.9, 0.55, 0.3):
         made = recipe(4, clip_norm=share * least)
         state = made.initial(adapted.layout)
-        after = made.server_step([ClientUpdate(c, r, 8.0) for c, r in enumerate(replies)], state, 1)
+        after = made.server_step([ClientUpdate(c, r, 8.0) for c, r in enumerate(replies)], state, RoundContext(1))
         moved = distance(to_tensors(after.adapter), to_tensors(state.adapter))
         assert 0.9 * share * least < moved <= share * least * EXACT

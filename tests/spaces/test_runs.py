@@ -17,6 +17,7 @@ from fedtune.experiment.run import run
 from fedtune.federation.checkpoint import rounds_of
 from fedtune.io import read_json
 from fedtune.lora.state import Plain
+from fedtune.methods import RoundContext
 from fedtune.methods.state import ClientUpdate, ServerState
 from fedtune.settings import load
 from fedtune.types import CancelledError, ConfigError
@@ -109,7 +110,7 @@ def test_a_robust_rule_drops_who_stands_apart() -> None:
     state = ServerState(Plain("full", {"w": torch.zeros(4), "v": torch.zeros(2, 2)}))
     moves = [1.0, 1.1, 0.9, 1.05, 50.0]
     updates = [ClientUpdate(c, {"w": torch.full((4,), m), "v": torch.ones(2, 2)}, 1.0) for c, m in enumerate(moves)]
-    after = recipe.server_step(updates, state, 1)
+    after = recipe.server_step(updates, state, RoundContext(1))
     assert isinstance(after.adapter, Plain)
     assert torch.allclose(after.adapter.tensors["w"], torch.full((4,), 4.05 / 4), atol=1e-6)
 

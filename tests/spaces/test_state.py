@@ -10,7 +10,7 @@ from fedtune.federation import messages
 from fedtune.lora import algebra, product
 from fedtune.lora.base_delta import as_adapter, effective
 from fedtune.lora.state import AdapterState, Plain, parameters, to_tensors, with_tensors
-from fedtune.methods import METHODS, ClientUpdate, ServerState
+from fedtune.methods import METHODS, ClientUpdate, RoundContext, ServerState
 from fedtune.models.budget import message_bytes
 from fedtune.names import FACTORS, PREFIX, ROLES, is_side, rank_axis
 from fedtune.settings import load
@@ -71,10 +71,10 @@ def test_changes_below_the_spacing_of_the_weights_add_up() -> None:
     for round_ in range(1, 5):
         sent = recipe.view(state, 0)
         assert (sent["w"].dtype, sent["count"].dtype) == (torch.bfloat16, torch.int64)
-        assert recipe.expected(state, 0, round_)["w"].dtype == torch.bfloat16
+        assert recipe.upload(state, 0, round_).tensors["w"].dtype == torch.bfloat16
         moves = [2**-7, 0, 0, 0]
         updates = [ClientUpdate(c, {"w": sent["w"] + move}, 8.0, version=round_ - 1) for c, move in enumerate(moves)]
-        state = recipe.server_step(updates, state, round_)
+        state = recipe.server_step(updates, state, RoundContext(round_))
         assert torch.equal(to_tensors(state.adapter)["w"], torch.full((3,), 1 + round_ * 2**-9))
     assert float(recipe.view(state, 0)["w"][0]) == 1 + 2**-7
 

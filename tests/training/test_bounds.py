@@ -14,7 +14,7 @@ from fedtune.config.schema import LoraSettings, TrainSettings
 from fedtune.federation.reply import Reply
 from fedtune.federation.screening import Expected, Most, screen
 from fedtune.lora.state import to_tensors
-from fedtune.methods import sound
+from fedtune.methods import RoundContext, sound
 from fedtune.methods.requests import Tensors
 from fedtune.methods.sound import GROWTH, Reach
 from fedtune.models.adapted import AdaptedModel
@@ -125,11 +125,9 @@ def losses(how: str, attack: str | None, rounds: int) -> tuple[list[float], list
         expected = Expected(
             "run",
             round_,
-            {c: recipe.expected(state, c, round_) for c in range(4)},
+            {c: recipe.upload(state, c, round_, STEPS, rate) for c in range(4)},
             dict.fromkeys(range(4), 4),
             lambda client: Most(4, STEPS, 10_000),
-            growth=recipe.growth,
-            flaw=lambda tensors, c, state=state, round_=round_: recipe.flaw(tensors, state, c, round_, STEPS, rate),  # type: ignore[misc]
         )
         if attack and round_ == 1:
             wanted = ATTACKS[attack](start, sent)
@@ -137,7 +135,7 @@ def losses(how: str, attack: str | None, rounds: int) -> tuple[list[float], list
             replies[3] = replace(replies[3], tensors=nearest(start, wanted, sound.reach(train, rate, STEPS)))
         screened = screen(replies, expected)
         assert not screened.rejected
-        state = recipe.server_step(screened.updates, state, round_)
+        state = recipe.server_step(screened.updates, state, RoundContext(round_))
     return seen, refused
 
 

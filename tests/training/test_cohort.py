@@ -210,7 +210,7 @@ def test_every_method_fits_the_same_in_a_cohort(build: Any, name: str) -> None:
     def fit(round_: int, client: int) -> Any:
         layout = recipe.method.cut(adapted.layout, client)
         local = LocalWork(adapted, data[client], layout, {}, config, (client, round_, 1))
-        return local.run(recipe.fit(local.context, recipe.view(state, client)))
+        return local.run(recipe.work(local.context, recipe.view(state, client)))
 
     for round_ in (1, 2):
         results = []

@@ -50,7 +50,7 @@ def fit(
     """One client's work of one round, as the ClientApp does it."""
     executor = Sequential(adapted, limits)
     local = LocalWork(adapted, shard, adapted.layout, {}, config, (client, round_, 1), tokens=executor.limits.tokens)
-    fitted = alone(local.run(recipe.fit(local.context, start)), executor)
+    fitted = alone(local.run(recipe.work(local.context, start)), executor)
     return Done(fitted.payload, len(local.losses_seen), local.examples)
 
 

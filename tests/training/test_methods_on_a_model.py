@@ -19,7 +19,7 @@ from fedtune.evaluation.generate import Decoding, complete
 from fedtune.lora import base_delta, dora
 from fedtune.lora.product import Product
 from fedtune.lora.state import PREFIX, fresh, to_tensors, with_rank, with_tensors
-from fedtune.methods import ClientUpdate, ServerState
+from fedtune.methods import ClientUpdate, RoundContext, ServerState
 from fedtune.methods.requests import Correction, Gradients, Train
 from fedtune.models.adapted import base_weight
 from fedtune.models.adapter import AdaptedModel, attach, save
@@ -28,6 +28,7 @@ from fedtune.models.load import load
 from fedtune.training.cohort import Cohort
 from fedtune.training.local import LocalWork
 from fedtune.types import AdapterError
+from tests.clients import begun_by
 from tests.training.programs import all_asked, asked, ran
 from tests.training.test_local import SHARD, _stock_training
 
@@ -291,12 +292,12 @@ def test_dora_through_the_map_is_the_mean_of_the_clients_weights(config: Config,
         mapped = dora.to_wire(payload, model.row_norms({**start, **payload}))
         sent.append(ClientUpdate(client, mapped, weight))
         effective.append({p: weight / 4 * w for p, w in _weights(model, trained).items()})
-    after = recipe.server_step(sent, state, 1)
+    after = recipe.server_step(sent, state, RoundContext(1))
     tensors = to_tensors(after.adapter)
     got = _weights(model, dora.to_magnitudes(tensors, model.row_norms(tensors)))
     gap = max(float((got[p] - effective[0][p] - effective[1][p]).norm() / got[p].norm()) for p in got)
     assert (gap < 1e-6) is exact, gap
-    again = recipe.server_step([sent[0], ClientUpdate(1, sent[0].tensors, 3.0)], state, 1)
+    again = recipe.server_step([sent[0], ClientUpdate(1, sent[0].tensors, 3.0)], state, RoundContext(1))
     tensors = to_tensors(again.adapter)
     fixed = _weights(model, dora.to_magnitudes(tensors, model.row_norms(tensors)))
     assert all(torch.allclose(fixed[p], effective[0][p] * 4, atol=1e-5) for p in fixed) or not exact
@@ -315,9 +316,9 @@ def test_a_clients_own_model_is_what_it_trained(config: Config, name: str) -> No
     model, recipe = adapted(config), methods.create(chosen)
     state = recipe.initial(model.layout)
     work = local(model, chosen)
-    fitted = ran(work, recipe.fit(work.context, recipe.view(state, 1)))
-    after = recipe.server_step([ClientUpdate(1, fitted.payload, 1.0)], state, 1)
-    mine = recipe.begin(model.layout, recipe.view(after, 1), fitted.kept, 2)
+    fitted = ran(work, recipe.work(work.context, recipe.view(state, 1)))
+    after = recipe.server_step([ClientUpdate(1, fitted.payload, 1.0)], state, RoundContext(1))
+    mine = begun_by(recipe, model.layout, recipe.view(after, 1), fitted.kept, 2)
     for tensor_name, tensor in fitted.payload.items():
         assert torch.allclose(mine[tensor_name], tensor)
     for tensor_name, tensor in fitted.kept.items():
@@ -384,21 +385,21 @@ def test_what_the_server_has_arrives_in_the_model(config: Config, name: str) -> 
     chosen = config.model_copy(update={"method": config.method.model_copy(update={"name": name})})
     model, recipe = adapted(config), methods.create(chosen)
     state = recipe.initial(model.layout)
-    sent = {}
-    for phase in range(1, recipe.phases + 1):
+    sent, phase = {}, 0
+    while state.round < 1:
+        phase += 1
         work = local(model, chosen, round_=1, phase=phase, kept=sent.get("kept", {}))
-        fitted = ran(work, recipe.fit(work.context, recipe.view(state, 1)))
+        fitted = ran(work, recipe.work(work.context, recipe.view(state, 1)))
         sent = {"kept": {**sent.get("kept", {}), **fitted.kept}}
         update = [ClientUpdate(1, fitted.payload, 1.0)]
-        step = recipe.middle if phase < recipe.phases else recipe.server_step
-        state = step(update, state, 1)
+        state = recipe.server_step(update, state, RoundContext(1))
     frozen_a = {"ffa_lora", "fedkseed", "flora", "rac_lora", "fed_sb"}
     path = next(iter(state.adapter))
     if name not in frozen_a:
         canary = 7.0
         marked = {**state.adapter, path: replace(state.adapter[path], a=torch.full_like(state.adapter[path].a, canary))}
         state = replace(state, adapter=marked)
-    begun = recipe.begin(model.layout, recipe.view(state, 99), {}, 2)
+    begun = begun_by(recipe, model.layout, recipe.view(state, 99), {}, 2)
     model.load(begun)
     now = {**model.slots, **model.sides.parameters()}
     held = [n for n in begun if n in now]
@@ -430,9 +431,11 @@ def test_a_run_is_the_pure_functions_on_the_same_updates(settings: Callable[...,
     for client, shard in enumerate(shards.shards):
         work = LocalWork(model, shard, model.layout, {}, made.config, (client, 1, 1))
         sent.append(
-            ClientUpdate(client, ran(work, recipe.fit(work.context, recipe.view(state, client))).payload, work.examples)
+            ClientUpdate(
+                client, ran(work, recipe.work(work.context, recipe.view(state, client))).payload, work.examples
+            )
         )
-    after = to_tensors(recipe.server_step(sent, state, 1).adapter)
+    after = to_tensors(recipe.server_step(sent, state, RoundContext(1)).adapter)
     assert all(torch.equal(got[n], after[n]) for n in after)
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from fedtune.board.archive import is_clutter
 from fedtune.methods import METHODS
+from fedtune.methods.traits import moves_base
 from fedtune.models.adapter_config import LoraAdapterConfig, read_config
 from fedtune.models.source import not_a_number
 from fedtune.models.zoo import HEAD, zoo
@@ -87,7 +88,7 @@ def of_base(entry: Entry) -> Layers | None:
 
 def _kept(entry: Entry) -> bool:
     """Tell whether a run of these settings leaves one adapter for all."""
-    return entry.settings.arm != "federated" or METHODS[entry.method].global_adapter
+    return entry.settings.arm != "federated" or METHODS[entry.method].models != "own"
 
 
 def adapter_problems(folder: Path, entry: Entry) -> Iterator[Problem]:
@@ -128,7 +129,7 @@ def adapter_problems(folder: Path, entry: Entry) -> Iterator[Problem]:
 
 def _grows(entry: Entry) -> bool:
     """Tell whether the adapter holds what was moved into the base model too: it has a rank and a scale of its own."""
-    return entry.settings.arm == "federated" and METHODS[entry.method].keeps_base
+    return entry.settings.arm == "federated" and moves_base(METHODS[entry.method])
 
 
 def _config_problems(config: LoraAdapterConfig, layers: Saved, entry: Entry) -> Iterator[str]:
@@ -198,10 +199,9 @@ def _layer_problems(layers: Saved, entry: Entry) -> Iterator[str]:
         yield f"{odd[:200]} is no layer that lora.target_modules names"
     elif odd := next((name for name in unlike if "." not in name), ""):
         yield f"has no layer {odd[:200]}, which lora.target_modules names"
-    # a method that moves the base model leaves a rank of at most a layer's full one; clients may have cut their ranks
+    # a method that moves the base model leaves a rank of at most a layer's full one
     full = max((min(i, o) for i, o, _ in layers.values()), default=0)
     least = min(lora.r, full) if _grows(entry) else lora.r
-    least = 1 if entry.settings.arm == "federated" and METHODS[entry.method].ragged else least
     most = max(lora.r, full) if _grows(entry) else lora.r
     ranks = {rank for _, _, rank in layers.values()} or {0}
     if min(ranks) < least or max(ranks) > most:

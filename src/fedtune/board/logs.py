@@ -21,7 +21,7 @@ from fedtune.types import Problem
 def _personal(entry: Entry, arm: str) -> bool:
     """Tell whether each client has a model of its own in an arm."""
     kind = METHODS.get(entry.method)
-    return arm == "local-only" or (arm == "federated" and kind is not None and kind.personalised)
+    return arm == "local-only" or (arm == "federated" and kind is not None and kind.models != "global")
 
 
 def log_problems(folder: Path, entry: Entry) -> Iterator[Problem]:

@@ -10,6 +10,7 @@ from fedtune.board.adapter import ADAPTER, of_base, saved
 from fedtune.io import read_lines
 from fedtune.methods import METHODS
 from fedtune.methods.state import Sizes
+from fedtune.methods.traits import moves_base, same_every_round
 from fedtune.results.entry import Entry
 from fedtune.types import Problem
 
@@ -25,7 +26,7 @@ def _least(layers: Shapes, entry: Entry, clients: int) -> tuple[float, float]:
     for i, o in layers:
         sent, got = kind.traffic(Sizes(i * rank, o * rank, rank, clients))
         # a change of the base model has at most a layer's full rank
-        up, down = up + sent, down + (min(got, min(i, o) * (i + o)) if kind.keeps_base else got)
+        up, down = up + sent, down + (min(got, min(i, o) * (i + o)) if moves_base(kind) else got)
     return 4 * up, 4 * down
 
 
@@ -58,8 +59,7 @@ def _too_few(layers: Shapes, entry: Entry, rounds: list[dict[str, Any]]) -> Iter
     asked, answered = sum(len(r["cohort"]) for r in rounds), sum(len(r["clients"]) for r in rounds)
     most = max((len(r["cohort"]) for r in rounds), default=1)
     up, down = _least(layers, entry, most)
-    stateful = METHODS[entry.method].private or METHODS[entry.method].keeps_base
-    share = LEEWAY if stateful or METHODS[entry.method].ragged else 1.0
+    share = 1.0 if same_every_round(METHODS[entry.method]) else LEEWAY
     for name, said, least in (
         ("bytes_up", entry.costs.bytes_up, up * answered * share),
         ("bytes_down", entry.costs.bytes_down, down * asked * share),

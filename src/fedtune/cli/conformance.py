@@ -48,24 +48,38 @@ def _of_method(name: str) -> Any:
     from fedtune.lora.base_delta import as_adapter
     from fedtune.lora.state import from_tensors, to_tensors, with_tensors
     from fedtune.methods import ServerState
+    from fedtune.methods.aggregation import aggregate
 
     method = build(name, {})
-    if not method.global_adapter:
+    if method.models == "own":
         raise ConfigError("command line", [Problem(f"--method {name}", "has no global model that could be examined")])
 
     def aggregated(states: list[kit.State], weights: list[float]) -> kit.State:
         start = to_tensors(kit.ONE)
-        common = {n for n in start if method.common(1, n)}  # what all clients have alike, such as a frozen factor
+        common = {
+            n for n in start if not method.trainable(1, n)
+        }  # what all clients have alike, such as a frozen factor
         adapters = []
         for state in states:
             whole = {**state, **{n: start[n].to(state[n].dtype) for n in common if n in state}}
             adapters.append({p: replace(m, alpha=float(m.rank)) for p, m in from_tensors(whole, 1.0).items()})
-        first = with_tensors(adapters[0], {n: start.get(n, t) for n, t in to_tensors(adapters[0]).items()})
-        after = method.aggregate(adapters, weights, ServerState(first), 1)
+        # all start from another model than any of them, but for what is common
+        began = {**to_tensors(kit.random_adapter(9)), **{n: start[n] for n in common}}
+        first = with_tensors(adapters[0], {n: began.get(n, t) for n, t in to_tensors(adapters[0]).items()})
+        after, _ = aggregate(method, adapters, weights, ServerState(first))
         made = as_adapter(after.adapter, after.base)
         return to_tensors({p: replace(m, b=m.b * m.scale) for p, m in made.items()})
 
     return aggregated
+
+
+def _excused(guarantee: str) -> dict[str, str]:
+    """Return the identities that a method does not promise, each with those who do."""
+    from fedtune.lora.conformance import COMMON_A, FIXED_POINTS
+
+    # one that weights clients in a way of its own, say
+    exact = {} if guarantee == "exact" else {COMMON_A: "exact methods"}
+    return exact | (dict.fromkeys(FIXED_POINTS, "methods with a fixed point") if guarantee == "none" else {})
 
 
 def conformance(
@@ -81,14 +95,14 @@ def conformance(
     import json
     from dataclasses import replace
 
-    from fedtune.lora.conformance import COMMON_A, examine
+    from fedtune.lora.conformance import examine
     from fedtune.methods import METHODS
 
     if (callable_ is None) == (method is None):
         raise ConfigError("command line", [Problem("conformance", "takes either --callable or --method")])
     found = examine(_of_method(method) if method else _function(str(callable_)))
-    if method and not METHODS[method].exact:  # one that weights clients in a way of its own, say, does not promise it
-        found = [replace(f, whose="exact methods") if f.name == COMMON_A else f for f in found]
+    for name, those in _excused(METHODS[method].guarantee).items() if method else ():
+        found = [replace(f, whose=those) if f.name == name else f for f in found]
     if json_output:
         typer.echo(json.dumps([vars(f) for f in found], indent=1))
     else:

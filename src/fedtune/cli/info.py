@@ -49,6 +49,7 @@ def _traffic(kind: type[Method]) -> tuple[str, str]:
 
 def _methods() -> Rows:
     from fedtune.methods import METHODS
+    from fedtune.methods.traits import by_product, magnitudes
 
     rows = []
     for m in METHODS.values():
@@ -58,16 +59,14 @@ def _methods() -> Rows:
                 "method": m.name,
                 "title": m.title,
                 "arXiv": m.paper.removeprefix("arXiv:"),
-                "exact": m.exact,
+                "exact": m.guarantee == "exact",
                 "mixed ranks": m.mixed_ranks,
                 "secure sum": m.linear,
-                "robust rules": m.by_product,
-                "personalised": m.personalised,
-                "DoRA": m.dora or "no",
+                "robust rules": by_product(m),
+                "personalised": m.models != "global",
+                "DoRA": magnitudes(m) or "no",
                 "bytes up": up,
                 "bytes down": down,
-                "state": ", ".join(where for where, has in (("server", m.stateful), ("client", m.private)) if has)
-                or "none",
                 "settings": ", ".join(m.Parameters.model_fields) or "-",
             }
         )

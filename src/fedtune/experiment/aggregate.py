@@ -17,7 +17,8 @@ from fedtune.io import read_json, write_bytes, write_json
 from fedtune.lora import dora, product
 from fedtune.lora.base_delta import as_adapter, effective
 from fedtune.lora.state import AdapterState, LoraModule, rescaled, to_tensors, with_tensors
-from fedtune.methods import METHODS, Method, ServerState, unknown
+from fedtune.methods import METHODS, Method, ServerState, aggregation, unknown
+from fedtune.methods.traits import magnitudes
 from fedtune.models.adapter_config import MOST_BYTES
 from fedtune.models.source import CONFIG, WEIGHTS
 from fedtune.results.bounds import LARGEST_INT
@@ -113,15 +114,15 @@ def aggregate(
         what = f"{len(clients)} clients with examples {short(list(examples))}"
         raise ConfigError("fedtune aggregate", [Problem("clients", what, "it takes one or more, each with examples")])
     relative: dict[str, Tensor] = {}
-    if method.dora == "exact" and any(m.magnitude is not None for m in clients[0].values()):
+    if magnitudes(type(method)) == "exact" and any(m.magnitude is not None for m in clients[0].values()):
         if base is None:
             raise ValueError("DoRA adapters need the base model's weights")
         clients, relative = _divided(clients, examples, base)
     weights = tuple(n / sum(examples) for n in examples)
     try:
-        after = method.aggregate(clients, examples, ServerState(dict(start or clients[0]), round_ - 1), round_, rank)
-        personal = method.personal(clients, examples, after)
-        error = None if not method.global_adapter else relative_error(after, clients, weights)
+        before = ServerState(dict(start or clients[0]), round_ - 1)
+        after, personal = aggregation.aggregate(method, clients, examples, before, rank)
+        error = relative_error(after, clients, weights) if personal is None else None
     except (torch.linalg.LinAlgError, ArithmeticError) as err:  # type: ignore[attr-defined]
         raise AdapterError(
             f"{method.name} cannot aggregate these adapters' values: {' '.join(str(err).split())}"

@@ -26,6 +26,8 @@ from fedtune.lora.base_delta import as_adapter, join, side_tensors
 from fedtune.lora.dora import to_magnitudes
 from fedtune.lora.state import AdapterState, to_tensors, with_tensors
 from fedtune.methods import Recipe, ServerState
+from fedtune.methods.requests import ClientContext
+from fedtune.methods.traits import moves_base
 from fedtune.models.adapted import AdaptedModel
 from fedtune.models.budget import message_bytes
 from fedtune.training.executor import Sequential
@@ -73,22 +75,24 @@ def derive(config: Config, arm: str) -> Config:
 def wire(config: Config, start: AdapterState) -> Callable[[int], int] | None:
     """Return what tells how many bytes a cohort exchanges in a round; None where that depends on the run's course."""
     recipe = methods.create(config)
-    if recipe.varying:
-        return None
     state = recipe.initial(start)
+    first = recipe.upload(state, 0, 1)
+    if moves_base(type(recipe.method)) or first.ragged or first.once:
+        return None
     everybody = np.arange(config.federation.clients)
     # clients of one rank exchange the same number of bytes
-    some = {recipe.method.rank_of(c): c for c in everybody.tolist()}
+    rank_of = recipe.method.scene.ranks.get
+    some = {rank_of(c): c for c in everybody.tolist()}
     down = {rank: message_bytes(recipe.view(state, c)) for rank, c in some.items()}
 
     def ranks(round_: int) -> Mapping[int | None, int]:
         if len(some) == 1:  # then who is drawn does not matter
             return dict.fromkeys(some, config.federation.cohort_size)
-        return Counter(recipe.method.rank_of(c) for c in draw(config, everybody, round_))
+        return Counter(rank_of(c) for c in draw(config, everybody, round_))
 
     def exchanged(round_: int) -> int:
         return sum(
-            count * (down[rank] + message_bytes(recipe.expected(state, some[rank], round_)))
+            count * (down[rank] + message_bytes(recipe.upload(state, some[rank], round_).tensors))
             for rank, count in ranks(round_).items()
         )
 
@@ -143,7 +147,8 @@ class Arm:
         recipe, next_round = self.recipe, after + 1
         layout = recipe.method.cut(self.start, client)
         kept = self.private.load(client, (next_round, 1))
-        return self._loadable(recipe.begin(layout, recipe.view(state, client), kept, next_round))
+        context = ClientContext(client, next_round, 1, layout, kept, rate=0.0, steps=0)
+        return self._loadable(recipe.begin(context, recipe.view(state, client)))
 
     def _loadable(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         """Return tensors with DoRA's magnitudes as PEFT has them, where they are relative."""

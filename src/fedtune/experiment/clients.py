@@ -10,6 +10,7 @@ from torch import Tensor
 
 from fedtune.lora.state import LoraModule, to_tensors
 from fedtune.methods import METHODS, Method
+from fedtune.methods.traits import magnitudes
 from fedtune.models.folder import FolderState
 from fedtune.types import ConfigError, FedtuneError, Problem, ProblemsError
 
@@ -61,9 +62,9 @@ def _mismatches(state: FolderState, first: FolderState, method: Method, base: We
     if state.config.r != first.config.r and not method.mixed_ranks:
         able = ", ".join(m for m in METHODS if METHODS[m].mixed_ranks)
         return [Problem(where, f"rank {state.config.r}, the first has {first.config.r}", f"mixed ranks: {able}")]
-    if state.dora and not method.dora:
+    if state.dora and not magnitudes(type(method)):
         return [Problem(where, f"a DoRA adapter; {method.name} is not defined for magnitudes")]
-    if state.dora and method.dora == "exact" and base is None:
+    if state.dora and magnitudes(type(method)) == "exact" and base is None:
         return [Problem(where, f"a DoRA adapter; {method.name} needs its base model's weights", "give --base MODEL")]
     return _layer_mismatches(state, first)
 
@@ -96,9 +97,9 @@ def _not_shared(states: Sequence[FolderState], method: Method, round_: int) -> l
     for state in states[1:]:
         for path, module in state.items():
             own, first = to_tensors({path: module}), to_tensors({path: states[0][path]})
-            odd = [n for n in own if method.common(round_, n) and not torch.equal(own[n], first[n])]
-            if odd:
-                what = f"{odd[0]} differs from the first folder's; {method.name} keeps it frozen and common"
+            unlike = [n for n in own if not method.trainable(round_, n) and not torch.equal(own[n], first[n])]
+            if unlike:
+                what = f"{unlike[0]} differs from the first folder's; {method.name} keeps it frozen and common"
                 found.append(Problem(str(state.folder), what))
                 break
     return found

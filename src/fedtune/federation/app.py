@@ -68,7 +68,7 @@ def _train(runtime: Runtime, message: Message, context: Context) -> Jobs[Message
         runtime.on_step,
         runtime.executor.limits.tokens,
     )
-    fitted = yield from local.run(recipe.fit(local.context, messages.unpack(record)))
+    fitted = yield from local.run(recipe.work(local.context, messages.unpack(record)))
     if fitted.kept:
         private.save(client, when, fitted.kept)
     metrics = {"examples": local.examples, "tokens": local.tokens, "steps": len(local.losses_seen), "loss": local.loss}

@@ -168,7 +168,7 @@ def _unfit(state: ServerState, start: ServerState) -> str:
                 return f"the change of the base model at {path} is none of this model"
     # every piece is the newest of some state; the rest was looked at as part of the whole
     states = (state, *(ServerState({}, base=(piece,)) for piece in state.base[:-1]))
-    return next((flaw for s in states if (flaw := state_problem(s, sound.LARGEST))), "")
+    return next((problem for s in states if (problem := state_problem(s, sound.LARGEST))), "")
 
 
 def _ends(start: ServerState, path: str) -> tuple[int, int]:
@@ -199,8 +199,8 @@ def _read(folder: Path, run: Path, start: ServerState, run_id: str) -> Progress:
     stands = (document["state_round"], document["skipped"])
     if stands != _stands(records):
         raise CorruptFileError(f"{folder / STATE}: stands at {stands}, its rounds make {_stands(records)}")
-    if flaw := _unfit(state, start):
-        raise CorruptFileError(f"{folder / TENSORS}: {flaw}")
+    if problem := _unfit(state, start):
+        raise CorruptFileError(f"{folder / TENSORS}: {problem}")
     timing = {str(k): float(v) for k, v in document["timing"].items()}
     if timing.get("round", round_) != round_:
         raise CorruptFileError(f"{folder / STATE}: has the timing of round {timing['round']:g}")

@@ -11,14 +11,13 @@ from flwr.app.metadata import Metadata
 from torch import Tensor
 
 from fedtune import objectives
-from fedtune.federation import messages
+from fedtune.federation import messages, pool
 from fedtune.federation.faults import kill_point
-from fedtune.federation.guard import aggregated
-from fedtune.federation.pool import Steps, exchange
+from fedtune.federation.pool import Steps
 from fedtune.federation.screening import CONTENT, Expected, Most, Screened, Screening
 from fedtune.lora.algebra import RunningMean, wide
 from fedtune.lora.state import copied
-from fedtune.methods import ClientUpdate, ServerState
+from fedtune.methods import ClientUpdate, ServerState, Upload
 from fedtune.models.budget import message_bytes
 from fedtune.training import schedule
 from fedtune.types import Rejection
@@ -69,13 +68,13 @@ def _same(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> bool:
     return one.keys() == other.keys() and all(t is other[n] for n, t in one.items())
 
 
-class _Signatures(Mapping[int, Mapping[str, Tensor]]):
+class _Uploads(Mapping[int, Upload]):
     """What each client that was asked has to send, made when its reply is looked at."""
 
-    def __init__(self, cohort: Sequence[int], make: Callable[[int], Mapping[str, Tensor]]) -> None:
+    def __init__(self, cohort: Sequence[int], make: Callable[[int], Upload]) -> None:
         self._cohort, self._make = dict.fromkeys(cohort), make
 
-    def __getitem__(self, client: int) -> Mapping[str, Tensor]:
+    def __getitem__(self, client: int) -> Upload:
         if client not in self._cohort:
             raise KeyError(client)
         return self._make(client)
@@ -95,30 +94,20 @@ def _plan(fed: Federation, client: int, round_: int) -> list[list[int]]:
     return schedule.batches(fed.config.train, fed.registered[client], fed.config.seed, client, round_)
 
 
-def _most(fed: Federation, client: int, round_: int) -> Most:
-    """Return what a client can have done in a round."""
-    train, plan = fed.config.train, _plan(fed, client, round_)
-    steps = fed.recipe.method.losses(len(plan))
-    objective = objectives.kind(fed.config)
-    tokens = steps * train.batch * objective.texts * train.max_length
-    return Most(schedule.distinct(plan), steps, tokens, objective.least)
-
-
 def _expected(fed: Federation, cohort: Sequence[int], when: When, state: ServerState) -> Expected:
-    round_, phase = when
-    rate = schedule.learning_rate(fed.config.train, round_, fed.config.federation.rounds)
-    return Expected(
-        fed.run_id,
-        round_,
-        _Signatures(cohort, lambda client: fed.recipe.expected(state, client, round_)),
-        fed.registered,
-        lambda client: _most(fed, client, round_),
-        fed.config.federation.weights,
-        lambda tensors, client: fed.recipe.flaw(tensors, state, client, round_, len(_plan(fed, client, round_)), rate),
-        phase,
-        fed.recipe.method.ragged,
-        fed.recipe.growth,
-    )
+    train, (round_, phase) = fed.config.train, when
+    rate = schedule.learning_rate(train, round_, fed.config.federation.rounds)
+
+    def upload(client: int) -> Upload:
+        return fed.recipe.upload(state, client, round_, len(_plan(fed, client, round_)), rate)
+
+    def most(client: int) -> Most:
+        steps, objective = upload(client).losses, objectives.kind(fed.config)
+        tokens = steps * train.batch * objective.texts * train.max_length
+        return Most(schedule.distinct(_plan(fed, client, round_)), steps, tokens, objective.least)
+
+    weights = fed.config.federation.weights
+    return Expected(fed.run_id, round_, _Uploads(cohort, upload), fed.registered, most, weights, phase)
 
 
 @dataclass(frozen=True)
@@ -183,10 +172,11 @@ class _Updates:
         return [ClientUpdate(0, self._sum.mean(), self._sum.weight)]
 
 
-def _exchange(fed: Federation, cohort: Sequence[int], when: When, state: ServerState) -> Steps[Exchange]:
+def exchange(fed: Federation, cohort: Sequence[int], when: When, state: ServerState) -> Steps[Exchange]:
+    """Send a state to a cohort and take the replies; `when` is the round, and which exchange of it."""
     settings = fed.config.federation
     orders, screening = _Orders(fed, cohort, when, state), Screening(_expected(fed, cohort, when, state))
-    updates, up = _Updates(summed=fed.recipe.streams), 0
+    updates, up = _Updates(summed=fed.recipe.summed), 0
 
     def take(message: Message) -> None:
         nonlocal up
@@ -196,38 +186,14 @@ def _exchange(fed: Federation, cohort: Sequence[int], when: When, state: ServerS
         if update is not None:
             updates.add(update)
 
-    yield from exchange(fed.grid, orders, take, settings.deadline)
+    yield from pool.exchange(fed.grid, orders, take, settings.deadline)
     kill_point(when[0], "screen")
     good, screened = tuple(screening.good), screening.close(updates.close())
     return Exchange(screened, good, (orders.bytes, up), fed)
 
 
-def all_exchanges(
-    fed: Federation, cohort: Sequence[int], round_: int, state: ServerState
-) -> Steps[tuple[Exchange, ServerState]]:
-    """Make a round's exchanges; return the last one, with everything rejected on the way, and the state it answers.
-
-    A client that is lost on the way is not asked again in the round.
-    """
-    done = yield from _exchange(fed, cohort, (round_, 1), state)
-    for phase in range(2, fed.recipe.phases + 1):
-        if done.enough:
-            done, state = _between(fed, done, state, round_)
-        if not done.enough:
-            break
-        done = _joined(done, (yield from _exchange(fed, done.good, (round_, phase), state)))
-    return done, state
-
-
-def _between(fed: Federation, done: Exchange, state: ServerState, round_: int) -> tuple[Exchange, ServerState]:
-    """Return an exchange without those who cannot be aggregated, and the state for the next one of the round."""
-    found = aggregated(lambda updates: fed.recipe.middle(updates, state, round_), done.screened.updates)
-    done = done.without(found.rejected, found.note)
-    return (done.failed(), state) if found.state is None else (done, found.state)
-
-
-def _joined(first: Exchange, last: Exchange) -> Exchange:
-    """Return a later exchange with what was rejected before it; the statistics are those of the training."""
+def joined(first: Exchange, last: Exchange) -> Exchange:
+    """Return a later exchange of a round with what was rejected before it; the statistics are those of the training."""
     screened = replace(
         last.screened,
         stats=tuple(s for s in first.screened.stats if s.client in last.good),

@@ -50,8 +50,8 @@ def state_problem(state: ServerState, largest: float = LARGEST) -> str:
         norm = float(torch.linalg.vector_norm(tensor.float()))
         if not (norm <= largest and norm < math.inf):
             return f"{name} would have norm {norm:.3g}, at most {largest:g} is accepted"
-    odd = [n for n, t in state.carried().items() if t.is_floating_point() and not torch.isfinite(t).all()]
-    return f"{odd[0]} would have NaN or infinity" if odd else ""
+    bad = [n for n, t in state.carried().items() if t.is_floating_point() and not torch.isfinite(t).all()]
+    return f"{bad[0]} would have NaN or infinity" if bad else ""
 
 
 def _tried(step: Step, updates: Sequence[ClientUpdate]) -> ServerState | Exception:
@@ -62,8 +62,8 @@ def _tried(step: Step, updates: Sequence[ClientUpdate]) -> ServerState | Excepti
         return err
     # the sum of all cannot be taken apart; how far it reaches is bounded by what the screening lets in, and what is
     # kept is what a continued run takes
-    flaw = state_problem(state, LARGEST if len(updates) > 1 else sound.LARGEST)
-    return ValueError(flaw) if flaw else state
+    problem = state_problem(state, LARGEST if len(updates) > 1 else sound.LARGEST)
+    return ValueError(problem) if problem else state
 
 
 def _size(update: ClientUpdate) -> float:

@@ -43,14 +43,14 @@ def answer_to(message: Message, reply: Any) -> Message:
 
     A wire would not bring such a reply. Its node has answered all the same, with something false.
     """
-    asked, flaw = message.metadata, ""
+    asked, problem = message.metadata, ""
     if not isinstance(reply, Message):
-        flaw = f"{type(reply).__name__} in place of a reply"
+        problem = f"{type(reply).__name__} in place of a reply"
     elif (said := reply.metadata).src_node_id != asked.dst_node_id:
-        flaw = f"a reply of node {asked.dst_node_id} that names node {said.src_node_id} as its sender"
+        problem = f"a reply of node {asked.dst_node_id} that names node {said.src_node_id} as its sender"
     elif said.reply_to_message_id != asked.message_id:
-        flaw = f"a reply to message {said.reply_to_message_id!r}; asked was {asked.message_id!r}"
-    return Message(Error(FALSE_REPLY, plain(flaw)), reply_to=message) if flaw else reply
+        problem = f"a reply to message {said.reply_to_message_id!r}; asked was {asked.message_id!r}"
+    return Message(Error(FALSE_REPLY, plain(problem)), reply_to=message) if problem else reply
 
 
 def _at_once(app: ClientApp) -> Client:

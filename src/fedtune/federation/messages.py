@@ -198,14 +198,14 @@ def read_reply(message: Message, clients: Mapping[int, int]) -> Reply:
     try:
         client = clients.get(message.metadata.src_node_id)
         return _read(message, client)
-    except Exception as err:  # of a client's making, so it is the client's flaw and nobody else's
-        flaw = f"unreadable reply: {type(err).__name__}: {last_line(str(err))}"
-        return Reply(client, None, None, {}, flaw=flaw)
+    except Exception as err:  # of a client's making, so it is the client's fault and nobody else's
+        problem = f"unreadable reply: {type(err).__name__}: {last_line(str(err))}"
+        return Reply(client, None, None, {}, problem=problem)
 
 
 def _read(message: Message, client: int | None) -> Reply:
     if message.has_error() and message.error.code == FALSE_REPLY:
-        return Reply(client, None, None, {}, flaw=plain(str(message.error.reason)))
+        return Reply(client, None, None, {}, problem=plain(str(message.error.reason)))
     if message.has_error():
         return Reply(client, None, None, {}, plain(str(message.error.reason or f"error {message.error.code}")))
     content = message.content
@@ -215,5 +215,5 @@ def _read(message: Message, client: int | None) -> Reply:
         tensors = unpack(arrays) if isinstance(arrays, ArrayRecord) else None
         size = message_bytes(tensors or {})
     except Exception as err:
-        return Reply(client, claims, None, {}, flaw=f"unreadable arrays: {err}")
+        return Reply(client, claims, None, {}, problem=f"unreadable arrays: {err}")
     return Reply(client, claims, tensors, metrics(content), bytes=size)

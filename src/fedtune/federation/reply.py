@@ -20,7 +20,7 @@ class Reply:
         tensors: the update; None for an error reply.
         metrics: numbers by name.
         error: the client's traceback, if it failed.
-        flaw: what of the reply could not be read.
+        problem: what of the reply could not be read.
         bytes: of the update on the wire.
         asked: it answers this exchange's own order, as the transport knows: other claims than that order's are false.
     """
@@ -30,6 +30,6 @@ class Reply:
     tensors: Mapping[str, Tensor] | None
     metrics: Mapping[str, float]
     error: str = ""
-    flaw: str = ""
+    problem: str = ""
     bytes: int = 0
     asked: bool = False

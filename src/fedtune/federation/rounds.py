@@ -15,12 +15,12 @@ from numpy.typing import NDArray
 from fedtune.config import Config
 from fedtune.federation import checkpoint
 from fedtune.federation.checkpoint import Progress
-from fedtune.federation.exchange import Exchange, all_exchanges
+from fedtune.federation.exchange import Exchange, exchange, joined
 from fedtune.federation.faults import kill_point
 from fedtune.federation.guard import aggregated, state_problem
 from fedtune.federation.nodes import connect
 from fedtune.federation.pool import Steps, complete
-from fedtune.methods import ClientUpdate, Recipe, ServerState
+from fedtune.methods import ClientUpdate, Recipe, RoundContext, ServerState
 from fedtune.methods.sound import LARGEST
 from fedtune.training.schedule import learning_rate
 from fedtune.types import RoundRecord, RunFailedError, derive_seed, last_line
@@ -88,7 +88,7 @@ def _cohort(fed: Federation, round_: int) -> list[int]:
 def _stepped(
     fed: Federation, done: Exchange, asked: ServerState, before: ServerState, round_: int
 ) -> tuple[Exchange, ServerState]:
-    """Return a round's outcome and the state after it: the one before, where there are too few good updates."""
+    """Return an exchange's outcome and the state after it: that before the round, where good updates are too few."""
     if not done.enough:
         return done.without((), done.shortage if done.screened.rejected else ""), before
     good, notes = done.screened.updates, list[str]()
@@ -96,7 +96,7 @@ def _stepped(
     def step(updates: Sequence[ClientUpdate]) -> ServerState:
         notes.clear()
         refused = done.refused + len(good) - len(updates)
-        return fed.recipe.server_step(updates, asked, round_, refused, notes.append)
+        return fed.recipe.server_step(updates, asked, RoundContext(round_, refused, notes.append))
 
     found = aggregated(step, good)
     if found.state is None:
@@ -105,25 +105,42 @@ def _stepped(
     return done, found.state if done.enough else before
 
 
+def _exchanges(
+    fed: Federation, cohort: Sequence[int], round_: int, state: ServerState
+) -> Steps[tuple[Exchange, ServerState, float]]:
+    """Make exchanges until the state is of this round, with those who are still in it; also return the server's time.
+
+    A client that is lost on the way is not asked again in the round.
+    """
+    done, phase, server = (yield from exchange(fed, cohort, (round_, 1), state)), 1, 0.0
+    asked = state
+    while True:
+        kill_point(round_, "aggregate")
+        started = time.monotonic()
+        done, asked = _stepped(fed, done, asked, state, round_)
+        server += time.monotonic() - started
+        if asked.round == round_ or not done.enough:
+            return done, asked, server
+        phase += 1
+        done = joined(done, (yield from exchange(fed, done.good, (round_, phase), asked)))
+
+
 def one_round(fed: Federation, round_: int, progress: Progress) -> Steps[Progress]:
     """Ask, screen, aggregate, record. Too few good updates leave the state untouched.
 
     Raises:
         RunFailedError: the state that a skipped round leaves is not sound; the last checkpoint is.
     """
-    state = progress.state
-    cohort = _cohort(fed, round_)
+    state, cohort = progress.state, _cohort(fed, round_)
     started = time.monotonic()
     kill_point(round_, "send")
-    done, asked = yield from all_exchanges(fed, cohort, round_, state)
-    trained = time.monotonic()
-    kill_point(round_, "aggregate")
-    done, new_state = _stepped(fed, done, asked, state, round_)
-    if new_state is state and (flaw := state_problem(state, LARGEST)):  # nothing was aggregated: somebody wrote into it
-        what = f"round {round_} was skipped and changed the model all the same: {flaw}"
+    done, new_state, server = yield from _exchanges(fed, cohort, round_, state)
+    # nothing was aggregated, and the model is another: somebody wrote into it
+    if new_state is state and (problem := state_problem(state, LARGEST)):
+        what = f"round {round_} was skipped and changed the model all the same: {problem}"
         raise RunFailedError(f"{what}; the last checkpoint is sound, and --resume continues from it")
-    finished = time.monotonic()
-    timing = {"round": round_, "train_seconds": trained - started, "server_seconds": finished - trained}
+    train = time.monotonic() - started - server
+    timing = {"round": round_, "train_seconds": train, "server_seconds": server}
     # a round in which nobody was to be asked says nothing about those who are
     skipped = 0 if done.enough else progress.skipped + (1 if cohort else 0)
     return progress.after(new_state, _record(fed, round_, cohort, done), skipped, timing)

@@ -17,8 +17,7 @@ from torch import Tensor
 
 from fedtune.federation.reply import Reply
 from fedtune.lora.state import copied
-from fedtune.methods.sound import GROWTH
-from fedtune.methods.state import ClientUpdate
+from fedtune.methods.state import ClientUpdate, Upload
 from fedtune.names import rank_axis
 from fedtune.types import ClientStats, Rejection, last_line, plain
 
@@ -52,26 +51,20 @@ class Expected:
     Attributes:
         run: the run's id.
         round: the round's number.
-        signature: for each client asked, tensors with the right names, shapes and dtypes.
+        uploads: for each client asked, what it has to send.
         registered: for each client, how many examples its shard has.
         most: what a client can have done, by the round's own plan of its steps.
         weights: whether examples used or the whole shard weigh.
-        flaw: says what else is wrong with an update of a client, or returns an empty string.
         phase: which exchange of the round.
-        ragged: an update's shapes are the client's choice, within what `flaw` allows.
-        growth: by how much the Frobenius norm of a tensor may exceed that of the signature's, by name.
     """
 
     run: str
     round: int
-    signature: Mapping[int, Mapping[str, Tensor]]
+    uploads: Mapping[int, Upload]
     registered: Mapping[int, int]
     most: Callable[[int], Most]
     weights: str = "examples-used"
-    flaw: Callable[[Mapping[str, Tensor], int], str] | None = None
     phase: int = 1
-    ragged: bool = False
-    growth: Callable[[str], float] = lambda name: GROWTH
 
 
 @dataclass(frozen=True)
@@ -86,7 +79,7 @@ class Screened:
 
 def _identity(reply: Reply, expected: Expected, seen: set[int]) -> tuple[str, str] | None:
     """Reject replies of strangers, of other rounds or runs, second ones, and those that nothing can be read from."""
-    if reply.client is None or reply.client not in expected.signature:
+    if reply.client is None or reply.client not in expected.uploads:
         return "unknown_client", "the node was not asked this round"
     if reply.client in seen:  # whatever it holds: what counts of a client is its first reply
         return "duplicate", "a second reply of this client"
@@ -98,8 +91,8 @@ def _identity(reply: Reply, expected: Expected, seen: set[int]) -> tuple[str, st
         return "claims" if reply.asked else "stale", f"answers run {run} round {round_}.{phase}, now is {now}"
     if client != reply.client:
         return "claims", f"sent by client {reply.client}, claims to be {client}"
-    if reply.flaw or reply.claims is None or reply.tensors is None:
-        return "malformed", reply.flaw or "the reply lacks its identity or its update"
+    if reply.problem or reply.claims is None or reply.tensors is None:
+        return "malformed", reply.problem or "the reply lacks its identity or its update"
     return None
 
 
@@ -131,9 +124,10 @@ def _shapes(got: Mapping[str, Tensor], want: Mapping[str, Tensor]) -> tuple[str,
     return None
 
 
-def _flaw(got: Mapping[str, Tensor], expected: Expected, client: int) -> tuple[str, str] | None:
-    flaw = expected.flaw(got, client) if expected.flaw else ""
-    return ("shape" if expected.ragged else "values", flaw) if flaw else None
+def _own(got: Mapping[str, Tensor], upload: Upload) -> tuple[str, str] | None:
+    """Reject what the method finds wrong."""
+    problem = upload.problem(got)
+    return ("shape" if upload.ragged else "values", problem) if problem else None
 
 
 def _norm(tensor: Tensor) -> float:
@@ -165,17 +159,14 @@ def _examples(reply: Reply) -> tuple[str, str] | None:
     return None
 
 
-def _formed(got: Mapping[str, Tensor], expected: Expected, client: int) -> tuple[str, str] | None:
+def _formed(got: Mapping[str, Tensor], upload: Upload) -> tuple[str, str] | None:
     """Reject an update of other names, types or shapes."""
-    want = expected.signature[client]
-    if odd := _keys(got, want) or _kinds(got, want):
-        return odd
-    return _flaw(got, expected, client) if expected.ragged else _shapes(got, want)
+    want = upload.tensors
+    return _keys(got, want) or _kinds(got, want) or (_own(got, upload) if upload.ragged else _shapes(got, want))
 
 
-def _content(got: Mapping[str, Tensor], expected: Expected, client: int) -> tuple[str, str] | None:
-    sized = _size(got, expected.signature[client], expected.growth)
-    return sized or (None if expected.ragged else _flaw(got, expected, client))
+def _content(got: Mapping[str, Tensor], upload: Upload) -> tuple[str, str] | None:
+    return _size(got, upload.tensors, upload.growth) or (None if upload.ragged else _own(got, upload))
 
 
 def _judged(reply: Reply, expected: Expected, seen: set[int]) -> tuple[Reply, tuple[str, str] | None]:
@@ -186,13 +177,15 @@ def _judged(reply: Reply, expected: Expected, seen: set[int]) -> tuple[Reply, tu
     """
     client, sent = reply.client, reply.tensors
     try:
-        odd = _identity(reply, expected, seen)
-        if client is not None and sent is not None and not (odd := odd or _formed(sent, expected, client)):
-            reply = replace(reply, tensors=(own := copied(sent)))
-            odd = _formed(own, expected, client) or _content(own, expected, client) or _examples(reply)
+        wrong = _identity(reply, expected, seen)
+        if client is not None and sent is not None and not wrong:
+            upload = expected.uploads[client]
+            if not (wrong := _formed(sent, upload)):
+                reply = replace(reply, tensors=(own := copied(sent)))
+                wrong = _formed(own, upload) or _content(own, upload) or _examples(reply)
     except Exception as err:
-        odd = "malformed", f"{type(err).__name__}: {last_line(str(err))}"
-    return reply, ((odd[0], plain(odd[1])) if odd else None)
+        wrong = "malformed", f"{type(err).__name__}: {last_line(str(err))}"
+    return reply, ((wrong[0], plain(wrong[1])) if wrong else None)
 
 
 def _within(metrics: Mapping[str, float], name: str, most: float, notes: list[str], least: float = 0.0) -> float | None:
@@ -241,12 +234,12 @@ class Screening:
 
     def take(self, reply: Reply) -> ClientUpdate | None:
         """Return the update of a reply that may be aggregated, as a copy; reject the others with a reason."""
-        reply, odd = _judged(reply, self._expected, self._seen)
-        known = reply.client is not None and reply.client in self._expected.signature
-        if reply.client is not None and known and (odd is None or odd[0] not in ("stale", "duplicate")):
+        reply, wrong = _judged(reply, self._expected, self._seen)
+        known = reply.client is not None and reply.client in self._expected.uploads
+        if reply.client is not None and known and (wrong is None or wrong[0] not in ("stale", "duplicate")):
             self._seen.add(reply.client)
-        if odd:
-            self._rejected.append(Rejection(-1 if reply.client is None else reply.client, *odd))
+        if wrong:
+            self._rejected.append(Rejection(-1 if reply.client is None else reply.client, *wrong))
             return None
         update, stats, notes = _accept(reply, self._expected)
         self._stats[update.client] = stats
@@ -265,7 +258,7 @@ class Screening:
             updates: what is left of those that `take` returned: all, or what they were added up to.
         """
         answered = set(self._stats) | {r.client for r in self._rejected}
-        silent = [c for c in sorted(self._expected.signature) if c not in answered]
+        silent = [c for c in sorted(self._expected.uploads) if c not in answered]
         lost = [Rejection(c, "no_reply", "dropped out or missed the deadline") for c in silent]
         return Screened(
             updates=tuple(sorted(updates, key=lambda u: u.client)),

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
+from fedtune.lazy import torch
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def wide(tensor: Tensor) -> Tensor:

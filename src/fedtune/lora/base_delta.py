@@ -8,14 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
-
+from fedtune.lazy import torch
 from fedtune.lora import product
 from fedtune.lora.product import Product
 from fedtune.lora.state import AdapterState, LoraModule
 from fedtune.names import BASE_A, BASE_B, PREFIX
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass(frozen=True)

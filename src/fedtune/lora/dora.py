@@ -14,13 +14,15 @@ than a factor of two. What a client sends is clamped to that, and what lies outs
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
-
+from fedtune.lazy import torch
 from fedtune.lora.algebra import weighted_mean
 from fedtune.lora.state import AdapterState
 from fedtune.names import PREFIX, B, M
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 # how far a magnitude may move in one round, either way, and how far all rounds together may move it: so near to 1 that
 # float32 divides by a relative magnitude without loss

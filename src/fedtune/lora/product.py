@@ -9,12 +9,14 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
-
+from fedtune.lazy import torch
 from fedtune.lora.algebra import weighted_mean, wide
 from fedtune.lora.state import LoraModule
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 # below this ratio of Cholesky's diagonal a Gram matrix in float64 no longer carries float32's digits
 SINGULAR = 1e-4

@@ -6,13 +6,15 @@ import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
-
+from fedtune.lazy import torch
 from fedtune.lora.algebra import wide
 from fedtune.names import PREFIX, A, B, M
 from fedtune.types import AdapterError, derive_seed
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -132,7 +134,7 @@ def with_tensors(like: AdapterState, tensors: Mapping[str, Tensor]) -> AdapterSt
     }
 
 
-def kept(adapter: AdapterState) -> AdapterState:
+def as_kept(adapter: AdapterState) -> AdapterState:
     """Return a state as a server keeps it: weights in float32 or better, so that changes below their spacing add up."""
     if not isinstance(adapter, Plain):
         return adapter

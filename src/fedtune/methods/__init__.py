@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 from fedtune import spaces
 from fedtune.config import Config
@@ -35,7 +35,8 @@ from fedtune.methods.rac_lora import RACLoRA
 from fedtune.methods.rbla import RBLA
 from fedtune.methods.recipe import Recipe
 from fedtune.methods.rolora import RoLoRA
-from fedtune.methods.state import ClientUpdate, Scene, ServerState
+from fedtune.methods.state import ClientUpdate, Scene, ServerState, Upload
+from fedtune.methods.wrappers import RoundContext
 from fedtune.methods.wrappers.rules import RULES
 from fedtune.registry import Registry, subclass_of
 from fedtune.types import Problem, derive_seed, nearest
@@ -80,11 +81,23 @@ AROUND = {
     **{name: f"robust.rule={name}" for name in RULES},
 }
 
-__all__ = ["METHODS", "ClientUpdate", "Method", "Recipe", "Scene", "ServerState", "build", "create", "problems"]
+__all__ = [
+    "METHODS",
+    "ClientUpdate",
+    "Method",
+    "Recipe",
+    "RoundContext",
+    "Scene",
+    "ServerState",
+    "Upload",
+    "build",
+    "create",
+    "problems",
+]
 
 
-def _names(attribute: str) -> str:
-    return ", ".join(m for m in METHODS if getattr(METHODS[m], attribute))
+def _names(having: Callable[[type[Method]], object]) -> str:
+    return ", ".join(m for m in METHODS if having(METHODS[m]))
 
 
 def unknown(name: str) -> str:
@@ -126,11 +139,13 @@ def _combination(config: Config, kind: type[Method]) -> Iterable[Problem]:
     """Yield what a method does not go together with."""
     name = kind.name
     if not kind.spaces & {config.peft.kind, *ANY}:
-        able = ", ".join(m for m in METHODS if METHODS[m].spaces & {config.peft.kind, *ANY})
+        able = _names(lambda m: m.spaces & {config.peft.kind, *ANY})
         what = f'{name} is not defined with peft.kind = "{config.peft.kind}"'
         yield Problem(f'method.name = "{name}"', what, f"these are: {able}")
     if config.lora.ranks and not kind.mixed_ranks:
-        yield Problem("lora.ranks", f"{name} needs one rank for all clients", f"mixed ranks: {_names('mixed_ranks')}")
+        yield Problem(
+            "lora.ranks", f"{name} needs one rank for all clients", f"mixed ranks: {_names(lambda m: m.mixed_ranks)}"
+        )
     if isinstance(config.lora.ranks, tuple) and config.lora.ranks:
         have, need = len(config.lora.ranks), config.federation.clients
         if have != need:

@@ -7,12 +7,16 @@ got in a round whose answer was lost it leaves out again. Nothing is ever folded
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING
 
 from pydantic import Field
 
+from fedtune.lazy import torch
+from fedtune.lora import base_delta, product
+from fedtune.lora.product import Product
+from fedtune.lora.state import AdapterState
 from fedtune.methods.base import Method
 from fedtune.methods.requests import ClientContext, Fitted, Program, Tensors
 from fedtune.methods.state import ClientUpdate, ServerState
@@ -21,8 +25,7 @@ from fedtune.names import BASE
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from fedtune.lora.product import Product
-    from fedtune.lora.state import AdapterState
+    from fedtune.config import Config
 
 _SEEN, _SINCE, _HELD = "base/seen", "base/since", "base/held"
 
@@ -40,11 +43,7 @@ def is_kept(name: str) -> bool:
 class MovesBase(Method):
     """A method whose server step appends to the base model."""
 
-    linear = False
-    keeps_base = True
-    stateful = True
-    private = True
-    factors: ClassVar[bool] = False
+    steady = False
 
     class Parameters(Method.Parameters):
         """`base_rank`: most columns of a layer's side adapters before they are compressed.
@@ -54,21 +53,20 @@ class MovesBase(Method):
 
         base_rank: int = Field(0, ge=0)
 
+        def idle(self, config: Config) -> Iterator[tuple[str, str]]:
+            """Name a limit that no run of so many rounds reaches.
+
+            The unchanged model may stand beside a round's clients, where their changes are clipped.
+            """
+            rounds = config.federation.rounds
+            most = rounds * (config.federation.cohort_size + 1) * config.lora.r
+            if self.base_rank >= most:
+                yield "method.base_rank", f"in {rounds} rounds a layer's side adapters have at most {most} columns"
+
     parameters: Parameters
-
-    @property
-    def base_rank(self) -> int:
-        """The cap of a layer's side adapters."""
-        return self.parameters.base_rank
-
-    def trainable(self, round_: int, name: str) -> bool:
-        """Side adapters are frozen."""
-        return not is_base_side(name)
 
     def begin(self, layout: AdapterState, download: Tensors, kept: Tensors, round_: int) -> dict[str, Tensor]:
         """Put the side adapters that are new to the client beside those it has."""
-        from fedtune.lora import base_delta, product
-
         new = dict(download)
         since = int(new.pop(_SINCE))
         own = base_delta.from_side_tensors({n: new.pop(n) for n in list(new) if is_base_side(n)})
@@ -79,10 +77,6 @@ class MovesBase(Method):
 
     def fit(self, client: ClientContext, start: Tensors) -> Program[Fitted]:
         """Train the adapter beside the frozen side adapters, and keep those."""
-        import torch
-
-        from fedtune.lora import base_delta
-
         fitted = yield from super().fit(client, start)
         columns = {path: p.inner for path, p in base_delta.from_side_tensors(start).items()}
         row = torch.tensor([[client.round, *(columns.get(path, 0) for path in sorted(client.layout))]])
@@ -92,9 +86,6 @@ class MovesBase(Method):
 
     def _held(self, kept: Tensors, round_: int, paths: Sequence[str]) -> dict[str, Product]:
         """Return the side adapters a client had in one of its rounds: the first columns of what it has."""
-        from fedtune.lora import base_delta
-        from fedtune.lora.product import Product
-
         row = next(row.tolist() for row in kept[_HELD].flip(0) if int(row[0]) == round_)
         have = base_delta.from_side_tensors(kept)
         columns = zip(paths, row[1:], strict=True)
@@ -106,10 +97,6 @@ class MovesBase(Method):
 
     def view(self, state: ServerState, client: int) -> dict[str, Tensor]:
         """Send the adapter, and the side adapters this client has not had yet."""
-        import torch
-
-        from fedtune.lora import base_delta
-
         last, then = self._seen(state).get(client, (0, 0))
         # a piece older than what the client has seen is still there, so nothing was compressed since
         known = bool(state.base) and state.base[0].round <= then
@@ -130,11 +117,7 @@ class MovesBase(Method):
         round_: int,
     ) -> ServerState:
         """Return the state with a new adapter and a change of the base model."""
-        import torch
-
-        from fedtune.lora.base_delta import append
-
-        base = append(state.base, round_, products, self.base_rank)
+        base = base_delta.append(state.base, round_, products, self.parameters.base_rank)
         seen = self._seen(state) | {u.client: (round_, state.round) for u in updates if u.client >= 0}
         table = torch.tensor([(c, *seen[c]) for c in sorted(seen)], dtype=torch.int64).reshape(-1, 3)
         return replace(state, adapter=adapter, round=round_, base=base, extra={**state.extra, _SEEN: table})

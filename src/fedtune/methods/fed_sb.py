@@ -13,18 +13,19 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from fedtune.lazy import torch
+from fedtune.lora import product
+from fedtune.lora.state import AdapterState, fresh, to_tensors
 from fedtune.methods.base import Method
 from fedtune.methods.requests import ClientContext, Fitted, Gradients, Program, Tensors, Train
 from fedtune.methods.sketches import evened
 from fedtune.methods.sound import LOOSE
-from fedtune.methods.state import ClientUpdate, ServerState, Sizes
+from fedtune.methods.state import ClientUpdate, ServerState, Sizes, Upload, mean
 from fedtune.names import CORE, PREFIX, A, B
 from fedtune.types import derive_seed
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-    from fedtune.lora.state import AdapterState
 
 _HOLDERS, _BASIS = "fed_sb/holders", "fed_sb/basis/"
 RIGHT, LEFT = 2, 3  # random probes of each side; more on the left, so that the system for the core is overdetermined
@@ -36,12 +37,9 @@ class FedSB(Method):
     name = "fed_sb"
     title = "Fed-SB"
     paper = "arXiv:2502.15436"
-    exact = True
-    stateful = True
-    private = True
-    factors = False
-    comparable = False
-    pairs = False
+    guarantee = "exact"
+    updates = "opaque"
+    steady = False
 
     @classmethod
     def traffic(cls, sizes: Sizes) -> tuple[float, float]:
@@ -49,44 +47,30 @@ class FedSB(Method):
         return sizes.rank**2, sizes.rank**2
 
     def trainable(self, round_: int, name: str) -> bool:
-        """Train R only."""
-        return name.endswith(CORE)
-
-    def common(self, round_: int, name: str) -> bool:
-        """In a PEFT folder R is part of B; A is the common basis."""
-        return name.endswith(A)
+        """Train R only, which is a part of B in the adapter; A is the common basis."""
+        return not name.endswith(A)
 
     def begin(self, layout: AdapterState, download: Tensors, kept: Tensors, round_: int) -> dict[str, Tensor]:
         """Return the bases and R; before there are any, the fresh adapter."""
-        from fedtune.lora.state import to_tensors
-
         new = {n: t for n, t in {**kept, **download}.items() if n != _HOLDERS}
         return new or to_tensors(layout)
-
-    def losses(self, steps: int) -> int:
-        """Count the steps, or one loss for each sketch."""
-        return max(steps, LEFT + RIGHT)
 
     def fit(self, client: ClientContext, start: Tensors) -> Program[Fitted]:
         """Send sketches of the gradient while there are no bases, then train R."""
         if not any(n.endswith(CORE) for n in start):
             return Fitted((yield from self._sketches(client)))
-        trained = yield Train(start, [n for n in start if self.trainable(client.round, n)])
+        trained = yield Train(start, [n for n in start if n.endswith(CORE)])
         bases = {n: t for n, t in start.items() if not n.endswith(CORE)}
         return Fitted({n: t for n, t in trained.items() if n.endswith(CORE)}, bases)
 
     def _probe(self, layout: AdapterState, number: int) -> AdapterState:
         """Return random factors, common to all: A to probe from the right, B from the left."""
-        from fedtune.lora.state import fresh
-
         turned = {p: replace(m, a=m.b.T, b=m.a.T) for p, m in layout.items()}
         left = fresh(turned, derive_seed(self.seed, "left probes"), -number)  # a stream of their own
         return {p: replace(m, b=left[p].a.T) for p, m in fresh(layout, self.seed, -number).items()}
 
     def _sketches(self, client: ClientContext) -> Program[dict[str, Tensor]]:
         """Return G A^T and B^T G for each probe, of the round's first step."""
-        from fedtune.lora.state import to_tensors
-
         sent: dict[str, Tensor] = {}
         for number in range(1, LEFT + 1):
             probe = self._probe(client.layout, number)
@@ -100,23 +84,18 @@ class FedSB(Method):
         return sent
 
     def server_step(self, updates: Sequence[ClientUpdate], state: ServerState, round_: int) -> ServerState:
-        """Find the bases in the first round; average R from then on."""
-        import torch
-
+        """Find the bases in the first round; average R from then on. Without a run, average B under the common A."""
+        if not self.scene.rank:
+            return super().server_step(updates, state, round_)
         if _HOLDERS not in state.extra:
             even = evened(updates, lambda name: name.rsplit(".lora_", 1)[0])
-            return self._founded(self.combine(even, state), state, round_)
-        mean = self.combine(updates, state)
+            return self._founded(mean(even), state, round_)
         holders = {int(c) for c in state.extra[_HOLDERS]} | {u.client for u in updates}
-        extra = {**state.extra, **mean, _HOLDERS: torch.tensor(sorted(holders), dtype=torch.int64)}
+        extra = {**state.extra, **mean(updates), _HOLDERS: torch.tensor(sorted(holders), dtype=torch.int64)}
         return replace(state, adapter=self._product(state, extra), round=round_, extra=extra)
 
     def _founded(self, sketches: Tensors, state: ServerState, round_: int) -> ServerState:
         """Return the state with bases from the SVD of the mean gradient, and R = 0."""
-        import torch
-
-        from fedtune.lora import product
-
         extra: dict[str, Tensor] = {_HOLDERS: torch.zeros(0, dtype=torch.int64)}
         adapter = {}
         probes = [self._probe(state.adapter, n) for n in range(1, LEFT + 1)]
@@ -141,8 +120,6 @@ class FedSB(Method):
 
     def view(self, state: ServerState, client: int) -> dict[str, Tensor]:
         """Send R, and the bases to whoever does not have them; nothing but a mark before there are any."""
-        import torch
-
         known = state.extra.get(_HOLDERS)
         if known is None:
             return {_HOLDERS: torch.tensor(0)}
@@ -152,33 +129,19 @@ class FedSB(Method):
             sent |= {PREFIX + p + B: state.extra[_BASIS + p] for p in state.adapter}
         return sent
 
-    def expected(self, state: ServerState, client: int, round_: int) -> dict[str, Tensor]:
-        """Expect sketches in the first round, R from then on."""
-        from fedtune.lora.state import to_tensors
-
+    def upload(self, state: ServerState, client: int, round_: int, steps: int = 0) -> Upload:
+        """Expect sketches in the first round, of any plausible size, for only their directions are used; then R."""
+        known = super().upload(state, client, round_, steps)
         if _HOLDERS in state.extra:
-            return {n: t for n, t in state.extra.items() if n.endswith(CORE)}
-        adapter = to_tensors(state.adapter)
-        probes = [(n, t, i) for n, t in adapter.items() for i in range(1, LEFT + 1)]
-        return {f"{n}.{i}": t for n, t, i in probes if n.endswith(A) or i <= RIGHT}
-
-    def growth(self, name: str) -> float:
-        """Let sketches be of any plausible size: only the directions of their SVD are used."""
-        return super().growth(name) if name.endswith(CORE) else LOOSE
-
-    def aggregate(
-        self, clients: Sequence[AdapterState], examples: Sequence[float], state: ServerState, round_: int, rank: int = 0
-    ) -> ServerState:
-        """Average B R under the clients' common A, as PEFT folders hold it."""
-        from fedtune.methods.ffa_lora import FFALoRA
-
-        return FFALoRA(FFALoRA.Parameters()).aggregate(clients, examples, state, round_)
+            return replace(known, tensors={n: t for n, t in state.extra.items() if n.endswith(CORE)})
+        probes = [(n, t, i) for n, t in to_tensors(state.adapter).items() for i in range(1, LEFT + 1)]
+        sketches = {f"{n}.{i}": t for n, t, i in probes if n.endswith(A) or i <= RIGHT}
+        most = max(steps, LEFT + RIGHT)  # a loss for each sketch
+        return replace(known, tensors=sketches, losses=most, growth=lambda name: LOOSE, once=True)
 
 
 def _solved(triangle: Tensor, right: Tensor) -> Tensor:
     """Return X with triangle X = right; the one of least norm where sketches hold too few directions for one X."""
-    import torch
-
     diagonal = triangle.diagonal().abs()
     regular = bool(diagonal.min() > torch.finfo(triangle.dtype).eps * diagonal.max())
     found: Tensor = (

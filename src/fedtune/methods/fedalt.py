@@ -7,19 +7,19 @@ client computes (mean - w_i own) / (1 - w_i) itself, so secure sums apply.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from fedtune.lazy import torch
+from fedtune.lora.state import AdapterState, to_tensors
 from fedtune.methods.base import Method
 from fedtune.methods.requests import ClientContext, Fitted, Program, Tensors, Train
-from fedtune.methods.state import ClientUpdate, ServerState
+from fedtune.methods.state import ClientUpdate, ServerState, weights
 from fedtune.names import FACTORS, OTHER, PREFIX, ROUTER
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-    from fedtune.lora.state import AdapterState
 
 _SHARE, _SHARES, _ROUND = "fedalt/share", "fedalt/shares", "fedalt/round"
 # beside its newest adapter and router a client keeps their round, and those it had before it
@@ -49,22 +49,11 @@ class FedALT(Method):
     name = "fedalt"
     title = "FedALT"
     paper = "arXiv:2503.11880"
-    personalised = True
-    global_adapter = False
-    stateful = True
-    private = True
-    factors = False
-    running = True
-    by_client = True
-
-    def trainable(self, round_: int, name: str) -> bool:
-        """Train the own adapter and the router."""
-        return not name.endswith(OTHER)
+    models = "own"
+    steady = False
 
     def begin(self, layout: AdapterState, download: Tensors, kept: Tensors, round_: int) -> dict[str, Tensor]:
         """Return the own adapter and router as kept, and the rest of the world from the mean."""
-        from fedtune.lora.state import to_tensors
-
         share = float(download[_SHARE])
         own = {**to_tensors(layout), **believed(kept, int(download[_ROUND]))}
         for name, mean in download.items():
@@ -77,9 +66,7 @@ class FedALT(Method):
 
     def fit(self, client: ClientContext, start: Tensors) -> Program[Fitted]:
         """Train; keep the adapter and the router, send the adapter."""
-        import torch
-
-        names = [n for n in start if self.trainable(client.round, n)]
+        names = [n for n in start if not n.endswith(OTHER)]
         trained = yield Train(start, names)
         own = {n: trained[n] for n in names}
         kept = {**own, **{_WAS + n: start[n] for n in names}, _AT: torch.tensor(client.round)}
@@ -87,30 +74,12 @@ class FedALT(Method):
 
     def server_step(self, updates: Sequence[ClientUpdate], state: ServerState, round_: int) -> ServerState:
         """Average the adapters, and remember what share of the mean each client has."""
-        import torch
-
-        after = super().server_step(updates, state, round_)
-        total = sum(self.weights(updates))
-        table = [[float(u.client), w / total] for u, w in zip(updates, self.weights(updates), strict=True)]
+        after, shares = super().server_step(updates, state, round_), weights(updates)
+        table = [[float(u.client), w / sum(shares)] for u, w in zip(updates, shares, strict=True)]
         return replace(after, extra={**after.extra, _SHARES: torch.tensor(table, dtype=torch.float64)})
 
     def view(self, state: ServerState, client: int) -> dict[str, Tensor]:
         """Send the mean, its round, and this client's share in it."""
-        import torch
-
         shares = {int(c): s for c, s in state.extra.get(_SHARES, torch.zeros(0, 2)).tolist()}
         share = torch.tensor(shares.get(client, 0.0), dtype=torch.float64)
         return {**super().view(state, client), _SHARE: share, _ROUND: torch.tensor(state.round)}
-
-    def personal(
-        self, clients: Sequence[AdapterState], examples: Sequence[float], after: ServerState
-    ) -> Iterator[AdapterState]:
-        """Return for each client the mean of the others."""
-        from fedtune.lora.state import rescaled
-
-        for client, weight in zip(clients, examples, strict=True):
-            share, rest = weight / sum(examples), {}
-            for path, mean in after.adapter.items():
-                own = rescaled(client[path], mean)
-                rest[path] = replace(mean, a=rest_of_world(mean.a, own.a, share), b=rest_of_world(mean.b, own.b, share))
-            yield rest

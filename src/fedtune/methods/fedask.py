@@ -8,23 +8,27 @@ rest goes into the base or is dropped.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
 
+from fedtune.lazy import torch
+from fedtune.lora import product
+from fedtune.lora.state import AdapterState, LoraModule, with_tensors
 from fedtune.methods.base_delta import MovesBase, is_kept
+from fedtune.methods.hlora import HLoRA
 from fedtune.methods.requests import ClientContext, Fitted, Program, Tensors
 from fedtune.methods.sketches import directions, evened
 from fedtune.methods.sound import GROWTH, LOOSE
-from fedtune.methods.state import ClientUpdate, ServerState, Sizes
+from fedtune.methods.state import ClientUpdate, ServerState, Sizes, Upload, mean
 from fedtune.types import UpdateError, derive_seed
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from fedtune.lora.state import AdapterState, LoraModule
+    from fedtune.config import Config
 
 _Q, _Y, _P, _OWN = "fedask/Q/", "fedask/Y/", "fedask/P/", "fedask/own/"
 
@@ -35,18 +39,23 @@ class FedASK(MovesBase):
     name = "fedask"
     title = "FedASK"
     paper = "arXiv:2507.09990"
-    exact = True
-    linear = True
+    guarantee = "exact"
     mixed_ranks = True
-    comparable = False
-    pairs = False
-    phases = 2
+    updates = "opaque"
 
     class Parameters(MovesBase.Parameters):
         """`width`: columns of the sketch, 0 for as many as make it exact; `rest`: keep or drop what exceeds rank r."""
 
         width: int = Field(0, ge=0)
         rest: Literal["keep", "drop"] = "keep"
+
+        def idle(self, config: Config) -> Iterator[tuple[str, str]]:
+            """Name a width that the default has as well."""
+            yield from super().idle(config)
+            most = config.federation.cohort_size * config.lora.r
+            if self.width >= most:
+                why = "the mean of a round, which the default is wide enough for, has a rank of at most"
+                yield "method.width", f"{why} {most}"
 
     parameters: Parameters
 
@@ -64,15 +73,11 @@ class FedASK(MovesBase):
 
     def probe(self, path: str, inner: int, width: int, round_: int) -> Tensor:
         """Return Omega [in, width]: the same everywhere; fewer columns are the first of more."""
-        import torch
-
         generator = torch.Generator().manual_seed(derive_seed(self.seed, "omega", round_, path))
         return torch.randn(width, inner, generator=generator, dtype=torch.float64).T
 
     def fit(self, client: ClientContext, start: Tensors) -> Program[Fitted]:
         """Train and send the first sketch; in the second exchange send the second."""
-        from fedtune.lora.state import with_tensors
-
         if client.phase == 2:
             own = {n.removeprefix(_OWN): t for n, t in client.kept.items() if n.startswith(_OWN)}
             kept = {n: t for n, t in client.kept.items() if is_kept(n)}
@@ -85,27 +90,24 @@ class FedASK(MovesBase):
 
     def _widths(self, adapter: AdapterState) -> dict[str, int]:
         """Return each layer's sketch width, which must not depend on the client's own rank."""
-        return {p: self.sketch_width(m.b.shape[0], m.a.shape[1], self.scene.rank or m.rank) for p, m in adapter.items()}
+        rank = self.scene.rank
+        return {p: self.sketch_width(m.b.shape[0], m.a.shape[1], rank or m.rank) for p, m in adapter.items()}
 
     def first(self, adapter: AdapterState, widths: dict[str, int], round_: int) -> dict[str, Tensor]:
         """Return s B (A Omega) of each layer [out, width]."""
-        from fedtune.lora.product import of
-
         sent = {}
         for path, m in adapter.items():
-            whole = of(m)
+            whole = product.of(m)
             omega = self.probe(path, m.a.shape[1], widths[path], round_).to(whole.right.dtype)
             sent[_Y + path] = whole.left @ (whole.right @ omega)
         return sent
 
     def second(self, adapter: AdapterState, bases: Tensors) -> dict[str, Tensor]:
         """Return (Q^T s B) A of each layer [width, in]."""
-        from fedtune.lora.product import of
-
-        products = {path: of(module) for path, module in adapter.items()}
+        products = {path: product.of(module) for path, module in adapter.items()}
         return {_P + p: (bases[p].to(w.left.dtype).T @ w.left) @ w.right for p, w in products.items()}
 
-    def middle(self, updates: Sequence[ClientUpdate], state: ServerState, round_: int) -> ServerState:
+    def _with_bases(self, updates: Sequence[ClientUpdate], state: ServerState) -> ServerState:
         """Return the state with an orthonormal basis of the summed first sketches.
 
         At a width with room for everybody that is a basis of all clients' own directions, which span the sum whatever
@@ -114,19 +116,16 @@ class FedASK(MovesBase):
         Raises:
             UpdateError: a client's sketch has more directions than its rank, and would leave none to the others.
         """
-        import torch
-
         own: dict[str, list[Tensor]] = {name: [] for name in updates[0].tensors}
         for update in updates:
             for name, sketch in update.tensors.items():
-                rank = self.rank_of(update.client) or state.adapter[name.removeprefix(_Y)].rank
+                rank = self.scene.ranks.get(update.client) or state.adapter[name.removeprefix(_Y)].rank
                 found, more = directions(sketch, rank)
                 if more:
                     raise UpdateError(update.client, f"{name} has more directions than its rank of {rank}")
                 own[name].append(found)
-        mean = self.combine(evened(updates, lambda name: name), state)
         bases = {}
-        for name, sketch in mean.items():
+        for name, sketch in mean(evened(updates, lambda name: name)).items():
             path = name.removeprefix(_Y)
             every = torch.cat(own[name], dim=1)
             spanned = every if self._has_room(state.adapter[path], sketch.shape[1], every.shape[1]) else sketch
@@ -138,58 +137,57 @@ class FedASK(MovesBase):
         return not self.parameters.width or width >= min(module.b.shape[0], module.a.shape[1], directions)
 
     def server_step(self, updates: Sequence[ClientUpdate], state: ServerState, round_: int) -> ServerState:
-        """Split Q P into the next adapter and the rest."""
-        from fedtune.lora import product
-        from fedtune.methods.hlora import HLoRA
-
-        mean = self.combine(updates, state)
-        adapter, rest = {}, {}
+        """Find the bases from the first sketches; split Q P of the second into the next adapter and the rest."""
+        if not self.scene.rank:
+            updates, state = self._sketched(updates, state, round_)
+        elif not any(name.startswith(_Q) for name in state.extra):
+            return self._with_bases(updates, state)
+        averaged, adapter, rest = mean(updates), {}, {}
         for path, module in state.adapter.items():
-            whole = product.Product(state.extra[_Q + path], mean[_P + path])
-            best, left_out = product.split(whole, module.rank)
+            whole = product.Product(state.extra[_Q + path], averaged[_P + path])
+            best, rest[path] = product.split(whole, module.rank)
             adapter[path] = HLoRA(HLoRA.Parameters()).factors_of(module, best)
-            rest[path] = left_out
         kept = {n: t for n, t in state.extra.items() if not n.startswith(_Q)}
         moved = rest if self.parameters.rest == "keep" else {}
         return self.moved(replace(state, extra=kept), adapter, moved, updates, round_)
+
+    def _sketched(
+        self, updates: Sequence[ClientUpdate], state: ServerState, round_: int
+    ) -> tuple[list[ClientUpdate], ServerState]:
+        """Return the second sketches of whole adapters, of any ranks, and the state with the bases of the first."""
+        clients = self.adapters(updates, state, round_)
+        total = {p: sum(c[p].rank for c in clients) for p in state.adapter}
+        widths = {p: self._columns(m.b.shape[0], m.a.shape[1], total[p]) for p, m in state.adapter.items()}
+        first = [replace(u, tensors=self.first(c, widths, round_)) for u, c in zip(updates, clients, strict=True)]
+        after = self._with_bases(first, state)
+        bases = {n.removeprefix(_Q): t for n, t in after.extra.items()}
+        return [replace(u, tensors=self.second(c, bases)) for u, c in zip(first, clients, strict=True)], after
 
     def view(self, state: ServerState, client: int) -> dict[str, Tensor]:
         """Send the model, or in the second exchange the bases."""
         bases = {n: t for n, t in state.extra.items() if n.startswith(_Q)}
         return bases or super().view(state, client)
 
-    def expected(self, state: ServerState, client: int, round_: int) -> dict[str, Tensor]:
-        """Expect first or second sketches."""
-        from fedtune.lora import product
+    def upload(self, state: ServerState, client: int, round_: int, steps: int = 0) -> Upload:
+        """Expect the first sketches, of any plausible size, for only their directions are used; then the second."""
+        first = not any(name.startswith(_Q) for name in state.extra)
+        make = self._first_like if first else self._second_like
+        tensors = dict(make(state, path, m) for path, m in state.adapter.items())
+        growth = LOOSE if first else GROWTH**2  # the second are products
+        return replace(super().upload(state, client, round_, steps), tensors=tensors, growth=lambda name: growth)
 
-        sent = {}
-        for path, m in state.adapter.items():
-            out, inner = m.b.shape[0], m.a.shape[1]
-            basis, width = state.extra.get(_Q + path), self.sketch_width(out, inner, self.scene.rank or m.rank)
-            name, shape = (_Y + path, (out, width)) if basis is None else (_P + path, (basis.shape[1], inner))
-            # as large as a sketch of the global adapter can be, so that the screening allows for it
-            largest = product.size(m) * (1.0 if name.startswith(_P) else width**0.5 * inner**0.5)
-            sent[name] = m.a.new_full(shape, largest / (shape[0] * shape[1]) ** 0.5)
-        return sent
+    def _first_like(self, state: ServerState, path: str, module: LoraModule) -> tuple[str, Tensor]:
+        """Return a first sketch as large as one of the global adapter can be, so that the screening allows for it."""
+        out, inner = module.b.shape[0], module.a.shape[1]
+        width = self.sketch_width(out, inner, self.scene.rank or module.rank)
+        return _Y + path, _even(module, (out, width), product.size(module) * width**0.5 * inner**0.5)
 
-    def growth(self, name: str) -> float:
-        """Let the first sketch be of any plausible size, for only its directions are used; the second is a product."""
-        return LOOSE if name.startswith(_Y) else GROWTH**2
+    def _second_like(self, state: ServerState, path: str, module: LoraModule) -> tuple[str, Tensor]:
+        """Return a second sketch as large as one of the global adapter can be."""
+        shape = state.extra[_Q + path].shape[1], module.a.shape[1]
+        return _P + path, _even(module, shape, product.size(module))
 
-    def aggregate(
-        self, clients: Sequence[AdapterState], examples: Sequence[float], state: ServerState, round_: int, rank: int = 0
-    ) -> ServerState:
-        """Do both exchanges with adapters of any ranks and scales."""
-        from fedtune.methods.by_layer import template
 
-        start = replace(state, adapter=template(clients), extra={}, base=())
-        total = {p: sum(c[p].rank for c in clients) for p in start.adapter}
-        widths = {p: self._columns(m.b.shape[0], m.a.shape[1], total[p]) for p, m in start.adapter.items()}
-        first = [
-            ClientUpdate(i, self.first(c, widths, round_), n)
-            for i, (c, n) in enumerate(zip(clients, examples, strict=True))
-        ]
-        middle = self.middle(first, start, round_)
-        bases = {n.removeprefix(_Q): t for n, t in middle.extra.items()}
-        second = [replace(u, tensors=self.second(c, bases)) for u, c in zip(first, clients, strict=True)]
-        return self.server_step(second, middle, round_)
+def _even(like: LoraModule, shape: tuple[int, int], norm: float) -> Tensor:
+    """Return a tensor of equal numbers with a Frobenius norm."""
+    return like.a.new_full(shape, norm / (shape[0] * shape[1]) ** 0.5)

@@ -11,15 +11,15 @@ from typing import TYPE_CHECKING
 
 from pydantic import Field
 
+from fedtune.lazy import torch
+from fedtune.lora.state import AdapterState, to_tensors
 from fedtune.methods.base import Method
 from fedtune.methods.requests import ClientContext, Features, Fitted, Program, Tensors, Train
-from fedtune.methods.state import ServerState
+from fedtune.methods.state import ServerState, Upload
 from fedtune.names import ANCHORS, MIX
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-    from fedtune.lora.state import AdapterState
 
 _LOCAL, _GLOBAL = ".other_", ".lora_"
 
@@ -30,10 +30,8 @@ class FedDPA(Method):
     name = "feddpa"
     title = "FedDPA-T"
     paper = "arXiv:2403.19211"
-    personalised = True
-    private = True
-    factors = False
-    running = True
+    models = "both"
+    steady = False
 
     class Parameters(Method.Parameters):
         """`samples`: training examples a text is compared with; `local_weight`: factor of their similarity."""
@@ -43,29 +41,15 @@ class FedDPA(Method):
 
     parameters: Parameters
 
-    def trainable(self, round_: int, name: str) -> bool:
-        """Both adapters are trained, one after the other."""
-        return name not in (ANCHORS, MIX)
-
     def begin(self, layout: AdapterState, download: Tensors, kept: Tensors, round_: int) -> dict[str, Tensor]:
         """Return the global adapter and, once there is one, the local."""
-        import torch
-
         start = {**super().begin(layout, download, {}, round_), **kept}
         return {**start, MIX: torch.tensor(self.parameters.local_weight)} if kept else start
 
-    def losses(self, steps: int) -> int:
-        """Count both trainings: of the global adapter, and of the local one."""
-        return 2 * steps
-
     def fit(self, client: ClientContext, start: Tensors) -> Program[Fitted]:
         """Train the global adapter, then the local one; send the first, keep the second."""
-        import torch
-
-        from fedtune.lora.state import to_tensors
-
         shared = {n: t for n, t in start.items() if _GLOBAL in n}
-        sent = yield Train(shared, list(shared), lambda now: self.loss_term(now, shared))
+        sent = yield Train(shared, list(shared))
         own = {n: t for n, t in start.items() if _LOCAL in n}
         own = own or {n.replace(_GLOBAL, _LOCAL): t for n, t in to_tensors(client.layout).items()}
         # the weights of the mixture are fixed while the local adapter is trained
@@ -75,8 +59,6 @@ class FedDPA(Method):
         anchors = yield Features(self.parameters.samples)
         return Fitted(self.payload(sent, shared, client.round), {**kept, ANCHORS: anchors})
 
-    def expected(self, state: ServerState, client: int, round_: int) -> dict[str, Tensor]:
-        """Expect the global adapter."""
-        from fedtune.lora.state import to_tensors
-
-        return to_tensors(state.adapter)
+    def upload(self, state: ServerState, client: int, round_: int, steps: int = 0) -> Upload:
+        """Expect the global adapter, after two trainings: of that, and of the local one."""
+        return super().upload(state, client, round_, 2 * steps)

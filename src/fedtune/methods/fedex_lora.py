@@ -6,19 +6,17 @@ in that many columns, in the orientation of B A, whatever way round the layer st
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from pydantic import Field
 
-from fedtune.methods.base import Method
+from fedtune.lora import product
 from fedtune.methods.base_delta import MovesBase
-from fedtune.methods.state import ClientUpdate, ServerState, Sizes
+from fedtune.methods.state import ClientUpdate, ServerState, Sizes, weights
 
 if TYPE_CHECKING:
-    from fedtune.lora.product import Product
-    from fedtune.lora.state import AdapterState
+    from fedtune.config import Config
 
 
 class FedExLoRA(MovesBase):
@@ -27,12 +25,19 @@ class FedExLoRA(MovesBase):
     name = "fedex_lora"
     title = "FedEx-LoRA"
     paper = "arXiv:2410.09432"
-    exact = True
+    guarantee = "exact"
 
     class Parameters(MovesBase.Parameters):
         """`residual_rank`: keep only the residual's best approximation of this rank; 0 keeps all of it."""
 
         residual_rank: int = Field(0, ge=0)
+
+        def idle(self, config: Config) -> Iterator[tuple[str, str]]:
+            """Name a limit that no residual reaches as well."""
+            yield from super().idle(config)
+            most = max((config.federation.cohort_size - 1) * config.lora.r, 1)
+            if self.residual_rank >= most:
+                yield "method.residual_rank", f"the residual of a round has a rank of at most {most}"
 
     parameters: Parameters
 
@@ -44,26 +49,8 @@ class FedExLoRA(MovesBase):
 
     def server_step(self, updates: Sequence[ClientUpdate], state: ServerState, round_: int) -> ServerState:
         """Average the factors and append the residual."""
-        adapters = [self.completed(u, state) for u in updates]
-        residual = self._residual(adapters, self.weights(updates))
-        mean = Method.server_step(self, updates, state, round_)
-        return self.moved(state, mean.adapter, residual, updates, round_)
-
-    def aggregate(
-        self, clients: Sequence[AdapterState], examples: Sequence[float], state: ServerState, round_: int, rank: int = 0
-    ) -> ServerState:
-        """Average adapters of one rank; scales may differ."""
-        from fedtune.lora.base_delta import append
-        from fedtune.lora.state import rescaled, to_tensors
-
-        fitting = [{path: rescaled(m, state.adapter[path]) for path, m in c.items()} for c in clients]
-        updates = [ClientUpdate(i, to_tensors(c), n) for i, (c, n) in enumerate(zip(fitting, examples, strict=True))]
-        mean = Method.server_step(self, updates, state, round_)
-        return replace(mean, base=append((), round_, self._residual(fitting, list(examples))))
-
-    def _residual(self, adapters: Sequence[AdapterState], weights: Sequence[float]) -> dict[str, Product]:
-        from fedtune.lora import product
-
-        limit = self.parameters.residual_rank
-        whole = {path: product.residual([a[path] for a in adapters], weights) for path in adapters[0]}
-        return {p: product.truncate(r, limit) if 0 < limit < r.inner else r for p, r in whole.items()}
+        adapters, shares, limit = self.adapters(updates, state, round_), weights(updates), self.parameters.residual_rank
+        whole = {path: product.residual([a[path] for a in adapters], shares) for path in adapters[0]}
+        residual = {p: product.truncate(r, limit) if 0 < limit < r.inner else r for p, r in whole.items()}
+        averaged = super().server_step(updates, state, round_)
+        return self.moved(state, averaged.adapter, residual, updates, round_)

@@ -6,12 +6,13 @@ the two products) and moves it towards that by `repair`. Our reading: the paper 
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from pydantic import Field
 
 from fedtune.methods.rbla import RBLA
-from fedtune.methods.requests import Tensors
+from fedtune.methods.requests import ClientContext, Fitted, Program, Tensors
 from fedtune.names import A, B
 
 if TYPE_CHECKING:
@@ -44,14 +45,19 @@ class FediLoRA(RBLA):
 
     parameters: Parameters
 
-    def payload(self, tensors: Tensors, start: Tensors, round_: int) -> dict[str, Tensor]:
-        """Repair the weakest layer."""
-        sent = dict(tensors)
-        paths = [n.removesuffix(A) for n in tensors if n.endswith(A)]
-        known = {p: agreement(*(t[p + e] for t in (tensors, start) for e in (A, B))) for p in paths}
+    def fit(self, client: ClientContext, start: Tensors) -> Program[Fitted]:
+        """Train, and repair the weakest layer."""
+        fitted = yield from super().fit(client, start)
+        return replace(fitted, payload=self.repaired(fitted.payload, start))
+
+    def repaired(self, trained: Tensors, start: Tensors) -> dict[str, Tensor]:
+        """Return trained factors with the layer that agrees least moved towards the global one."""
+        sent = dict(trained)
+        paths = [n.removesuffix(A) for n in trained if n.endswith(A)]
+        known = {p: agreement(*(t[p + e] for t in (trained, start) for e in (A, B))) for p in paths}
         weakest = min(paths, key=lambda p: known[p])
         if known[weakest] < 1:
             share = self.parameters.repair
             for name in (weakest + A, weakest + B):
-                sent[name] = tensors[name].lerp(start[name].to(tensors[name].dtype), share)
+                sent[name] = trained[name].lerp(start[name].to(trained[name].dtype), share)
         return sent

@@ -13,6 +13,4 @@ class FedIT(Method):
     name = "fedit"
     title = "FedIT (FedAvg of the factors)"
     paper = "arXiv:2305.05644"
-    dora = "mean"
-    running = True
     spaces = ANY

@@ -9,23 +9,30 @@ The learning rate is constant: a schedule or weight decay would break the replay
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from pydantic import Field
 
+from fedtune.lazy import torch
+from fedtune.lora.state import AdapterState, as_kept, to_tensors, with_tensors
 from fedtune.methods.base import ANY, Method
 from fedtune.methods.requests import ClientContext, Fitted, Losses, Program, Tensors
-from fedtune.methods.state import ClientUpdate, ServerState, Sizes
+from fedtune.methods.state import ClientUpdate, ServerState, Sizes, Upload, mean
 from fedtune.types import derive_seed
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from fedtune.lora.state import AdapterState
+    from fedtune.config import Config
 
 _SCALARS, _START = "fedkseed/scalars", "fedkseed/start/"
+OF_STEPS = (
+    *("train.optimizer", "train.learning_rate_max", "train.learning_rate_min", "train.max_grad_norm"),
+    *("train.weight_decay", "train.adam_beta1", "train.adam_beta2", "train.adam_epsilon"),
+    *("drift.proximal_mu", "lora.dropout"),
+)
 
 
 class FedKSeed(Method):
@@ -34,12 +41,9 @@ class FedKSeed(Method):
     name = "fedkseed"
     title = "FedKSeed"
     paper = "arXiv:2312.06353"
-    stateful = True
-    factors = False
-    comparable = False
-    pairs = False
-    optimises = False
     spaces = ANY
+    updates = "opaque"
+    steady = False
 
     class Parameters(Method.Parameters):
         """`seeds`: K; `epsilon`: half the way between the two losses; `steps`: 0 for as many as a round has."""
@@ -48,6 +52,10 @@ class FedKSeed(Method):
         epsilon: float = Field(1e-2, gt=0)
         learning_rate: float = Field(5e-5, gt=0)
         steps: int = Field(0, ge=0)
+
+        def idle(self, config: Config) -> Iterator[tuple[str, str]]:
+            """Name the settings of optimiser steps."""
+            yield from ((key, "fedkseed makes no optimiser steps, only losses are computed") for key in OF_STEPS)
 
     parameters: Parameters
 
@@ -58,8 +66,6 @@ class FedKSeed(Method):
 
     def direction(self, number: int, like: Tensors) -> dict[str, Tensor]:
         """Return direction z_j in float32, drawn on the CPU in the order of names."""
-        import torch
-
         generator = torch.Generator().manual_seed(derive_seed(self.seed, "direction", number))
         return {n: torch.randn(like[n].shape, generator=generator) for n in sorted(like)}
 
@@ -74,14 +80,7 @@ class FedKSeed(Method):
 
     def begin(self, layout: AdapterState, download: Tensors, kept: Tensors, round_: int) -> dict[str, Tensor]:
         """Replay the sums so far on the run's initial adapter, as the server does, in float32."""
-        from fedtune.lora.state import kept as wide
-        from fedtune.lora.state import to_tensors
-
-        return self.replay(to_tensors(wide(layout)), download[_SCALARS])
-
-    def losses(self, steps: int) -> int:
-        """Count the steps of the walk."""
-        return self.parameters.steps or steps
+        return self.replay(to_tensors(as_kept(layout)), download[_SCALARS])
 
     def _chance(self, client: int, round_: int) -> random.Random:
         """Return what draws the directions of a client's steps in a round, one after the other."""
@@ -89,8 +88,6 @@ class FedKSeed(Method):
 
     def fit(self, client: ClientContext, start: Tensors) -> Program[Fitted]:
         """Walk along random directions; send what was found for each."""
-        import torch
-
         own, found = self.parameters, torch.zeros(self.parameters.seeds)
         chance = self._chance(client.client, client.round)
         now = {n: t.clone() for n, t in start.items()}
@@ -106,48 +103,39 @@ class FedKSeed(Method):
         return Fitted({_SCALARS: found})
 
     def server_step(self, updates: Sequence[ClientUpdate], state: ServerState, round_: int) -> ServerState:
-        """Add the mean of the scalars, and replay."""
-        from fedtune.lora.state import to_tensors, with_tensors
-
+        """Add the mean of the scalars, and replay. Without a run there is no walk, and adapters are averaged."""
+        if not self.scene.rank:
+            return super().server_step(updates, state, round_)
         start = {n.removeprefix(_START): t for n, t in state.extra.items() if n.startswith(_START)}
         start = start or to_tensors(state.adapter)
-        total = self._scalars(state) + self.combine(updates, state)[_SCALARS]
+        total = self._scalars(state) + mean(updates)[_SCALARS]
         extra = {**state.extra, _SCALARS: total, **{_START + n: t for n, t in start.items()}}
         adapter = with_tensors(state.adapter, self.replay(start, total))
         return replace(state, adapter=adapter, round=round_, extra=extra)
 
     def _scalars(self, state: ServerState) -> Tensor:
-        import torch
-
         return state.extra.get(_SCALARS, torch.zeros(self.parameters.seeds))
 
     def view(self, state: ServerState, client: int) -> dict[str, Tensor]:
         """Send the K sums."""
         return {_SCALARS: self._scalars(state)}
 
-    def expected(self, state: ServerState, client: int, round_: int) -> dict[str, Tensor]:
-        """Expect K scalars. They are added to the sums, so their bound does not depend on how large these are."""
-        import torch
+    def upload(self, state: ServerState, client: int, round_: int, steps: int = 0) -> Upload:
+        """Expect K scalars.
 
-        return {_SCALARS: torch.zeros(self.parameters.seeds)}
+        Slopes may be steep: a thousand moves the adapter by 0.05 a number at the default learning rate. They are added
+        to the sums, so their bound does not depend on how large these are.
+        """
+        taken, size = self.parameters.steps or steps, self.parameters.seeds
 
-    def growth(self, name: str) -> float:
-        """Let slopes be steep: a thousand moves the adapter by 0.05 a number at the default learning rate."""
-        return 1e3
+        def problem(sent: Tensors) -> str:
+            """Name a slope along a direction that the client's steps do not take: every later replay would pay."""
+            chance = self._chance(client, round_)
+            own = {chance.randrange(size) for _ in range(taken)}
+            others = set(sent[_SCALARS].nonzero()[:, 0].tolist()) - own
+            if not others:
+                return ""
+            return f"{_SCALARS}: slopes along {len(others)} directions, as {min(others)}, that its steps do not take"
 
-    def flaw(self, update: Tensors, state: ServerState, client: int, round_: int, steps: int) -> str:
-        """Name a slope along a direction that the client's steps do not take: every later replay would pay for it."""
-        chance = self._chance(client, round_)
-        taken = {chance.randrange(self.parameters.seeds) for _ in range(self.losses(steps))}
-        others = set(update[_SCALARS].nonzero()[:, 0].tolist()) - taken
-        if not others:
-            return ""
-        return f"{_SCALARS}: slopes along {len(others)} directions, as {min(others)}, that its steps do not take"
-
-    def aggregate(
-        self, clients: Sequence[AdapterState], examples: Sequence[float], state: ServerState, round_: int, rank: int = 0
-    ) -> ServerState:
-        """Average the adapters: what the replay of the clients' mean scalars gives."""
-        from fedtune.methods.fedit import FedIT
-
-        return FedIT(FedIT.Parameters()).aggregate(clients, examples, state, round_)
+        whole = super().upload(state, client, round_, taken)
+        return replace(whole, tensors={_SCALARS: torch.zeros(size)}, growth=lambda name: 1e3, problem=problem)

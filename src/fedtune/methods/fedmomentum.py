@@ -7,14 +7,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING
 
+from fedtune.lora import product
 from fedtune.methods.base_delta import MovesBase
-from fedtune.methods.state import ClientUpdate, ServerState, Sizes
-
-if TYPE_CHECKING:
-    from fedtune.lora.product import Product
-    from fedtune.lora.state import AdapterState
+from fedtune.methods.state import ClientUpdate, ServerState, Sizes, weights
 
 
 class FedMomentum(MovesBase):
@@ -23,9 +19,9 @@ class FedMomentum(MovesBase):
     name = "fedmomentum"
     title = "FedMomentum"
     paper = "arXiv:2603.08014"
-    exact = True
+    guarantee = "exact"
     mixed_ranks = True
-    by_product = True
+    updates = "product"
 
     @classmethod
     def traffic(cls, sizes: Sizes) -> tuple[float, float]:
@@ -35,29 +31,10 @@ class FedMomentum(MovesBase):
 
     def server_step(self, updates: Sequence[ClientUpdate], state: ServerState, round_: int) -> ServerState:
         """Split the mean product."""
-        adapters = [self.completed(u, state) for u in updates]
-        adapter, rest = self._split(adapters, self.weights(updates), state.adapter)
-        return self.moved(state, adapter, rest, updates, round_)
-
-    def aggregate(
-        self, clients: Sequence[AdapterState], examples: Sequence[float], state: ServerState, round_: int, rank: int = 0
-    ) -> ServerState:
-        """Aggregate adapters of any ranks and scales; the adapter has the largest rank."""
-        from fedtune.lora.base_delta import append
-        from fedtune.methods.by_layer import template
-
-        adapter, rest = self._split(clients, list(examples), template(clients))
-        return replace(state, adapter=adapter, round=round_, base=append((), round_, rest))
-
-    def _split(
-        self, adapters: Sequence[AdapterState], weights: Sequence[float], like: AdapterState
-    ) -> tuple[AdapterState, dict[str, Product]]:
-        from fedtune.lora import product
-
-        made, rest = {}, {}
-        for path, module in like.items():
-            best, rest[path] = product.split(product.stack([a[path] for a in adapters], weights), module.rank)
-            made[path] = replace(
-                module, b=(best.left / module.scale).to(module.b.dtype), a=best.right.to(module.a.dtype)
-            )
-        return made, rest
+        adapters, made, rest = self.adapters(updates, state, round_), {}, {}
+        for path, module in state.adapter.items():
+            whole = product.stack([a[path] for a in adapters], weights(updates))
+            best, rest[path] = product.split(whole, module.rank)
+            b, a = (best.left / module.scale).to(module.b.dtype), best.right.to(module.a.dtype)
+            made[path] = replace(module, b=b, a=a)
+        return self.moved(state, made, rest, updates, round_)

@@ -7,12 +7,14 @@ that is only a difference of gauge. Odd rounds align A, even rounds B; the first
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from pydantic import Field
 
+from fedtune.lora.product import rotation_to
+from fedtune.methods.base import Method
 from fedtune.methods.fedit import FedIT
+from fedtune.methods.requests import Tensors
 from fedtune.names import A, B
 
 if TYPE_CHECKING:
@@ -25,7 +27,7 @@ class FedRotLoRA(FedIT):
     name = "fedrot_lora"
     title = "FedRot-LoRA"
     paper = "arXiv:2602.23638"
-    dora = ""
+    spaces = Method.spaces
 
     class Parameters(FedIT.Parameters):
         """`blend`: how far to turn, from 0 (not at all) to 1 (onto the reference)."""
@@ -38,21 +40,19 @@ class FedRotLoRA(FedIT):
 
     parameters: Parameters
 
-    def payload(self, tensors: Mapping[str, Tensor], start: Mapping[str, Tensor], round_: int) -> dict[str, Tensor]:
+    def payload(self, trained: Tensors, start: Tensors, round_: int) -> dict[str, Tensor]:
         """Rotate every module; the product of the factors is unchanged."""
-        turned = dict(tensors)
+        turned = dict(trained)
         if round_ > 1:
-            for name in tensors:
+            for name in trained:
                 if name.endswith(A):
                     path = name.removesuffix(A)
-                    pair = self.rotate(tensors[name], tensors[path + B], start[name], start[path + B], round_)
+                    pair = self.rotate(trained[name], trained[path + B], start[name], start[path + B], round_)
                     turned[name], turned[path + B] = pair
         return turned
 
     def rotate(self, a: Tensor, b: Tensor, a_start: Tensor, b_start: Tensor, round_: int) -> tuple[Tensor, Tensor]:
         """Return (R^T A, B R) with R nearest to the reference of this round's factor."""
-        from fedtune.lora.product import rotation_to
-
         blend = self.parameters.blend
         turn = rotation_to(a, a_start, blend) if round_ % 2 else rotation_to(b.T, b_start.T, blend)
         return (turn.T @ a.to(turn.dtype)).to(a.dtype), (b.to(turn.dtype) @ turn).to(b.dtype)

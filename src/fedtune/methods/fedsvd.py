@@ -8,14 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING
 
-from fedtune.methods.base import Method
+from fedtune.lora.product import of, truncate
+from fedtune.lora.state import LoraModule
+from fedtune.methods.base import DORA, Method
 from fedtune.methods.state import ClientUpdate, ServerState, Sizes
 from fedtune.names import A
-
-if TYPE_CHECKING:
-    from fedtune.lora.state import LoraModule
 
 
 class FedSVD(Method):
@@ -24,12 +22,11 @@ class FedSVD(Method):
     name = "fedsvd"
     title = "FedSVD"
     paper = "arXiv:2505.12805"
-    exact = True
-    factors = False
-    dora = "exact"
-    pairs = False
-    by_product = True
-    running = True
+    guarantee = "exact"
+    spaces = DORA
+    updates = "product"
+    steady = False
+    linear = True
 
     @classmethod
     def traffic(cls, sizes: Sizes) -> tuple[float, float]:
@@ -50,8 +47,6 @@ class FedSVD(Method):
 
         A layer narrower than the rank has fewer such rows than A: the others are 0, in B as well.
         """
-        from fedtune.lora.product import of, truncate
-
         if not module.b.any():
             return module
         whole = truncate(of(module), module.rank)

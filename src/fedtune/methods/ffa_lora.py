@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from fedtune.methods.base import Method
+from fedtune.methods.base import DORA, Method
 from fedtune.methods.state import ServerState, Sizes
 from fedtune.names import A
 
@@ -21,11 +21,9 @@ class FFALoRA(Method):
     name = "ffa_lora"
     title = "FFA-LoRA"
     paper = "arXiv:2403.12313"
-    exact = True
-    dora = "exact"
-    pairs = False
-    by_product = True
-    running = True
+    guarantee = "exact"
+    spaces = DORA
+    updates = "product"
 
     @classmethod
     def traffic(cls, sizes: Sizes) -> tuple[float, float]:

@@ -10,13 +10,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING
 
+from fedtune.lora import product
+from fedtune.lora.product import Product
+from fedtune.lora.state import LoraModule
+from fedtune.methods.base import DORA
 from fedtune.methods.by_layer import ByLayer
-
-if TYPE_CHECKING:
-    from fedtune.lora.product import Product
-    from fedtune.lora.state import LoraModule
 
 
 class FlexLoRA(ByLayer):
@@ -25,16 +24,13 @@ class FlexLoRA(ByLayer):
     name = "flexlora"
     title = "FlexLoRA"
     paper = "arXiv:2402.11505"
-    linear = False
+    spaces = DORA
     mixed_ranks = True
-    factors = False
-    dora = "exact"
-    by_product = True
+    updates = "product"
+    steady = False
 
     def merge(self, module: LoraModule, clients: Sequence[LoraModule], weights: Sequence[float]) -> LoraModule:
         """Return one module's new factors, of the rank that `module` has."""
-        from fedtune.lora import product
-
         return self.factors_of(module, product.truncate(product.stack(clients, weights), module.rank))
 
     def factors_of(self, module: LoraModule, best: Product) -> LoraModule:

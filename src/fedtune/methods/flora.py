@@ -7,18 +7,16 @@ factor only. Every round starts from a fresh random A, the same on every client 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from fedtune.lora import product
+from fedtune.lora.state import AdapterState, fresh
 from fedtune.methods.base_delta import MovesBase
 from fedtune.methods.requests import Tensors
-from fedtune.methods.state import ClientUpdate, ServerState, Sizes
+from fedtune.methods.state import ClientUpdate, ServerState, Sizes, weights
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-    from fedtune.lora.product import Product
-    from fedtune.lora.state import AdapterState
 
 
 class FLoRA(MovesBase):
@@ -27,9 +25,9 @@ class FLoRA(MovesBase):
     name = "flora"
     title = "FLoRA (stacking)"
     paper = "arXiv:2409.05976"
-    exact = True
+    guarantee = "exact"
     mixed_ranks = True
-    by_product = True
+    updates = "product"
 
     @classmethod
     def traffic(cls, sizes: Sizes) -> tuple[float, float]:
@@ -38,8 +36,6 @@ class FLoRA(MovesBase):
 
     def begin(self, layout: AdapterState, download: Tensors, kept: Tensors, round_: int) -> dict[str, Tensor]:
         """Start from this round's fresh adapter."""
-        from fedtune.lora.state import fresh
-
         return super().begin(fresh(layout, self.seed, round_), download, kept, round_)
 
     def shared(self, state: ServerState, client: int) -> dict[str, Tensor]:
@@ -48,22 +44,6 @@ class FLoRA(MovesBase):
 
     def server_step(self, updates: Sequence[ClientUpdate], state: ServerState, round_: int) -> ServerState:
         """Move the stack into the base model."""
-        from fedtune.lora.state import fresh
-
-        stacks = self._stacks([self.completed(u, state) for u in updates], self.weights(updates))
+        adapters, shares = self.adapters(updates, state, round_), weights(updates)
+        stacks = {path: product.stack([a[path] for a in adapters], shares) for path in adapters[0]}
         return self.moved(state, fresh(state.adapter, self.seed, round_ + 1), stacks, updates, round_)
-
-    def aggregate(
-        self, clients: Sequence[AdapterState], examples: Sequence[float], state: ServerState, round_: int, rank: int = 0
-    ) -> ServerState:
-        """Stack adapters of any ranks and scales."""
-        from fedtune.lora.base_delta import append
-        from fedtune.lora.state import fresh
-
-        base = append((), round_, self._stacks(list(clients), examples))
-        return replace(state, adapter=fresh(state.adapter, self.seed, round_ + 1), round=round_, base=base)
-
-    def _stacks(self, adapters: Sequence[AdapterState], weights: Sequence[float]) -> dict[str, Product]:
-        from fedtune.lora import product
-
-        return {path: product.stack([a[path] for a in adapters], weights) for path in adapters[0]}

@@ -7,14 +7,12 @@ adapter's. Components beyond it keep their direction in A and have B = 0, so the
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 from pydantic import Field
 
+from fedtune.lora import product
+from fedtune.lora.state import LoraModule
 from fedtune.methods.flexlora import FlexLoRA
-
-if TYPE_CHECKING:
-    from fedtune.lora.state import LoraModule
 
 
 class FLoRIST(FlexLoRA):
@@ -37,8 +35,6 @@ class FLoRIST(FlexLoRA):
 
     def merge(self, module: LoraModule, clients: Sequence[LoraModule], weights: Sequence[float]) -> LoraModule:
         """Return one module's new factors; what lies beyond the energy's rank is zero in B."""
-        from fedtune.lora import product
-
         tau = self.parameters.tau
         whole = product.stack(clients, weights)
         best = product.truncate(whole, module.rank)

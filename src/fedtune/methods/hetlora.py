@@ -8,22 +8,25 @@ gamma r_i; if that tail has shrunk at the end of the round, the client cuts its 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from pydantic import Field
 
+from fedtune.lazy import torch
+from fedtune.lora.product import size
+from fedtune.lora.state import LoraModule, to_tensors, with_rank, with_tensors
 from fedtune.methods.rbla import RBLA
-from fedtune.methods.requests import ClientContext, Fitted, Program, Tensors
+from fedtune.methods.requests import ClientContext, Fitted, Program, Tensors, Train
 from fedtune.methods.sound import capped
-from fedtune.methods.state import ClientUpdate, ServerState
+from fedtune.methods.state import ClientUpdate, ServerState, Upload
 from fedtune.names import A, B
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from fedtune.lora.state import AdapterState, LoraModule
+    from fedtune.config import Config
 
 _RANKS = "hetlora/ranks"
 
@@ -34,10 +37,7 @@ class HetLoRA(RBLA):
     name = "hetlora"
     title = "HetLoRA"
     paper = "arXiv:2401.06432"
-    linear = False
-    stateful = True
-    ragged = True
-    factors = False
+    steady = False
 
     class Parameters(RBLA.Parameters):
         """`regulariser`: lambda of the tail's penalty; `gamma`: the share of its rank a client keeps when it prunes."""
@@ -49,6 +49,13 @@ class HetLoRA(RBLA):
             """Without pruning there is no tail to penalise."""
             changed = self.gamma == 1 and self.regulariser != type(self)().regulariser
             return "with gamma = 1 nothing is pruned, and regulariser does nothing" if changed else ""
+
+        def idle(self, config: Config) -> Iterator[tuple[str, str]]:
+            """Name the settings of a tail that no client has."""
+            if max(config.lora.ranks or (config.lora.r,)) == 1:
+                yield from (
+                    (f"method.{k}", "a client of rank 1 has nothing to prune") for k in ("regulariser", "gamma")
+                )
 
     parameters: Parameters
 
@@ -63,8 +70,8 @@ class HetLoRA(RBLA):
                     tails[name.removesuffix(A)] = (a[cut:], b[:, cut:])
         return tails
 
-    def loss_term(self, now: Tensors, start: Tensors) -> Tensor | None:
-        """Return lambda times the sum over layers of ||B_tail|| ||A_tail||."""
+    def penalty(self, now: Tensors) -> Tensor | None:
+        """Return lambda times the sum over layers of ||B_tail|| ||A_tail||; None where there is no tail."""
         weight = self.parameters.regulariser
         # the norm of an exact zero has no gradient: the smallest square keeps it finite
         parts = [
@@ -74,12 +81,10 @@ class HetLoRA(RBLA):
 
     def fit(self, client: ClientContext, start: Tensors) -> Program[Fitted]:
         """Train, and cut the rank where the tail shrank over the round; B takes up what alpha/r changes."""
-        from fedtune.lora.state import to_tensors, with_rank, with_tensors
-
-        trained = (yield from super().fit(client, start)).payload
+        trained = yield Train(start, list(start), self.penalty)
         before, after = (sum(float(a.norm() * b.norm()) for a, b in self._tail(t).values()) for t in (start, trained))
         if not 0 < after < before:
-            return Fitted(trained)
+            return Fitted(dict(trained))
         adapter = with_tensors(client.layout, trained)
         return Fitted(to_tensors({path: with_rank(m, self.pruned(m.rank)) for path, m in adapter.items()}))
 
@@ -87,45 +92,32 @@ class HetLoRA(RBLA):
         """Return the rank a client of a rank prunes itself to."""
         return max(1, math.floor(self.parameters.gamma * rank))
 
-    def rank_in(self, state: ServerState, client: int) -> int | None:
-        """Return the rank a client has by now: its own, or what it pruned itself to."""
-        known = {int(c): int(r) for c, r in state.extra.get(_RANKS, ())}
-        return known.get(client, self.rank_of(client))
-
     def view(self, state: ServerState, client: int) -> dict[str, Tensor]:
-        """Send the first ranks of the global adapter."""
-        from fedtune.lora.state import to_tensors, with_rank
-
-        rank = self.rank_in(state, client)
+        """Send the first ranks of the global adapter: the client's own, or those it pruned itself to."""
+        known = {int(c): int(r) for c, r in state.extra.get(_RANKS, ())}
+        rank = known.get(client, self.scene.ranks.get(client))
         return to_tensors({p: m if rank is None else with_rank(m, rank) for p, m in state.adapter.items()})
 
-    def expected(self, state: ServerState, client: int, round_: int) -> dict[str, Tensor]:
-        """Expect what was sent, or a smaller rank."""
-        return self.view(state, client)
-
-    def flaw(self, update: Tensors, state: ServerState, client: int, round_: int, steps: int) -> str:
-        """Accept the rank that was sent or the pruned one, the same in every layer."""
+    def upload(self, state: ServerState, client: int, round_: int, steps: int = 0) -> Upload:
+        """Expect the rank that was sent or the pruned one, the same in every layer."""
         allowed = self.view(state, client)
         whole = next(t.shape[0] for n, t in allowed.items() if n.endswith(A))
-        got = {t.shape[0 if n.endswith(A) else 1] for n, t in update.items() if t.dim() == 2}
-        for name, tensor in update.items():
-            wide = 1 if name.endswith(A) else 0
-            if tensor.dim() != 2 or tensor.shape[wide] != allowed[name].shape[wide]:
-                return f"{name}: got {tuple(tensor.shape)}, expected {tuple(allowed[name].shape)} or a pruned rank"
-        if len(got) != 1 or not got <= {whole, self.pruned(whole)}:
-            return f"ranks {sorted(got)}, expected {whole} or, pruned, {self.pruned(whole)}"
-        return ""
 
-    def completed(self, update: ClientUpdate, state: ServerState) -> AdapterState:
-        """Return an update as an adapter of whatever rank it has."""
-        from fedtune.lora.state import with_tensors
+        def problem(sent: Tensors) -> str:
+            for name, tensor in sent.items():
+                wide = 1 if name.endswith(A) else 0
+                if tensor.dim() != 2 or tensor.shape[wide] != allowed[name].shape[wide]:
+                    return f"{name}: got {tuple(tensor.shape)}, expected {tuple(allowed[name].shape)} or a pruned rank"
+            got = {t.shape[0 if n.endswith(A) else 1] for n, t in sent.items()}
+            if len(got) != 1 or not got <= {whole, self.pruned(whole)}:
+                return f"ranks {sorted(got)}, expected {whole} or, pruned, {self.pruned(whole)}"
+            return ""
 
-        return with_tensors(state.adapter, update.tensors)
+        known = super().upload(state, client, round_, steps)
+        return replace(known, tensors=allowed, problem=problem, ragged=True)
 
     def server_step(self, updates: Sequence[ClientUpdate], state: ServerState, round_: int) -> ServerState:
         """Aggregate, and remember the ranks clients have pruned themselves to."""
-        import torch
-
         after = super().server_step(updates, state, round_)
         ranks = {int(c): int(r) for c, r in state.extra.get(_RANKS, ())}
         for update in updates:
@@ -135,10 +127,6 @@ class HetLoRA(RBLA):
 
     def shares(self, clients: Sequence[LoraModule], weights: Sequence[float], rank: int) -> Tensor:
         """Return the same weight for every rank: missing ranks count as zeros."""
-        import torch
-
-        from fedtune.lora.product import size
-
         norms = capped([size(m) for m in clients])
         known = [w * norm for w, norm in zip(weights, norms, strict=True)]
         used = known if sum(known) > 0 else list(weights)

@@ -7,13 +7,11 @@ rate suits both. Each client's own alpha/r is in M.
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TYPE_CHECKING
 
+from fedtune.lazy import torch
+from fedtune.lora.product import Product
+from fedtune.lora.state import LoraModule
 from fedtune.methods.flexlora import FlexLoRA
-
-if TYPE_CHECKING:
-    from fedtune.lora.product import Product
-    from fedtune.lora.state import LoraModule
 
 
 class HLoRA(FlexLoRA):
@@ -25,8 +23,6 @@ class HLoRA(FlexLoRA):
 
     def factors_of(self, module: LoraModule, best: Product) -> LoraModule:
         """Return the best product as factors of equal norms."""
-        import torch
-
         values = best.left.norm(dim=0)
         root = (values / module.scale).sqrt()
         direction = best.left / values.clamp(min=torch.finfo(values.dtype).tiny)  # zero columns stay zero

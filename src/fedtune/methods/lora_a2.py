@@ -8,21 +8,24 @@ exact.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from pydantic import Field
 
+from fedtune.lazy import torch
+from fedtune.lora.state import AdapterState, to_tensors
 from fedtune.methods.base import Method
 from fedtune.methods.requests import ClientContext, Fitted, Program, Tensors, Train
-from fedtune.methods.state import ClientUpdate, ServerState, Sizes
+from fedtune.methods.state import ClientUpdate, Scene, ServerState, Sizes, Upload
 from fedtune.names import CHOSEN, A, B
+from fedtune.types import AdapterError
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from fedtune.lora.state import AdapterState
+    from fedtune.config import Config
 
 
 def _axis(name: str) -> int:
@@ -36,18 +39,26 @@ class LoRAA2(Method):
     name = "lora_a2"
     title = "LoRA-A2"
     paper = "arXiv:2410.22815"
-    exact = True
+    guarantee = "exact"
     mixed_ranks = True
-    ragged = True
-    pairs = False
-    factors = False
+    steady = False
 
     class Parameters(Method.Parameters):
         """`share`: of all ranks a client may train where `lora.ranks` gives it no budget of its own."""
 
         share: float = Field(0.5, gt=0, le=1)
 
+        def idle(self, config: Config) -> Iterator[tuple[str, str]]:
+            """Name the share where every client has a budget."""
+            if config.lora.ranks:
+                yield "method.share", "lora.ranks gives every client a budget of its own"
+
     parameters: Parameters
+
+    def __init__(self, parameters: Method.Parameters, scene: Scene | None = None) -> None:
+        # a client's rank is its budget: all have the whole adapter
+        self.budgets = scene.ranks if scene else {}
+        super().__init__(parameters, replace(scene or Scene(), ranks={}))
 
     @classmethod
     def traffic(cls, sizes: Sizes) -> tuple[float, float]:
@@ -59,20 +70,12 @@ class LoRAA2(Method):
         """Train B in odd rounds and A in even ones."""
         return name.endswith(B) if round_ % 2 else name.endswith(A)
 
-    def cut(self, adapter: AdapterState, client: int) -> AdapterState:
-        """Leave the adapter whole: a client's rank is its budget."""
-        return adapter
-
     def budget(self, adapter: AdapterState, client: int) -> int:
         """Return how many ranks a client may train, over all layers."""
-        own = self.rank_of(client)
+        own = self.budgets.get(client)
         ranks = sum(m.rank for m in adapter.values())
         share = self.parameters.share
         return own * len(adapter) if own else max(1, int(share * ranks))
-
-    def losses(self, steps: int) -> int:
-        """Count both trainings: of all ranks, and of those chosen."""
-        return 2 * steps
 
     def fit(self, client: ClientContext, start: Tensors) -> Program[Fitted]:
         """Score all ranks, train the best again, and send those."""
@@ -84,8 +87,6 @@ class LoRAA2(Method):
 
     def choose(self, trained: Tensors, start: Tensors, names: Sequence[str], budget: int) -> dict[str, Tensor]:
         """Return for each trained tensor the ranks with the largest changes, ascending."""
-        import torch
-
         scores = []
         for name in names:
             other = start[name.replace(A, B) if name.endswith(A) else name.replace(B, A)]
@@ -98,59 +99,57 @@ class LoRAA2(Method):
             chosen[name], offset = inside, offset + len(score)
         return chosen
 
-    def expected(self, state: ServerState, client: int, round_: int) -> dict[str, Tensor]:
-        """Expect at most the whole factors, with the ranks chosen."""
-        import torch
+    def payload(self, trained: Tensors, start: Tensors, round_: int) -> dict[str, Tensor]:
+        """Send whole factors, as if every rank had been chosen; a run's clients send fewer."""
+        sent = super().payload(trained, start, round_)
+        if unlike := [n for n, t in sent.items() if t.shape != start[n].shape]:
+            raise AdapterError(f"{unlike[0]}: lora_a2 aggregates whole adapters of one rank; its own are budgets")
+        return {**sent, **{n + CHOSEN: torch.arange(t.shape[_axis(n)]) for n, t in sent.items()}}
 
-        whole = super().expected(state, client, round_)
-        return {**whole, **{n + CHOSEN: torch.arange(t.shape[_axis(n)]) for n, t in whole.items()}}
-
-    def flaw(self, update: Tensors, state: ServerState, client: int, round_: int, steps: int) -> str:
-        """Refuse ranks that do not exist, come twice, or exceed the budget."""
-        total = 0
-        for name, whole in super().expected(state, client, round_).items():
-            axis, ranks, got = _axis(name), update[name + CHOSEN], update[name]
-            if ranks.dim() != 1 or ranks.numel() > whole.shape[axis]:
-                return f"{name}: {tuple(ranks.shape)} ranks of {whole.shape[axis]}"
-            total += ranks.numel()
-            if got.dim() != 2 or got.shape[1 - axis] != whole.shape[1 - axis] or got.shape[axis] != ranks.numel():
-                return f"{name}: got {tuple(got.shape)} for {ranks.numel()} ranks of {tuple(whole.shape)}"
-            if not all(0 <= r < whole.shape[axis] for r in ranks.tolist()):
-                return f"{name}: ranks outside 0 to {whole.shape[axis] - 1}"
-            if len(set(ranks.tolist())) != ranks.numel():
-                return f"{name}: a rank comes twice"
+    def upload(self, state: ServerState, client: int, round_: int, steps: int = 0) -> Upload:
+        """Expect at most the whole factors, with the ranks chosen, after two trainings: of all, and of those."""
+        like = super().upload(state, client, round_, 2 * steps)
+        chosen = {n + CHOSEN: torch.arange(t.shape[_axis(n)]) for n, t in like.tensors.items()}
         limit = self.budget(state.adapter, client)
-        return f"{total} ranks, the budget is {limit}" if total > limit else ""
 
-    def completed(self, update: ClientUpdate, state: ServerState) -> AdapterState:
-        """Return an update as a whole adapter: ranks that were not sent are unchanged."""
-        from fedtune.lora.state import to_tensors, with_tensors
+        def problem(sent: Tensors) -> str:
+            found = (_wrong(name, whole, sent) for name, whole in like.tensors.items())
+            total = sum(sent[n].numel() for n in chosen)
+            over = f"{total} ranks, the budget is {limit}" if total > limit else ""
+            return next(filter(None, found), over)
 
-        tensors = to_tensors(state.adapter)
-        for name in [n for n in update.tensors if not n.endswith(CHOSEN)]:
-            whole = tensors[name].clone()
-            tensors[name] = whole.index_copy_(_axis(name), update.tensors[name + CHOSEN], update.tensors[name])
-        return with_tensors(state.adapter, tensors)
+        return replace(
+            like,
+            tensors={**like.tensors, **chosen},
+            whole=lambda sent: like.whole(_completed(sent, like.tensors)),
+            problem=problem,
+            ragged=True,
+        )
 
     def server_step(self, updates: Sequence[ClientUpdate], state: ServerState, round_: int) -> ServerState:
         """Average the trained factor."""
-        from fedtune.lora.state import to_tensors
+        adapters = [to_tensors(a) for a in self.adapters(updates, state, round_)]
+        trained = [{n: t for n, t in own.items() if self.trainable(round_, n)} for own in adapters]
+        return super().server_step(
+            [replace(u, tensors=t) for u, t in zip(updates, trained, strict=True)], state, round_
+        )
 
-        whole = [
-            replace(
-                u, tensors={n: t for n, t in to_tensors(self.completed(u, state)).items() if self.trainable(round_, n)}
-            )
-            for u in updates
-        ]
-        return super().server_step(whole, state, round_)
 
-    def aggregate(
-        self, clients: Sequence[AdapterState], examples: Sequence[float], state: ServerState, round_: int, rank: int = 0
-    ) -> ServerState:
-        """Average whole factors, as if every client had chosen every rank."""
-        from fedtune.methods.rolora import RoLoRA
+def _wrong(name: str, whole: Tensor, sent: Tensors) -> str:
+    """Say which ranks of a tensor do not exist or come twice, or return an empty string."""
+    axis, ranks, got = _axis(name), sent[name + CHOSEN], sent[name]
+    if ranks.dim() != 1 or ranks.numel() > whole.shape[axis]:
+        return f"{name}: {tuple(ranks.shape)} ranks of {whole.shape[axis]}"
+    if got.dim() != 2 or got.shape[1 - axis] != whole.shape[1 - axis] or got.shape[axis] != ranks.numel():
+        return f"{name}: got {tuple(got.shape)} for {ranks.numel()} ranks of {tuple(whole.shape)}"
+    if not all(0 <= r < whole.shape[axis] for r in ranks.tolist()):
+        return f"{name}: ranks outside 0 to {whole.shape[axis] - 1}"
+    return f"{name}: a rank comes twice" if len(set(ranks.tolist())) != ranks.numel() else ""
 
-        return RoLoRA(RoLoRA.Parameters()).aggregate(clients, examples, state, round_)
+
+def _completed(sent: Tensors, before: Tensors) -> dict[str, Tensor]:
+    """Return whole factors: ranks that were not sent are unchanged."""
+    return {n: t.clone().index_copy_(_axis(n), sent[n + CHOSEN], sent[n].to(t.dtype)) for n, t in before.items()}
 
 
 def _masks(start: Tensors, chosen: Tensors) -> dict[str, Tensor]:

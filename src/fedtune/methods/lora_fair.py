@@ -10,15 +10,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING
 
 from pydantic import Field
 
-from fedtune.methods.base import Method
+from fedtune.lora.product import ridge_factors
+from fedtune.lora.state import LoraModule
+from fedtune.methods.base import DORA, Method
 from fedtune.methods.by_layer import ByLayer
-
-if TYPE_CHECKING:
-    from fedtune.lora.state import LoraModule
 
 
 class LoRAFAIR(ByLayer):
@@ -27,11 +25,7 @@ class LoRAFAIR(ByLayer):
     name = "lora_fair"
     title = "LoRA-FAIR (ridge form)"
     paper = "arXiv:2411.14961"
-    linear = False
-    cuts = False
-    dora = "exact"
-
-    aggregate = Method.aggregate
+    spaces = DORA
 
     class Parameters(Method.Parameters):
         """`ridge`: the lambda of the correction; larger stays nearer to FedIT."""
@@ -42,8 +36,6 @@ class LoRAFAIR(ByLayer):
 
     def merge(self, module: LoraModule, clients: Sequence[LoraModule], weights: Sequence[float]) -> LoraModule:
         """Return the mean factors with B corrected."""
-        from fedtune.lora.product import ridge_factors
-
         ridge = self.parameters.ridge
         a, b = ridge_factors(clients, weights, ridge)
         return replace(module, a=a.to(module.a.dtype), b=b.to(module.b.dtype))

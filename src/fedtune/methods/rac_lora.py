@@ -10,15 +10,15 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from fedtune.methods.base_delta import MovesBase, is_base_side
+from fedtune.lora import product
+from fedtune.lora.state import AdapterState, fresh, to_tensors, with_tensors
+from fedtune.methods.base_delta import MovesBase
 from fedtune.methods.requests import Tensors
-from fedtune.methods.state import ClientUpdate, ServerState, Sizes
+from fedtune.methods.state import ClientUpdate, ServerState, Sizes, Upload, mean
 from fedtune.names import A
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-    from fedtune.lora.state import AdapterState
 
 
 class RACLoRA(MovesBase):
@@ -27,10 +27,8 @@ class RACLoRA(MovesBase):
     name = "rac_lora"
     title = "RAC-LoRA"
     paper = "arXiv:2410.08305"
-    exact = True
-    linear = True
-    pairs = False
-    by_product = True
+    guarantee = "exact"
+    updates = "product"
 
     @classmethod
     def traffic(cls, sizes: Sizes) -> tuple[float, float]:
@@ -39,44 +37,29 @@ class RACLoRA(MovesBase):
 
     def trainable(self, round_: int, name: str) -> bool:
         """Train B only."""
-        return A not in name and not is_base_side(name)
+        return A not in name
 
     def begin(self, layout: AdapterState, download: Tensors, kept: Tensors, round_: int) -> dict[str, Tensor]:
         """Start from this round's A, and B = 0."""
-        from fedtune.lora.state import fresh
-
         return super().begin(fresh(layout, self.seed, round_), download, kept, round_)
 
     def shared(self, state: ServerState, client: int) -> dict[str, Tensor]:
         """Send no adapter: each round's is fresh."""
         return {}
 
-    def completed(self, update: ClientUpdate, state: ServerState) -> AdapterState:
-        """Return an update as a whole adapter: B under the round's own A."""
-        from fedtune.lora.state import fresh, to_tensors, with_tensors
+    def _used(self, state: ServerState, round_: int) -> AdapterState:
+        """Return the adapter that clients start a round from; without a run, A is what all adapters have in common."""
+        return fresh(state.adapter, self.seed, round_) if self.scene.rank else state.adapter
 
-        used = fresh(state.adapter, self.seed, state.round + 1)
-        return with_tensors(used, {**to_tensors(used), **update.tensors})
+    def upload(self, state: ServerState, client: int, round_: int, steps: int = 0) -> Upload:
+        """Complete an update by the round's own A."""
+        used = self._used(state, round_)
+        whole = super().upload(state, client, round_, steps)
+        return replace(whole, whole=lambda tensors: with_tensors(used, {**to_tensors(used), **tensors}))
 
     def server_step(self, updates: Sequence[ClientUpdate], state: ServerState, round_: int) -> ServerState:
         """Move mean(B) A into the base model."""
-        from fedtune.lora import product
-        from fedtune.lora.state import fresh, to_tensors, with_tensors
-
-        used = fresh(state.adapter, self.seed, round_)
-        mean = with_tensors(used, {**to_tensors(used), **self.combine(updates, state)})
-        products = {path: product.of(module) for path, module in mean.items()}
+        used = self._used(state, round_)
+        averaged = with_tensors(used, {**to_tensors(used), **mean(updates)})
+        products = {path: product.of(module) for path, module in averaged.items()}
         return self.moved(state, fresh(used, self.seed, round_ + 1), products, updates, round_)
-
-    def aggregate(
-        self, clients: Sequence[AdapterState], examples: Sequence[float], state: ServerState, round_: int, rank: int = 0
-    ) -> ServerState:
-        """Average B under the clients' common A, wherever that came from."""
-        from fedtune.lora import product
-        from fedtune.lora.base_delta import append
-        from fedtune.methods.ffa_lora import FFALoRA
-
-        mean = FFALoRA(FFALoRA.Parameters()).aggregate(clients, examples, state, round_)
-        moved = append((), round_, {path: product.of(m) for path, m in mean.adapter.items()})
-        zero = {path: replace(m, b=m.b * 0) for path, m in mean.adapter.items()}
-        return replace(state, adapter=zero, round=round_, base=moved)

@@ -11,12 +11,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from fedtune.lazy import torch
+from fedtune.lora.state import LoraModule, with_rank
 from fedtune.methods.by_layer import ByLayer
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-    from fedtune.lora.state import LoraModule
 
 
 class RBLA(ByLayer):
@@ -29,15 +29,11 @@ class RBLA(ByLayer):
 
     def shares(self, clients: Sequence[LoraModule], weights: Sequence[float], rank: int) -> Tensor:
         """Return each client's weight for each rank [clients, rank]; 0 where it does not have it."""
-        import torch
-
         owned = torch.arange(rank)[None] < torch.tensor([m.rank for m in clients])[:, None]
         return owned * torch.tensor(weights, dtype=torch.float64)[:, None]
 
     def merge(self, module: LoraModule, clients: Sequence[LoraModule], weights: Sequence[float]) -> LoraModule:
         """Return one module's new factors; scales of other ranks or alphas are taken up by B."""
-        from fedtune.lora.state import with_rank
-
         table = self.shares(clients, weights, module.rank)
         total = table.sum(0)
         share = table / total.clamp(min=1e-300)
@@ -50,7 +46,5 @@ class RBLA(ByLayer):
 
 def _kept(module: LoraModule, new: Mapping[str, Tensor], owned: Tensor) -> LoraModule:
     """Return the new factors where somebody owns the rank, the old ones elsewhere."""
-    import torch
-
     a = torch.where(owned[:, None], new["a"].to(module.a.dtype), module.a)
     return replace(module, a=a, b=torch.where(owned, new["b"].to(module.b.dtype), module.b))

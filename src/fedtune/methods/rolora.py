@@ -15,9 +15,7 @@ class RoLoRA(Method):
     name = "rolora"
     title = "RoLoRA"
     paper = "arXiv:2502.01755"
-    exact = True
-    running = True
-    pairs = False
+    guarantee = "exact"
 
     @classmethod
     def traffic(cls, sizes: Sizes) -> tuple[float, float]:

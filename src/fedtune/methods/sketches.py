@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from fedtune.lazy import torch
 from fedtune.methods.sound import capped
 from fedtune.methods.state import ClientUpdate
 
@@ -52,8 +53,6 @@ def directions(sketch: Tensor, rank: int) -> tuple[Tensor, bool]:
     Returns:
         float64 [out, at most rank], with zeros where the sketch has fewer directions; whether it exceeds the rank.
     """
-    import torch
-
     exact = sketch.double()
     tall = exact.shape[0] >= exact.shape[1]
     squares, found = torch.linalg.eigh(exact.T @ exact if tall else exact @ exact.T)  # ascending

@@ -16,11 +16,14 @@ from collections.abc import Sequence
 from functools import cache
 from typing import TYPE_CHECKING, NamedTuple
 
+from fedtune.lazy import torch
+from fedtune.lora import dora
+from fedtune.lora.product import size
+from fedtune.lora.state import AdapterState, to_tensors
 from fedtune.names import B
 
 if TYPE_CHECKING:
     from fedtune.config.schema import TrainSettings
-    from fedtune.lora.state import AdapterState
     from fedtune.methods.requests import Tensors
 
 LARGEST = 1e9
@@ -85,8 +88,6 @@ def change_problem(tensors: Tensors, start: Tensors, within: Reach) -> str:
         start: what it was sent.
         within: what is possible.
     """
-    import torch
-
     for name in (n for n in tensors if n in start):
         before = start[name].float()
         moved = float(torch.linalg.vector_norm(tensors[name].float() - before, within.order))
@@ -99,8 +100,6 @@ def change_problem(tensors: Tensors, start: Tensors, within: Reach) -> str:
 
 def number_problem(tensors: Tensors) -> str:
     """Say which tensor has a number that is not finite or absurdly large, or return an empty string."""
-    import torch
-
     for name, tensor in tensors.items():
         if not tensor.is_floating_point() or not tensor.numel():
             continue
@@ -118,11 +117,8 @@ def magnitude_problem(tensors: Tensors, adapter: AdapterState, *, relative: bool
         adapter: what it was sent.
         relative: magnitudes are relative, and B comes multiplied by them; it is bounded without.
     """
-    from fedtune.lora import dora
-    from fedtune.lora.state import to_tensors
-
-    if (odd := dora.outside(tensors, adapter)) or not relative:
-        return odd
+    if (problem := dora.outside(tensors, adapter)) or not relative:
+        return problem
     plain, before = dora.from_wire(tensors), to_tensors(adapter)
     for name in (n for n in plain if n.endswith(B)):
         norm, limit = float(plain[name].norm()), float(before[name].norm()) + GROWTH
@@ -133,8 +129,6 @@ def magnitude_problem(tensors: Tensors, adapter: AdapterState, *, relative: bool
 
 def product_problem(adapter: AdapterState, before: AdapterState) -> str:
     """Say which layer's product has grown more than a server half takes, or return an empty string."""
-    from fedtune.lora.product import size
-
     for path, module in adapter.items():
         norm, limit = size(module), size(before[path]) + GROWTH**2
         if norm > limit:

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Mapping
+from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, NamedTuple
 
+from fedtune.lora.algebra import weighted_mean
 from fedtune.methods.requests import Tensors
+from fedtune.methods.sound import GROWTH, Reach
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from fedtune.config.schema import TrainSettings
     from fedtune.lora.base_delta import Piece
     from fedtune.lora.state import AdapterState
 
@@ -34,6 +37,41 @@ class ClientUpdate:
     steps: int = 0
     loss: float | None = None
     version: int = 0
+
+
+def weights(updates: Sequence[ClientUpdate]) -> list[float]:
+    """Return the weight of each update; they need not sum to 1."""
+    return [float(u.examples) for u in updates]
+
+
+def mean(updates: Sequence[ClientUpdate]) -> dict[str, Tensor]:
+    """Return the weighted mean of the updates' tensors, by name."""
+    return weighted_mean((u.tensors for u in updates), weights(updates))
+
+
+@dataclass(frozen=True)
+class Upload:
+    """What a client has to send in an exchange.
+
+    Attributes:
+        tensors: with the names, shapes and dtypes that it must send, and about the size.
+        whole: makes a whole adapter of what was sent: what is not sent is as the server has it.
+        losses: how many losses the client takes at most.
+        growth: by how much the Frobenius norm of a tensor may exceed that in `tensors`, by name.
+        problem: says what else is wrong with tensors of these names and dtypes, or returns an empty string.
+        reach: how far a round at a learning rate can carry a weight of the model; None where nobody can say.
+        ragged: the shapes are the client's own choice, within what `problem` allows.
+        once: later rounds send something else, of another size.
+    """
+
+    tensors: Tensors
+    whole: Callable[[Tensors], AdapterState]
+    losses: int = 0
+    growth: Callable[[str], float] = lambda name: GROWTH
+    problem: Callable[[Tensors], str] = lambda sent: ""
+    reach: Callable[[TrainSettings, float], Reach] | None = None
+    ragged: bool = False
+    once: bool = False
 
 
 @dataclass(frozen=True)

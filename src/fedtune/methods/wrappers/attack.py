@@ -7,9 +7,12 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from fedtune import spaces
+from fedtune.lazy import torch
+from fedtune.lora import dora
 from fedtune.methods.base import Method
 from fedtune.methods.requests import ClientContext, Fitted, Program, Tensors
-from fedtune.methods.wrappers.base import Idle, Wrapper
+from fedtune.methods.traits import sends_pairs
+from fedtune.methods.wrappers.base import Having, Idle, Wrapper
 from fedtune.names import CHOSEN, A, B
 from fedtune.types import Problem, derive_seed
 
@@ -24,8 +27,6 @@ Attack = Callable[[dict[str, "Tensor"], Tensors, float, int], dict[str, "Tensor"
 
 def _origins(payload: Tensors, start: Tensors) -> dict[str, Tensor]:
     """Return what was at the start in the places of what is sent: of the ranks chosen, else of the first ones."""
-    import torch
-
     found = {}
     for name, tensor in payload.items():
         known = start.get(name)
@@ -54,8 +55,6 @@ def boost(payload: dict[str, Tensor], start: Tensors, scale: float, seed: int) -
 
 def random(payload: dict[str, Tensor], start: Tensors, scale: float, seed: int) -> dict[str, Tensor]:
     """Send Gaussian noise with `scale` times the norm of each tensor's update."""
-    import torch
-
     sent = {}
     for name, tensor in payload.items():
         generator = torch.Generator().manual_seed(derive_seed(seed, "noise", name))
@@ -103,7 +102,7 @@ class Attackers(Wrapper):
         return config.attack.kind != "none" or bool(config.attack.clients)
 
     @classmethod
-    def problems(cls, config: Config, kind: type[Method], having: Callable[[str], str]) -> Iterable[Problem]:
+    def problems(cls, config: Config, kind: type[Method], having: Having) -> Iterable[Problem]:
         """Refuse half an attack, and attackers that do not exist."""
         attack, clients = config.attack, config.federation.clients
         if (attack.kind == "none") != (not attack.clients):
@@ -121,7 +120,7 @@ class Attackers(Wrapper):
             yield "attack.scale", f'attack.kind = "{chosen}" multiplies by it, and an attacker would be honest'
         if chosen == "gauge" and not spaces.of(config).factored:
             yield "attack.kind", f'with peft.kind = "{config.peft.kind}" there are no factors, so there is no gauge'
-        elif chosen == "gauge" and not kind.pairs:
+        elif chosen == "gauge" and not sends_pairs(kind):
             yield "attack.kind", f"a client of {kind.name} does not send both factors of a layer, so it has no gauge"
 
     def fit(self, client: ClientContext, download: Tensors, begun: Tensors) -> Program[Fitted]:
@@ -132,8 +131,6 @@ class Attackers(Wrapper):
         fitted = yield from self.inner.fit(client, download, begun)
         if client.client not in self.config.attack.clients:
             return fitted
-        from fedtune.lora import dora
-
         seed = derive_seed(self.config.seed, "attack", client.client, client.round)
         was = yield from self.inner.untrained(begun)
         bad = tampered(fitted.payload, was, self.config.attack, client.client, seed)

@@ -7,22 +7,22 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 from fedtune.config.section import Section
+from fedtune.lora.state import AdapterState
 from fedtune.methods.base import Method
 from fedtune.methods.requests import ClientContext, Fitted, Program, Tensors
-from fedtune.methods.state import ClientUpdate, ServerState
+from fedtune.methods.state import ClientUpdate, ServerState, Upload
 from fedtune.types import Problem
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from fedtune.config import Config
-    from fedtune.config.schema import TrainSettings
-    from fedtune.lora.state import AdapterState
-    from fedtune.methods.sound import Reach
 
 Note = Callable[[str], object]
 # a setting and why it has no effect
 Idle = Iterable[tuple[str, str]]
+# lists the methods of which something is true
+Having = Callable[[Callable[[type[Method]], object]], str]
 
 
 def unheard(text: str) -> None:
@@ -47,14 +47,17 @@ class RoundContext:
 class Innermost:
     """The method itself, with the calls that wrappers pass on."""
 
-    streams = True
-
     def __init__(self, method: Method, config: Config) -> None:
         self.method, self.config = method, config
 
-    def initial(self, adapter: AdapterState) -> AdapterState:
-        """Return the global adapter before the first round."""
-        return adapter
+    @property
+    def summed(self) -> bool:
+        """Whether updates may be added up as they come: nothing compares them, and nothing else comes with them."""
+        return self.method.linear
+
+    def initial(self, adapter: AdapterState) -> ServerState:
+        """Return the server's state before the first round."""
+        return ServerState(adapter)
 
     def begin(self, client: ClientContext, download: Tensors) -> dict[str, Tensor]:
         """Return all tensors of a client's model at the start of an exchange, as they travel."""
@@ -66,6 +69,10 @@ class Innermost:
         """Do a client's work of one exchange from what `begin` returned."""
         return self.method.fit(client, begun)
 
+    def work(self, client: ClientContext, download: Tensors) -> Program[Fitted]:
+        """Do a client's work of one exchange from what it downloaded."""
+        return self.fit(client, download, self.begin(client, download))
+
     def untrained(self, begun: Tensors) -> Program[dict[str, Tensor]]:
         """Return what `begun` is in the form in which it would be sent."""
         yield from ()
@@ -75,32 +82,21 @@ class Innermost:
         """Return what a client downloads."""
         return self.method.view(state, client)
 
-    def expected(self, state: ServerState, client: int, round_: int) -> dict[str, Tensor]:
-        """Return tensors with the names, shapes and dtypes that a client must send, and about the size."""
-        return self.method.expected(state, client, round_)
+    def upload(self, state: ServerState, client: int, round_: int, steps: int = 0) -> Upload:
+        """Return what a client has to send in a round of so many optimiser steps."""
+        return self.method.upload(state, client, round_, steps)
 
-    def growth(self, name: str) -> float:
-        """Return by how much the norm of a tensor that a client sends may exceed that of what is expected."""
-        return self.method.growth(name)
+    def shortage(self, updates: int, refused: int = 0) -> str:
+        """Say that there are too few updates for a robust rule to mean anything, or return an empty string.
 
-    def reach(self, train: TrainSettings, rate: float, steps: int) -> Reach | None:
-        """Return how far a round can carry a weight of the model from what was sent; None where nobody can say."""
-        return self.method.reach(train, rate, steps)
-
-    def flaw(self, update: Tensors, state: ServerState, client: int, round_: int, steps: int) -> str:
-        """Say what is wrong with an update whose names and dtypes are as expected, or return an empty string."""
-        return self.method.flaw(update, state, client, round_, steps)
-
-    def plain(self, update: ClientUpdate) -> ClientUpdate:
-        """Return an update of the method's own tensors, as they are in a model."""
-        return update
-
-    def shortage(self, updates: int, refused: int) -> str:
-        """Say why so many updates are too few, or return an empty string."""
+        Args:
+            updates: of the round that can be used.
+            refused: how many more were refused for what they hold.
+        """
         return ""
 
     def server_step(self, updates: Sequence[ClientUpdate], state: ServerState, context: RoundContext) -> ServerState:
-        """Return the state after a round."""
+        """Return the state after an exchange."""
         return self.method.server_step(updates, state, context.round)
 
 
@@ -116,6 +112,7 @@ class Wrapper(Innermost):
     """
 
     name: ClassVar[str]
+    streams = True
 
     class Parameters(Section):
         """No settings of its own."""
@@ -131,13 +128,13 @@ class Wrapper(Innermost):
         return cls.name in config.wrappers
 
     @classmethod
-    def problems(cls, config: Config, kind: type[Method], having: Callable[[str], str]) -> Iterable[Problem]:
+    def problems(cls, config: Config, kind: type[Method], having: Having) -> Iterable[Problem]:
         """Yield what it does not go together with, where the settings ask for it.
 
         Args:
             config: the run's settings.
             kind: the method.
-            having: lists the methods that have an attribute.
+            having: lists the methods of which something is true.
         """
         return ()
 
@@ -146,8 +143,13 @@ class Wrapper(Innermost):
         """Yield its settings that have no effect beside the others, asked for or not."""
         return ()
 
-    def initial(self, adapter: AdapterState) -> AdapterState:
-        """Return the global adapter before the first round."""
+    @property
+    def summed(self) -> bool:
+        """Whether updates may be added up as they come."""
+        return self.streams and self.inner.summed
+
+    def initial(self, adapter: AdapterState) -> ServerState:
+        """Return the server's state before the first round."""
         return self.inner.initial(adapter)
 
     def begin(self, client: ClientContext, download: Tensors) -> dict[str, Tensor]:
@@ -166,30 +168,14 @@ class Wrapper(Innermost):
         """Return what a client downloads."""
         return self.inner.view(state, client)
 
-    def expected(self, state: ServerState, client: int, round_: int) -> dict[str, Tensor]:
-        """Return tensors with the names, shapes and dtypes that a client must send, and about the size."""
-        return self.inner.expected(state, client, round_)
+    def upload(self, state: ServerState, client: int, round_: int, steps: int = 0) -> Upload:
+        """Return what a client has to send in a round of so many optimiser steps."""
+        return self.inner.upload(state, client, round_, steps)
 
-    def growth(self, name: str) -> float:
-        """Return by how much the norm of a tensor that a client sends may exceed that of what is expected."""
-        return self.inner.growth(name)
-
-    def reach(self, train: TrainSettings, rate: float, steps: int) -> Reach | None:
-        """Return how far a round can carry a weight of the model from what was sent; None where nobody can say."""
-        return self.inner.reach(train, rate, steps)
-
-    def flaw(self, update: Tensors, state: ServerState, client: int, round_: int, steps: int) -> str:
-        """Say what is wrong with an update whose names and dtypes are as expected, or return an empty string."""
-        return self.inner.flaw(update, state, client, round_, steps)
-
-    def plain(self, update: ClientUpdate) -> ClientUpdate:
-        """Return an update of the method's own tensors, as they are in a model."""
-        return self.inner.plain(update)
-
-    def shortage(self, updates: int, refused: int) -> str:
-        """Say why so many updates are too few, or return an empty string."""
+    def shortage(self, updates: int, refused: int = 0) -> str:
+        """Say that there are too few updates for a robust rule to mean anything, or return an empty string."""
         return self.inner.shortage(updates, refused)
 
     def server_step(self, updates: Sequence[ClientUpdate], state: ServerState, context: RoundContext) -> ServerState:
-        """Return the state after a round."""
+        """Return the state after an exchange."""
         return self.inner.server_step(updates, state, context)

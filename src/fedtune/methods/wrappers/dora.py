@@ -5,15 +5,18 @@ Under the exact map magnitudes travel relative to the rows' norms, and B multipl
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from fedtune.lora import dora
+from fedtune.lora.state import AdapterState, to_tensors, with_tensors
 from fedtune.methods import sound
 from fedtune.methods.base import Method
 from fedtune.methods.requests import ClientContext, Fitted, Program, RowNorms, Tensors
-from fedtune.methods.state import ClientUpdate, ServerState
-from fedtune.methods.wrappers.base import Innermost, RoundContext, Wrapper
+from fedtune.methods.state import ClientUpdate, ServerState, Upload, weights
+from fedtune.methods.traits import magnitudes
+from fedtune.methods.wrappers.base import Having, Innermost, RoundContext, Wrapper
 from fedtune.names import B, M
 from fedtune.types import Problem
 
@@ -21,7 +24,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from fedtune.config import Config
-    from fedtune.lora.state import AdapterState
 
 
 class DoRA(Wrapper):
@@ -31,7 +33,7 @@ class DoRA(Wrapper):
 
     def __init__(self, inner: Innermost) -> None:
         super().__init__(inner)
-        self.exact = inner.method.dora == "exact"
+        self.exact = magnitudes(type(inner.method)) == "exact"
         self.streams = not self.exact
 
     @classmethod
@@ -40,25 +42,26 @@ class DoRA(Wrapper):
         return config.lora.dora
 
     @classmethod
-    def problems(cls, config: Config, kind: type[Method], having: Callable[[str], str]) -> Iterable[Problem]:
+    def problems(cls, config: Config, kind: type[Method], having: Having) -> Iterable[Problem]:
         """Refuse methods that have no mean of magnitudes, and mixed ranks."""
-        if not kind.dora:
+        if not magnitudes(kind):
             yield Problem(
-                "lora.dora", f"{kind.name} is not defined for DoRA's magnitudes", f"these are: {having('dora')}"
+                "lora.dora", f"{kind.name} is not defined for DoRA's magnitudes", f"these are: {having(magnitudes)}"
             )
         if config.lora.ranks:
             yield Problem("lora.ranks", "mixed ranks are not defined together with DoRA")
 
-    def initial(self, adapter: AdapterState) -> AdapterState:
-        """Start with relative magnitudes of 1."""
-        from fedtune.lora import dora
-        from fedtune.lora.state import to_tensors, with_tensors
-
+    def _as_sent(self, adapter: AdapterState) -> AdapterState:
+        """Return a fresh adapter in the form that travels: relative magnitudes are 1."""
         return with_tensors(adapter, dora.unit(to_tensors(adapter))) if self.exact else adapter
+
+    def initial(self, adapter: AdapterState) -> ServerState:
+        """Start in the form that travels."""
+        return self.inner.initial(self._as_sent(adapter))
 
     def begin(self, client: ClientContext, download: Tensors) -> dict[str, Tensor]:
         """Begin from a layout in the form that travels."""
-        return self.inner.begin(replace(client, layout=self.initial(client.layout)), download)
+        return self.inner.begin(replace(client, layout=self._as_sent(client.layout)), download)
 
     def fit(self, client: ClientContext, download: Tensors, begun: Tensors) -> Program[Fitted]:
         """Train with magnitudes as PEFT has them, and send what is accepted."""
@@ -73,43 +76,33 @@ class DoRA(Wrapper):
 
     def _started(self, begun: Tensors) -> Program[Tensors]:
         """Return a client's tensors with the magnitudes as PEFT has them."""
-        from fedtune.lora import dora
-
         return dora.to_magnitudes(begun, (yield RowNorms(begun))) if self.exact else begun
 
     def _mapped(self, payload: dict[str, Tensor], start: Tensors, begun: Tensors) -> Program[dict[str, Tensor]]:
         """Return trained tensors as they are sent; no magnitude is further from `begun` than is accepted."""
-        from fedtune.lora import dora
-
         if self.exact:
             return dora.to_wire(payload, (yield RowNorms({**start, **payload})), begun)
         return dora.clamped(payload, begun)
 
-    def growth(self, name: str) -> float:
-        """Leave magnitudes, and B where it comes multiplied by them, to `flaw`, which has bounds of its own."""
-        own = (M, B)[: 1 + self.exact]
-        return sound.LARGEST if name.endswith(own) else self.inner.growth(name)
+    def upload(self, state: ServerState, client: int, round_: int, steps: int = 0) -> Upload:
+        """Bound magnitudes, and B where it comes multiplied by them, by how far they may move and not by their norm."""
+        inner, own = self.inner.upload(state, client, round_, steps), (M, B)[: 1 + self.exact]
 
-    def flaw(self, update: Tensors, state: ServerState, client: int, round_: int, steps: int) -> str:
-        """Say which magnitude has moved too far."""
-        problem = sound.magnitude_problem(update, state.adapter, relative=self.exact)
-        return problem or self.inner.flaw(update, state, client, round_, steps)
+        def problem(sent: Tensors) -> str:
+            return sound.magnitude_problem(sent, state.adapter, relative=self.exact) or inner.problem(sent)
 
-    def plain(self, update: ClientUpdate) -> ClientUpdate:
-        """Return B as it is in a model."""
-        from fedtune.lora import dora
-
-        tensors = dora.from_wire(update.tensors) if self.exact else update.tensors
-        return self.inner.plain(replace(update, tensors=tensors))
+        return replace(
+            inner,
+            whole=lambda sent: inner.whole(dora.from_wire(sent) if self.exact else sent),
+            growth=lambda name: sound.LARGEST if name.endswith(own) else inner.growth(name),
+            problem=problem,
+        )
 
     def server_step(self, updates: Sequence[ClientUpdate], state: ServerState, context: RoundContext) -> ServerState:
         """Average magnitudes exactly, or leave them to the method; none moves further than a round may move it."""
-        from fedtune.lora import dora
-        from fedtune.lora.state import to_tensors, with_tensors
-
         relative: dict[str, Tensor] = {}
         if self.exact:
-            tensors, relative = dora.divided([u.tensors for u in updates], self.method.weights(updates))
+            tensors, relative = dora.divided([u.tensors for u in updates], weights(updates))
             updates = [replace(u, tensors=t) for u, t in zip(updates, tensors, strict=True)]
         after = self.inner.server_step(updates, state, context)
         moved = dora.clamped(to_tensors(after.adapter), to_tensors(state.adapter))

@@ -7,10 +7,14 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from fedtune import spaces
+from fedtune.lora import algebra, product
+from fedtune.lora.product import Product
+from fedtune.lora.state import AdapterState, Plain, to_tensors
 from fedtune.methods.base import Method
 from fedtune.methods.state import ClientUpdate, ServerState
+from fedtune.methods.traits import by_product, comparable
 from fedtune.methods.wrappers import rules
-from fedtune.methods.wrappers.base import Idle, RoundContext, Wrapper
+from fedtune.methods.wrappers.base import Having, Idle, RoundContext, Wrapper
 from fedtune.types import Problem, RunFailedError
 
 if TYPE_CHECKING:
@@ -18,47 +22,44 @@ if TYPE_CHECKING:
 
     from fedtune.config import Config
     from fedtune.config.schema import RobustSettings
-    from fedtune.lora.product import Product
 
 NOBODY = -1  # stands for no client: the model as it was
 
 
-def _changes(method: Method, updates: Sequence[ClientUpdate], state: ServerState) -> list[dict[str, Product]]:
+def _changes(
+    method: Method, updates: Sequence[ClientUpdate], state: ServerState, round_: int
+) -> list[dict[str, Product]]:
     """Return each update's change of the model as products: what it claims minus what it was sent."""
-    from fedtune.lora import product
-
     before = {path: product.minus(product.precise(m)) for path, m in state.adapter.items()}
     return [
-        {p: product.total(product.precise(m), before[p]) for p, m in method.completed(u, state).items()}
-        for u in updates
+        {path: product.total(product.precise(m), before[path]) for path, m in adapter.items()}
+        for adapter in method.adapters(updates, state, round_)
     ]
 
 
-def _balanced(method: Method, update: ClientUpdate, state: ServerState) -> ClientUpdate:
+def _balanced(update: ClientUpdate, whole: AdapterState) -> ClientUpdate:
     """Return an update with both factors of a layer made from their product, in float64; one alone stays.
 
     How a client splits its product, and what cancels in it, then reaches neither the rule nor the model.
     """
-    from fedtune.lora.product import balanced
-    from fedtune.lora.state import to_tensors
-
-    whole = method.completed(update, state)
     factors = {path: to_tensors({path: module}) for path, module in whole.items()}
-    split = {path: balanced(whole[path]) for path, names in factors.items() if names.keys() <= update.tensors.keys()}
+    split = {
+        path: product.balanced(whole[path]) for path, names in factors.items() if names.keys() <= update.tensors.keys()
+    }
     return replace(update, tensors={**update.tensors, **to_tensors(split)})
 
 
-def _compared(method: Method, updates: Sequence[ClientUpdate], state: ServerState) -> tuple[list[ClientUpdate], Tensor]:
+def _compared(
+    method: Method, updates: Sequence[ClientUpdate], state: ServerState, round_: int
+) -> tuple[list[ClientUpdate], Tensor]:
     """Return the updates, their factors balanced if they have any, and the inner products of what they change."""
-    from fedtune.lora import algebra, product
-    from fedtune.lora.state import Plain, to_tensors
-
     if isinstance(state.adapter, Plain):
         before = {name: tensor.double() for name, tensor in to_tensors(state.adapter).items()}
         changes = [{name: t.double() - before[name] for name, t in u.tensors.items()} for u in updates]
         return list(updates), algebra.gram(changes)
-    balanced = [_balanced(method, u, state) for u in updates]
-    return balanced, product.gram(_changes(method, balanced, state))
+    whole = method.adapters(updates, state, round_)
+    balanced = [_balanced(u, adapter) for u, adapter in zip(updates, whole, strict=True)]
+    return balanced, product.gram(_changes(method, balanced, state, round_))
 
 
 def _weights(
@@ -84,7 +85,7 @@ def reweighted(
     updates: Sequence[ClientUpdate],
     state: ServerState,
     settings: RobustSettings,
-    note: Callable[[str], object],
+    context: RoundContext,
 ) -> list[ClientUpdate]:
     """Return the updates with the weights that the settings give them; those without any are left out, with a note.
 
@@ -93,11 +94,11 @@ def reweighted(
         updates: of the round, enough of them for the rule.
         state: before the round.
         settings: the rule, the clip, and how many of these updates may be malicious.
-        note: told who was left out.
+        context: the round; its note is told who was left out.
     """
     kinds = [{n: t.dtype for n, t in u.tensors.items()} for u in updates]
-    updates, table = _compared(method, updates, state)
-    weights, rest = _weights(table, updates, settings, note)
+    updates, table = _compared(method, updates, state, context.round)
+    weights, rest = _weights(table, updates, settings, context.note)
     kept = [
         replace(u, tensors={n: t.to(kind[n]) for n, t in u.tensors.items()}, examples=float(w))
         for u, kind, w in zip(updates, kinds, weights, strict=True)
@@ -106,9 +107,9 @@ def reweighted(
     used = {u.client for u in kept}
     if out := [str(u.client) for u in updates if u.client not in used]:
         which = f'rule = "{settings.rule}"' if settings.rule != "none" else f'clip_norm = "{settings.clip_norm}"'
-        note(f"robust.{which} gave no weight to the updates of clients {', '.join(out)}")
+        context.note(f"robust.{which} gave no weight to the updates of clients {', '.join(out)}")
     if rest > 0:  # what was clipped off counts for the unchanged model, of the global rank
-        kept.append(ClientUpdate(NOBODY, method.expected(state, NOBODY, state.round + 1), rest))
+        kept.append(ClientUpdate(NOBODY, method.upload(state, NOBODY, context.round).tensors, rest))
     return kept
 
 
@@ -124,12 +125,12 @@ class Robust(Wrapper):
         return (config.robust.rule, config.robust.clip_norm) != ("none", "none")
 
     @classmethod
-    def problems(cls, config: Config, kind: type[Method], having: Callable[[str], str]) -> Iterable[Problem]:
+    def problems(cls, config: Config, kind: type[Method], having: Having) -> Iterable[Problem]:
         """Yield why a robust rule or a clip would not hold what it promises."""
-        where, fix = "robust", f"these are made of the clients' products alone: {having('by_product')}"
-        if not kind.comparable:
+        where, fix = "robust", f"these are made of the clients' products alone: {having(by_product)}"
+        if not comparable(kind):
             yield Problem(where, f"an update of {kind.name} cannot be compared with others", fix)
-        elif not kind.by_product and (spaces.of(config).factored or not kind.running):
+        elif not by_product(kind) and (spaces.of(config).factored or not kind.linear):
             yield Problem(where, f"the model of {kind.name} is not bounded by what a rule lets through", fix)
         if config.lora.dora:
             yield Problem(where, "rules see products, not DoRA's magnitudes, which a client could set as it likes")
@@ -158,7 +159,7 @@ class Robust(Wrapper):
         if robust.rule != "none":
             yield "federation.weights", "a robust rule counts clients and not examples"
 
-    def shortage(self, updates: int, refused: int) -> str:
+    def shortage(self, updates: int, refused: int = 0) -> str:
         """Say that there are too few updates for the rule to mean anything."""
         left = rules.remaining(self.config.robust, updates, refused)
         few = updates < rules.fewest(left) and rules.counts(left)
@@ -170,12 +171,13 @@ class Robust(Wrapper):
         Raises:
             RunFailedError: fewer updates than the rule needs.
         """
-        settings, refused, note = self.config.robust, context.refused, context.note
+        settings, refused = self.config.robust, context.refused
         if short := self.shortage(len(updates), refused):
             raise RunFailedError(short)
         left = rules.remaining(settings, len(updates), refused)
         if left.malicious < settings.malicious:
             caught = settings.malicious - left.malicious
-            note(f"{caught} refused of the {settings.malicious} malicious: robust.malicious = {left.malicious} here")
-        before = replace(state, round=context.round - 1)
-        return self.inner.server_step(reweighted(self.method, updates, before, left, note), state, context)
+            context.note(
+                f"{caught} refused of the {settings.malicious} malicious: robust.malicious = {left.malicious} here"
+            )
+        return self.inner.server_step(reweighted(self.method, updates, state, left, context), state, context)

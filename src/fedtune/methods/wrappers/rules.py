@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
+from fedtune.lazy import torch
 from fedtune.types import RunFailedError
 
 if TYPE_CHECKING:
@@ -169,8 +170,6 @@ def trimmed(gram: Tensor, weights: Tensor, settings: RobustSettings, note: Calla
 
 def foolsgold(gram: Tensor, weights: Tensor, settings: RobustSettings) -> Tensor:
     """Weigh down updates that are alike (arXiv 1808.04866, without memory of earlier rounds)."""
-    import torch
-
     norms = gram.diag().clamp(min=0).sqrt().clamp(min=1e-300)
     alike = (gram / (norms[:, None] * norms[None])).fill_diagonal_(0)
     most = alike.max(dim=1).values + 1e-5
@@ -184,8 +183,6 @@ def foolsgold(gram: Tensor, weights: Tensor, settings: RobustSettings) -> Tensor
 
 def _farthest(gram: Tensor, left: Tensor) -> int:
     """Return which of the updates that are left lies farthest from their mean along their main direction of spread."""
-    import torch
-
     shares = left / left.sum()
     centred = gram - (gram @ shares)[:, None] - (shares @ gram)[None] + shares @ gram @ shares
     centred = centred * left[:, None] * left[None]

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from fedtune.lazy import torch
+from fedtune.lora.algebra import weighted_mean
+from fedtune.lora.state import to_tensors
 from fedtune.methods.base import Method
 from fedtune.methods.requests import ClientContext, Correction, Fitted, Program, Request, Tensors, Train, handled
 from fedtune.methods.sound import CLIPPED, GROWTH
-from fedtune.methods.state import ClientUpdate, ServerState
-from fedtune.methods.wrappers.base import RoundContext, Wrapper
+from fedtune.methods.state import ClientUpdate, ServerState, Upload
+from fedtune.methods.wrappers.base import Having, RoundContext, Wrapper
 from fedtune.types import Problem
 
 if TYPE_CHECKING:
@@ -18,7 +21,6 @@ if TYPE_CHECKING:
 
     from fedtune.config import Config
     from fedtune.config.schema import TrainSettings
-    from fedtune.methods.sound import Reach
 
 T = TypeVar("T")
 CONTROL = "scaffold/"
@@ -72,8 +74,6 @@ def corrected(
 
 def heard(controls: Tensors, clients: int) -> Tensor:
     """Return the round in which each client was last heard, int64 [clients]; 0 for never."""
-    import torch
-
     return controls[_HEARD] if _HEARD in controls else torch.zeros(clients, dtype=torch.int64)
 
 
@@ -95,8 +95,6 @@ def believed(kept: Tensors, controls: Tensors) -> dict[str, Tensor]:
 
 def keeping(own: Tensors, changes: Tensors, round_: int) -> dict[str, Tensor]:
     """Return what a client keeps after a round: its new controls, and those to go back to."""
-    import torch
-
     new = {n: own[n] + t if n in own else t for n, t in changes.items()}
     return {**own, **new, **{_WAS + n: t for n, t in own.items()}, _AT: torch.tensor(round_)}
 
@@ -148,8 +146,6 @@ def new_controls(controls: Tensors, changes: Mapping[int, Tensors], round_: int,
         round_: now.
         clients: N.
     """
-    from fedtune.lora.algebra import weighted_mean
-
     mean = weighted_mean(list(changes.values()), [1.0] * len(changes))
     known = heard(controls, clients).clone()
     known[list(changes)] = round_
@@ -169,11 +165,11 @@ class Scaffold(Wrapper):
         return config.drift.scaffold
 
     @classmethod
-    def problems(cls, config: Config, kind: type[Method], having: Callable[[str], str]) -> Iterable[Problem]:
+    def problems(cls, config: Config, kind: type[Method], having: Having) -> Iterable[Problem]:
         """Refuse optimisers whose steps are no gradients, and methods whose tensors mean something else each round."""
         if config.train.optimizer != "sgd":
             yield Problem("drift.scaffold", "is defined for SGD only", "set train.optimizer = sgd")
-        if not kind.factors or kind.private or config.lora.ranks or config.lora.dora:
+        if not kind.steady or kind.models != "global" or config.lora.ranks or config.lora.dora:
             yield Problem("drift.scaffold", f"its control variates do not fit {kind.name} with these settings")
 
     def begin(self, client: ClientContext, download: Tensors) -> dict[str, Tensor]:
@@ -193,8 +189,6 @@ class Scaffold(Wrapper):
         return Fitted({**fitted.payload, **named(changes)}, {**fitted.kept, **keeps})
 
     def _controls(self, state: ServerState) -> Mapping[str, Tensor]:
-        from fedtune.lora.state import to_tensors
-
         zeros = {n: t.new_zeros(t.shape) for n, t in to_tensors(state.adapter).items()}
         return state.memory.get(self.name) or zeros
 
@@ -203,33 +197,22 @@ class Scaffold(Wrapper):
         controls = down(self._controls(state), client, self.config.federation.clients)
         return self.inner.view(state, client) | named(controls)
 
-    def expected(self, state: ServerState, client: int, round_: int) -> dict[str, Tensor]:
-        """Expect a change of the control of every tensor that is sent."""
-        from fedtune.lora.state import to_tensors
-
-        up, own = self.inner.expected(state, client, round_), to_tensors(state.adapter)
-        return up | named({n: decayed(own[n], self.config.train) for n in up})
-
-    def growth(self, name: str) -> float:
-        """Bound changes of controls by what gradients are clipped to."""
-        return growth(self.config.train) if name.startswith(CONTROL) else self.inner.growth(name)
-
-    def reach(self, train: TrainSettings, rate: float, steps: int) -> Reach | None:
-        """Let the corrections of the steps reach further."""
-        return self.inner.reach(correcting(train), rate, steps)
-
-    def flaw(self, update: Tensors, state: ServerState, client: int, round_: int, steps: int) -> str:
-        """Look at the method's tensors; the controls' norms are bounded by `growth`."""
-        return self.inner.flaw(split(update)[0], state, client, round_, steps)
-
-    def plain(self, update: ClientUpdate) -> ClientUpdate:
-        """Leave the controls out."""
-        return self.inner.plain(replace(update, tensors=split(update.tensors)[0]))
+    def upload(self, state: ServerState, client: int, round_: int, steps: int = 0) -> Upload:
+        """Expect a change of the control of every tensor that is sent, bounded by what gradients are clipped to."""
+        inner, train = self.inner.upload(state, client, round_, steps), self.config.train
+        adapter, known = to_tensors(state.adapter), inner.reach
+        controls = named({n: decayed(adapter[n], train) for n in inner.tensors})
+        return replace(
+            inner,
+            tensors={**inner.tensors, **controls},
+            whole=lambda sent: inner.whole(split(sent)[0]),
+            growth=lambda name: growth(train) if name.startswith(CONTROL) else inner.growth(name),
+            problem=lambda sent: inner.problem(split(sent)[0]),
+            reach=(lambda train, rate: known(correcting(train), rate)) if known else None,
+        )
 
     def server_step(self, updates: Sequence[ClientUpdate], state: ServerState, context: RoundContext) -> ServerState:
         """Move c by the mean change of the clients' controls."""
-        from fedtune.lora.state import to_tensors
-
         changes = {u.client: split(u.tensors)[1] for u in updates}
         own = [replace(u, tensors=split(u.tensors)[0]) for u in updates]
         after = self.inner.server_step(own, state, context)

@@ -14,9 +14,10 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
+from fedtune.lora.state import to_tensors, with_tensors
 from fedtune.methods.base import Method
 from fedtune.methods.state import ClientUpdate, ServerState
-from fedtune.methods.wrappers.base import Idle, RoundContext, Wrapper
+from fedtune.methods.wrappers.base import Having, Idle, RoundContext, Wrapper
 from fedtune.types import Problem
 
 if TYPE_CHECKING:
@@ -137,10 +138,10 @@ class ServerOptimizer(Wrapper):
         return config.server.optimizer != "none"
 
     @classmethod
-    def problems(cls, config: Config, kind: type[Method], having: Callable[[str], str]) -> Iterable[Problem]:
+    def problems(cls, config: Config, kind: type[Method], having: Having) -> Iterable[Problem]:
         """Refuse methods whose tensors mean something else each round."""
-        if not kind.factors:
-            fix = f"these keep them: {having('factors')}"
+        if not kind.steady:
+            fix = f"these keep them: {having(lambda m: m.steady)}"
             yield Problem("server.optimizer", f"{kind.name}'s factors change coordinates", fix)
 
     @classmethod
@@ -154,8 +155,6 @@ class ServerOptimizer(Wrapper):
 
     def server_step(self, updates: Sequence[ClientUpdate], state: ServerState, context: RoundContext) -> ServerState:
         """Step from the adapter before the round towards what the method made of it."""
-        from fedtune.lora.state import to_tensors, with_tensors
-
         after = self.inner.server_step(updates, state, context)
         stepped, memory = step(
             self.config.server,
