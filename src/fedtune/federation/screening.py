@@ -1,6 +1,6 @@
 """Screen every reply before it can touch the global model.
 
-Flower's own aggregation accepts NaN, broadcasts wrong shapes and dies of one odd reply; nothing reaches a
+Flower's own aggregation accepts NaN, broadcasts wrong shapes and dies of one strange reply; nothing reaches a
 method here that has not passed this file. What has passed is well-formed, finite and of a bounded size: a reply that
 is not changes nothing but the record. It says nothing about intent: an update inside the bound that pulls the model
 astray is what robust rules are for.

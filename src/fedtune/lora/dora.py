@@ -63,9 +63,9 @@ def outside(tensors: Mapping[str, Tensor], adapter: AdapterState) -> str:
         if sent is None or module.magnitude is None:
             continue
         low, high = interval(module.magnitude)
-        odd = torch.nonzero(~((low <= sent) & (sent <= high))).flatten()  # NaN is odd
-        if len(odd):
-            row = int(odd[0])
+        outside = torch.nonzero(~((low <= sent) & (sent <= high))).flatten()  # NaN as well
+        if len(outside):
+            row = int(outside[0])
             got, least, most = float(sent[row]), float(low[row]), float(high[row])
             return f"{path}: row {row} has a magnitude of {got:.3g}; from {least:.3g} to {most:.3g} is taken"
     return ""

@@ -119,8 +119,8 @@ def with_tensors(like: AdapterState, tensors: Mapping[str, Tensor]) -> AdapterSt
     """
     names = to_tensors(like)
     if set(names) != set(tensors):
-        odd = sorted(set(names) ^ set(tensors))[:3]
-        raise AdapterError(f"the adapter's tensors are not those expected; first that differ: {', '.join(odd)}")
+        others = sorted(set(names) ^ set(tensors))[:3]
+        raise AdapterError(f"the adapter's tensors are not those expected; first that differ: {', '.join(others)}")
     if isinstance(like, Plain):
         return replace(like, tensors={name: tensors[name] for name in like.tensors})
     return {
@@ -213,11 +213,11 @@ def from_tensors(
     """
     paths = sorted({n.removeprefix(PREFIX).removesuffix(end) for n in tensors for end in (A, B, M) if n.endswith(end)})
     known = {PREFIX + path + end for path in paths for end in (A, B, M)}
-    odd = sorted(set(tensors) - known) + [
+    wrong = sorted(set(tensors) - known) + [
         PREFIX + p + e for p in paths for e in (A, B) if PREFIX + p + e not in tensors
     ]
-    if odd or not paths:
-        raise AdapterError(f"not the tensors of a LoRA adapter; unknown or missing: {', '.join(odd[:3]) or 'all'}")
+    if wrong or not paths:
+        raise AdapterError(f"not the tensors of a LoRA adapter; unknown or missing: {', '.join(wrong[:3]) or 'all'}")
     state = {}
     for path in paths:
         a, b = tensors[PREFIX + path + A], tensors[PREFIX + path + B]
