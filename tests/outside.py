@@ -46,11 +46,7 @@ FEDEMA = '''
         linear = True
 
         class Parameters(Method.Parameters):
-            """The part of the global adapter that stays.
-
-            Attributes:
-                decay: from 0 (the mean takes its place) to below 1.
-            """
+            """`decay`: the part of the global adapter that stays, between 0 (none) and 1 (all)."""
 
             decay: float = Field(0.5, gt=0, lt=1)
 
