@@ -45,7 +45,7 @@ def offer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Offer]:
     monkeypatch.syspath_prepend(str(tmp_path / "site"))
 
     def build(source: str, **points: dict[str, str]) -> str:
-        module = f"fedtune_outside_{next(NUMBERS)}"
+        module = f"fedtune_outside_{next(NUMBERS):03}"
         install(tmp_path / "site", module, source, points)
         # what is on the path is read once for each path
         monkeypatch.setattr(sys, "path", [*sys.path, str(tmp_path / module)])
