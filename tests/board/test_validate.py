@@ -548,6 +548,18 @@ def test_a_log_that_is_not_measured_is_never_read(copy: Path, monkeypatch: pytes
     assert name in reasons(copy)
 
 
+@pytest.mark.parametrize("name", ["evals/desktop.ini", ".DS_Store", "__MACOSX/x", "adapter/._x"])
+def test_a_link_by_the_name_of_what_a_file_manager_leaves_is_a_link(copy: Path, tmp_path: Path, name: str) -> None:
+    """What it leads to is measured by nobody, and one of these names is that of an arm too."""
+    link = copy / "seed-1" / name
+    link.parent.mkdir(exist_ok=True)
+    link.symlink_to(tmp_path, target_is_directory=True)
+    assert f"{name}: is a link; submit the file itself" in reasons(copy)
+    link.unlink()
+    link.write_text("left by a file manager")
+    assert reasons(copy) == ""
+
+
 def test_the_same_run_twice_is_found(copy: Path) -> None:
     shutil.copytree(copy / "seed-1", copy / "seed-9")
     assert "has the seed or the samples of" in reasons(copy)

@@ -32,7 +32,12 @@ ALLOWED = (".json", ".jsonl", ".gz", ".toml", ".md", ".yaml", ".safetensors")
 
 
 def _paths(folder: Path) -> list[Path]:
-    return [p for p in sorted(folder.rglob("*")) if not is_clutter(p.relative_to(folder))]
+    """Return everything but files that a file manager left; a link is none, whatever its name."""
+
+    def left(path: Path) -> bool:
+        return is_clutter(path.relative_to(folder)) and path.is_file() and not path.is_symlink()
+
+    return [p for p in sorted(folder.rglob("*")) if not left(p)]
 
 
 def _layout(folder: Path) -> Iterator[Problem]:
