@@ -166,6 +166,9 @@ def test_no_honest_client_moves_a_weight_further_than_is_accepted(
     adapted = whole(dtype, kind)
     start = to_tensors(adapted.layout)
     sent, _ = trained(adapted, start, train, rate)
+    # smaller steps are lost between two numbers of 16 bits
+    still = [n for n in start if n.endswith("proj.weight") and torch.equal(sent[n], start[n])]
+    assert not still or rate < 1e-3
     within = sound.reach(train, rate, STEPS)
     assert not sound.change_problem(sent, start, within)
     if dtype == torch.float32:  # the margin is for what is rounded

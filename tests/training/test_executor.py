@@ -1,10 +1,33 @@
 """One optimiser step: what is masked stays, and what SCAFFOLD adds is not clipped."""
 
+from typing import get_args
+
 import pytest
 import torch
 
 from fedtune.config.schema import TrainSettings
 from fedtune.training.executor import Extras, optimizer
+
+
+def _devices() -> list[str]:
+    return ["cpu", *(["cuda"] if torch.cuda.is_available() else []), *(["mps"] if torch.mps.is_available() else [])]
+
+
+@pytest.mark.parametrize("name", get_args(TrainSettings.model_fields["optimizer"].annotation))
+@pytest.mark.parametrize("kind", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("device", _devices())
+def test_a_step_moves_every_number_as_in_float64(device: str, kind: torch.dtype, name: str) -> None:
+    """Also where kernels take a whole vector of numbers at a time: fused ones have left those as they were."""
+    made, parameters = TrainSettings(optimizer=name, weight_decay=0.1), []
+    for on, dtype in ((device, kind), ("cpu", torch.float64)):
+        parameter = torch.nn.Parameter(torch.linspace(1.0, 2.0, 4099, device=on, dtype=dtype))
+        stepper = optimizer([([parameter], 0.25)], made)
+        for _ in range(3):
+            parameter.grad = torch.full_like(parameter, 0.5)
+            stepper.step()
+        parameters.append(parameter.detach().double().cpu())
+    assert torch.allclose(*parameters, rtol=0, atol=0.03)
+    assert bool((parameters[0] < torch.linspace(1.0, 2.0, 4099) - 0.3).all())
 
 
 @pytest.mark.parametrize("name", ["adamw", "sgd"])
