@@ -18,7 +18,7 @@ from fedtune.board.adapter import adapter_problems, of_base
 from fedtune.board.entries import from_run
 from fedtune.board.store import duplicate, write_entry
 from fedtune.board.submit import pack
-from fedtune.board.traffic import byte_problems
+from fedtune.board.traffic import _too_few, byte_problems
 from fedtune.board.validate import check, impossible
 from fedtune.cli import app
 from fedtune.config import Settings
@@ -599,6 +599,19 @@ def test_an_adapter_of_the_zoo_has_the_layers_of_its_base_model(good: Path) -> N
     assert last == ["model.layers.29.self_attn.q_proj", "model.layers.29.self_attn.v_proj"]
     assert any("layers are not the 60 that the settings adapt" in line for line in found)
     assert any("takes at least" in str(p) for p in byte_problems(good / "seed-1", known))
+
+
+@pytest.mark.parametrize("method", ["rolora", "fedit"])
+def test_a_method_that_alternates_may_have_sent_the_smaller_factor_more_often(good: Path, method: str) -> None:
+    """Three rounds of q and v with grouped queries: B, A, B is less than three times the mean of both."""
+    known = from_run(good / "seed-1").model_copy(update={"method": method})
+    rank, rounds = known.settings.lora.r, [{"cohort": [0], "clients": [{}]}] * 3
+    whole = 4 * rank * (4096 + 1024)
+    up = 4 * rank * (1024 + 4096 + 1024) if method == "rolora" else 3 * whole
+    for less, found in ((0, 0), (up * 0.9, 1)):
+        costs = known.costs.model_copy(update={"bytes_up": int(up - less), "bytes_down": 3 * whole})
+        entry = known.model_copy(update={"costs": costs})
+        assert len(list(_too_few([(4096, 1024)], entry, rounds))) == found
 
 
 @pytest.mark.parametrize("name", ["../outside.json", "/etc/evil.json", "a/../../b.json"])

@@ -74,9 +74,9 @@ def test_adding_up_as_they_come_gives_what_all_at_once_gives(
     settings: Callable[..., Settings], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
     config = settings(federation={"clients": 5, "rounds": 2}, method__name=name).config
-    assert methods.create(config).summed
+    assert methods.create(config).linear
     added = _run(config, tmp_path / "a", 5)
-    monkeypatch.setattr(Recipe, "streams", property(lambda self: False))
+    monkeypatch.setattr(Recipe, "linear", property(lambda self: False))
     together = _run(config, tmp_path / "b", 5)
     assert all(torch.allclose(added[n], together[n], rtol=1e-6, atol=1e-8) for n in together)
 
@@ -101,9 +101,9 @@ def test_what_compares_updates_gets_them_all(settings: Callable[..., Settings]) 
         {"method": {"name": "flexlora"}},
         {"method": {"name": "fedalt"}},
     ):
-        assert not methods.create(settings(**changes).config).summed
+        assert not methods.create(settings(**changes).config).linear
     sgd = {"drift": {"scaffold": True}, "train": {"optimizer": "sgd"}}
-    assert not methods.create(settings(**sgd).config).summed
+    assert not methods.create(settings(**sgd).config).linear
 
 
 def test_memory_does_not_grow_with_the_cohort(

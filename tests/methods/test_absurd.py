@@ -87,7 +87,7 @@ def check(config: dict[str, Any], value: float, where: int, when: int) -> None:
     made = create(Config.model_validate({"domain": "finance", "lora": {"r": 4, "alpha": 8.0}, **config}))
     state = made.initial(layout(made.config.lora.dora))
     for round_ in range(1, 4):
-        if made.summed and abs(value) > sound.LARGEST:
+        if made.linear and abs(value) > sound.LARGEST:
             return  # such a reply is rejected as it comes, before it is added to a sum
         state = advanced(made, state, round_, (value, where) if round_ == when else None)
         assert finite(state), round_

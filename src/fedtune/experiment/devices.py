@@ -18,7 +18,7 @@ from fedtune.experiment.reporter import Reporter
 from fedtune.federation.app import Runtime, client_app
 from fedtune.federation.messages import read_reply
 from fedtune.federation.private import PrivateStore
-from fedtune.federation.screening import MOST
+from fedtune.federation.screening import LARGEST_COUNT
 from fedtune.federation.simulation import FlowerWorkers
 from fedtune.federation.workers import WorkerPool
 from fedtune.io import digest
@@ -117,7 +117,7 @@ def reported(reporter: Reporter) -> Callable[[Message], None]:
     def tell(reply: Message) -> None:
         said = read_reply(reply, {})
         tokens, steps = said.metrics.get("tokens", 0.0), said.metrics.get("steps", 0.0)
-        if said.claims is None or not (0 <= tokens <= MOST and 0 <= steps <= MOST):
+        if said.claims is None or not (0 <= tokens <= LARGEST_COUNT and 0 <= steps <= LARGEST_COUNT):
             return
         whole, count = int(tokens), min(int(steps), MOST_SHOWN)
         for step in range(count):  # all at once, when the client is done

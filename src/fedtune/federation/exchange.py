@@ -176,7 +176,7 @@ def exchange(fed: Federation, cohort: Sequence[int], when: When, state: ServerSt
     """Send a state to a cohort and take the replies; `when` is the round, and which exchange of it."""
     settings = fed.config.federation
     orders, screening = _Orders(fed, cohort, when, state), Screening(_expected(fed, cohort, when, state))
-    updates, up = _Updates(summed=fed.recipe.summed), 0
+    updates, up = _Updates(summed=fed.recipe.linear), 0
 
     def take(message: Message) -> None:
         nonlocal up

@@ -22,13 +22,13 @@ from fedtune.names import rank_axis
 from fedtune.types import ClientStats, Rejection, last_line, plain
 
 # a count above is no measurement; it stays whole as a float
-MOST = 1e15
+LARGEST_COUNT = 1e15
 # reasons that lie in what a reply holds: not in that it came late, twice, of nobody who was asked, or as an error
 CONTENT = frozenset(
     ("malformed", "claims", "keys", "dtype", "rank", "shape", "values", "non_finite", "too_large", "examples")
 ) | {"aggregation"}
 # no cross-entropy of a model is larger, in nats
-STEEPEST = 1e4
+LARGEST_LOSS = 1e4
 
 
 @dataclass(frozen=True)
@@ -154,7 +154,7 @@ def _size(
 
 def _examples(reply: Reply) -> tuple[str, str] | None:
     examples = reply.metrics.get("examples", math.nan)
-    if not 0 < examples <= MOST or examples != int(examples):
+    if not 0 < examples <= LARGEST_COUNT or examples != int(examples):
         return "examples", f"examples = {examples}; must be a whole number above 0"
     return None
 
@@ -211,7 +211,7 @@ def _accept(reply: Reply, expected: Expected) -> tuple[ClientUpdate, ClientStats
         examples=used,
         tokens=int(_within(reply.metrics, "tokens", most.tokens, notes) or 0),
         steps=int(_within(reply.metrics, "steps", most.steps, notes) or 0),
-        loss=_within(reply.metrics, "loss", STEEPEST, notes, most.least),
+        loss=_within(reply.metrics, "loss", LARGEST_LOSS, notes, most.least),
     )
     weight = expected.registered[client] if expected.weights == "shard-size" else used
     update = ClientUpdate(client, tensors, weight, stats.steps, stats.loss, expected.round - 1)

@@ -150,8 +150,9 @@ def _combination(config: Config, kind: type[Method]) -> Iterable[Problem]:
         have, need = len(config.lora.ranks), config.federation.clients
         if have != need:
             yield Problem("lora.ranks", f"has {have} ranks for {need} clients", "or shares: {4 = 0.5, 16 = 0.5}")
-    # of LoRA-A2 a rank is a budget, which is another without one
-    if set(client_ranks(config).values()) == {config.lora.r} and name != "lora_a2":
+    # where a method takes them as budgets, they are another thing than ranks
+    ranks = kind(kind.Parameters.model_construct(), Scene(ranks=client_ranks(config))).scene.ranks
+    if set(ranks.values()) == {config.lora.r}:
         yield Problem("lora.ranks", f"has no effect: every client has r = {config.lora.r} without it", "leave it out")
     yield from wrappers.problems(config)
     for taken in (name for name in config.wrappers if name in METHODS):

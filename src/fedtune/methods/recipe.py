@@ -80,7 +80,7 @@ class Recipe(Wrapper):
             UpdateError: a client's numbers cannot be aggregated; without it the others' can.
             RunFailedError: fewer updates than a robust rule needs.
         """
-        for update in () if self.summed else updates:
+        for update in () if self.linear else updates:
             if problem := self._problem(update, state, context.round):
                 raise UpdateError(update.client, problem)
         taken = [replace(u, tensors=received(state.adapter, u.tensors)) for u in updates]

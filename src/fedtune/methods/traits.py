@@ -6,6 +6,7 @@ from fedtune.methods.base import ANY, Method
 from fedtune.methods.base_delta import MovesBase
 from fedtune.methods.by_layer import ByLayer
 from fedtune.methods.state import Sizes
+from fedtune.names import A, B
 
 Kind = type[Method]
 
@@ -43,5 +44,6 @@ def sends_pairs(kind: Kind) -> bool:
 
 
 def same_every_round(kind: Kind) -> bool:
-    """Tell whether a client does the plain work, whose messages have the same tensors in every round."""
-    return kind.fit is Method.fit
+    """Tell whether a client does the plain work, and its messages have the same tensors in every round."""
+    made = kind(kind.Parameters.model_construct())
+    return kind.fit is Method.fit and all(made.trainable(1, end) == made.trainable(2, end) for end in (A, B))

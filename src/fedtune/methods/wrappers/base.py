@@ -51,7 +51,7 @@ class Innermost:
         self.method, self.config = method, config
 
     @property
-    def summed(self) -> bool:
+    def linear(self) -> bool:
         """Whether updates may be added up as they come: nothing compares them, and nothing else comes with them."""
         return self.method.linear
 
@@ -107,12 +107,12 @@ class Wrapper(Innermost):
 
     Class attributes:
         name: of its memory, and in listings.
-        streams: updates may still be added up as they come.
+        one_by_one: its server step needs the updates one by one, and not only their weighted mean.
         Parameters: the settings in `wrappers.<name>`, of a wrapper of another package; ours have sections of their own.
     """
 
     name: ClassVar[str]
-    streams = True
+    one_by_one = False
 
     class Parameters(Section):
         """No settings of its own."""
@@ -144,9 +144,9 @@ class Wrapper(Innermost):
         return ()
 
     @property
-    def summed(self) -> bool:
+    def linear(self) -> bool:
         """Whether updates may be added up as they come."""
-        return self.streams and self.inner.summed
+        return self.inner.linear and not self.one_by_one
 
     def initial(self, adapter: AdapterState) -> ServerState:
         """Return the server's state before the first round."""

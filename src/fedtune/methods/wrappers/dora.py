@@ -34,7 +34,7 @@ class DoRA(Wrapper):
     def __init__(self, inner: Innermost) -> None:
         super().__init__(inner)
         self.exact = magnitudes(type(inner.method)) == "exact"
-        self.streams = not self.exact
+        self.one_by_one = self.exact
 
     @classmethod
     def asked(cls, config: Config, kind: type[Method]) -> bool:

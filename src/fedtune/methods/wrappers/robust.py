@@ -117,7 +117,7 @@ class Robust(Wrapper):
     """Gives the method the updates with the weights of a rule, a clip, or both."""
 
     name = "robust"
-    streams = False
+    one_by_one = True
 
     @classmethod
     def asked(cls, config: Config, kind: type[Method]) -> bool:

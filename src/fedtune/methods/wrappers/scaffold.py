@@ -157,7 +157,7 @@ class Scaffold(Wrapper):
     """Corrects every step; the server carries c, each client its c_i."""
 
     name = "scaffold"
-    streams = False
+    one_by_one = True
 
     @classmethod
     def asked(cls, config: Config, kind: type[Method]) -> bool:
