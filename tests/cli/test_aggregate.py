@@ -411,6 +411,34 @@ def _spoilt(
     return out
 
 
+@pytest.mark.parametrize("method", ["fedit", "flexlora", "hlora"])
+@pytest.mark.parametrize("kind", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("first", [False, True])
+def test_a_dtype_of_one_client_rounds_nobody_else(
+    method: str, kind: torch.dtype, first: bool, folders: list[Path], tmp_path: Path
+) -> None:
+    """What all have is kept; where they differ, the result is what it would be of the same numbers in float32."""
+    narrow = [_spoilt(f, tmp_path / f"narrow-{f.name}", kind=kind) for f in folders[:2]]
+    wide = _spoilt(narrow[0], tmp_path / "wide", kind=torch.float32)
+
+    def result(name: str, *clients: Path) -> dict[str, torch.Tensor]:
+        _run("--method", method, "--out", tmp_path / name, "--clients", *(clients if first else clients[::-1]))
+        return safetensors.torch.load_file(tmp_path / name / "adapter_model.safetensors")
+
+    mixed, all_wide = result("mixed", narrow[0], folders[1]), result("all-wide", wide, folders[1])
+    assert all(torch.equal(mixed[n], t) and t.dtype == torch.float32 for n, t in all_wide.items())
+    assert {t.dtype for t in result("all-narrow", *narrow).values()} == {kind}
+
+
+@pytest.mark.parametrize("first", [False, True])
+def test_layers_that_lie_the_other_way_round_are_refused(first: bool, folders: list[Path], tmp_path: Path) -> None:
+    turned = _spoilt(folders[0], tmp_path / "turned", fan_in_fan_out=True)
+    clients = [turned, *folders[1:]] if first else [*folders[1:], turned]
+    with pytest.raises(ProblemsError, match=r"fan_in_fan_out = .*, the first folder says the other"):
+        _run("--method", "flexlora", "--out", tmp_path / "out", "--clients", *clients)
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize(
     ("value", "fields", "said"),
     [

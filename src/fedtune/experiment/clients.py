@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -59,6 +60,9 @@ def _mismatches(state: FolderState, first: FolderState, method: Method, base: We
         return [Problem(where, f"adapts other layers than the first folder: {', '.join(differing)} …")]
     if state.dora != first.dora:
         return [Problem(where, "DoRA and LoRA adapters cannot be mixed")]
+    if state.config.fan_in_fan_out != first.config.fan_in_fan_out:
+        what = f"fan_in_fan_out = {str(state.config.fan_in_fan_out).lower()}, the first folder says the other"
+        return [Problem(where, what, "their layers lie the other way round: set what the base model has")]
     if state.config.r != first.config.r and not method.mixed_ranks:
         able = ", ".join(m for m in METHODS if METHODS[m].mixed_ranks)
         return [Problem(where, f"rank {state.config.r}, the first has {first.config.r}", f"mixed ranks: {able}")]
@@ -105,6 +109,14 @@ def _not_shared(states: Sequence[FolderState], method: Method, round_: int) -> l
     return found
 
 
+def _widen(states: Sequence[FolderState]) -> None:
+    """Have each tensor read in a dtype that holds every client's numbers, so that none is rounded to another's."""
+    for name in states[0].kinds:
+        kind = functools.reduce(torch.promote_types, (state.kinds[name] for state in states))
+        for state in states:
+            state.kinds[name] = kind
+
+
 def read_clients(
     folders: Sequence[Path], method: Method, round_: int, base: Weights | None = None, *, insist: bool = False
 ) -> list[FolderState]:
@@ -131,6 +143,7 @@ def read_clients(
     if states and not problems:
         problems += [p for state in states for p in _mismatches(state, states[0], method, base)]
     if states and not problems:
+        _widen(states)
         problems += _not_shared(states, method, round_)
     if problems or not states:
         raise ProblemsError("adapters cannot be aggregated", problems or [Problem("--clients", "names no folder")])

@@ -74,6 +74,9 @@ class FolderState(Mapping[str, LoraModule]):
     Args:
         folder: made by PEFT or anything that writes the same.
 
+    Attributes:
+        kinds: the dtype that each tensor is read as, by name: at first its own.
+
     Raises:
         AdapterError, CorruptFileError: as `read_folder`; also for names, shapes, ranks or alphas that are not those
             of one LoRA.
@@ -100,11 +103,25 @@ class FolderState(Mapping[str, LoraModule]):
         except AdapterError as err:
             raise AdapterError(f"{self.folder / WEIGHTS}: {err}") from err
         self._paths = dict.fromkeys(sorted(state))
-        self.dora = all(m.magnitude is not None for m in state.values())
+        self.kinds = {n: _FLOATS[entry["dtype"]] for n, entry in self._header.items()}
+        self.dora = self.config.use_dora
+        if problem := next((p for p in (self._layer_problem(*item) for item in state.items()) if p), ""):
+            raise AdapterError(f"{self.folder}: {problem}")
         wrong = [path for path, module in state.items() if module.rank != self.config.r]
         if wrong:
             rank = state[wrong[0]].rank
             raise AdapterError(f"{self.folder}: {wrong[0]} has rank {rank}, its {CONFIG} says {self.config.r}")
+
+    def _layer_problem(self, path: str, module: LoraModule) -> str:
+        if not module.a.numel() or not module.b.numel():
+            return f"{path} is empty: A is {tuple(module.a.shape)} and B {tuple(module.b.shape)}"
+        if self.dora and module.magnitude is None:
+            return f"{CONFIG} says use_dora = true, but {path} has no magnitudes"
+        if not self.dora and module.magnitude is not None:
+            return f"{path} has magnitudes, but {CONFIG} does not say use_dora = true"
+        if module.magnitude is not None and module.magnitude.shape != module.b.shape[:1]:
+            return f"{path} has magnitudes {tuple(module.magnitude.shape)} for {len(module.b)} rows"
+        return ""
 
     def __getitem__(self, path: str) -> LoraModule:
         """Read one layer. Raises CorruptFileError where the file has another size than when it was opened."""
@@ -123,7 +140,7 @@ class FolderState(Mapping[str, LoraModule]):
         file.seek(self._start + entry["data_offsets"][0])
         buffer: Any = tensor.view(-1).view(torch.uint8).numpy()
         file.readinto(buffer)
-        return tensor
+        return tensor.to(self.kinds[name])
 
     def __iter__(self) -> Iterator[str]:
         """Name the layers, sorted."""
