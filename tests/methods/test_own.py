@@ -25,6 +25,7 @@ from fedtune.methods.flora import FLoRA
 from fedtune.methods.hetlora import HetLoRA
 from fedtune.methods.lora_a2 import LoRAA2
 from fedtune.methods.rbla import RBLA
+from fedtune.methods.state import mean as weighted
 from tests.clients import completed, fit_by
 from tests.faults.hostile import Toy
 from tests.methods.test_methods import IN, OUT, START, adapter, dense, make, mean, run, same
@@ -458,6 +459,30 @@ def test_fedkseed_takes_slopes_along_the_directions_of_the_clients_own_steps_alo
         assert "that its steps do not take" in method.upload(state, other, round_, steps).problem(sent)
     everywhere = {n: t + 1e-30 * (t == 0) for n, t in sent.items()}
     assert "slopes along 4090 directions" in method.upload(state, 1, 1, client.steps).problem(everywhere)
+
+
+def test_no_client_of_fedkseed_moves_the_model_by_slopes_much_steeper_than_the_others() -> None:
+    method = cast(FedKSeed, make("fedkseed", seeds=4096))
+    state = ServerState({p: replace(m, a=m.a.float(), b=m.b.float()) for p, m in START.items()})
+    begun = to_tensors(state.adapter)
+    sent = [ClientUpdate(c, fit_by(method, Slope(c % 3, 6), begun).payload, 1.0, steps=6) for c in range(4)]
+    honest = [float(u.tensors["fedkseed/scalars"].norm()) for u in sent]
+
+    def moved(updates: list[ClientUpdate]) -> Tensor:
+        return method.server_step(updates, state, 1).extra["fedkseed/scalars"]
+
+    # what honest clients send counts bit for bit, also of one that makes many more steps and of one that finds nothing
+    many = [replace(sent[0], tensors={n: 6 * t for n, t in sent[0].tensors.items()}, steps=600), *sent[1:]]
+    still = [replace(sent[0], tensors={n: 0 * t for n, t in sent[0].tensors.items()}), *sent[1:]]
+    for updates in (sent, many, still):
+        assert torch.equal(moved(updates), weighted(updates)["fedkseed/scalars"])
+    assert not moved([replace(u, tensors=still[0].tensors) for u in sent]).any()
+    steep = torch.zeros(4096)
+    steep[int(sent[3].tensors["fedkseed/scalars"].nonzero()[0])] = 999.0
+    others = moved([*sent[:3], replace(sent[3], tensors={"fedkseed/scalars": torch.zeros(4096)})])
+    for steps in (0, 1, 6):
+        bad = moved([*sent[:3], replace(sent[3], tensors={"fedkseed/scalars": steep}, steps=steps)])
+        assert float((bad - others).norm()) <= 5 * max(honest) / 4 * (1 + 1e-6)
 
 
 def test_fedkseed_goes_downhill() -> None:

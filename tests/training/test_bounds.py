@@ -175,6 +175,20 @@ def test_no_honest_client_moves_a_weight_further_than_is_accepted(
         assert not sound.change_problem(sent, start, within._replace(most=0.5 * within.most))
 
 
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
+def test_weight_decay_of_a_tensor_is_not_left_to_one_number(optimizer: str) -> None:
+    """Decay takes a share of each number, so one near zero goes no further than gradients carry it."""
+    train = TrainSettings(optimizer=optimizer, weight_decay=0.1, max_grad_norm=1.0)
+    within = sound.reach(train, 0.1, STEPS)
+    start = {"w": torch.linspace(0.0, 5.0, 1000)}
+    assert not sound.change_problem({"w": start["w"] * (1 - within.share)}, start, within)
+    spike = torch.zeros(1000)
+    spike[0] = 0.98 * within.most
+    assert not sound.change_problem({"w": start["w"] * (1 - within.share) + spike}, start, within)
+    spike[0] = 1.02 * within.most
+    assert "beyond what weight decay can" in sound.change_problem({"w": start["w"] + spike}, start, within)
+
+
 def test_a_round_at_rate_0_moves_nothing() -> None:
     adapted = whole()
     start = to_tensors(adapted.layout)

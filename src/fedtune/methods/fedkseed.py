@@ -8,7 +8,9 @@ The learning rate is constant: a schedule or weight decay would break the replay
 
 from __future__ import annotations
 
+import math
 import random
+import statistics
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
@@ -28,6 +30,9 @@ if TYPE_CHECKING:
     from fedtune.config import Config
 
 _SCALARS, _START = "fedkseed/scalars", "fedkseed/start/"
+# in medians of a round: how steep a client's slopes count at most, so that no reply moves all weights at once. Slopes
+# along random directions are about normal, with the gradient's norm: those of honest clients differ by less
+STEEPEST = 5.0
 OF_STEPS = (
     *("train.optimizer", "train.learning_rate_max", "train.learning_rate_min", "train.max_grad_norm"),
     *("train.weight_decay", "train.adam_beta1", "train.adam_beta2", "train.adam_epsilon"),
@@ -108,10 +113,23 @@ class FedKSeed(Method):
             return super().server_step(updates, state, round_)
         start = {n.removeprefix(_START): t for n, t in state.extra.items() if n.startswith(_START)}
         start = start or to_tensors(state.adapter)
-        total = self._scalars(state) + mean(updates)[_SCALARS]
+        total = self._scalars(state) + mean(self._capped(updates))[_SCALARS]
         extra = {**state.extra, _SCALARS: total, **{_START + n: t for n, t in start.items()}}
         adapter = with_tensors(state.adapter, self.replay(start, total))
         return replace(state, adapter=adapter, round=round_, extra=extra)
+
+    def _capped(self, updates: Sequence[ClientUpdate]) -> list[ClientUpdate]:
+        """Return updates none of which is steeper than `STEEPEST` times the median of those that found any slope.
+
+        The sum over n random directions grows as the root of n, so clients that make more steps are not cut.
+        """
+        steps = [self.parameters.steps or max(1, u.steps) for u in updates]
+        steep = [float(u.tensors[_SCALARS].norm()) / math.sqrt(n) for u, n in zip(updates, steps, strict=True)]
+        most = STEEPEST * statistics.median([s for s in steep if s] or [0.0])
+        return [
+            u if s <= most else replace(u, tensors={_SCALARS: u.tensors[_SCALARS] * (most / s)})
+            for u, s in zip(updates, steep, strict=True)
+        ]
 
     def _scalars(self, state: ServerState) -> Tensor:
         return state.extra.get(_SCALARS, torch.zeros(self.parameters.seeds))
@@ -123,8 +141,8 @@ class FedKSeed(Method):
     def upload(self, state: ServerState, client: int, round_: int, steps: int = 0) -> Upload:
         """Expect K scalars.
 
-        Slopes may be steep: a thousand moves the adapter by 0.05 a number at the default learning rate. They are added
-        to the sums, so their bound does not depend on how large these are.
+        Slopes may be steep: the server step cuts them by the round's median. They are added to the sums, so their bound
+        does not depend on how large these are.
         """
         taken, size = self.parameters.steps or steps, self.parameters.seeds
 

@@ -43,12 +43,12 @@ MARGIN = 4.0
 
 
 class Reach(NamedTuple):
-    """How far a round's steps can carry a weight: ||change|| <= most + share ||start||.
+    """How far a round's steps can carry a weight: as weight decay can each number, and the rest within a norm.
 
     Attributes:
         order: of the norm: infinity bounds every number of a tensor, 2 all of them together.
-        most: what gradients can make.
-        share: what weight decay can make.
+        most: what gradients can make: the norm of the change without what decay can have made of it.
+        share: of each number, what weight decay can make.
     """
 
     order: float
@@ -90,11 +90,12 @@ def change_problem(tensors: Tensors, start: Tensors, within: Reach) -> str:
     """
     for name in (n for n in tensors if n in start):
         before = start[name].float()
-        moved = float(torch.linalg.vector_norm(tensors[name].float() - before, within.order))
-        limit = within.most + within.share * float(torch.linalg.vector_norm(before, within.order))
-        if not moved <= limit:
+        beyond = ((tensors[name].float() - before).abs() - within.share * before.abs()).clamp(min=0)
+        moved = float(torch.linalg.vector_norm(beyond, within.order))
+        if not moved <= within.most:
             what = "a number" if within.order == math.inf else "the tensor"
-            return f"{name}: {what} has moved by {moved:.3g}; a round's steps reach {limit:.3g}"
+            rest = " beyond what weight decay can" if within.share else ""
+            return f"{name}: {what} has moved by {moved:.3g}{rest}; a round's steps reach {within.most:.3g}"
     return ""
 
 
