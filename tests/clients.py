@@ -62,9 +62,11 @@ def fit_by(method: Method | Recipe, client: Any, start: Any) -> Fitted:
     return ran_by(client, work(context_of(client), start))
 
 
-def begun_by(recipe: Recipe, layout: AdapterState, download: Tensors, kept: Tensors, round_: int) -> dict[str, Tensor]:
+def begun_by(
+    method: Method | Recipe, layout: AdapterState, download: Tensors, kept: Tensors, round_: int
+) -> dict[str, Tensor]:
     """Return all tensors of a client's model at the start of a round."""
-    return recipe.begin(ClientContext(0, round_, 1, layout, kept, rate=0.1, steps=1), download)
+    return method.begin(ClientContext(0, round_, 1, layout, kept, rate=0.1, steps=1), download)
 
 
 def completed(method: Method, update: ClientUpdate, state: ServerState) -> AdapterState:

@@ -15,7 +15,7 @@ from fedtune.methods import METHODS, Recipe, RoundContext, ServerState, create
 from fedtune.methods.aggregation import aggregate
 from fedtune.methods.fed_sb import FedSB
 from fedtune.methods.state import ClientUpdate
-from tests.clients import fit_by
+from tests.clients import begun_by, fit_by
 from tests.faults.hostile import Toy
 from tests.methods.test_methods import GLOBAL, make, mean, same
 
@@ -109,7 +109,7 @@ def test_fed_sb_trains_a_layer_narrower_than_the_rank_as_it_does_at_the_layers_o
         state, kept = ServerState(start), {}
         for round_ in (1, 2):
             local = cast(Any, Descent)(0, round_, 1, start, kept)
-            fitted = fit_by(method, local, method.begin(start, method.view(state, 0), kept, round_))
+            fitted = fit_by(method, local, begun_by(method, start, method.view(state, 0), kept, round_))
             kept = fitted.kept
             expected = method.upload(state, 0, round_).tensors
             assert shapes(fitted.payload) == shapes(expected)

@@ -26,7 +26,7 @@ from fedtune.methods.hetlora import HetLoRA
 from fedtune.methods.lora_a2 import LoRAA2
 from fedtune.methods.rbla import RBLA
 from fedtune.methods.state import mean as weighted
-from tests.clients import completed, fit_by
+from tests.clients import begun_by, completed, fit_by
 from tests.faults.hostile import Toy
 from tests.methods.test_methods import IN, OUT, START, adapter, dense, make, mean, run, same
 
@@ -368,10 +368,10 @@ def test_fedalts_rest_of_the_world_is_the_mean_of_the_others() -> None:
     assert not rest_of_world(alone, alone, 1.0).any()
     sent = [ClientUpdate(i, to_tensors(c), w) for i, (c, w) in enumerate(zip(clients, weights, strict=True))]
     state = method.server_step(sent, ServerState(START), 1)
-    start = method.begin(START, method.view(state, 0), to_tensors(clients[0]), 2)
+    start = begun_by(method, START, method.view(state, 0), to_tensors(clients[0]), 2)
     assert torch.allclose(start[PREFIX + NAME + ".other_A.weight"], rest[0][NAME].a)
     assert torch.equal(start[PREFIX + NAME + A], clients[0][NAME].a)
-    stranger = method.begin(START, method.view(state, 9), {}, 2)
+    stranger = begun_by(method, START, method.view(state, 9), {}, 2)
     assert torch.allclose(stranger[PREFIX + NAME + ".other_A.weight"], after.adapter[NAME].a)
 
 
@@ -385,7 +385,7 @@ def test_fedalts_skipped_rounds_are_in_no_mean() -> None:
         sent = []
         for client in kept:
             local = Toy(client, round_, 1, START, kept[client])
-            fitted = fit_by(method, local, method.begin(START, method.view(state, client), kept[client], round_))
+            fitted = fit_by(method, local, begun_by(method, START, method.view(state, client), kept[client], round_))
             kept[client] = fitted.kept
             sent.append(ClientUpdate(client, fitted.payload, 8.0))
         return sent
@@ -396,7 +396,7 @@ def test_fedalts_skipped_rounds_are_in_no_mean() -> None:
         state = method.server_step(in_the_mean, state, first)
         for round_ in range(first + 1, first + 1 + skipped):
             trained(round_)
-        start = method.begin(START, method.view(state, 0), kept[0], first + 1 + skipped)
+        start = begun_by(method, START, method.view(state, 0), kept[0], first + 1 + skipped)
         assert torch.allclose(start[other_a], in_the_mean[1].tensors[PREFIX + NAME + A], atol=1e-6)
         assert torch.equal(start[PREFIX + NAME + A], in_the_mean[0].tensors[PREFIX + NAME + A])
         first += 1 + skipped
@@ -431,12 +431,12 @@ def test_fedkseed_replays_bit_for_bit_and_in_any_order() -> None:
     method = cast(FedKSeed, make("fedkseed", seeds=16, learning_rate=1e-3))
     start32 = {p: replace(m, a=m.a.float(), b=m.b.float()) for p, m in START.items()}
     state = ServerState(start32)
-    begun = method.begin(start32, method.view(state, 0), {}, 1)
+    begun = begun_by(method, start32, method.view(state, 0), {}, 1)
     sent = [ClientUpdate(c, fit_by(method, Slope(c), begun).payload, 1.0) for c in (0, 1)]
     assert set(sent[0].tensors) == {"fedkseed/scalars"}
     assert sent[0].tensors["fedkseed/scalars"].shape == (16,)
     after = method.server_step(sent, state, 1)
-    again = method.begin(start32, method.view(after, 5), {}, 2)
+    again = begun_by(method, start32, method.view(after, 5), {}, 2)
     assert all(torch.equal(again[n], t) for n, t in to_tensors(after.adapter).items())
     turned = method.server_step(sent[::-1], state, 1)
     assert torch.equal(turned.extra["fedkseed/scalars"], after.extra["fedkseed/scalars"])
@@ -515,7 +515,7 @@ def _rounds(method: MovesBase, rounds: int, clients: list[int]) -> tuple[ServerS
             if client == 1 and round_ % 2 == 0:
                 continue  # misses every second round
             local = Canned(client, round_, kept[client])
-            fitted = fit_by(method, local, method.begin(START, method.view(state, client), kept[client], round_))
+            fitted = fit_by(method, local, begun_by(method, START, method.view(state, client), kept[client], round_))
             kept[client] = fitted.kept
             if client == 2 and round_ in (2, 3):
                 continue  # its answer is lost, what it keeps is not
@@ -531,7 +531,7 @@ def test_side_adapters_reach_every_client_whatever_rounds_it_missed(name: str, c
     state, kept = _rounds(method, 5, [0, 1, 2])
     whole = base_delta.join(state.base)
     for client in (0, 1, 2, 7):
-        begun = method.begin(START, method.view(state, client), kept.get(client, {}), 6)
+        begun = begun_by(method, START, method.view(state, client), kept.get(client, {}), 6)
         mine = base_delta.from_side_tensors(begun)
         assert set(mine) == set(whole)
         assert all(torch.allclose(mine[p].dense(), whole[p].dense(), atol=1e-10) for p in whole)

@@ -8,7 +8,7 @@ from dataclasses import replace
 from fedtune.lora.algebra import weighted_mean
 from fedtune.lora.state import AdapterState, LoraModule, Plain, resized, to_tensors, with_tensors
 from fedtune.methods.base import Method
-from fedtune.methods.requests import Tensors
+from fedtune.methods.requests import ClientContext, Tensors
 from fedtune.methods.state import ClientUpdate, ServerState
 from fedtune.names import OTHER
 
@@ -72,6 +72,7 @@ def aggregate(
 def _own(method: Method, client: AdapterState, after: ServerState, number: int) -> AdapterState:
     """Return what a client starts the next round from: its own adapter, or that beside which it is trained."""
     layout = _fitting(client, after.adapter)
-    begun = method.begin(layout, method.view(after, number), {}, after.round + 1)
+    context = ClientContext(number, after.round + 1, 1, layout, kept={}, rate=0.0, steps=0)
+    begun = method.begin(context, method.view(after, number))
     beside = {n.replace(".other_", ".lora_"): t for n, t in begun.items() if n.endswith(OTHER)}
     return with_tensors(layout, beside or {n: begun[n] for n in to_tensors(layout)})

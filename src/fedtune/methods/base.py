@@ -109,16 +109,9 @@ class Method:
 
     # hooks of the client half
 
-    def begin(self, layout: AdapterState, download: Tensors, kept: Tensors, round_: int) -> dict[str, Tensor]:
-        """Return all tensors a client's model has at the start of a round.
-
-        Args:
-            layout: the adapter of the client's rank as the run's seed made it, on every client the same.
-            download: what `view` sent.
-            kept: what this client kept in its last round.
-            round_: which round.
-        """
-        return {**to_tensors(layout), **download}
+    def begin(self, client: ClientContext, download: Tensors) -> dict[str, Tensor]:
+        """Return all tensors a client's model has at the start of a round; `download` is what `view` sent."""
+        return {**to_tensors(client.layout), **download}
 
     def fit(self, client: ClientContext, start: Tensors) -> Program[Fitted]:
         """Do a client's work of one round: train what is trainable from `start`; return what it sends and keeps."""

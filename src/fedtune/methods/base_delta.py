@@ -65,15 +65,15 @@ class MovesBase(Method):
 
     parameters: Parameters
 
-    def begin(self, layout: AdapterState, download: Tensors, kept: Tensors, round_: int) -> dict[str, Tensor]:
+    def begin(self, client: ClientContext, download: Tensors) -> dict[str, Tensor]:
         """Put the side adapters that are new to the client beside those it has."""
         new = dict(download)
         since = int(new.pop(_SINCE))
         own = base_delta.from_side_tensors({n: new.pop(n) for n in list(new) if is_base_side(n)})
-        pieces = [self._held(kept, since, sorted(layout)), own] if since else [own]
+        pieces = [self._held(client.kept, since, sorted(client.layout)), own] if since else [own]
         paths = dict.fromkeys(path for p in pieces for path in p)
         joined = {path: product.total(*(p[path] for p in pieces if path in p)) for path in paths}
-        return {**super().begin(layout, new, {}, round_), **base_delta.side_tensors(joined)}
+        return {**super().begin(client, new), **base_delta.side_tensors(joined)}
 
     def fit(self, client: ClientContext, start: Tensors) -> Program[Fitted]:
         """Train the adapter beside the frozen side adapters, and keep those."""

@@ -50,10 +50,10 @@ class FedSB(Method):
         """Train R only, which is a part of B in the adapter; A is the common basis."""
         return not name.endswith(A)
 
-    def begin(self, layout: AdapterState, download: Tensors, kept: Tensors, round_: int) -> dict[str, Tensor]:
+    def begin(self, client: ClientContext, download: Tensors) -> dict[str, Tensor]:
         """Return the bases and R; before there are any, the fresh adapter."""
-        new = {n: t for n, t in {**kept, **download}.items() if n != _HOLDERS}
-        return new or to_tensors(layout)
+        new = {n: t for n, t in {**client.kept, **download}.items() if n != _HOLDERS}
+        return new or to_tensors(client.layout)
 
     def fit(self, client: ClientContext, start: Tensors) -> Program[Fitted]:
         """Send sketches of the gradient while there are no bases, then train R."""

@@ -12,7 +12,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from fedtune.lazy import torch
-from fedtune.lora.state import AdapterState, to_tensors
+from fedtune.lora.state import to_tensors
 from fedtune.methods.base import Method
 from fedtune.methods.requests import ClientContext, Fitted, Program, Tensors, Train
 from fedtune.methods.state import ClientUpdate, ServerState, weights
@@ -52,15 +52,15 @@ class FedALT(Method):
     models = "own"
     steady = False
 
-    def begin(self, layout: AdapterState, download: Tensors, kept: Tensors, round_: int) -> dict[str, Tensor]:
+    def begin(self, client: ClientContext, download: Tensors) -> dict[str, Tensor]:
         """Return the own adapter and router as kept, and the rest of the world from the mean."""
         share = float(download[_SHARE])
-        own = {**to_tensors(layout), **believed(kept, int(download[_ROUND]))}
+        own = {**to_tensors(client.layout), **believed(client.kept, int(download[_ROUND]))}
         for name, mean in download.items():
             if name.endswith(FACTORS):
                 other = name.replace(".lora_", ".other_")
                 own[other] = rest_of_world(mean, own[name], share) if share else mean
-        for path, module in layout.items():
+        for path, module in client.layout.items():
             own.setdefault(PREFIX + path + ROUTER, module.a.new_zeros(2, module.a.shape[1]))
         return own
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from pydantic import Field
 
 from fedtune.lazy import torch
-from fedtune.lora.state import AdapterState, to_tensors
+from fedtune.lora.state import to_tensors
 from fedtune.methods.base import Method
 from fedtune.methods.requests import ClientContext, Features, Fitted, Program, Tensors, Train
 from fedtune.methods.state import ServerState, Upload
@@ -41,10 +41,10 @@ class FedDPA(Method):
 
     parameters: Parameters
 
-    def begin(self, layout: AdapterState, download: Tensors, kept: Tensors, round_: int) -> dict[str, Tensor]:
+    def begin(self, client: ClientContext, download: Tensors) -> dict[str, Tensor]:
         """Return the global adapter and, once there is one, the local."""
-        start = {**super().begin(layout, download, {}, round_), **kept}
-        return {**start, MIX: torch.tensor(self.parameters.local_weight)} if kept else start
+        start = {**super().begin(client, download), **client.kept}
+        return {**start, MIX: torch.tensor(self.parameters.local_weight)} if client.kept else start
 
     def fit(self, client: ClientContext, start: Tensors) -> Program[Fitted]:
         """Train the global adapter, then the local one; send the first, keep the second."""

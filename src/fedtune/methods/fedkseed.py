@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 from pydantic import Field
 
 from fedtune.lazy import torch
-from fedtune.lora.state import AdapterState, as_kept, to_tensors, with_tensors
+from fedtune.lora.state import as_kept, to_tensors, with_tensors
 from fedtune.methods.base import ANY, Method
 from fedtune.methods.requests import ClientContext, Fitted, Losses, Program, Tensors
 from fedtune.methods.state import ClientUpdate, ServerState, Sizes, Upload, mean
@@ -83,9 +83,9 @@ class FedKSeed(Method):
                 now[name].sub_(z.to(now[name].dtype), alpha=step)
         return now
 
-    def begin(self, layout: AdapterState, download: Tensors, kept: Tensors, round_: int) -> dict[str, Tensor]:
+    def begin(self, client: ClientContext, download: Tensors) -> dict[str, Tensor]:
         """Replay the sums so far on the run's initial adapter, as the server does, in float32."""
-        return self.replay(to_tensors(as_kept(layout)), download[_SCALARS])
+        return self.replay(to_tensors(as_kept(client.layout)), download[_SCALARS])
 
     def _chance(self, client: int, round_: int) -> random.Random:
         """Return what draws the directions of a client's steps in a round, one after the other."""

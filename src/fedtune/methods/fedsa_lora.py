@@ -8,7 +8,6 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from fedtune.lora.state import AdapterState
 from fedtune.methods.base import Method
 from fedtune.methods.requests import ClientContext, Fitted, Program, Tensors, Train
 from fedtune.methods.state import ServerState, Sizes, Upload
@@ -37,9 +36,9 @@ class FedSALoRA(Method):
         """A both ways."""
         return sizes.a, sizes.a
 
-    def begin(self, layout: AdapterState, download: Tensors, kept: Tensors, round_: int) -> dict[str, Tensor]:
+    def begin(self, client: ClientContext, download: Tensors) -> dict[str, Tensor]:
         """Start from the mean A and this client's own B."""
-        return {**super().begin(layout, download, {}, round_), **kept}
+        return {**super().begin(client, download), **client.kept}
 
     def fit(self, client: ClientContext, start: Tensors) -> Program[Fitted]:
         """Train both; send A, keep B."""

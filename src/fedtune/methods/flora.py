@@ -7,12 +7,13 @@ factor only. Every round starts from a fresh random A, the same on every client 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from fedtune.lora import product
-from fedtune.lora.state import AdapterState, fresh
+from fedtune.lora.state import fresh
 from fedtune.methods.base_delta import MovesBase
-from fedtune.methods.requests import Tensors
+from fedtune.methods.requests import ClientContext, Tensors
 from fedtune.methods.state import ClientUpdate, ServerState, Sizes, weights
 
 if TYPE_CHECKING:
@@ -34,9 +35,10 @@ class FLoRA(MovesBase):
         """The adapter up, the whole stack down."""
         return sizes.a + sizes.b, sizes.clients * (sizes.a + sizes.b)
 
-    def begin(self, layout: AdapterState, download: Tensors, kept: Tensors, round_: int) -> dict[str, Tensor]:
+    def begin(self, client: ClientContext, download: Tensors) -> dict[str, Tensor]:
         """Start from this round's fresh adapter."""
-        return super().begin(fresh(layout, self.seed, round_), download, kept, round_)
+        layout = fresh(client.layout, self.seed, client.round)
+        return super().begin(replace(client, layout=layout), download)
 
     def shared(self, state: ServerState, client: int) -> dict[str, Tensor]:
         """Send no adapter: each round's is fresh."""

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from fedtune.lora import product
 from fedtune.lora.state import AdapterState, fresh, to_tensors, with_tensors
 from fedtune.methods.base_delta import MovesBase
-from fedtune.methods.requests import Tensors
+from fedtune.methods.requests import ClientContext, Tensors
 from fedtune.methods.state import ClientUpdate, ServerState, Sizes, Upload, mean
 from fedtune.names import A
 
@@ -39,9 +39,10 @@ class RACLoRA(MovesBase):
         """Train B only."""
         return A not in name
 
-    def begin(self, layout: AdapterState, download: Tensors, kept: Tensors, round_: int) -> dict[str, Tensor]:
+    def begin(self, client: ClientContext, download: Tensors) -> dict[str, Tensor]:
         """Start from this round's A, and B = 0."""
-        return super().begin(fresh(layout, self.seed, round_), download, kept, round_)
+        layout = fresh(client.layout, self.seed, client.round)
+        return super().begin(replace(client, layout=layout), download)
 
     def shared(self, state: ServerState, client: int) -> dict[str, Tensor]:
         """Send no adapter: each round's is fresh."""

@@ -63,7 +63,7 @@ class Innermost:
         """Return all tensors of a client's model at the start of an exchange, as they travel."""
         if client.phase > 1:
             return dict(download)
-        return self.method.begin(client.layout, download, client.kept, client.round)
+        return self.method.begin(client, download)
 
     def fit(self, client: ClientContext, download: Tensors, begun: Tensors) -> Program[Fitted]:
         """Do a client's work of one exchange from what `begin` returned."""
