@@ -99,11 +99,11 @@ def _float32(model: Any) -> Iterator[None]:
     A quantised base stays as it is: its weights exist in no other form here.
     """
     halves = [p for p in model.parameters() if p.dtype in (torch.bfloat16, torch.float16)]
-    kinds = [p.dtype for p in halves]
+    dtypes = [p.dtype for p in halves]
     for parameter in halves:
         parameter.data = parameter.data.float()
     try:
         yield
     finally:
-        for parameter, kind in zip(halves, kinds, strict=True):
-            parameter.data = parameter.data.to(kind)
+        for parameter, dtype in zip(halves, dtypes, strict=True):
+            parameter.data = parameter.data.to(dtype)

@@ -106,7 +106,7 @@ def _keys(got: Mapping[str, Tensor], want: Mapping[str, Tensor]) -> tuple[str, s
     return None
 
 
-def _kinds(got: Mapping[str, Tensor], want: Mapping[str, Tensor]) -> tuple[str, str] | None:
+def _dtypes(got: Mapping[str, Tensor], want: Mapping[str, Tensor]) -> tuple[str, str] | None:
     for name, tensor in want.items():
         if got[name].dtype != tensor.dtype:
             return "dtype", f"{name}: got {got[name].dtype}, expected {tensor.dtype}"
@@ -162,7 +162,7 @@ def _examples(reply: Reply) -> tuple[str, str] | None:
 def _formed(got: Mapping[str, Tensor], upload: Upload) -> tuple[str, str] | None:
     """Reject an update of other names, types or shapes."""
     want = upload.tensors
-    return _keys(got, want) or _kinds(got, want) or (_own(got, upload) if upload.ragged else _shapes(got, want))
+    return _keys(got, want) or _dtypes(got, want) or (_own(got, upload) if upload.ragged else _shapes(got, want))
 
 
 def _content(got: Mapping[str, Tensor], upload: Upload) -> tuple[str, str] | None:

@@ -34,14 +34,14 @@ class RunningMean:
 
     def __init__(self) -> None:
         self._sums: dict[str, Tensor] = {}
-        self._kinds: dict[str, torch.dtype] = {}
+        self._dtypes: dict[str, torch.dtype] = {}
         self.weight = 0.0
 
     def add(self, state: Mapping[str, Tensor], weight: float) -> None:
         """Take a state with its weight."""
         for name, tensor in state.items():
             if name not in self._sums:
-                self._kinds[name] = tensor.dtype
+                self._dtypes[name] = tensor.dtype
                 self._sums[name] = torch.zeros_like(tensor, dtype=torch.float64)
             self._sums[name].add_(tensor, alpha=weight)
         self.weight += weight
@@ -54,7 +54,7 @@ class RunningMean:
         """
         if not self.weight > 0:
             raise ValueError(f"weights sum to {self.weight}, not to something above 0")
-        return {name: (total / self.weight).to(self._kinds[name]) for name, total in self._sums.items()}
+        return {name: (total / self.weight).to(self._dtypes[name]) for name, total in self._sums.items()}
 
 
 def weighted_mean(states: Iterable[Mapping[str, Tensor]], weights: Sequence[float]) -> dict[str, Tensor]:

@@ -70,17 +70,17 @@ class Plain(Mapping[str, LoraModule]):
     Attributes:
         space: what its tensors are, by the name of a space.
         tensors: by the names they have in messages and files.
-        kinds: in which dtypes they are sent, by name; in their own where it says nothing.
+        dtypes: in which dtypes they are sent, by name; in their own where it says nothing.
     """
 
     space: str
     tensors: Mapping[str, Tensor]
-    kinds: Mapping[str, torch.dtype] = field(default_factory=dict)
+    dtypes: Mapping[str, torch.dtype] = field(default_factory=dict)
 
     @cached_property
     def sent(self) -> dict[str, Tensor]:
         """The tensors as they are sent, and as the model has them."""
-        return {name: t.to(self.kinds.get(name, t.dtype)) for name, t in self.tensors.items()}
+        return {name: t.to(self.dtypes.get(name, t.dtype)) for name, t in self.tensors.items()}
 
     def _refused(self) -> AdapterError:
         return AdapterError(f"{self.space}: its tensors are no low-rank factors, so there is no layer with a product")
@@ -138,8 +138,8 @@ def as_kept(adapter: AdapterState) -> AdapterState:
     """Return a state as a server keeps it: weights in float32 or better, so that changes below their spacing add up."""
     if not isinstance(adapter, Plain):
         return adapter
-    kinds = {name: t.dtype for name, t in adapter.tensors.items() if t.is_floating_point()}
-    return replace(adapter, tensors={**adapter.tensors, **{n: wide(adapter.tensors[n]) for n in kinds}}, kinds=kinds)
+    dtypes = {name: t.dtype for name, t in adapter.tensors.items() if t.is_floating_point()}
+    return replace(adapter, tensors={**adapter.tensors, **{n: wide(adapter.tensors[n]) for n in dtypes}}, dtypes=dtypes)
 
 
 def as_sent(adapter: AdapterState, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -96,12 +96,12 @@ def reweighted(
         settings: the rule, the clip, and how many of these updates may be malicious.
         context: the round; its note is told who was left out.
     """
-    kinds = [{n: t.dtype for n, t in u.tensors.items()} for u in updates]
+    dtypes = [{n: t.dtype for n, t in u.tensors.items()} for u in updates]
     updates, table = _compared(method, updates, state, context.round)
     weights, rest = _weights(table, updates, settings, context.note)
     kept = [
-        replace(u, tensors={n: t.to(kind[n]) for n, t in u.tensors.items()}, examples=float(w))
-        for u, kind, w in zip(updates, kinds, weights, strict=True)
+        replace(u, tensors={n: t.to(own[n]) for n, t in u.tensors.items()}, examples=float(w))
+        for u, own, w in zip(updates, dtypes, weights, strict=True)
         if float(w) > 0
     ]
     used = {u.client for u in kept}
