@@ -164,12 +164,12 @@ def aggregate(
     round_: int = 1,
     rank: int = 0,
 ) -> Aggregated:
-    """Aggregate PEFT folders with a method's server half, into the new folder `out`.
+    """Aggregate PEFT folders, or those of whole models, with a method's server half, into the new folder `out`.
 
     Args:
         method: `fedtune ls methods`.
-        clients: their adapter folders.
-        out: the global adapter's folder, or that of the clients' own.
+        clients: their folders, all of one space.
+        out: the global adapter's or model's folder, or that of the clients' own adapters.
         examples: of each client; one each by default.
         parameters: the method's own settings.
         start: the adapter that they started from.

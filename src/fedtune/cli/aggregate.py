@@ -1,4 +1,4 @@
-"""`fedtune aggregate`: aggregate PEFT adapter folders that anybody made."""
+"""`fedtune aggregate`: aggregate adapter or model folders that anybody made."""
 
 from __future__ import annotations
 
@@ -48,8 +48,8 @@ def _settings(assignments: list[str]) -> tuple[dict[str, Any], int, int]:
 
 def aggregate(
     method: Annotated[str, typer.Option(help="The method: fedtune ls methods")],
-    out: Annotated[Path, typer.Option(help="The folder of the global adapter.")],
-    clients: Annotated[list[Path], typer.Option(help="PEFT adapter folders; more may follow as arguments.")],
+    out: Annotated[Path, typer.Option(help="The new folder: the global adapter, or model.")],
+    clients: Annotated[list[Path], typer.Option(help="PEFT adapter folders or model folders; more may follow.")],
     more: Annotated[list[Path] | None, typer.Argument(metavar="[DIR]...", help="More client folders.")] = None,
     examples: Annotated[str | None, typer.Option(help="Examples of each client: 10,20,30")] = None,
     global_: Annotated[Path | None, typer.Option("--global", help="The adapter the clients started from.")] = None,
@@ -60,7 +60,7 @@ def aggregate(
     effective: Annotated[Path | None, typer.Option(help="Also write the dense update of each weight here.")] = None,
     json_output: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
-    """Aggregate adapters with a method's server half; no base model is needed but for DoRA."""
+    """Aggregate adapters or models with a method's server half; no base model is needed but for DoRA."""
     import json
 
     from fedtune import api
@@ -84,8 +84,9 @@ def aggregate(
         "method": method,
         "clients": len(folders),
         "weights": list(result.weights),
-        "modules": len(result.state.adapter),
-        "rank": max(m.rank for m in result.adapter.values()),
+        "tensors": len(plain) if (plain := result.plain) is not None else None,
+        "modules": len(result.state.adapter) if plain is None else None,
+        "rank": max(m.rank for m in result.adapter.values()) if plain is None else None,
         "relative_error": result.error,
         "out": str(out),
         "adapters": [str(folder) for folder in result.folders],
@@ -98,7 +99,10 @@ def aggregate(
 
 
 def _said(facts: dict[str, Any]) -> list[str]:
-    many = f"{facts['clients']} adapters" if facts["clients"] > 1 else "1 adapter (nothing to average it with)"
+    noun = "adapter" if facts["tensors"] is None else "folder"
+    many = counted(facts["clients"], noun) + (" (nothing to average it with)" if facts["clients"] == 1 else "")
+    if facts["tensors"] is not None:
+        return [f"{facts['method']}: {many} of {counted(facts['tensors'], 'tensor')}", f"  {facts['out']}"]
     lines = [f"{facts['method']}: {many} of {counted(facts['modules'], 'layer')}, rank {facts['rank']}"]
     lines += [f"  {folder}" for folder in facts["adapters"]]
     if facts["relative_error"] is None:

@@ -1,4 +1,4 @@
-"""Aggregate adapter folders that anybody made; without a base model unless they are DoRA's."""
+"""Aggregate folders that anybody made; without a base model unless they are DoRA's."""
 
 from __future__ import annotations
 
@@ -12,14 +12,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fedtune.experiment import by_tensor
+from fedtune.experiment.by_tensor import ByTensor
 from fedtune.experiment.clients import Weights
 from fedtune.io import read_json, write_bytes, write_json
 from fedtune.lora import dora, product
 from fedtune.lora.base_delta import as_adapter, effective
-from fedtune.lora.state import AdapterState, LoraModule, rescaled, to_tensors, with_tensors
+from fedtune.lora.state import AdapterState, LoraModule, Plain, rescaled, to_tensors, with_tensors
 from fedtune.methods import METHODS, Method, ServerState, aggregation, unknown
 from fedtune.methods.traits import magnitudes
 from fedtune.models.adapter_config import MOST_BYTES
+from fedtune.models.folder import FolderPlain
 from fedtune.models.source import CONFIG, WEIGHTS
 from fedtune.results.bounds import LARGEST_INT
 from fedtune.types import AdapterError, ConfigError, Problem, nearest
@@ -34,7 +37,7 @@ class Aggregated:
         personal: each client's own adapter, where there is no global one; else None.
         weights: of the clients, summing to 1.
         error: relative distance of the effective update to the weighted mean of the clients' updates; None where
-            there is no global model.
+            there is no global model, or its tensors are no factors and are what is averaged.
         base: layer -> its base weight [out, in], where one was given.
         folders: those to load, once it is written: the global adapter's, or each client's.
     """
@@ -50,6 +53,12 @@ class Aggregated:
     def adapter(self) -> AdapterState:
         """The global model as one adapter."""
         return as_adapter(self.state.adapter, self.state.base)
+
+    @property
+    def plain(self) -> ByTensor | None:
+        """The tensors, where they are no factors; each is aggregated when it is asked for."""
+        made = self.state.adapter
+        return made.tensors if isinstance(made, Plain) and isinstance(made.tensors, ByTensor) else None
 
 
 def build(name: str, settings: Mapping[str, Any]) -> Method:
@@ -113,12 +122,16 @@ def aggregate(
     if not clients or len(examples) != len(clients) or not all(0 < n <= LARGEST_INT for n in examples):
         what = f"{len(clients)} clients with examples {short(list(examples))}"
         raise ConfigError("fedtune aggregate", [Problem("clients", what, "it takes one or more, each with examples")])
+    weights = tuple(n / sum(examples) for n in examples)
+    if plain := [client for client in clients if isinstance(client, FolderPlain)]:
+        begun = start if isinstance(start, FolderPlain) else plain[0]
+        made = Plain(begun.space, ByTensor(method, plain, examples, begun, round_))
+        return Aggregated(ServerState(made, round_), None, weights, None)
     relative: dict[str, Tensor] = {}
     if magnitudes(type(method)) == "exact" and any(m.magnitude is not None for m in clients[0].values()):
         if base is None:
             raise ValueError("DoRA adapters need the base model's weights")
         clients, relative = _divided(clients, examples, base)
-    weights = tuple(n / sum(examples) for n in examples)
     try:
         before = ServerState(dict(start or clients[0]), round_ - 1)
         after, personal = aggregation.aggregate(method, clients, examples, before, rank)
@@ -161,7 +174,7 @@ def _with_magnitudes(adapter: AdapterState, relative: Mapping[str, Tensor], base
 
 
 def write(result: Aggregated, like: Path, out: Path, base: str | None = None) -> list[Path]:
-    """Write a PEFT folder with the settings of a client's, and the result's own rank and scale.
+    """Write a folder with the settings of a client's; of factors with the result's own rank and scale.
 
     A base model's name given here takes the place of the client's.
 
@@ -174,6 +187,9 @@ def write(result: Aggregated, like: Path, out: Path, base: str | None = None) ->
     Raises:
         AdapterError: it is not finite; nothing is written then.
     """
+    if result.plain is not None:
+        by_tensor.write(result.plain, out, base)
+        return [out]
     adapters = {out: result.adapter}
     adapters |= {out / f"client-{i}": adapter for i, adapter in enumerate(result.personal or [])}
     # all before any of them is written
@@ -213,6 +229,9 @@ def dense_update(result: Aggregated) -> dict[str, Tensor]:
         ConfigError: the method has no single global model, or magnitudes need the base model.
         AdapterError: it is not finite.
     """
+    if result.plain is not None:
+        what = "there are no factors, whose product would be an update"
+        raise ConfigError("fedtune aggregate", [Problem("--effective", what, "leave it out")])
     if result.error is None:
         what = "the method has no single global model"
         raise ConfigError("fedtune aggregate", [Problem("--effective", what, "its clients' adapters are in --out")])

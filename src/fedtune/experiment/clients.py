@@ -1,21 +1,24 @@
-"""Clients' adapter folders, opened together: what keeps them from being aggregated is known before any work."""
+"""Clients' folders, opened together: what keeps them from being aggregated is known before any work."""
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from reprlib import repr as short
 
 import torch
 from torch import Tensor
 
+from fedtune import spaces
 from fedtune.lora.state import LoraModule, to_tensors
-from fedtune.methods import METHODS, Method
+from fedtune.methods import METHODS, Method, not_defined
 from fedtune.methods.traits import magnitudes
-from fedtune.models.folder import FolderState
+from fedtune.models.folder import FolderPlain, FolderState
 from fedtune.types import ConfigError, FedtuneError, Problem, ProblemsError
 
 Weights = Callable[[str], Tensor]
+Client = FolderState | FolderPlain
 
 # of a layer's factors, magnitudes and update; their products, squares and sums over clients are finite in float32
 LARGEST_NORM = 1e9
@@ -39,17 +42,18 @@ def check_out(out: Path, inputs: Sequence[Path], effective: Path | None = None) 
         raise ConfigError("fedtune aggregate", found)
 
 
-def _other_base(state: FolderState, first: FolderState) -> list[Problem]:
+def _other_base(state: Client, first: Client) -> list[Problem]:
     """Return how the base model of one client's adapter is not that of the first, by name or by commit."""
-    names = [s.config.base for s in (state, first)]
-    if all(names) and len({Path(name).name for name in names}) > 1:
-        what = f"was trained on {names[0]!r}, the first on {names[1]!r}"
-        return [Problem(str(state.folder), what, "if they are the same, give --base MODEL")]
-    commits = [s.config.revision for s in (state, first)]
-    if all(commits) and commits[0] != commits[1]:
-        what = f"was trained on {names[0]!r} at {str(commits[0])[:19]}, the first at {str(commits[1])[:19]}"
-        return [Problem(str(state.folder), what, "if they are the same, give --base MODEL")]
-    return []
+    if state.config is None or first.config is None:
+        return []
+    one, other = state.config, first.config
+    if one.base and other.base and Path(one.base).name != Path(other.base).name:
+        what = f"was trained on {one.base!r}, the first on {other.base!r}"
+    elif one.revision and other.revision and one.revision != other.revision:
+        what = f"was trained on {one.base!r} at {one.revision[:19]}, the first at {other.revision[:19]}"
+    else:
+        return []
+    return [Problem(str(state.folder), what, "if they are the same, give --base MODEL")]
 
 
 def _mismatches(state: FolderState, first: FolderState, method: Method, base: Weights | None) -> list[Problem]:
@@ -95,6 +99,36 @@ def _layer_mismatches(state: FolderState, first: FolderState) -> list[Problem]:
     return found[:3]
 
 
+def _tensor_mismatches(state: FolderPlain, first: FolderPlain, method: Method, round_: int) -> list[Problem]:
+    """Return what keeps one client's tensors from being aggregated with the first one's."""
+    where, own, wanted = str(state.folder), state.tensors, first.tensors
+    if set(own) != set(wanted):
+        differing = sorted(set(own) ^ set(wanted))[:2]
+        return [Problem(where, f"has other tensors than the first folder: {', '.join(differing)} …")]
+    found = []
+    for key in sorted(set(state.alike) | set(first.alike)):
+        if (said := state.alike.get(key)) != (other := first.alike.get(key)):
+            found.append(Problem(where, f"{key} is {short(said)}, the first has {short(other)}"))
+    for name in own:
+        for what in ("shape", "dtype"):
+            if (said := own.entry(name)[what]) != (other := wanted.entry(name)[what]):
+                found.append(Problem(where, f"{name} has the {what} {said}, the first has {other}"))
+    return found[:3] or _value_mismatches(state, first, method, round_)
+
+
+def _value_mismatches(state: FolderPlain, first: FolderPlain, method: Method, round_: int) -> list[Problem]:
+    where, found = str(state.folder), []
+    for name, tensor in state.tensors.items():
+        norm = float(torch.linalg.vector_norm(tensor, dtype=torch.float64))
+        if not norm <= LARGEST_NORM:
+            absurd = f"{name}: norm {norm:.1e}, at most {LARGEST_NORM:g}"
+            found.append(Problem(where, absurd, "leave it out: values this large cannot be summed"))
+        elif not method.trainable(round_, name) and not torch.equal(tensor, first.tensors[name]):
+            what = f"{name} differs from the first folder's; {method.name} keeps it frozen and common"
+            found.append(Problem(where, what))
+    return found[:3]
+
+
 def _not_shared(states: Sequence[FolderState], method: Method, round_: int) -> list[Problem]:
     """Return which clients do not share what must be common in this round."""
     found = []
@@ -117,9 +151,28 @@ def _widen(states: Sequence[FolderState]) -> None:
             state.kinds[name] = kind
 
 
+def _opened(folders: Sequence[Path], method: Method, *, insist: bool) -> Iterator[Problem | Client]:
+    """Yield each folder as a state, or what is wrong with it; all are of one space, in which the method is defined."""
+    first = None
+    for folder in folders:
+        try:
+            space = spaces.of_folder(folder)
+            if first is None:
+                first = space
+                yield from not_defined(type(method), space.name, f"--method {method.name}")
+                if insist and space.whole:
+                    yield Problem("--base", f'with peft.kind = "{space.name}" there is none', "leave it out")
+            if space.name == first.name:
+                yield space.opened(folder)
+            else:
+                yield Problem(str(folder), f'is of peft.kind = "{space.name}", the first of "{first.name}"')
+        except FedtuneError as err:
+            yield Problem(str(folder), str(err).removeprefix(f"{folder}: "))
+
+
 def read_clients(
     folders: Sequence[Path], method: Method, round_: int, base: Weights | None = None, *, insist: bool = False
-) -> list[FolderState]:
+) -> list[Client]:
     """Open all folders, or report everything that is wrong with any of them. Layers are read when they are used.
 
     Args:
@@ -131,20 +184,19 @@ def read_clients(
     Raises:
         ProblemsError: the list.
     """
-    problems: list[Problem] = []
-    states: list[FolderState] = []
-    for folder in folders:
-        try:
-            states.append(FolderState(folder))
-        except FedtuneError as err:
-            problems.append(Problem(str(folder), str(err).removeprefix(f"{folder}: ")))
+    opened = list(_opened(folders, method, insist=insist))
+    problems = [found for found in opened if isinstance(found, Problem)]
+    states = [found for found in opened if not isinstance(found, Problem)]
+    factors = [state for state in states if isinstance(state, FolderState)]
+    plain = [state for state in states if isinstance(state, FolderPlain)]
     if states and not insist:
         problems += [p for state in states[1:] for p in _other_base(state, states[0])]
-    if states and not problems:
-        problems += [p for state in states for p in _mismatches(state, states[0], method, base)]
-    if states and not problems:
-        _widen(states)
-        problems += _not_shared(states, method, round_)
+    if not problems:
+        problems += [p for state in factors for p in _mismatches(state, factors[0], method, base)]
+        problems += [p for state in plain for p in _tensor_mismatches(state, plain[0], method, round_)]
+    if factors and not problems:
+        _widen(factors)
+        problems += _not_shared(factors, method, round_)
     if problems or not states:
         raise ProblemsError("adapters cannot be aggregated", problems or [Problem("--clients", "names no folder")])
     return states

@@ -135,13 +135,17 @@ def _own_settings(config: Config, kind: type[Method]) -> Iterable[Problem]:
         yield Problem(f"method ({kind.name})", f"has no effect: {reason}")
 
 
+def not_defined(kind: type[Method], space: str, where: str) -> Iterable[Problem]:
+    """Yield that a method is not defined in a space, with those that are."""
+    if not kind.spaces & {space, *ANY}:
+        able = _names(lambda m: m.spaces & {space, *ANY})
+        yield Problem(where, f'{kind.name} is not defined with peft.kind = "{space}"', f"these are: {able}")
+
+
 def _combination(config: Config, kind: type[Method]) -> Iterable[Problem]:
     """Yield what a method does not go together with."""
     name = kind.name
-    if not kind.spaces & {config.peft.kind, *ANY}:
-        able = _names(lambda m: m.spaces & {config.peft.kind, *ANY})
-        what = f'{name} is not defined with peft.kind = "{config.peft.kind}"'
-        yield Problem(f'method.name = "{name}"', what, f"these are: {able}")
+    yield from not_defined(kind, config.peft.kind, f'method.name = "{name}"')
     if config.lora.ranks and not kind.mixed_ranks:
         yield Problem(
             "lora.ranks", f"{name} needs one rank for all clients", f"mixed ranks: {_names(lambda m: m.mixed_ranks)}"

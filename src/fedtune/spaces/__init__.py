@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 
 from fedtune.config import Config
 from fedtune.config.load import flatten
@@ -20,12 +21,28 @@ SPACES = Registry[Space](
     "space", {space.name: space for space in (Lora(), IA3(), Full())}, lambda name, found: _class(name, found)()
 )
 
-__all__ = ["SPACES", "Space", "of", "problems"]
+__all__ = ["SPACES", "Space", "of", "of_folder", "problems"]
 
 
 def of(config: Config) -> Space:
     """Return the space of a run. The settings have passed `problems`."""
     return SPACES[config.peft.kind]
+
+
+def of_folder(folder: Path) -> Space:
+    """Return the space of a folder that a run saved, or anybody: an adapter's, or that of whole models.
+
+    Raises:
+        AdapterError, CorruptFileError: it is neither, or not safe to open.
+    """
+    from fedtune.models.adapter_config import read_config
+    from fedtune.models.folder import check_files
+    from fedtune.models.source import CONFIG
+
+    if (folder / "config.json").is_file() and not (folder / CONFIG).exists():
+        return SPACES[Full.name]
+    check_files(folder)
+    return SPACES[read_config(folder).kind.lower()]
 
 
 def problems(config: Config) -> Iterator[Problem]:

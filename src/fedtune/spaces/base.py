@@ -18,6 +18,7 @@ from fedtune.types import Problem
 if TYPE_CHECKING:
     from fedtune.lora.state import AdapterState
     from fedtune.models.adapted import AdaptedModel
+    from fedtune.models.folder import FolderPlain, FolderState
     from fedtune.models.load import LoadedModel
 
 
@@ -58,3 +59,11 @@ class Space:
     def save(self, adapted: AdaptedModel, state: AdapterState, folder: Path) -> None:
         """Write a folder that the libraries of the field load, and `fedtune eval`."""
         raise NotImplementedError(f"{self.name} does not say how it is saved")
+
+    def opened(self, folder: Path) -> FolderState | FolderPlain:
+        """Open what `save` wrote, or anybody else, as a state whose tensors are read when they are asked for.
+
+        Raises:
+            FedtuneError: it is not safe to read, or no state of this space.
+        """
+        raise NotImplementedError(f"{self.name} does not say how its folders are read")

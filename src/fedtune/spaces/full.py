@@ -16,6 +16,7 @@ from fedtune.types import Problem
 if TYPE_CHECKING:
     from fedtune.lora.state import AdapterState
     from fedtune.models.adapted import AdaptedModel
+    from fedtune.models.folder import FolderPlain
     from fedtune.models.load import LoadedModel
 
 
@@ -44,3 +45,9 @@ class Full(Space):
         from fedtune.models.whole import save
 
         save(adapted, state, folder)
+
+    def opened(self, folder: Path) -> FolderPlain:
+        """Open a model folder, tensor by tensor."""
+        from fedtune.models.folder import whole_folder
+
+        return whole_folder(folder, self.name)

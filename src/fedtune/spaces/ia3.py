@@ -5,18 +5,26 @@ diag(l) W is linear in l, so the mean of clients' vectors is the model with the 
 
 from __future__ import annotations
 
+import re
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationInfo, field_validator
 
 from fedtune.config import Config
 from fedtune.config.schema import Section
+from fedtune.models.adapter_config import IA3AdapterConfig
+from fedtune.models.patterns import try_patterns
+from fedtune.names import IA3 as VECTOR
 from fedtune.spaces.base import Space
+from fedtune.spaces.saved import by_layer, ends
+from fedtune.types import AdapterError
 
 if TYPE_CHECKING:
     from fedtune.lora.state import AdapterState
     from fedtune.models.adapted import AdaptedModel
+    from fedtune.models.folder import FolderPlain
     from fedtune.models.load import LoadedModel
 
 
@@ -53,3 +61,58 @@ class IA3(Space):
         from fedtune.models.adapter import save
 
         save(adapted, state, folder)
+
+    def opened(self, folder: Path) -> FolderPlain:
+        """Open a PEFT folder, vector by vector; its settings have to be those of its vectors."""
+        from fedtune.models.folder import FileTensors, FolderPlain, checked
+        from fedtune.models.source import WEIGHTS
+
+        config, header = checked(folder)
+        if not isinstance(config, IA3AdapterConfig):
+            raise AdapterError(f"{folder}: peft_type = {config.kind}; an IA3 adapter is wanted")
+        try:
+            layers = vectors(header)
+            try_patterns(config.patterns, list(layers))
+            if why := unlike(config, layers):
+                raise AdapterError(why)
+        except AdapterError as err:
+            raise AdapterError(f"{folder}: {err}") from err
+        alike = {k: sorted(v) if isinstance(v, list) else v for k, v in config.for_peft().items()}
+        files = FileTensors({folder / WEIGHTS: header})
+        return FolderPlain(self.name, tensors=files, folder=folder, config=config, alike=alike)
+
+
+def vectors(header: Mapping[str, Any]) -> dict[str, tuple[int, int]]:
+    """Return the shape of each layer's vector by the layer's path, [out, 1] or [1, in].
+
+    Raises:
+        AdapterError: tensors that are no such vectors.
+    """
+    found = {}
+    for path, own in by_layer(header, (VECTOR,), "vector").items():
+        shape = own[VECTOR]
+        if len(shape) != 2 or 1 not in shape or 0 in shape:
+            raise AdapterError(f"{path[:200]}: the vector is of shape {shape}, [out, 1] or [1, in] wanted")
+        found[path] = (shape[0], shape[1])
+    if not found:
+        raise AdapterError("has no vector")
+    return found
+
+
+def unlike(config: IA3AdapterConfig, layers: Mapping[str, tuple[int, int]]) -> str:
+    """Say which layer's vector PEFT would not make of an adapter's settings, or return an empty text."""
+    targets, inputs = config.target_modules, config.feedforward_modules
+    for path, shape in layers.items():
+        if isinstance(targets, list):
+            meant = not ends(path).isdisjoint(targets)
+        else:
+            meant = targets in (None, "all-linear") or bool(re.fullmatch(targets, path))
+        if not meant:
+            return f"target_modules names no layer {path[:200]}, which has a vector"
+        if inputs is not None and shape != (1, 1):
+            # as PEFT has it: any end of a path, also within a name
+            on_input = path.endswith(tuple(inputs)) if isinstance(inputs, list) else bool(re.fullmatch(inputs, path))
+            if on_input != (shape[0] == 1):
+                how = "[1, in], as it is" if on_input else "[out, 1], as it is not"
+                return f"{path[:200]}: the vector is of shape {list(shape)}, not {how} in feedforward_modules"
+    return ""

@@ -11,6 +11,7 @@ from fedtune.spaces.base import Space
 if TYPE_CHECKING:
     from fedtune.lora.state import AdapterState
     from fedtune.models.adapted import AdaptedModel
+    from fedtune.models.folder import FolderState
     from fedtune.models.load import LoadedModel
 
 
@@ -33,3 +34,9 @@ class Lora(Space):
         from fedtune.models.adapter import save
 
         save(adapted, state, folder)
+
+    def opened(self, folder: Path) -> FolderState:
+        """Open a PEFT folder, layer by layer."""
+        from fedtune.models.folder import FolderState
+
+        return FolderState(folder)
