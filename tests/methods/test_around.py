@@ -357,34 +357,41 @@ def test_scaffolds_controls_are_the_mean_of_the_gradients_that_steps_are_made_of
 @pytest.mark.parametrize("decay", [0.0, 0.01, 1.0])
 @pytest.mark.parametrize("size", [1.0, 1e4])
 def test_scaffolds_bounds_leave_honest_controls_as_they_are(decay: float, size: float) -> None:
-    """An honest control is at most a clipped gradient and the decay of a model that a round has moved by 50."""
+    """An honest control is at most a clipped gradient, however large the model and its decay are."""
     made = recipe(drift={"scaffold": True}, train={"optimizer": "sgd", "weight_decay": decay})
     state = ServerState({p: replace(m, a=size * m.a, b=size * m.b) for p, m in START.items()})
-    tensors = to_tensors(state.adapter)
-    upload = made.upload(state, 0, 1)
-    expected = upload.tensors
-    unit = {n: t / t.norm() for n, t in tensors.items()}
-    # from one control of that size to its opposite; and a mean of such controls
-    largest = {n: 0.999 + decay * (float(t.norm()) + 50.0) for n, t in tensors.items()}
-    for name, most in largest.items():
+    upload, largest = made.upload(state, 0, 1), 0.999 * made.config.train.max_grad_norm
+    controls = {n: largest * t / t.norm() for n, t in to_tensors(state.adapter).items()}
+    for name in controls:  # from one control of that size to its opposite; and a mean of such controls
         wire = scaffold.CONTROL + name
-        assert upload.growth(wire) + float(expected[wire].norm()) >= 2 * most
-    controls = {n: most * unit[n] for n, most in largest.items()}
-    kept = scaffold.bounded(controls, tensors, made.config.train)
+        assert upload.growth(wire) + float(upload.tensors[wire].norm()) >= 2 * largest
+    kept = scaffold.bounded(controls, made.config.train)
     assert all(torch.equal(kept[n], controls[n]) for n in controls)
-    wild = scaffold.bounded({n: 1e6 * t for n, t in controls.items()}, tensors, made.config.train)
-    assert all(float(wild[n].norm()) < 2 * largest[n] + 100 * decay for n in wild)
+    wild = scaffold.bounded({n: 1e6 * t for n, t in controls.items()}, made.config.train)
+    assert all(float(wild[n].norm()) < 1.01 * largest for n in wild)
+
+
+@pytest.mark.parametrize("decay", [0.0, 0.01, 0.1])
+def test_scaffolds_steps_reach_three_clipped_gradients_and_the_models_own_decay(decay: float) -> None:
+    """The loss's gradient, c and c_i; no room is left for the decay of a model of another size."""
+    from fedtune.methods import sound
+
+    train = recipe(train={"optimizer": "sgd", "weight_decay": decay}).config.train
+    plain, corrected = sound.reach(train, 1e-2, 10), sound.reach(scaffold.correcting(train), 1e-2, 10)
+    assert corrected.share == plain.share
+    assert corrected.most == pytest.approx(3 * plain.most)
 
 
 @pytest.mark.parametrize("rate", [0.1, 1e-3, 5e-5])
 @pytest.mark.parametrize("kind", [torch.float64, torch.float32])
 def test_scaffolds_controls_have_their_digits_at_any_rate(kind: torch.dtype, rate: float) -> None:
-    """They are option II's c_i - c + (x - y) / (K lr) in float64; in float32 x - y would have lost them at a small rate."""
+    """They are option II's c_i - c + (x - y) / (K lr) without decay in float64; in float32 x - y would have lost them at a small rate."""
     from fedtune.config.schema import TrainSettings
     from fedtune.training.executor import Extras
     from fedtune.training.executor import optimizer as made_by
 
     seen: list[Tensor] = []
+    decays: list[Tensor] = []
 
     class Bowl:
         client, round, phase, steps, kept, layout = 0, 1, 1, 20, {}, START
@@ -399,17 +406,19 @@ def test_scaffolds_controls_have_their_digits_at_any_rate(kind: torch.dtype, rat
                 stepper.zero_grad(set_to_none=True)
                 (0.01 * (parameter - 3.0).square().sum()).backward()  # type: ignore[no-untyped-call]
                 raw = 0.02 * (parameter.detach().double() - 3.0)
-                seen.append(raw * min(1.0, 0.05 / float(raw.norm())) + 1e-3 * parameter.detach().double())
+                seen.append(raw * min(1.0, 0.05 / float(raw.norm())))
+                decays.append(1e-3 * parameter.detach().double())
                 Extras(term, masks, correction).step({"p": parameter}, [parameter], 0.05, stepper)
             return {"p": parameter.detach()}
 
     begun, own = {"p": torch.tensor([40.0, -7.0], dtype=kind)}, {"p": torch.tensor([0.3, -0.2], dtype=kind)}
     for _ in range(12):
         seen.clear()
+        decays.clear()
         server = {"p": 0.5 * own["p"]}
         work: Any = Bowl()
         after, changes = ran_by(work, scaffold.corrected(asking(Train(begun, ["p"])), server, own, work))
-        told = own["p"] - server["p"] + (begun["p"] - after["p"]) / (20 * rate)
+        told = own["p"] - server["p"] + (begun["p"] - after["p"]) / (20 * rate) - torch.stack(decays).mean(0)
         own = {"p": own["p"] + changes["p"]}
         assert float((own["p"] - torch.stack(seen).mean(0)).norm()) < 1e-5 * float(own["p"].norm())
         if kind == torch.float64:

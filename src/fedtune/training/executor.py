@@ -53,7 +53,7 @@ class Extras:
         self._change(chosen, self.masks, torch.Tensor.mul_)
         torch.nn.utils.clip_grad_norm_(owners, limit)
         if isinstance(self.correction, Correction):
-            self._count(self.correction, chosen, made.param_groups[0]["weight_decay"])
+            self._count(self.correction, chosen)
         self._change(chosen, self.correction, torch.Tensor.add_)
         frozen = {n: chosen[n].detach().clone() for n in self.masks or {} if n in chosen}
         made.step()
@@ -63,10 +63,10 @@ class Extras:
                 chosen[name].copy_(torch.where(kept, was, chosen[name]))
 
     @staticmethod
-    def _count(correction: Correction, chosen: Slots, decay: float) -> None:
+    def _count(correction: Correction, chosen: Slots) -> None:
         for name in correction.keys() & chosen.keys():
             if (grad := chosen[name].grad) is not None:
-                correction.count(name, grad.detach() + decay * chosen[name].detach())
+                correction.count(name, grad.detach())
 
     @staticmethod
     def _change(chosen: Slots, table: Tensors | None, how: Callable[[Tensor, Tensor], Tensor]) -> None:

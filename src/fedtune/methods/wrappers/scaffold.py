@@ -11,7 +11,7 @@ from fedtune.lora.algebra import weighted_mean
 from fedtune.lora.state import to_tensors
 from fedtune.methods.base import Method
 from fedtune.methods.requests import ClientContext, Correction, Fitted, Program, Request, Tensors, Train, handled
-from fedtune.methods.sound import CLIPPED, GROWTH
+from fedtune.methods.sound import CLIPPED
 from fedtune.methods.state import ClientUpdate, ServerState, Upload
 from fedtune.methods.wrappers.base import Having, RoundContext, Wrapper
 from fedtune.types import Problem
@@ -46,8 +46,9 @@ def corrected(
     """Run a program with SCAFFOLD's correction of every step; also return how each control changed: c_i+ - c_i.
 
     Option II of SCAFFOLD: c_i+ = c_i - c + (x - y_i) / (K lr). That is the mean of the gradients the client's steps
-    were made of, clipped and with weight decay, and is made of their sum: at a small rate x - y_i has hardly a digit
-    left in float32. A round with a rate of 0 makes no steps: the controls stay.
+    were made of, clipped, and is made of their sum: at a small rate x - y_i has hardly a digit left in float32. Weight
+    decay is left out of it: it is the same function on all clients, so it makes no drift, and no control grows with
+    the model. A round with a rate of 0 makes no steps: the controls stay.
 
     Args:
         program: the client's.
@@ -99,42 +100,25 @@ def keeping(own: Tensors, changes: Tensors, round_: int) -> dict[str, Tensor]:
     return {**own, **new, **{_WAS + n: t for n, t in own.items()}, _AT: torch.tensor(round_)}
 
 
-def growth(train: TrainSettings) -> float:
-    """Return how large the change of a control may be, beyond what `decayed` gives.
-
-    A control is a mean of clipped gradients, with weight decay. The bound does not depend on the server's control: what
-    is sent is added to that, so each round's bound would allow the next one to be larger.
-    """
-    return CLIPPED * train.max_grad_norm + GROWTH * train.weight_decay
-
-
-def decayed(tensor: Tensor, train: TrainSettings) -> Tensor:
-    """Return as large a change of a control as weight decay of a model's tensor makes: of the new and the old one."""
-    return tensor * (2 * train.weight_decay)
-
-
-def bounded(controls: Tensors, tensors: Tensors, train: TrainSettings) -> dict[str, Tensor]:
-    """Return controls no larger than the mean of the clients' can be, each a mean of clipped gradients and decay.
+def bounded(controls: Tensors, train: TrainSettings) -> dict[str, Tensor]:
+    """Return controls no larger than the mean of the clients' can be, each a mean of clipped gradients.
 
     Only changes that no training makes can have moved c further; every honest step would go along with it.
 
     Args:
         controls: c, and when clients were heard.
-        tensors: the model's.
-        train: to what gradients are clipped, and the decay.
+        train: to what gradients are clipped.
     """
     found = dict(controls)
-    for name in controls.keys() & tensors.keys():
-        most = train.max_grad_norm + train.weight_decay * (float(tensors[name].norm()) + GROWTH)
-        if (norm := float(controls[name].norm())) > most:
-            found[name] = controls[name] * (most / norm)
+    for name in controls.keys() - {_HEARD}:
+        if (norm := float(controls[name].norm())) > train.max_grad_norm:
+            found[name] = controls[name] * (train.max_grad_norm / norm)
     return found
 
 
 def correcting(train: TrainSettings) -> TrainSettings:
-    """Return settings whose plain steps reach as far as these do with c - c_i, both no larger than `bounded` has c."""
-    most = 3 * train.max_grad_norm + 2 * GROWTH * train.weight_decay
-    return train.model_copy(update={"max_grad_norm": most, "weight_decay": 3 * train.weight_decay})
+    """Return settings whose plain steps reach as far as these do with c - c_i, each of a clipped gradient's size."""
+    return train.model_copy(update={"max_grad_norm": 3 * train.max_grad_norm})
 
 
 def new_controls(controls: Tensors, changes: Mapping[int, Tensors], round_: int, clients: int) -> dict[str, Tensor]:
@@ -200,13 +184,14 @@ class Scaffold(Wrapper):
     def upload(self, state: ServerState, client: int, round_: int, steps: int = 0) -> Upload:
         """Expect a change of the control of every tensor that is sent, bounded by what gradients are clipped to."""
         inner, train = self.inner.upload(state, client, round_, steps), self.config.train
+        # the bound does not depend on c, to which what is sent is added: each round's would make the next one's larger
         adapter, known = to_tensors(state.adapter), inner.reach
-        controls = named({n: decayed(adapter[n], train) for n in inner.tensors})
+        controls = named({n: adapter[n].new_zeros(adapter[n].shape) for n in inner.tensors})
         return replace(
             inner,
             tensors={**inner.tensors, **controls},
             whole=lambda sent: inner.whole(split(sent)[0]),
-            growth=lambda name: growth(train) if name.startswith(CONTROL) else inner.growth(name),
+            growth=lambda name: CLIPPED * train.max_grad_norm if name.startswith(CONTROL) else inner.growth(name),
             problem=lambda sent: inner.problem(split(sent)[0]),
             reach=(lambda train, rate: known(correcting(train), rate)) if known else None,
         )
@@ -217,5 +202,5 @@ class Scaffold(Wrapper):
         own = [replace(u, tensors=split(u.tensors)[0]) for u in updates]
         after = self.inner.server_step(own, state, context)
         controls = new_controls(self._controls(state), changes, context.round, self.config.federation.clients)
-        controls = bounded(controls, to_tensors(state.adapter), self.config.train)
+        controls = bounded(controls, self.config.train)
         return replace(after, memory={**after.memory, self.name: controls})
