@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 from fedtune.lazy import torch
 from fedtune.lora.state import to_tensors
 from fedtune.methods.base import Method
+from fedtune.methods.kept import as_of, with_previous
 from fedtune.methods.requests import ClientContext, Fitted, Program, Tensors, Train
 from fedtune.methods.state import ClientUpdate, ServerState, weights
 from fedtune.names import FACTORS, OTHER, PREFIX, ROUTER
@@ -22,25 +23,14 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 _SHARE, _SHARES, _ROUND = "fedalt/share", "fedalt/shares", "fedalt/round"
-# beside its newest adapter and router a client keeps their round, and those it had before it
-_AT, _WAS = "fedalt/at", "fedalt/was/"
+# of what a client keeps beside its newest adapter and router
+_PREFIX = "fedalt/"
 
 
 def rest_of_world(mean: Tensor, own: Tensor, share: float) -> Tensor:
     """Return the mean of the others: (mean - w own) / (1 - w); zeros where there are none."""
     rest = (mean.double() - share * own.double()) / (1 - share) if share < 1 else mean * 0
     return rest.to(mean.dtype)
-
-
-def believed(kept: Tensors, round_: int) -> dict[str, Tensor]:
-    """Return a client's adapter and router as the server's mean of a round has them.
-
-    A round that was skipped is in no mean: its clients take it back, or they would subtract from the mean what is not
-    in it.
-    """
-    if _AT in kept and int(kept[_AT]) > round_:
-        return {n.removeprefix(_WAS): t for n, t in kept.items() if n.startswith(_WAS)}
-    return {n: t for n, t in kept.items() if n != _AT and not n.startswith(_WAS)}
 
 
 class FedALT(Method):
@@ -55,7 +45,7 @@ class FedALT(Method):
     def begin(self, client: ClientContext, download: Tensors) -> dict[str, Tensor]:
         """Return the own adapter and router as kept, and the rest of the world from the mean."""
         share = float(download[_SHARE])
-        own = {**to_tensors(client.layout), **believed(client.kept, int(download[_ROUND]))}
+        own = {**to_tensors(client.layout), **as_of(client.kept, int(download[_ROUND]), _PREFIX)}
         for name, mean in download.items():
             if name.endswith(FACTORS):
                 other = name.replace(".lora_", ".other_")
@@ -69,7 +59,8 @@ class FedALT(Method):
         names = [n for n in start if not n.endswith(OTHER)]
         trained = yield Train(start, names)
         own = {n: trained[n] for n in names}
-        kept = {**own, **{_WAS + n: start[n] for n in names}, _AT: torch.tensor(client.round)}
+        # a skipped round is in no mean: what was trained in it would be subtracted from what does not have it
+        kept = with_previous(own, {n: start[n] for n in names}, client.round, _PREFIX)
         return Fitted({n: t for n, t in own.items() if n.endswith(FACTORS)}, kept)
 
     def server_step(self, updates: Sequence[ClientUpdate], state: ServerState, round_: int) -> ServerState:

@@ -10,6 +10,7 @@ from fedtune.lazy import torch
 from fedtune.lora.algebra import weighted_mean
 from fedtune.lora.state import to_tensors
 from fedtune.methods.base import Method
+from fedtune.methods.kept import as_of, with_previous
 from fedtune.methods.requests import ClientContext, Correction, Fitted, Program, Request, Tensors, Train, handled
 from fedtune.methods.sound import CLIPPED
 from fedtune.methods.state import ClientUpdate, ServerState, Upload
@@ -24,9 +25,8 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 CONTROL = "scaffold/"
-# among the controls: the round a client was last heard in (server, by client; download), and what a client keeps beside
-# its newest controls: their round, and those it had when it was last heard
-_HEARD, _AT, _WAS = "heard", "at", "was/"
+# among the controls: the round a client was last heard in (server, by client; download)
+_HEARD = "heard"
 
 
 def split(tensors: Tensors) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
@@ -83,21 +83,13 @@ def down(controls: Tensors, client: int, clients: int) -> dict[str, Tensor]:
     return {**controls, _HEARD: heard(controls, clients)[client].clone()}
 
 
-def believed(kept: Tensors, controls: Tensors) -> dict[str, Tensor]:
-    """Return a client's controls as the server's sum has them.
-
-    An answer that never arrived, or was rejected, has moved the client's controls but not the server's; from then on c
-    would not be the mean of all c_i, and every round would be biased. So the client takes its last step back.
-    """
-    if _AT in kept and int(kept[_AT]) > int(controls[_HEARD]):
-        return {n.removeprefix(_WAS): t for n, t in kept.items() if n.startswith(_WAS)}
-    return {n: t for n, t in kept.items() if n != _AT and not n.startswith(_WAS)}
-
-
 def keeping(own: Tensors, changes: Tensors, round_: int) -> dict[str, Tensor]:
-    """Return what a client keeps after a round: its new controls, and those to go back to."""
+    """Return what a client keeps after a round: its new controls, and those to go back to.
+
+    Else c would not be the mean of all c_i after a reply that was lost, and every later round would be biased.
+    """
     new = {n: own[n] + t if n in own else t for n, t in changes.items()}
-    return {**own, **new, **{_WAS + n: t for n, t in own.items()}, _AT: torch.tensor(round_)}
+    return with_previous({**own, **new}, own, round_)
 
 
 def bounded(controls: Tensors, train: TrainSettings) -> dict[str, Tensor]:
@@ -164,7 +156,7 @@ class Scaffold(Wrapper):
         """Train with the correction c - c_i; send how c_i has changed, and keep it."""
         sent, controls = split(download)
         kept, own = split(client.kept)
-        own = believed(own, controls)
+        own = as_of(own, int(controls[_HEARD]))
         program = self.inner.fit(replace(client, kept=kept), sent, begun)
         fitted, changes = yield from corrected(program, controls, own, client)
         if not changes:
