@@ -32,7 +32,7 @@ from fedtune.config.load import merge
 from fedtune.experiment.aggregate import relative_error
 from fedtune.experiment.run import run
 from fedtune.io import append_lines, read_lines, write_bytes
-from fedtune.methods import METHODS, ClientUpdate, Recipe, RoundContext, ServerState
+from fedtune.methods import METHODS, Algorithm, ClientUpdate, RoundContext, ServerState
 from fedtune.results.manifest import versions
 from fedtune.results.stats import student
 from fedtune.settings import load
@@ -42,34 +42,34 @@ LINES, TABLE = RESULTS / "methods.jsonl", RESULTS / "methods.md"
 
 
 class Watched:
-    """Wraps the server step of every recipe: how long it took, and how far its result is from the ideal."""
+    """Wraps the server step of every algorithm: how long it took, and how far its result is from the ideal."""
 
     def __init__(self) -> None:
         self.milliseconds: list[float] = []
         self.errors: list[float] = []
-        self._plain = Recipe.server_step
+        self._plain = Algorithm.server_step
 
     def __enter__(self) -> Watched:
         plain = self._plain
 
         def step(
-            recipe: Recipe, updates: Sequence[ClientUpdate], state: ServerState, context: RoundContext
+            algorithm: Algorithm, updates: Sequence[ClientUpdate], state: ServerState, context: RoundContext
         ) -> ServerState:
             started = time.perf_counter()
-            after = plain(recipe, updates, state, context)
+            after = plain(algorithm, updates, state, context)
             self.milliseconds.append(1000 * (time.perf_counter() - started))
-            if recipe.method.updates != "opaque" and recipe.method.models == "global":
-                adapters = recipe.method.adapters(updates, state, context.round)
+            if algorithm.method.updates != "opaque" and algorithm.method.models == "global":
+                adapters = algorithm.method.adapters(updates, state, context.round)
                 new = tuple(p for p in after.base if p.round == context.round)
                 moved = ServerState(after.adapter, base=new)
                 self.errors.append(relative_error(moved, adapters, [u.examples for u in updates]))
             return after
 
-        Recipe.server_step = step  # type: ignore[method-assign]
+        Algorithm.server_step = step  # type: ignore[method-assign]
         return self
 
     def __exit__(self, *_: object) -> None:
-        Recipe.server_step = self._plain  # type: ignore[method-assign]
+        Algorithm.server_step = self._plain  # type: ignore[method-assign]
 
 
 def measure(name: str, seed: int, settings: list[str]) -> dict[str, Any]:

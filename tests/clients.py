@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 from torch import Tensor
 
 from fedtune.lora.state import AdapterState
-from fedtune.methods import ClientUpdate, Method, Recipe, ServerState
+from fedtune.methods import Algorithm, ClientUpdate, Method, ServerState
 from fedtune.methods.requests import (
     ClientContext,
     Features,
@@ -56,14 +56,14 @@ def context_of(client: Any) -> ClientContext:
     return ClientContext(**known)
 
 
-def fit_by(method: Method | Recipe, client: Any, start: Any) -> Fitted:
-    """Return what a method, or a recipe, sends and keeps after a stand-in's work."""
-    work = method.work if isinstance(method, Recipe) else method.fit
+def fit_by(method: Method | Algorithm, client: Any, start: Any) -> Fitted:
+    """Return what a method, or an algorithm, sends and keeps after a stand-in's work."""
+    work = method.work if isinstance(method, Algorithm) else method.fit
     return ran_by(client, work(context_of(client), start))
 
 
 def begun_by(
-    method: Method | Recipe, layout: AdapterState, download: Tensors, kept: Tensors, round_: int
+    method: Method | Algorithm, layout: AdapterState, download: Tensors, kept: Tensors, round_: int
 ) -> dict[str, Tensor]:
     """Return all tensors of a client's model at the start of a round."""
     return method.begin(ClientContext(0, round_, 1, layout, kept, rate=0.1, steps=1), download)

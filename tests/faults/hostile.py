@@ -19,7 +19,7 @@ from torch import Tensor
 from fedtune.federation import messages
 from fedtune.federation.private import PrivateStore
 from fedtune.lora.state import AdapterState
-from fedtune.methods import Recipe
+from fedtune.methods import Algorithm
 from tests.clients import fit_by
 
 VALUES = (math.nan, math.inf, -math.inf, 3e38, -3e38, 1e20, 1e10, 9e3, 50.0, 1e-30, 1e-45, 0.0, -1.0)
@@ -67,9 +67,9 @@ class Toy:
 
 
 def clients(
-    recipe: Recipe, start: AdapterState, bad: int, mutate: Callable[[Message], Any], kind: type[Toy] = Toy
+    algorithm: Algorithm, start: AdapterState, bad: int, mutate: Callable[[Message], Any], kind: type[Toy] = Toy
 ) -> ClientApp:
-    """Return honest clients of any recipe; what client `bad` would have sent goes through `mutate`."""
+    """Return honest clients of any algorithm; what client `bad` would have sent goes through `mutate`."""
     app, private = ClientApp(), PrivateStore(None)
 
     @app.train()
@@ -77,8 +77,8 @@ def clients(
         client = int(str(context.node_config["partition-id"]))
         order = message.content.config_records[messages.ORDER]
         when = int(str(order["round"])), int(str(order["phase"]))
-        local = kind(client, *when, recipe.method.cut(start, client), private.load(client, when))
-        fitted = fit_by(recipe, local, messages.unpack(message.content.array_records[messages.ADAPTER]))
+        local = kind(client, *when, algorithm.method.cut(start, client), private.load(client, when))
+        fitted = fit_by(algorithm, local, messages.unpack(message.content.array_records[messages.ADAPTER]))
         private.save(client, when, fitted.kept)
         metrics = {"examples": 8.0, "tokens": 80.0, "steps": 2.0, "loss": 1.0}
         answer = messages.train_answer(order, fitted.payload, metrics, in_process=True)

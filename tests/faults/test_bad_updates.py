@@ -71,7 +71,7 @@ def toy_app(bad: Answer | None = None) -> ClientApp:
 def federation(config: Config, folder: Path, app: ClientApp, **extra: Any) -> Federation:
     return Federation(
         config=config,
-        recipe=methods.create(config),
+        algorithm=methods.create(config),
         grid=extra.pop("grid", None) or LocalGrid(app, config.federation.clients),
         registered=extra.pop("registered", dict.fromkeys(range(config.federation.clients), 50)),
         run_id="run",
@@ -338,7 +338,7 @@ def test_numbers_that_no_server_step_survives_cost_their_client(
     settings: Callable[..., Settings], tmp_path: Path, changes: dict[str, Any], number: float
 ) -> None:
     config = settings(federation={"clients": 4, "rounds": 1}, **changes).config
-    recipe = methods.create(config)
+    algorithm = methods.create(config)
     dora = config.lora.dora
     adapter = {"layer.q": replace(start()["layer.q"], magnitude=torch.ones(4) if dora else None)}
 
@@ -348,8 +348,8 @@ def test_numbers_that_no_server_step_survives_cost_their_client(
         replace_adapter(reply.content, bad)
         return reply
 
-    app = clients(recipe, adapter, BAD, mutate)
-    done = run_rounds(federation(config, tmp_path, app), recipe.initial(adapter))
+    app = clients(algorithm, adapter, BAD, mutate)
+    done = run_rounds(federation(config, tmp_path, app), algorithm.initial(adapter))
     record = done.records[0]
     assert (record.status, [r.client for r in record.rejected]) == ("ok", [BAD]), record
     assert not state_problem(done.state)
@@ -523,11 +523,11 @@ def test_nobody_answers_in_the_name_of_another(
     forge, said = FALSE[name]
     tree = {"method": {"name": "flexlora"}, "robust": {"rule": "krum"}}
     config = settings(**tree, federation={"clients": 5, "rounds": 1}).config
-    recipe = methods.create(config)
-    grid: Any = LocalGrid(clients(recipe, start(), BAD, forge), 5)
+    algorithm = methods.create(config)
+    grid: Any = LocalGrid(clients(algorithm, start(), BAD, forge), 5)
     grid = FaultyGrid(grid, config.federation.faults, 0) if faulty else grid
     fed = federation(config, tmp_path, toy_app(), grid=grid)
-    (record,) = run_rounds(fed, recipe.initial(start())).records
+    (record,) = run_rounds(fed, algorithm.initial(start())).records
     assert [(r.client, r.reason) for r in record.rejected] == [(BAD, "malformed")]
     assert said in record.rejected[0].detail
     assert [c.client for c in record.clients] == [0, 1, 3, 4]
@@ -650,7 +650,7 @@ def test_what_a_client_writes_into_its_reply_while_it_is_examined_changes_nothin
         held.clear()
         copies.clear()
         fed = federation(config, tmp_path / folder, toy_app(remember))
-        upload = fed.recipe.upload
+        upload = fed.algorithm.upload
 
         def watched(*given: Any) -> Any:
             expected = upload(*given)
@@ -663,7 +663,7 @@ def test_what_a_client_writes_into_its_reply_while_it_is_examined_changes_nothin
 
             return replace(expected, **{when: reached})
 
-        fed.recipe.__dict__["upload"] = watched
+        fed.algorithm.__dict__["upload"] = watched
         return run_rounds(fed, ServerState(start()))
 
     quiet = run("quiet", act=False)

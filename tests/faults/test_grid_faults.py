@@ -18,7 +18,7 @@ from fedtune.federation.local import LocalGrid
 from fedtune.federation.nodes import connect
 from fedtune.federation.pool import LocalPool, Steps
 from fedtune.federation.rounds import able, draw, run_rounds
-from fedtune.methods import Recipe
+from fedtune.methods import Algorithm
 from fedtune.methods.state import ServerState
 from fedtune.types import RunFailedError, derive_seed
 from tests.faults.hostile import clients
@@ -59,13 +59,13 @@ def test_a_straggler_works_and_is_not_heard(settings: Callable[..., Settings], t
     """What it keeps to itself moves on, what it sends does not arrive: the case SCAFFOLD's way back was made for."""
     sgd = {"drift": {"scaffold": True}, "train": {"optimizer": "sgd"}}
     config = settings(federation={"clients": 4, "rounds": 6, "faults": {"straggler": 0.4}}, **sgd).config
-    faults, recipe = config.federation.faults, methods.create(config)
+    faults, algorithm = config.federation.faults, methods.create(config)
     late = {(r, c) for r in range(1, 7) for c in range(4) if planned(faults, config.seed, r, c) == "straggler"}
     worked: list[tuple[int, int]] = []
     believed: list[int] = []
 
-    def app(recipe: Recipe) -> ClientApp:
-        inner, made = clients(recipe, start(), -1, lambda reply: reply), ClientApp()
+    def app(algorithm: Algorithm) -> ClientApp:
+        inner, made = clients(algorithm, start(), -1, lambda reply: reply), ClientApp()
 
         @made.train()
         def train(message: Message, context: Context) -> Message:
@@ -77,8 +77,8 @@ def test_a_straggler_works_and_is_not_heard(settings: Callable[..., Settings], t
 
         return made
 
-    grid = FaultyGrid(LocalGrid(app(recipe), 4), faults, config.seed)
-    done = run_rounds(federation(config, tmp_path, ClientApp(), grid=grid), recipe.initial(start()))
+    grid = FaultyGrid(LocalGrid(app(algorithm), 4), faults, config.seed)
+    done = run_rounds(federation(config, tmp_path, ClientApp(), grid=grid), algorithm.initial(start()))
     assert late
     assert worked == [(r, c) for r in range(1, 7) for c in range(4)]
     lost = {(r.round, x.client) for r in done.records for x in r.rejected if x.reason == "no_reply"}
@@ -93,7 +93,7 @@ def test_a_client_may_be_lost_between_the_exchanges_of_a_round(
     faults = {"dropout": 0.2, "straggler": 0.1, "error": 0.1}
     changes = {"clients": 4, "rounds": 12, "faults": faults, "max_skipped_rounds": 12}
     config = settings(federation=changes, method__name="fedask").config
-    recipe = methods.create(config)
+    algorithm = methods.create(config)
     asked: list[tuple[int, int, int]] = []
 
     class Watching(LocalGrid):
@@ -105,9 +105,9 @@ def test_a_client_may_be_lost_between_the_exchanges_of_a_round(
 
             return super().exchange(orders, noted, timeout)
 
-    inside = Watching(clients(recipe, start(), -1, lambda reply: reply), 4)
+    inside = Watching(clients(algorithm, start(), -1, lambda reply: reply), 4)
     grid = FaultyGrid(inside, config.federation.faults, config.seed)
-    done = run_rounds(federation(config, tmp_path, ClientApp(), grid=grid), recipe.initial(start()))
+    done = run_rounds(federation(config, tmp_path, ClientApp(), grid=grid), algorithm.initial(start()))
     drawn = {
         (r, phase, c): planned(config.federation.faults, config.seed, r, c, phase)
         for r in range(1, 13)

@@ -87,17 +87,17 @@ class Scene:
 
     def __init__(self, method: str, around: str, folder: Path) -> None:
         self.config = _config(method, AROUND[around])
-        recipe, start = (
+        algorithm, start = (
             methods.create(self.config),
             _start(dora=around == "dora", space=AROUND[around].get("peft", {}).get("kind", "lora")),
         )
         self.mutate: Any = lambda reply: reply
-        app = clients(recipe, start, BAD, lambda reply: self.mutate(reply))
+        app = clients(algorithm, start, BAD, lambda reply: self.mutate(reply))
         grid = LocalGrid(app, 4)
-        self.fed = Federation(self.config, recipe, grid, dict.fromkeys(range(4), 8), "run", folder)
+        self.fed = Federation(self.config, algorithm, grid, dict.fromkeys(range(4), 8), "run", folder)
         self.fed.nodes.update(connect(grid, 4, 1.0))
         self.fed.places.update({c: n for n, c in self.fed.nodes.items()})
-        self.start = recipe.initial(start)
+        self.start = algorithm.initial(start)
         self.before = Progress(self.start)
         for round_ in (1, 2):
             self.before = complete(one_round(self.fed, round_, self.before))
@@ -232,10 +232,10 @@ def test_the_bound_of_what_is_added_up_does_not_grow_with_the_sum(
 ) -> None:
     """One client sends the largest change that is accepted in every round."""
     scene = Scene(method, around, tmp_path)
-    recipe, now = scene.fed.recipe, scene.before
+    algorithm, now = scene.fed.algorithm, scene.before
 
     def limit(round_: int) -> float:
-        sent = recipe.upload(now.state, BAD, round_)
+        sent = algorithm.upload(now.state, BAD, round_)
         return max(sent.growth(n) + float(t.norm()) for n, t in sent.tensors.items() if n.startswith(names))
 
     first = limit(3)
@@ -253,7 +253,7 @@ def test_the_bound_of_what_is_added_up_does_not_grow_with_the_sum(
 def test_a_slope_along_a_direction_of_no_step_is_refused(tmp_path: Path) -> None:
     """One along each of them, however small, would make every later replay as long as there are directions."""
     scene = Scene("fedkseed", "alone", tmp_path)
-    (name,) = scene.fed.recipe.upload(scene.before.state, BAD, 3).tensors
+    (name,) = scene.fed.algorithm.upload(scene.before.state, BAD, 3).tensors
 
     def everywhere(reply: Any) -> Any:
         sent = messages.unpack(reply.content.array_records[messages.ADAPTER])

@@ -69,15 +69,15 @@ class Race:
         federation = {"clients": 4, "rounds": 100, "max_skipped_rounds": 1}
         tree = {"domain": "finance", "method": {"name": name}, "lora": {"r": 2, "alpha": 4.0, "dora": True}}
         self.config = load([{**tree, "federation": federation, **around}]).config
-        self.recipe = methods.create(self.config)
+        self.algorithm = methods.create(self.config)
         self.attack = attack
         kind = type("Client", (Regression,), {"learning_rate": rate, "work": work, "sign": sign})
-        app = clients(self.recipe, start(), BAD, self._mutate, kind)
+        app = clients(self.algorithm, start(), BAD, self._mutate, kind)
         grid = LocalGrid(app, 4)
-        self.fed = Federation(self.config, self.recipe, grid, dict.fromkeys(range(4), 8), "run", folder)
+        self.fed = Federation(self.config, self.algorithm, grid, dict.fromkeys(range(4), 8), "run", folder)
         self.fed.nodes.update(connect(grid, 4, 1.0))
         self.fed.places.update({c: n for n, c in self.fed.nodes.items()})
-        self.now = Progress(self.recipe.initial(start()))
+        self.now = Progress(self.algorithm.initial(start()))
 
     def _mutate(self, reply: Any) -> Any:
         magnitude = self.now.state.adapter[PATH].magnitude
@@ -103,7 +103,7 @@ class Race:
         """The global model's distance from the target, as a part of the base model's."""
         module = self.now.state.adapter[PATH]
         assert module.magnitude is not None
-        relative = self.recipe.exact_dora
+        relative = self.algorithm.exact_dora
         norms = dora.row_norms(BASE, module.delta())
         m = module.magnitude * norms if relative else module.magnitude
         return float((weight(m, module.a, module.b) - TARGET).norm() / (BASE - TARGET).norm())

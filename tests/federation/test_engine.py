@@ -24,7 +24,7 @@ from fedtune.federation.checkpoint import Progress
 from fedtune.federation.pool import LocalPool, Steps, complete
 from fedtune.lora.algebra import RunningMean, weighted_mean
 from fedtune.lora.state import to_tensors
-from fedtune.methods import METHODS, Recipe, ServerState
+from fedtune.methods import METHODS, Algorithm, ServerState
 from fedtune.models.adapter import attach
 from fedtune.models.budget import message_bytes
 from fedtune.models.load import load
@@ -76,7 +76,7 @@ def test_adding_up_as_they_come_gives_what_all_at_once_gives(
     config = settings(federation={"clients": 5, "rounds": 2}, method__name=name).config
     assert methods.create(config).linear
     added = _run(config, tmp_path / "a", 5)
-    monkeypatch.setattr(Recipe, "linear", property(lambda self: False))
+    monkeypatch.setattr(Algorithm, "linear", property(lambda self: False))
     together = _run(config, tmp_path / "b", 5)
     assert all(torch.allclose(added[n], together[n], rtol=1e-6, atol=1e-8) for n in together)
 

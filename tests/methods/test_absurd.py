@@ -13,7 +13,7 @@ from torch import Tensor
 from fedtune.config import Config
 from fedtune.lora.base_delta import effective
 from fedtune.lora.state import AdapterState, LoraModule, to_tensors
-from fedtune.methods import METHODS, ClientUpdate, Recipe, RoundContext, ServerState, create, sound
+from fedtune.methods import METHODS, Algorithm, ClientUpdate, RoundContext, ServerState, create, sound
 from fedtune.methods.traits import magnitudes
 from fedtune.types import UpdateError
 
@@ -29,7 +29,7 @@ def layout(dora: bool) -> AdapterState:
     return {f"l{i}.q": LoraModule(draw[0] + i, draw[1], 8.0, magnitude=magnitude) for i in range(2)}
 
 
-def payload(made: Recipe, state: ServerState, client: int, round_: int) -> dict[str, Tensor]:
+def payload(made: Algorithm, state: ServerState, client: int, round_: int) -> dict[str, Tensor]:
     """Return what an honest client may send: what is expected, and a step."""
     generator = torch.Generator().manual_seed(100 * round_ + client)
     found = {}
@@ -63,7 +63,7 @@ def finite(state: ServerState) -> bool:
     return all(bool(torch.isfinite(t).all()) for t in [*whole, *kept, *magnitudes])
 
 
-def advanced(made: Recipe, state: ServerState, round_: int, bad: tuple[float, int] | None) -> ServerState:
+def advanced(made: Algorithm, state: ServerState, round_: int, bad: tuple[float, int] | None) -> ServerState:
     """Make one round as the loop does: who is named by an error is left out of the round."""
     members = list(range(CLIENTS))
     while state.round < round_:

@@ -14,7 +14,7 @@ from torch import Tensor
 from fedtune.config import Config
 from fedtune.config.schema import AttackSettings, RobustSettings, ServerSettings
 from fedtune.lora.state import to_tensors
-from fedtune.methods import METHODS, ClientUpdate, Recipe, RoundContext, ServerState, build, client_ranks, create
+from fedtune.methods import METHODS, Algorithm, ClientUpdate, RoundContext, ServerState, build, client_ranks, create
 from fedtune.methods.requests import Train
 from fedtune.methods.wrappers import attack, rules, scaffold
 from fedtune.methods.wrappers import server_optimizer as optimizer
@@ -26,7 +26,7 @@ from tests.training.programs import asking
 OPTIMIZERS = ["fedavgm", "fedadagrad", "fedyogi", "fedadam"]
 
 
-def recipe(**changes: Any) -> Recipe:
+def algorithm(**changes: Any) -> Algorithm:
     return create(Config.model_validate({"domain": "finance", **changes}))
 
 
@@ -116,7 +116,7 @@ def test_yogi_is_adam_at_the_first_step_from_zero_and_adagrads_sum_never_falls()
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_momentum_never_moves_a_frozen_factor(name: str) -> None:
-    alternating = recipe(method={"name": "rolora"}, server={"optimizer": name})
+    alternating = algorithm(method={"name": "rolora"}, server={"optimizer": name})
     state = alternating.initial(START)
     for round_ in (1, 2, 3):
         before = to_tensors(state.adapter)
@@ -161,7 +161,7 @@ def _drifting(scaffold: bool, rounds: int = 200, lost: frozenset[int] = frozense
 
     In the rounds `lost`, the answer of client 1 never arrives.
     """
-    made = recipe(drift={"scaffold": scaffold}, train=PLAIN_SGD, federation={"clients": 2})
+    made = algorithm(drift={"scaffold": scaffold}, train=PLAIN_SGD, federation={"clients": 2})
     state, kept = made.initial(START), {0: dict[str, Tensor](), 1: dict[str, Tensor]()}
     for round_ in range(1, rounds + 1):
         sent = []
@@ -188,8 +188,8 @@ def test_scaffold_survives_answers_that_never_arrive() -> None:
 
 
 def test_scaffolds_first_round_is_averaging_and_full_participation_means_the_mean_control() -> None:
-    made = recipe(drift={"scaffold": True}, train=PLAIN_SGD, federation={"clients": 2})
-    plain = recipe(train=PLAIN_SGD, federation={"clients": 2})
+    made = algorithm(drift={"scaffold": True}, train=PLAIN_SGD, federation={"clients": 2})
+    plain = algorithm(train=PLAIN_SGD, federation={"clients": 2})
     results = []
     for one in (made, plain):
         state = one.initial(START)
@@ -278,7 +278,7 @@ def test_no_update_counts_for_more_than_the_clip(limit: float) -> None:
 
 def _attacked(kind: str, **changes: Any) -> float:
     """Return how far the aggregate of nine honest clients and an attacker is from the honest mean, relatively."""
-    made = recipe(attack={"kind": kind, "clients": [0], "scale": 100.0}, federation={"clients": 10}, **changes)
+    made = algorithm(attack={"kind": kind, "clients": [0], "scale": 100.0}, federation={"clients": 10}, **changes)
     start = to_tensors(START)
     sent = []
     for client in range(10):
@@ -313,7 +313,7 @@ def test_a_gauge_attack_hits_the_mean_of_factors_and_nothing_in_product_space() 
 
 
 def test_a_round_at_rate_zero_leaves_the_controls_as_they_are() -> None:
-    made = recipe(drift={"scaffold": True}, train={"optimizer": "sgd"}, federation={"clients": 2})
+    made = algorithm(drift={"scaffold": True}, train={"optimizer": "sgd"}, federation={"clients": 2})
     first = fit_by(made, Quadratic(0, {}), made.view(made.initial(START), 0))
     state = made.server_step([ClientUpdate(0, first.payload, 1.0)], made.initial(START), RoundContext(1))
     local = Quadratic(0, first.kept)
@@ -358,7 +358,7 @@ def test_scaffolds_controls_are_the_mean_of_the_gradients_that_steps_are_made_of
 @pytest.mark.parametrize("size", [1.0, 1e4])
 def test_scaffolds_bounds_leave_honest_controls_as_they_are(decay: float, size: float) -> None:
     """An honest control is at most a clipped gradient, however large the model and its decay are."""
-    made = recipe(drift={"scaffold": True}, train={"optimizer": "sgd", "weight_decay": decay})
+    made = algorithm(drift={"scaffold": True}, train={"optimizer": "sgd", "weight_decay": decay})
     state = ServerState({p: replace(m, a=size * m.a, b=size * m.b) for p, m in START.items()})
     upload, largest = made.upload(state, 0, 1), 0.999 * made.config.train.max_grad_norm
     controls = {n: largest * t / t.norm() for n, t in to_tensors(state.adapter).items()}
@@ -376,7 +376,7 @@ def test_scaffolds_steps_reach_three_clipped_gradients_and_the_models_own_decay(
     """The loss's gradient, c and c_i; no room is left for the decay of a model of another size."""
     from fedtune.methods import sound
 
-    train = recipe(train={"optimizer": "sgd", "weight_decay": decay}).config.train
+    train = algorithm(train={"optimizer": "sgd", "weight_decay": decay}).config.train
     plain, corrected = sound.reach(train, 1e-2, 10), sound.reach(scaffold.correcting(train), 1e-2, 10)
     assert corrected.share == plain.share
     assert corrected.most == pytest.approx(3 * plain.most)
@@ -430,7 +430,9 @@ def test_an_attacker_with_magnitudes_that_learned_nothing_sends_the_unchanged_mo
     """What it starts from is compared in the form in which it is sent: D and D * B, not m and B."""
     from dataclasses import replace
 
-    made = recipe(method={"name": "flexlora"}, lora={"dora": True}, attack={"kind": kind, "clients": [0], "scale": 2.0})
+    made = algorithm(
+        method={"name": "flexlora"}, lora={"dora": True}, attack={"kind": kind, "clients": [0], "scale": 2.0}
+    )
     begun = {p: replace(m, magnitude=torch.full((m.b.shape[0],), 3.0).double()) for p, m in START.items()}
     state = made.initial(begun)
     relative = {p: replace(m, magnitude=m.magnitude * 0.7) for p, m in state.adapter.items()}  # type: ignore[operator]
@@ -446,7 +448,7 @@ def test_an_attacker_with_magnitudes_that_learned_nothing_sends_the_unchanged_mo
             return {p: torch.linspace(1, 2, m.b.shape[0]).double() for p, m in START.items()}
 
     bad = fit_by(made, Idle(), made.view(state, 0)).payload
-    honest = fit_by(recipe(method={"name": "flexlora"}, lora={"dora": True}), Idle(), made.view(state, 0)).payload
+    honest = fit_by(algorithm(method={"name": "flexlora"}, lora={"dora": True}), Idle(), made.view(state, 0)).payload
     assert all(torch.allclose(bad[n], honest[n], atol=1e-12) for n in honest)
 
 
@@ -476,7 +478,7 @@ def test_ranks_are_dealt_by_share() -> None:
     dealt = sorted(client_ranks(config).values())
     assert dealt == [4] * 5 + [8] * 3 + [16] * 2
     assert client_ranks(config) == client_ranks(config)
-    assert build(config).scene.ranks[0] in (4, 8, 16)
+    assert build(config).run.ranks[0] in (4, 8, 16)
     with pytest.raises(ValueError, match=r"sum to 0\.5, not to 1"):
         Config.model_validate({"domain": "x", "lora": {"ranks": {4: 0.5}}})
     with pytest.raises(ValueError, match="rank 32 is above the global rank r = 16"):
@@ -485,7 +487,7 @@ def test_ranks_are_dealt_by_share() -> None:
 
 def test_every_method_takes_a_server_step_inside_a_recipe() -> None:
     for name in METHODS:
-        made = recipe(method={"name": name})
+        made = algorithm(method={"name": name})
         state: ServerState = made.initial(START)
         assert set(made.upload(state, 0, 1).tensors)
         assert made.view(state, 0)

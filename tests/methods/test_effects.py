@@ -13,7 +13,7 @@ from fedtune.config import Config
 from fedtune.config.load import merge
 from fedtune.lora.base_delta import effective
 from fedtune.lora.state import AdapterState, LoraModule
-from fedtune.methods import METHODS, ClientUpdate, Recipe, RoundContext, ServerState, create, problems
+from fedtune.methods import METHODS, Algorithm, ClientUpdate, RoundContext, ServerState, create, problems
 from fedtune.methods.traits import by_product, magnitudes, moves_base, sends_pairs
 from fedtune.methods.wrappers import rules
 from fedtune.training import schedule
@@ -115,7 +115,7 @@ def layout(config: Config) -> AdapterState:
     return {"l.q": LoraModule(a, b, lora.alpha, lora.rslora, torch.linspace(1, 2, 6) if lora.dora else None)}
 
 
-def _stepped(made: Recipe, sent: list[ClientUpdate], state: ServerState, round_: int) -> ServerState:
+def _stepped(made: Algorithm, sent: list[ClientUpdate], state: ServerState, round_: int) -> ServerState:
     """Make a step as the loop does: an attacker that is named by an error is left out."""
     try:
         return made.server_step(sent, state, RoundContext(round_))

@@ -13,7 +13,7 @@ from fedtune.lora import product
 from fedtune.lora.base_delta import effective
 from fedtune.lora.product import regauge
 from fedtune.lora.state import AdapterState, LoraModule, to_tensors
-from fedtune.methods import METHODS, ClientUpdate, Method, Scene, ServerState, problems
+from fedtune.methods import METHODS, ClientUpdate, Method, RunContext, ServerState, problems
 from fedtune.methods.aggregation import aggregate
 from fedtune.methods.state import Sizes
 from fedtune.methods.traits import magnitudes
@@ -35,7 +35,7 @@ def adapter(seed: int, rank: int = RANK, alpha: float = 8.0, *, rslora: bool = F
 
 def make(name: str, **settings: Any) -> Method:
     kind = METHODS[name]
-    return kind(kind.Parameters.model_validate(settings), Scene(seed=3, rank=RANK))
+    return kind(kind.Parameters.model_validate(settings), RunContext(seed=3, rank=RANK))
 
 
 START = adapter(0)
@@ -321,7 +321,7 @@ def _steady(method: Method, state: ServerState, number: int) -> tuple[list[int],
 def test_the_traffic_that_is_listed_is_the_traffic_there_is(name: str) -> None:
     rank, number = 2, 3
     kind = METHODS[name]
-    method = kind(kind.Parameters(), Scene(seed=1, rank=rank, cohort=number))
+    method = kind(kind.Parameters(), RunContext(seed=1, rank=rank, cohort=number))
     ups, downs = _steady(method, ServerState(_big(rank, 0)), number)
     up, down = method.traffic(Sizes(rank * 60, rank * 40, rank, number))
     assert sum(ups[-2:]) / 2 == pytest.approx(up)

@@ -11,7 +11,7 @@ from torch import Tensor
 from fedtune.config import Config
 from fedtune.lora.base_delta import effective
 from fedtune.lora.state import PREFIX, AdapterState, LoraModule, to_tensors, with_tensors
-from fedtune.methods import METHODS, Recipe, RoundContext, ServerState, create
+from fedtune.methods import METHODS, Algorithm, RoundContext, ServerState, create
 from fedtune.methods.aggregation import aggregate
 from fedtune.methods.fed_sb import FedSB
 from fedtune.methods.state import ClientUpdate
@@ -60,7 +60,7 @@ def test_rounds_take_and_leave_factors_of_the_rank(name: str) -> None:
         assert shapes(to_tensors(state.adapter)) == shapes(to_tensors(start))
 
 
-def _round(made: Recipe, start: AdapterState, state: ServerState, kept: dict[int, Any], round_: int) -> ServerState:
+def _round(made: Algorithm, start: AdapterState, state: ServerState, kept: dict[int, Any], round_: int) -> ServerState:
     """Make one round as a run does, with what the screening demands of the shapes that are sent."""
     phase = 0
     while state.round < round_:

@@ -10,7 +10,7 @@ from torch import Tensor
 from fedtune.config import Config
 from fedtune.lora.base_delta import effective
 from fedtune.lora.state import AdapterState, LoraModule, to_tensors, with_tensors
-from fedtune.methods import ClientUpdate, Recipe, RoundContext, ServerState, create, sound
+from fedtune.methods import Algorithm, ClientUpdate, RoundContext, ServerState, create, sound
 from fedtune.methods.fed_sb import FedSB
 from fedtune.methods.fedask import FedASK
 from fedtune.methods.hetlora import HetLoRA
@@ -30,7 +30,7 @@ def adapter(seed: int, size: float = 1.0) -> AdapterState:
     }
 
 
-def recipe(name: str, clip: str = "none", **settings: Any) -> Recipe:
+def algorithm(name: str, clip: str = "none", **settings: Any) -> Algorithm:
     tree = {"domain": "finance", "federation": {"clients": CLIENTS}, "lora": {"r": RANK, "alpha": 4.0}}
     robust = {"clip_norm": clip}
     return create(Config.model_validate({**tree, "method": {"name": name, **settings}, "robust": robust}))
@@ -104,7 +104,7 @@ def _sketches(method: FedASK, updates: list[AdapterState], width: int) -> list[C
 
 def _with_a_large_sketch(start: ServerState, chosen: int, step: float, size: float, noise: float) -> ServerState:
     """Return FedASK's state after a round in which one client's first sketch has nothing in common with the others'."""
-    method = cast(FedASK, recipe("fedask", width=chosen).method)
+    method = cast(FedASK, algorithm("fedask", width=chosen).method)
     width = method.sketch_width(OUT, IN, RANK)
     own = [with_tensors(start.adapter, honest(start, c, step).tensors) for c in range(CLIENTS)]
     first = _sketches(method, own, width)
@@ -150,13 +150,13 @@ def test_a_width_of_as_many_columns_as_fedask_needs_is_the_default_bit_for_bit()
     own = [with_tensors(start.adapter, honest(start, c).tensors) for c in range(CLIENTS)]
     own[BAD] = {p: replace(m, b=50 * m.b) for p, m in own[BAD].items()}  # a width that leaves no room scales it down
     for chosen in (0, CLIENTS * RANK, 10**6):
-        method = cast(FedASK, recipe("fedask", width=chosen).method)
+        method = cast(FedASK, algorithm("fedask", width=chosen).method)
         found.append(method.server_step(_sketches(method, own, method.sketch_width(OUT, IN, RANK)), start, 1).extra)
     assert all(torch.equal(found[0][n], other[n]) for other in found[1:] for n in found[0])
 
 
 def test_a_sketch_of_more_directions_than_a_client_has_is_refused_by_its_name() -> None:
-    start, made = ServerState(adapter(0)), recipe("fedask")
+    start, made = ServerState(adapter(0)), algorithm("fedask")
     method = cast(FedASK, made.method)
     sent = _sketches(method, [with_tensors(start.adapter, honest(start, c).tensors) for c in range(CLIENTS)], 16)
     method.server_step(sent, start, 1)
@@ -172,7 +172,7 @@ def test_a_clip_at_the_median_keeps_the_earlier_model_where_r_directions_are_kep
     """One client whose factors have nothing in common with the others', as large as the screening takes them."""
     shares = {}
     for clip in ("none", "median"):
-        made = recipe(name, clip)
+        made = algorithm(name, clip)
         state = made.initial(adapter(0))
         sent = [honest(state, c) for c in range(CLIENTS)]
         apart = {n: 10 * t for n, t in to_tensors(adapter(50)).items()}

@@ -10,9 +10,8 @@ from torch import Tensor
 
 from fedtune.lora import base_delta, product
 from fedtune.lora.state import PREFIX, AdapterState, LoraModule, fresh, to_tensors, with_rank, with_tensors
-from fedtune.methods import ClientUpdate, Method, Scene, ServerState
+from fedtune.methods import ClientUpdate, Method, RunContext, ServerState
 from fedtune.methods.aggregation import aggregate
-from fedtune.methods.base_delta import MovesBase
 from fedtune.methods.fed_sb import FedSB
 from fedtune.methods.fedalt import FedALT, rest_of_world
 from fedtune.methods.fedask import FedASK
@@ -24,6 +23,7 @@ from fedtune.methods.fedsvd import FedSVD
 from fedtune.methods.flora import FLoRA
 from fedtune.methods.hetlora import HetLoRA
 from fedtune.methods.lora_a2 import LoRAA2
+from fedtune.methods.moves_base import MovesBase
 from fedtune.methods.rbla import RBLA
 from fedtune.methods.state import mean as weighted
 from tests.clients import begun_by, completed, fit_by
@@ -332,7 +332,7 @@ def test_fed_sb_averages_the_core_and_keeps_the_bases() -> None:
 
 
 def test_lora_a2_sends_the_ranks_that_changed_most_within_the_budget() -> None:
-    method = cast(LoRAA2, LoRAA2(LoRAA2.Parameters(), Scene(ranks={0: 1})))
+    method = cast(LoRAA2, LoRAA2(LoRAA2.Parameters(), RunContext(ranks={0: 1})))
     start, trained = to_tensors(START), to_tensors(START)
     names = [n for n in start if n.endswith(B)]
     trained[names[0]] = start[names[0]] + torch.tensor([[1.0, 100.0]] * OUT, dtype=torch.float64)

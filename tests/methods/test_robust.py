@@ -13,7 +13,7 @@ from torch import Tensor
 from fedtune.config import Config
 from fedtune.lora.base_delta import effective
 from fedtune.lora.state import A, AdapterState, B, LoraModule, to_tensors, with_rank
-from fedtune.methods import METHODS, ClientUpdate, Recipe, RoundContext, ServerState, create, problems
+from fedtune.methods import METHODS, Algorithm, ClientUpdate, RoundContext, ServerState, create, problems
 from fedtune.methods.traits import by_product
 from fedtune.methods.wrappers import rules
 from fedtune.types import RunFailedError, UpdateError
@@ -52,14 +52,14 @@ def adapter(seed: int, dtype: torch.dtype = torch.float32) -> AdapterState:
     return {f"l{i}.q": LoraModule(draw(4, 12), draw(9, 4), 8.0) for i in range(2)}
 
 
-def started(made: Recipe, dtype: torch.dtype = torch.float32) -> ServerState:
+def started(made: Algorithm, dtype: torch.dtype = torch.float32) -> ServerState:
     """Return a state in the middle of a run: of methods that move the base, a fresh adapter."""
     state = made.initial(adapter(0, dtype))
     first = [ClientUpdate(c, _trained(made, state, c, 1), 10.0) for c in range(CLIENTS)]
     return create(config(made.method.name, {})).server_step(first, state, RoundContext(1))
 
 
-def _trained(made: Recipe, state: ServerState, client: int, round_: int, step: float = 0.05) -> dict[str, Tensor]:
+def _trained(made: Algorithm, state: ServerState, client: int, round_: int, step: float = 0.05) -> dict[str, Tensor]:
     """Return what an honest client sends: what it was sent, and a step away from it."""
     generator = torch.Generator().manual_seed(1000 * round_ + client)
     sent = made.method.upload(state, client, round_).tensors
@@ -72,13 +72,13 @@ def model(state: ServerState) -> Tensor:
     return torch.cat([(w.left.double() @ w.right.double()).flatten() for w in whole.values()])
 
 
-def alone(made: Recipe, state: ServerState, update: ClientUpdate, round_: int) -> Tensor:
+def alone(made: Algorithm, state: ServerState, update: ClientUpdate, round_: int) -> Tensor:
     """Return the model that one client's update is."""
     plain = create(config(made.method.name, {}))
     return model(plain.server_step([update], state, RoundContext(round_)))
 
 
-def stepped(made: Recipe, sent: list[ClientUpdate], state: ServerState, round_: int) -> ServerState:
+def stepped(made: Algorithm, sent: list[ClientUpdate], state: ServerState, round_: int) -> ServerState:
     """Make a round as the loop does: who is named by an error is left out, and with too few nothing happens."""
     try:
         return made.server_step(sent, state, RoundContext(round_))
@@ -293,7 +293,7 @@ def _lora(name: str, ranks: tuple[int, ...]) -> dict[str, Any]:
     return {"lora": {"r": 4, "alpha": 8.0, "ranks": ranks if name in MIXED else ()}}
 
 
-def _far(made: Recipe, state: ServerState, ranks: tuple[int, ...]) -> list[ClientUpdate]:
+def _far(made: Algorithm, state: ServerState, ranks: tuple[int, ...]) -> list[ClientUpdate]:
     """Return updates that claim to be somewhere else altogether."""
     return [ClientUpdate(c, _trained(made, state, c, 2, 3.0), 10.0) for c in range(len(ranks))]
 

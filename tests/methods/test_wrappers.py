@@ -11,7 +11,7 @@ import torch
 
 from fedtune.config import Config
 from fedtune.lora.state import to_tensors
-from fedtune.methods import METHODS, Recipe, ServerState, create
+from fedtune.methods import METHODS, Algorithm, ServerState, create
 from fedtune.methods.wrappers import WRAPPERS, asked
 from tests.clients import fit_by
 from tests.methods.test_around import Quadratic
@@ -56,11 +56,11 @@ def test_the_wrapper_of_the_page_does_what_it_says(monkeypatch: pytest.MonkeyPat
     blocks = re.findall(r"```python\n(.*?)```", PAGE.read_text(), flags=re.S)
     scope: dict[str, Any] = {"__name__": "page"}
     exec(blocks[0], scope)
-    plain: Recipe = create(config())
+    plain: Algorithm = create(config())
     whole = fit_by(plain, Quadratic(0, {}), plain.view(ServerState(START), 0)).payload
     monkeypatch.setitem(WRAPPERS.own, "shrinks", scope["Shrinks"])
-    recipe = create(config(wrappers={"shrinks": {"share": 0.5}}))
-    half = fit_by(recipe, Quadratic(0, {}), recipe.view(ServerState(START), 0)).payload
+    algorithm = create(config(wrappers={"shrinks": {"share": 0.5}}))
+    half = fit_by(algorithm, Quadratic(0, {}), algorithm.view(ServerState(START), 0)).payload
     start = to_tensors(START)
     assert all(torch.allclose(half[n], (whole[n] + start[n]) / 2) for n in start)
     assert any(not torch.equal(whole[n], start[n]) for n in start)

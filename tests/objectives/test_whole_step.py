@@ -24,9 +24,9 @@ from fedtune.methods.requests import Losses
 from fedtune.models.adapter import AdaptedModel
 from fedtune.models.load import load
 from fedtune.objectives import Example, Objective, by_text
+from fedtune.training.client import LocalWork
 from fedtune.training.cohort import Cohort
 from fedtune.training.executor import Limits, Sequential, Work, training
-from fedtune.training.local import LocalWork
 from fedtune.training.loss import Part, Step, keyed, label_logs
 from tests.conftest import ASK, SENTENCES, write_jsonl
 from tests.objectives.test_gradients import EXAMPLES, doubled, example, made, same

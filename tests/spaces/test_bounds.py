@@ -9,7 +9,7 @@ from torch import Tensor
 from fedtune import methods
 from fedtune.config.schema import TrainSettings
 from fedtune.lora.state import AdapterState, Plain, to_tensors
-from fedtune.methods import ClientUpdate, Recipe, RoundContext
+from fedtune.methods import Algorithm, ClientUpdate, RoundContext
 from fedtune.methods.requests import Tensors
 from fedtune.models.load import LoadedModel
 from fedtune.models.proof import prove
@@ -26,7 +26,7 @@ KINDS = [torch.bfloat16, torch.float32]
 EXACT = 1 + 1e-3
 
 
-def recipe(clients: int, **robust: Any) -> Recipe:
+def algorithm(clients: int, **robust: Any) -> Algorithm:
     """Return the mean of whole weights with a rule or a clip."""
     federation = {"clients": clients, "fraction": 1.0}
     return methods.create(
@@ -44,7 +44,7 @@ def distance(one: Tensors, other: Tensors) -> float:
     return float(sum((one[n].double() - other[n].double()).square().sum() for n in one)) ** 0.5
 
 
-def rounds(made: Recipe, start: AdapterState, moves: list[Tensor]) -> list[tuple[float, list[float]]]:
+def rounds(made: Algorithm, start: AdapterState, moves: list[Tensor]) -> list[tuple[float, list[float]]]:
     """Return how far the server's state moves in each of three rounds, and how far each reply is from what was sent."""
     state, found = made.initial(start), []
     for round_ in (1, 2, 3):
@@ -61,7 +61,7 @@ def rounds(made: Recipe, start: AdapterState, moves: list[Tensor]) -> list[tuple
 def test_a_clip_bounds_the_move_and_leaves_one(dtype: torch.dtype, clip: float) -> None:
     """Three honest clients, and one that sends a hundred times as much in the same direction."""
     moves = [torch.full((SIZE,), SPACING * share) for share in (1, 1, 1, 100)]
-    for moved, _ in rounds(recipe(4, clip_norm=clip), ones(dtype), moves):
+    for moved, _ in rounds(algorithm(4, clip_norm=clip), ones(dtype), moves):
         assert 0.99 * clip < moved <= clip * EXACT
 
 
@@ -69,7 +69,7 @@ def test_a_clip_bounds_the_move_and_leaves_one(dtype: torch.dtype, clip: float) 
 def test_a_clip_at_the_median_bounds_the_move_by_the_farthest_honest_update(dtype: torch.dtype) -> None:
     first, second = torch.zeros(SIZE), torch.zeros(SIZE)
     first[: SIZE // 2], second[SIZE // 2 :] = SPACING, SPACING
-    made = recipe(3, clip_norm="median", malicious=1)
+    made = algorithm(3, clip_norm="median", malicious=1)
     for size in (1, 100):
         for moved, changes in rounds(made, ones(dtype), [first, second, torch.full((SIZE,), size * SPACING)]):
             assert 0 < moved <= max(changes[:2]) * EXACT
@@ -79,7 +79,7 @@ def test_a_clip_at_the_median_bounds_the_move_by_the_farthest_honest_update(dtyp
 def test_what_a_rule_makes_of_bfloat16_is_what_it_makes_of_the_same_changes_in_float32(rule: str) -> None:
     drawn = torch.Generator().manual_seed(0)
     moves = [SPACING * torch.randint(-2, 3, (SIZE,), generator=drawn) for _ in range(5)] + [torch.full((SIZE,), 0.5)]
-    coarse, fine = (rounds(recipe(6, rule=rule, malicious=1), ones(dtype), moves)[0] for dtype in KINDS)
+    coarse, fine = (rounds(algorithm(6, rule=rule, malicious=1), ones(dtype), moves)[0] for dtype in KINDS)
     assert coarse[0] == pytest.approx(fine[0], rel=1e-6)
 
 
@@ -90,13 +90,13 @@ def test_the_mean_of_trained_updates_is_clipped_to_the_norm(dtype: torch.dtype) 
     model.requires_grad_(False)
     prove(model)
     adapted = attach(LoadedModel(model, None, "x", "y"), "full")
-    sent = recipe(4, clip_norm=1.0).view(recipe(4, clip_norm=1.0).initial(adapted.layout), 0)
+    sent = algorithm(4, clip_norm=1.0).view(algorithm(4, clip_norm=1.0).initial(adapted.layout), 0)
     texts, train = [[Example.labelled(range(10, 40), 5)]] * 3, TrainSettings(max_grad_norm=1.0)
     rates = [1e-5 * (1 + 0.01 * client) for client in range(4)]
     replies = [Sequential(adapted).run(Work(sent, list(sent), texts, rate, train, 0, True)) for rate in rates]
     least = min(distance(reply, sent) for reply in replies)
     for share in (0.9, 0.55, 0.3):
-        made = recipe(4, clip_norm=share * least)
+        made = algorithm(4, clip_norm=share * least)
         state = made.initial(adapted.layout)
         after = made.server_step([ClientUpdate(c, r, 8.0) for c, r in enumerate(replies)], state, RoundContext(1))
         moved = distance(to_tensors(after.adapter), to_tensors(state.adapter))

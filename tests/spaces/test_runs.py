@@ -106,11 +106,11 @@ def test_a_robust_rule_drops_who_stands_apart() -> None:
     robust = {"rule": "multi-krum", "malicious": 1}
     federation = {"clients": 5, "fraction": 1.0}
     chosen = load([{"domain": "finance", "peft": {"kind": "full"}, "robust": robust, "federation": federation}]).config
-    recipe = methods.create(chosen)
+    algorithm = methods.create(chosen)
     state = ServerState(Plain("full", {"w": torch.zeros(4), "v": torch.zeros(2, 2)}))
     moves = [1.0, 1.1, 0.9, 1.05, 50.0]
     updates = [ClientUpdate(c, {"w": torch.full((4,), m), "v": torch.ones(2, 2)}, 1.0) for c, m in enumerate(moves)]
-    after = recipe.server_step(updates, state, RoundContext(1))
+    after = algorithm.server_step(updates, state, RoundContext(1))
     assert isinstance(after.adapter, Plain)
     assert torch.allclose(after.adapter.tensors["w"], torch.full((4,), 4.05 / 4), atol=1e-6)
 

@@ -66,17 +66,17 @@ def test_the_mean_of_clients_by_hand() -> None:
 def test_changes_below_the_spacing_of_the_weights_add_up() -> None:
     """One client of four moves weights of 1 by their spacing 2**-7: the mean moves by a quarter of it each round."""
     chosen = load([{"domain": "finance", "peft": {"kind": "full"}}]).config
-    recipe = methods.create(chosen)
-    state = recipe.initial(Plain("full", {"w": torch.ones(3).bfloat16(), "count": torch.tensor(5)}))
+    algorithm = methods.create(chosen)
+    state = algorithm.initial(Plain("full", {"w": torch.ones(3).bfloat16(), "count": torch.tensor(5)}))
     for round_ in range(1, 5):
-        sent = recipe.view(state, 0)
+        sent = algorithm.view(state, 0)
         assert (sent["w"].dtype, sent["count"].dtype) == (torch.bfloat16, torch.int64)
-        assert recipe.upload(state, 0, round_).tensors["w"].dtype == torch.bfloat16
+        assert algorithm.upload(state, 0, round_).tensors["w"].dtype == torch.bfloat16
         moves = [2**-7, 0, 0, 0]
         updates = [ClientUpdate(c, {"w": sent["w"] + move}, 8.0, version=round_ - 1) for c, move in enumerate(moves)]
-        state = recipe.server_step(updates, state, RoundContext(round_))
+        state = algorithm.server_step(updates, state, RoundContext(round_))
         assert torch.equal(to_tensors(state.adapter)["w"], torch.full((3,), 1 + round_ * 2**-9))
-    assert float(recipe.view(state, 0)["w"][0]) == 1 + 2**-7
+    assert float(algorithm.view(state, 0)["w"][0]) == 1 + 2**-7
 
 
 @pytest.mark.parametrize("near", [True, False])

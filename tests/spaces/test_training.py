@@ -22,7 +22,7 @@ from fedtune.models.trained import load_folder
 from fedtune.training.executor import Sequential, place
 from fedtune.types import AdapterError, ModelError
 from tests.tiny import make_folder
-from tests.training.test_local import SHARD, _padded_loss, _stock_training, fit
+from tests.training.test_client import SHARD, _padded_loss, _stock_training, fit
 
 KINDS = ("ia3", "full")
 IDS = torch.tensor([[5, 6, 7, 8, 9, 300]])

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from typing import Any, TypeVar
 
 from fedtune.methods.requests import Program, Request
+from fedtune.training.client import LocalWork
 from fedtune.training.executor import Executor, Sequential, alone
-from fedtune.training.local import LocalWork
 from fedtune.training.scheduler import together
 
 T = TypeVar("T")

@@ -115,17 +115,19 @@ def losses(how: str, attack: str | None, rounds: int) -> tuple[list[float], list
     """
     dtype, train, rate = TRAINED[how]
     adapted = whole(dtype)
-    recipe = methods.create(load([{"domain": "finance", "peft": {"kind": "full"}, "train": train.model_dump()}]).config)
-    state, seen, refused = recipe.initial(adapted.layout), list[float](), list[Rejection]()
+    algorithm = methods.create(
+        load([{"domain": "finance", "peft": {"kind": "full"}, "train": train.model_dump()}]).config
+    )
+    state, seen, refused = algorithm.initial(adapted.layout), list[float](), list[Rejection]()
     for round_ in range(1, rounds + 1):
-        start = recipe.view(state, 0)
+        start = algorithm.view(state, 0)
         sent, loss = trained(adapted, start, train, rate)
         seen.append(loss)
         replies = [Reply(c, ("run", round_, c, 1), sent, {"examples": 4.0, "loss": loss}) for c in range(4)]
         expected = Expected(
             "run",
             round_,
-            {c: recipe.upload(state, c, round_, STEPS, rate) for c in range(4)},
+            {c: algorithm.upload(state, c, round_, STEPS, rate) for c in range(4)},
             dict.fromkeys(range(4), 4),
             lambda client: Most(4, STEPS, 10_000),
         )
@@ -135,7 +137,7 @@ def losses(how: str, attack: str | None, rounds: int) -> tuple[list[float], list
             replies[3] = replace(replies[3], tensors=nearest(start, wanted, sound.reach(train, rate, STEPS)))
         screened = screen(replies, expected)
         assert not screened.rejected
-        state = recipe.server_step(screened.updates, state, RoundContext(round_))
+        state = algorithm.server_step(screened.updates, state, RoundContext(round_))
     return seen, refused
 
 

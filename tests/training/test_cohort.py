@@ -17,9 +17,9 @@ from fedtune.methods.requests import Program, Tensors, Train
 from fedtune.models.adapter import AdaptedModel, attach
 from fedtune.models.load import load
 from fedtune.objectives import Example
+from fedtune.training.client import LocalWork
 from fedtune.training.cohort import Cohort
 from fedtune.training.executor import Executor, Limits, Sequential
-from fedtune.training.local import LocalWork
 from fedtune.training.scheduler import together
 from tests.training.programs import all_asked, asking
 
@@ -204,13 +204,13 @@ def test_small_passes_and_recomputed_activations_change_nothing(build: Any) -> N
 def test_every_method_fits_the_same_in_a_cohort(build: Any, name: str) -> None:
     """What cannot be stacked (cores, second adapters, routers) is trained one after the other, unasked."""
     adapted, config = build(torch.float32, train={"max_steps": 2}, method__name=name, federation__clients=3)
-    recipe, data = methods.create(config), shards(3)
-    state = recipe.initial(adapted.layout)
+    algorithm, data = methods.create(config), shards(3)
+    state = algorithm.initial(adapted.layout)
 
     def fit(round_: int, client: int) -> Any:
-        layout = recipe.method.cut(adapted.layout, client)
+        layout = algorithm.method.cut(adapted.layout, client)
         local = LocalWork(adapted, data[client], layout, {}, config, (client, round_, 1))
-        return local.run(recipe.work(local.context, recipe.view(state, client)))
+        return local.run(algorithm.work(local.context, algorithm.view(state, client)))
 
     for round_ in (1, 2):
         results = []

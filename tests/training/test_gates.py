@@ -26,9 +26,9 @@ from fedtune.models.adapter import attach
 from fedtune.models.load import load
 from fedtune.objectives import Example
 from fedtune.training import schedule
+from fedtune.training.client import LocalWork
 from fedtune.training.cohort import Cohort
 from fedtune.training.executor import Sequential
-from fedtune.training.local import LocalWork
 from fedtune.training.workload import EncodedShards
 from tests.training.programs import asked
 from tests.training.test_cohort import distance, shards

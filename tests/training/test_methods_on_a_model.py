@@ -25,12 +25,12 @@ from fedtune.models.adapted import base_weight
 from fedtune.models.adapter import AdaptedModel, attach, save
 from fedtune.models.attention import packed_logits, text_features
 from fedtune.models.load import load
+from fedtune.training.client import LocalWork
 from fedtune.training.cohort import Cohort
-from fedtune.training.local import LocalWork
 from fedtune.types import AdapterError
 from tests.clients import begun_by
 from tests.training.programs import all_asked, asked, ran
-from tests.training.test_local import SHARD, _stock_training
+from tests.training.test_client import SHARD, _stock_training
 
 TEXTS = [example.texts[0].ids for example in SHARD[:4]]
 KEEP = list(range(sum(map(len, TEXTS))))
@@ -273,8 +273,8 @@ def test_dora_through_the_map_is_the_mean_of_the_clients_weights(config: Config,
         }
     )
     model = adapted(config, dora=True, r=16)
-    recipe = methods.create(chosen)
-    state = recipe.initial(model.layout)
+    algorithm = methods.create(chosen)
+    state = algorithm.initial(model.layout)
     start = dora.to_magnitudes(to_tensors(state.adapter), model.row_norms(to_tensors(state.adapter)))
     assert all(torch.allclose(start[n], t, atol=1e-6) for n, t in to_tensors(model.layout).items())
     sent, effective = [], []
@@ -283,21 +283,21 @@ def test_dora_through_the_map_is_the_mean_of_the_clients_weights(config: Config,
             n: start[n] * (1 + 0.2 * torch.rand(t.shape)) if "magnitude" in n else t
             for n, t in noisy(model, seed=client, size=0.02).items()
         }
-        trained = {n: t if recipe.method.trainable(1, n) else start[n] for n, t in trained.items()}
+        trained = {n: t if algorithm.method.trainable(1, n) else start[n] for n, t in trained.items()}
         if name in ("flexlora", "lora_fair"):
             trained = {
                 n: torch.where(torch.arange(t.shape[1]) < 6, t, 0) if "lora_B" in n else t for n, t in trained.items()
             }
-        payload = recipe.method.payload(trained, start, 1)
+        payload = algorithm.method.payload(trained, start, 1)
         mapped = dora.to_wire(payload, model.row_norms({**start, **payload}))
         sent.append(ClientUpdate(client, mapped, weight))
         effective.append({p: weight / 4 * w for p, w in _weights(model, trained).items()})
-    after = recipe.server_step(sent, state, RoundContext(1))
+    after = algorithm.server_step(sent, state, RoundContext(1))
     tensors = to_tensors(after.adapter)
     got = _weights(model, dora.to_magnitudes(tensors, model.row_norms(tensors)))
     gap = max(float((got[p] - effective[0][p] - effective[1][p]).norm() / got[p].norm()) for p in got)
     assert (gap < 1e-6) is exact, gap
-    again = recipe.server_step([sent[0], ClientUpdate(1, sent[0].tensors, 3.0)], state, RoundContext(1))
+    again = algorithm.server_step([sent[0], ClientUpdate(1, sent[0].tensors, 3.0)], state, RoundContext(1))
     tensors = to_tensors(again.adapter)
     fixed = _weights(model, dora.to_magnitudes(tensors, model.row_norms(tensors)))
     assert all(torch.allclose(fixed[p], effective[0][p] * 4, atol=1e-5) for p in fixed) or not exact
@@ -313,12 +313,12 @@ def test_a_vanishing_relative_magnitude_is_refused(value: float, said: str) -> N
 def test_a_clients_own_model_is_what_it_trained(config: Config, name: str) -> None:
     """After a round, `begin` with what was kept gives back the tensors that the training ended with."""
     chosen = config.model_copy(update={"method": config.method.model_copy(update={"name": name})})
-    model, recipe = adapted(config), methods.create(chosen)
-    state = recipe.initial(model.layout)
+    model, algorithm = adapted(config), methods.create(chosen)
+    state = algorithm.initial(model.layout)
     work = local(model, chosen)
-    fitted = ran(work, recipe.work(work.context, recipe.view(state, 1)))
-    after = recipe.server_step([ClientUpdate(1, fitted.payload, 1.0)], state, RoundContext(1))
-    mine = begun_by(recipe, model.layout, recipe.view(after, 1), fitted.kept, 2)
+    fitted = ran(work, algorithm.work(work.context, algorithm.view(state, 1)))
+    after = algorithm.server_step([ClientUpdate(1, fitted.payload, 1.0)], state, RoundContext(1))
+    mine = begun_by(algorithm, model.layout, algorithm.view(after, 1), fitted.kept, 2)
     for tensor_name, tensor in fitted.payload.items():
         assert torch.allclose(mine[tensor_name], tensor)
     for tensor_name, tensor in fitted.kept.items():
@@ -384,23 +384,23 @@ def test_the_rest_of_a_fresh_adapter_is_the_layouts(config: Config) -> None:
 def test_what_the_server_has_arrives_in_the_model(config: Config, name: str) -> None:
     """A canary in the server's state is found in the resident model after a download, whatever the method sends."""
     chosen = config.model_copy(update={"method": config.method.model_copy(update={"name": name})})
-    model, recipe = adapted(config), methods.create(chosen)
-    state = recipe.initial(model.layout)
+    model, algorithm = adapted(config), methods.create(chosen)
+    state = algorithm.initial(model.layout)
     sent, phase = {}, 0
     while state.round < 1:
         phase += 1
         work = local(model, chosen, round_=1, phase=phase, kept=sent.get("kept", {}))
-        fitted = ran(work, recipe.work(work.context, recipe.view(state, 1)))
+        fitted = ran(work, algorithm.work(work.context, algorithm.view(state, 1)))
         sent = {"kept": {**sent.get("kept", {}), **fitted.kept}}
         update = [ClientUpdate(1, fitted.payload, 1.0)]
-        state = recipe.server_step(update, state, RoundContext(1))
+        state = algorithm.server_step(update, state, RoundContext(1))
     frozen_a = {"ffa_lora", "fedkseed", "flora", "rac_lora", "fed_sb"}
     path = next(iter(state.adapter))
     if name not in frozen_a:
         canary = 7.0
         marked = {**state.adapter, path: replace(state.adapter[path], a=torch.full_like(state.adapter[path].a, canary))}
         state = replace(state, adapter=marked)
-    begun = begun_by(recipe, model.layout, recipe.view(state, 99), {}, 2)
+    begun = begun_by(algorithm, model.layout, algorithm.view(state, 99), {}, 2)
     model.load(begun)
     now = {**model.slots, **model.sides.parameters()}
     held = [n for n in begun if n in now]
@@ -423,20 +423,20 @@ def test_a_run_is_the_pure_functions_on_the_same_updates(settings: Callable[...,
     path, _ = run(made, tmp_path / "run")
     got = safetensors.torch.load_file(path / "checkpoints/round-000001/state.safetensors")
     model = attach(load(made.config.model), made.config.lora, derive_seed(made.config.seed, "adapter"))
-    recipe, shards = (
+    algorithm, shards = (
         methods.create(made.config),
         workload.encode_shards(workload.load(made.config), model.base.tokenizer, made.config),
     )
-    state = recipe.initial(model.layout)
+    state = algorithm.initial(model.layout)
     sent = []
     for client, shard in enumerate(shards.shards):
         work = LocalWork(model, shard, model.layout, {}, made.config, (client, 1, 1))
         sent.append(
             ClientUpdate(
-                client, ran(work, recipe.work(work.context, recipe.view(state, client))).payload, work.examples
+                client, ran(work, algorithm.work(work.context, algorithm.view(state, client))).payload, work.examples
             )
         )
-    after = to_tensors(recipe.server_step(sent, state, RoundContext(1)).adapter)
+    after = to_tensors(algorithm.server_step(sent, state, RoundContext(1)).adapter)
     assert all(torch.equal(got[n], after[n]) for n in after)
 
 

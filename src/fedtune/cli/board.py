@@ -17,7 +17,7 @@ REJECTED = 4
 
 
 def submit(
-    runs: Annotated[list[Path], typer.Argument(help="Finished run folders: the seeds of one recipe.")],
+    runs: Annotated[list[Path], typer.Argument(help="Finished run folders: the seeds of one algorithm.")],
     out: Annotated[Path, typer.Option(help="The submission's folder.")],
     team: Annotated[str, typer.Option(help="Who submits; plain text, shown on the board.")] = "",
     title: Annotated[str, typer.Option(help="What to call it.")] = "",

@@ -25,7 +25,7 @@ from fedtune.federation.workers import WorkerGrid, WorkerPool, costs_of
 from fedtune.lora.base_delta import as_adapter, join, side_tensors
 from fedtune.lora.dora import to_magnitudes
 from fedtune.lora.state import AdapterState, to_tensors, with_tensors
-from fedtune.methods import Recipe, ServerState
+from fedtune.methods import Algorithm, ServerState
 from fedtune.methods.requests import ClientContext
 from fedtune.methods.traits import moves_base
 from fedtune.models.adapted import AdaptedModel
@@ -74,16 +74,16 @@ def derive(config: Config, arm: str) -> Config:
 
 def wire(config: Config, start: AdapterState) -> Callable[[int], int] | None:
     """Return what tells how many bytes a cohort exchanges in a round; None where that depends on the run's course."""
-    recipe = methods.create(config)
-    state = recipe.initial(start)
-    first = recipe.upload(state, 0, 1)
-    if moves_base(type(recipe.method)) or first.ragged or first.once:
+    algorithm = methods.create(config)
+    state = algorithm.initial(start)
+    first = algorithm.upload(state, 0, 1)
+    if moves_base(type(algorithm.method)) or first.ragged or first.once:
         return None
     everybody = np.arange(config.federation.clients)
     # clients of one rank exchange the same number of bytes
-    rank_of = recipe.method.scene.ranks.get
+    rank_of = algorithm.method.run.ranks.get
     some = {rank_of(c): c for c in everybody.tolist()}
-    down = {rank: message_bytes(recipe.view(state, c)) for rank, c in some.items()}
+    down = {rank: message_bytes(algorithm.view(state, c)) for rank, c in some.items()}
 
     def ranks(round_: int) -> Mapping[int | None, int]:
         if len(some) == 1:  # then who is drawn does not matter
@@ -92,7 +92,7 @@ def wire(config: Config, start: AdapterState) -> Callable[[int], int] | None:
 
     def exchanged(round_: int) -> int:
         return sum(
-            count * (down[rank] + message_bytes(recipe.upload(state, some[rank], round_).tensors))
+            count * (down[rank] + message_bytes(algorithm.upload(state, some[rank], round_).tensors))
             for rank, count in ranks(round_).items()
         )
 
@@ -131,7 +131,7 @@ class Arm:
         return PrivateStore(self.folder / "clients", self.config.federation.keep_checkpoints)
 
     @property
-    def recipe(self) -> Recipe:
+    def algorithm(self) -> Algorithm:
         """The method, with what is around it."""
         return methods.create(self.config)
 
@@ -144,15 +144,15 @@ class Arm:
 
         A run that was cut off may have left what clients kept in later rounds.
         """
-        recipe, next_round = self.recipe, after + 1
-        layout = recipe.method.cut(self.start, client)
+        algorithm, next_round = self.algorithm, after + 1
+        layout = algorithm.method.cut(self.start, client)
         kept = self.private.load(client, (next_round, 1))
         context = ClientContext(client, next_round, 1, layout, kept, rate=0.0, steps=0)
-        return self._loadable(recipe.begin(context, recipe.view(state, client)))
+        return self._loadable(algorithm.begin(context, algorithm.view(state, client)))
 
     def _loadable(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         """Return tensors with DoRA's magnitudes as PEFT has them, where they are relative."""
-        return to_magnitudes(tensors, self.adapted.row_norms(tensors)) if self.recipe.exact_dora else tensors
+        return to_magnitudes(tensors, self.adapted.row_norms(tensors)) if self.algorithm.exact_dora else tensors
 
     def adapter_of(self, state: ServerState) -> AdapterState:
         """Return the global model as one PEFT adapter, of whatever rank that takes."""
@@ -169,7 +169,7 @@ def _key(arm: Arm) -> str:
     return f"{arm.run_id}/{arm.config.arm}"
 
 
-def _grid(arm: Arm, recipe: Recipe, only: int | None) -> LocalGrid:
+def _grid(arm: Arm, algorithm: Algorithm, only: int | None) -> LocalGrid:
     """Return the clients: in this process, or in a worker pool, whose workers get what is asked for and no more."""
     clients = arm.config.federation.clients
     shards = poisoned(arm.shards, arm.config)
@@ -181,7 +181,7 @@ def _grid(arm: Arm, recipe: Recipe, only: int | None) -> LocalGrid:
         means = {c: sum(e.tokens for e in shard) / max(1, len(shard)) for c, shard in enumerate(arm.shards.shards)}
         return WorkerGrid(pool, key, clients, costs_of(means), reported(arm.reporter))
     executor = pool.executor or Sequential(arm.adapted)
-    runtime = Runtime(arm.config, arm.adapted, recipe, arm.start, shards, executor, arm.private, arm.reporter.step)
+    runtime = Runtime(arm.config, arm.adapted, algorithm, arm.start, shards, executor, arm.private, arm.reporter.step)
     return LocalGrid(jobs(runtime), clients, pool=pool)
 
 
@@ -191,8 +191,8 @@ def train(arm: Arm, only: int | None = None) -> Steps[Progress]:
     Raises:
         RunFailedError, CancelledError: as the round loop does.
     """
-    recipe = arm.recipe
-    grid = _grid(arm, recipe, only)
+    algorithm = arm.algorithm
+    grid = _grid(arm, algorithm, only)
     faults = arm.config.federation.faults
     faulty = FaultyGrid(grid, faults, arm.config.seed) if any(faults.model_dump().values()) else grid
 
@@ -204,7 +204,7 @@ def train(arm: Arm, only: int | None = None) -> Steps[Progress]:
     arm.reporter.training(arm.config.arm, arm.config.federation.rounds, max(folders(arm.folder), default=0))
     federation = Federation(
         config=arm.config,
-        recipe=recipe,
+        algorithm=algorithm,
         grid=faulty,
         registered=arm.shards.sizes,
         run_id=arm.run_id,
@@ -214,7 +214,7 @@ def train(arm: Arm, only: int | None = None) -> Steps[Progress]:
         on_note=arm.reporter.note,
     )
     try:
-        return (yield from rounds(federation, recipe.initial(arm.start)))
+        return (yield from rounds(federation, algorithm.initial(arm.start)))
     finally:
         if isinstance(arm.pool, WorkerPool):
             arm.pool.workers.release(_key(arm))

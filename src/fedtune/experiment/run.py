@@ -92,7 +92,7 @@ def _single(session: Session, name: str, where: Path, data: workload.TrainingDat
     """Train and evaluate the federated or the centralised arm; a global model is saved as its space says."""
     arm = _prepare(session, name, where, data)
     progress = yield from _train(session, arm)
-    if arm.recipe.method.models != "own":
+    if arm.algorithm.method.models != "own":
         _save(session, arm.adapter_of(progress.state), where)
     scores, each = session.evaluate_state(arm, progress.state, progress.round, name)
     steps = _steps(progress.records)

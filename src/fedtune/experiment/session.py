@@ -77,7 +77,7 @@ class Session:
 
     def evaluate_state(self, arm: Arm, state: ServerState, after: int, where: str) -> Scored:
         """Evaluate the global model after a round, or each client's where the method has no single one."""
-        if arm.recipe.method.models == "global":
+        if arm.algorithm.method.models == "global":
             return self.evaluate(arm.shared_model(state), where), {}
         asked = (client for client, examples in arm.shards.sizes.items() if examples)
         return self.evaluate_each(((c, arm.own_model(state, c, after)) for c in asked), where)

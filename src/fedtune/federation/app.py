@@ -13,10 +13,10 @@ from fedtune.federation import messages
 from fedtune.federation.local import Client
 from fedtune.federation.private import PrivateStore
 from fedtune.lora.state import AdapterState
-from fedtune.methods import Recipe
+from fedtune.methods import Algorithm
 from fedtune.models.adapted import AdaptedModel
+from fedtune.training.client import LocalWork, OnStep
 from fedtune.training.executor import Executor, Jobs, alone
-from fedtune.training.local import LocalWork, OnStep
 from fedtune.training.workload import EncodedShards
 from fedtune.types import DataError
 
@@ -28,7 +28,7 @@ class Runtime:
     Attributes:
         config: the run's settings.
         adapted: the base model with its adapter.
-        recipe: its client half is used.
+        algorithm: its client half is used.
         layout: the adapter as the run's seed made it.
         shards: every client's examples.
         executor: makes the optimiser steps.
@@ -38,7 +38,7 @@ class Runtime:
 
     config: Config
     adapted: AdaptedModel
-    recipe: Recipe
+    algorithm: Algorithm
     layout: AdapterState
     shards: EncodedShards
     executor: Executor
@@ -57,18 +57,18 @@ def _train(runtime: Runtime, message: Message, context: Context) -> Jobs[Message
         raise DataError(f"client {client} has no examples")
     record = message.content.array_records[messages.ADAPTER]
     when = int(str(order["round"])), int(str(order["phase"]))
-    recipe, private = runtime.recipe, runtime.private
+    algorithm, private = runtime.algorithm, runtime.private
     local = LocalWork(
         runtime.adapted,
         shard,
-        recipe.method.cut(runtime.layout, client),
+        algorithm.method.cut(runtime.layout, client),
         private.load(client, when),
         runtime.config,
         (client, *when),
         runtime.on_step,
         runtime.executor.limits.tokens,
     )
-    fitted = yield from local.run(recipe.work(local.context, messages.unpack(record)))
+    fitted = yield from local.run(algorithm.work(local.context, messages.unpack(record)))
     if fitted.kept:
         private.save(client, when, fitted.kept)
     metrics = {"examples": local.examples, "tokens": local.tokens, "steps": len(local.losses_seen), "loss": local.loss}

@@ -49,7 +49,7 @@ class _Orders:
         near = bool(getattr(grid, "in_process", False))
         last: dict[str, Tensor] = {}
         for client in self._cohort:
-            download = self._fed.recipe.view(self._state, client)
+            download = self._fed.algorithm.view(self._state, client)
             if not last or not _same(download, last):  # most often all clients get the very same
                 last, each = download, message_bytes(download)
                 record = None if near else messages.pack(download, in_process=False)
@@ -99,7 +99,7 @@ def _expected(fed: Federation, cohort: Sequence[int], when: When, state: ServerS
     rate = schedule.learning_rate(train, round_, fed.config.federation.rounds)
 
     def upload(client: int) -> Upload:
-        return fed.recipe.upload(state, client, round_, len(_plan(fed, client, round_)), rate)
+        return fed.algorithm.upload(state, client, round_, len(_plan(fed, client, round_)), rate)
 
     def most(client: int) -> Most:
         steps, objective = upload(client).losses, objectives.kind(fed.config)
@@ -127,7 +127,7 @@ class Exchange:
     @property
     def shortage(self) -> str:
         """Why the good updates are too few for a robust rule; empty if they are not."""
-        return self.fed.recipe.shortage(len(self.good), self.refused)
+        return self.fed.algorithm.shortage(len(self.good), self.refused)
 
     @property
     def enough(self) -> bool:
@@ -176,7 +176,7 @@ def exchange(fed: Federation, cohort: Sequence[int], when: When, state: ServerSt
     """Send a state to a cohort and take the replies; `when` is the round, and which exchange of it."""
     settings = fed.config.federation
     orders, screening = _Orders(fed, cohort, when, state), Screening(_expected(fed, cohort, when, state))
-    updates, up = _Updates(summed=fed.recipe.linear), 0
+    updates, up = _Updates(summed=fed.algorithm.linear), 0
 
     def take(message: Message) -> None:
         nonlocal up

@@ -20,7 +20,7 @@ from fedtune.federation.faults import kill_point
 from fedtune.federation.guard import aggregated, state_problem
 from fedtune.federation.nodes import connect
 from fedtune.federation.pool import Steps, complete
-from fedtune.methods import ClientUpdate, Recipe, RoundContext, ServerState
+from fedtune.methods import Algorithm, ClientUpdate, RoundContext, ServerState
 from fedtune.methods.sound import LARGEST
 from fedtune.training.schedule import learning_rate
 from fedtune.types import RoundRecord, RunFailedError, derive_seed, last_line
@@ -32,7 +32,7 @@ class Federation:
 
     Attributes:
         config: the run's settings.
-        recipe: its server half is used.
+        algorithm: its server half is used.
         grid: where the clients are: in this process, or in a worker pool.
         registered: examples of each client; those with none are never asked.
         run_id: ties messages and checkpoints to this run.
@@ -45,7 +45,7 @@ class Federation:
     """
 
     config: Config
-    recipe: Recipe
+    algorithm: Algorithm
     grid: Grid
     registered: Mapping[int, int]
     run_id: str
@@ -96,7 +96,7 @@ def _stepped(
     def step(updates: Sequence[ClientUpdate]) -> ServerState:
         notes.clear()
         refused = done.refused + len(good) - len(updates)
-        return fed.recipe.server_step(updates, asked, RoundContext(round_, refused, notes.append))
+        return fed.algorithm.server_step(updates, asked, RoundContext(round_, refused, notes.append))
 
     found = aggregated(step, good)
     if found.state is None:
@@ -170,7 +170,7 @@ def _check_clients(fed: Federation) -> None:
             f"federation.min_clients is {least}, but only {len(fed.able)} of {len(fed.registered)} clients have "
             "examples; lower it, or choose another data.partition"
         )
-    if fed.only is None and (short := fed.recipe.shortage(len(fed.able))):
+    if fed.only is None and (short := fed.algorithm.shortage(len(fed.able))):
         raise RunFailedError(f"{short}: the others have no examples; choose another data.partition")
 
 

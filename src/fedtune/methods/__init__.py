@@ -9,6 +9,7 @@ from fedtune import spaces
 from fedtune.config import Config
 from fedtune.config.section import own_problems
 from fedtune.methods import wrappers
+from fedtune.methods.algorithm import Algorithm
 from fedtune.methods.base import ANY, Method
 from fedtune.methods.effects import without_effect
 from fedtune.methods.fed_sb import FedSB
@@ -33,9 +34,8 @@ from fedtune.methods.lora_a2 import LoRAA2
 from fedtune.methods.lora_fair import LoRAFAIR
 from fedtune.methods.rac_lora import RACLoRA
 from fedtune.methods.rbla import RBLA
-from fedtune.methods.recipe import Recipe
 from fedtune.methods.rolora import RoLoRA
-from fedtune.methods.state import ClientUpdate, Scene, ServerState, Upload
+from fedtune.methods.state import ClientUpdate, RunContext, ServerState, Upload
 from fedtune.methods.wrappers import RoundContext
 from fedtune.methods.wrappers.rules import RULES
 from fedtune.registry import Registry, subclass_of
@@ -83,11 +83,11 @@ AROUND = {
 
 __all__ = [
     "METHODS",
+    "Algorithm",
     "ClientUpdate",
     "Method",
-    "Recipe",
     "RoundContext",
-    "Scene",
+    "RunContext",
     "ServerState",
     "Upload",
     "build",
@@ -155,7 +155,7 @@ def _combination(config: Config, kind: type[Method]) -> Iterable[Problem]:
         if have != need:
             yield Problem("lora.ranks", f"has {have} ranks for {need} clients", "or shares: {4 = 0.5, 16 = 0.5}")
     # where a method takes them as budgets, they are another thing than ranks
-    ranks = kind(kind.Parameters.model_construct(), Scene(ranks=client_ranks(config))).scene.ranks
+    ranks = kind(kind.Parameters.model_construct(), RunContext(ranks=client_ranks(config))).run.ranks
     if set(ranks.values()) == {config.lora.r}:
         yield Problem("lora.ranks", f"has no effect: every client has r = {config.lora.r} without it", "leave it out")
     yield from wrappers.problems(config)
@@ -184,10 +184,10 @@ def build(config: Config) -> Method:
     """Return the method a run asks for. The settings have passed `problems`."""
     kind = METHODS[config.method.name]
     ranks = client_ranks(config) if config.arm != "centralised" else {}
-    scene = Scene(config.seed, ranks, config.lora.r, config.federation.cohort_size)
-    return kind(kind.Parameters.model_validate(config.method.parameters), scene)
+    run = RunContext(config.seed, ranks, config.lora.r, config.federation.cohort_size)
+    return kind(kind.Parameters.model_validate(config.method.parameters), run)
 
 
-def create(config: Config) -> Recipe:
+def create(config: Config) -> Algorithm:
     """Return the method a run asks for, with everything the settings put around it."""
-    return Recipe(build(config), config)
+    return Algorithm(build(config), config)

@@ -49,7 +49,7 @@ def aggregate(
     Returns:
         The state after it, and what each client gets of it where that is not one global adapter.
     """
-    alone = type(method)(method.parameters, replace(method.scene, rank=0, ranks={}))
+    alone = type(method)(method.parameters, replace(method.run, rank=0, ranks={}))
     round_, adapter = state.round + 1, _like(method, clients, state, rank)
     before, start = replace(state, adapter=adapter), to_tensors(adapter)
 

@@ -14,7 +14,7 @@ from fedtune.config.schema import Section
 from fedtune.lora.state import AdapterState, to_tensors, with_rank, with_tensors
 from fedtune.methods.requests import ClientContext, Fitted, Program, Tensors, Train
 from fedtune.methods.sound import reach
-from fedtune.methods.state import ClientUpdate, Scene, ServerState, Sizes, Upload, mean
+from fedtune.methods.state import ClientUpdate, RunContext, ServerState, Sizes, Upload, mean
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -78,18 +78,23 @@ class Method:
         if "server_step" in vars(cls):
             cls.linear = vars(cls).get("linear", False)
 
-    def __init__(self, parameters: Parameters, scene: Scene | None = None) -> None:
+    def __init__(self, parameters: Parameters, run: RunContext | None = None) -> None:
         self.parameters = parameters
-        self.scene = scene or Scene()
+        self.run = run or RunContext()
 
     @property
     def seed(self) -> int:
         """The run's seed, of everything that all parties draw alike."""
-        return self.scene.seed
+        return self.run.seed
+
+    @property
+    def in_run(self) -> bool:
+        """Whether clients send what they send in a run; outside of one, adapters that anybody made stand for it."""
+        return self.run.rank > 0
 
     def cut(self, adapter: AdapterState, client: int) -> AdapterState:
         """Return an adapter with the rank that a client has."""
-        rank = self.scene.ranks.get(client)
+        rank = self.run.ranks.get(client)
         return adapter if rank is None else {path: with_rank(m, rank) for path, m in adapter.items()}
 
     def adapters(self, updates: Sequence[ClientUpdate], state: ServerState, round_: int) -> list[AdapterState]:

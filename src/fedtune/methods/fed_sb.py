@@ -85,7 +85,7 @@ class FedSB(Method):
 
     def server_step(self, updates: Sequence[ClientUpdate], state: ServerState, round_: int) -> ServerState:
         """Find the bases in the first round; average R from then on. Without a run, average B under the common A."""
-        if not self.scene.rank:
+        if not self.in_run:
             return super().server_step(updates, state, round_)
         if _HOLDERS not in state.extra:
             even = evened(updates, lambda name: name.rsplit(".lora_", 1)[0])

@@ -17,8 +17,8 @@ from pydantic import Field
 from fedtune.lazy import torch
 from fedtune.lora import product
 from fedtune.lora.state import AdapterState, LoraModule, with_tensors
-from fedtune.methods.base_delta import MovesBase, is_kept
 from fedtune.methods.hlora import HLoRA
+from fedtune.methods.moves_base import MovesBase, is_kept
 from fedtune.methods.requests import ClientContext, Fitted, Program, Tensors
 from fedtune.methods.sketches import directions, evened
 from fedtune.methods.sound import GROWTH, LOOSE
@@ -66,7 +66,7 @@ class FedASK(MovesBase):
 
     def sketch_width(self, out: int, inner: int, rank: int) -> int:
         """Return the columns of a layer's sketch: no more than the ranks of a cohort add up to."""
-        return self._columns(out, inner, self.scene.cohort * rank)
+        return self._columns(out, inner, self.run.cohort * rank)
 
     def _columns(self, out: int, inner: int, ranks: int) -> int:
         return min(out, inner, ranks, self.parameters.width or ranks)
@@ -90,7 +90,7 @@ class FedASK(MovesBase):
 
     def _widths(self, adapter: AdapterState) -> dict[str, int]:
         """Return each layer's sketch width, which must not depend on the client's own rank."""
-        rank = self.scene.rank
+        rank = self.run.rank
         return {p: self.sketch_width(m.b.shape[0], m.a.shape[1], rank or m.rank) for p, m in adapter.items()}
 
     def first(self, adapter: AdapterState, widths: dict[str, int], round_: int) -> dict[str, Tensor]:
@@ -119,7 +119,7 @@ class FedASK(MovesBase):
         own: dict[str, list[Tensor]] = {name: [] for name in updates[0].tensors}
         for update in updates:
             for name, sketch in update.tensors.items():
-                rank = self.scene.ranks.get(update.client) or state.adapter[name.removeprefix(_Y)].rank
+                rank = self.run.ranks.get(update.client) or state.adapter[name.removeprefix(_Y)].rank
                 found, more = directions(sketch, rank)
                 if more:
                     raise UpdateError(update.client, f"{name} has more directions than its rank of {rank}")
@@ -138,7 +138,7 @@ class FedASK(MovesBase):
 
     def server_step(self, updates: Sequence[ClientUpdate], state: ServerState, round_: int) -> ServerState:
         """Find the bases from the first sketches; split Q P of the second into the next adapter and the rest."""
-        if not self.scene.rank:
+        if not self.in_run:
             updates, state = self._sketched(updates, state, round_)
         elif not any(name.startswith(_Q) for name in state.extra):
             return self._with_bases(updates, state)
@@ -179,7 +179,7 @@ class FedASK(MovesBase):
     def _first_like(self, state: ServerState, path: str, module: LoraModule) -> tuple[str, Tensor]:
         """Return a first sketch as large as one of the global adapter can be, so that the screening allows for it."""
         out, inner = module.b.shape[0], module.a.shape[1]
-        width = self.sketch_width(out, inner, self.scene.rank or module.rank)
+        width = self.sketch_width(out, inner, self.run.rank or module.rank)
         return _Y + path, _even(module, (out, width), product.size(module) * width**0.5 * inner**0.5)
 
     def _second_like(self, state: ServerState, path: str, module: LoraModule) -> tuple[str, Tensor]:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from pydantic import Field
 
 from fedtune.lora import product
-from fedtune.methods.base_delta import MovesBase
+from fedtune.methods.moves_base import MovesBase
 from fedtune.methods.state import ClientUpdate, ServerState, Sizes, weights
 
 if TYPE_CHECKING:

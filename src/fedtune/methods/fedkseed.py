@@ -109,7 +109,7 @@ class FedKSeed(Method):
 
     def server_step(self, updates: Sequence[ClientUpdate], state: ServerState, round_: int) -> ServerState:
         """Add the mean of the scalars, and replay. Without a run there is no walk, and adapters are averaged."""
-        if not self.scene.rank:
+        if not self.in_run:
             return super().server_step(updates, state, round_)
         start = {n.removeprefix(_START): t for n, t in state.extra.items() if n.startswith(_START)}
         start = start or to_tensors(state.adapter)

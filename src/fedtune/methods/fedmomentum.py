@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from fedtune.lora import product
-from fedtune.methods.base_delta import MovesBase
+from fedtune.methods.moves_base import MovesBase
 from fedtune.methods.state import ClientUpdate, ServerState, Sizes, weights
 
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from fedtune.lora import product
 from fedtune.lora.state import fresh
-from fedtune.methods.base_delta import MovesBase
+from fedtune.methods.moves_base import MovesBase
 from fedtune.methods.requests import ClientContext, Tensors
 from fedtune.methods.state import ClientUpdate, ServerState, Sizes, weights
 

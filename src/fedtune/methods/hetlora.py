@@ -95,7 +95,7 @@ class HetLoRA(RBLA):
     def view(self, state: ServerState, client: int) -> dict[str, Tensor]:
         """Send the first ranks of the global adapter: the client's own, or those it pruned itself to."""
         known = {int(c): int(r) for c, r in state.extra.get(_RANKS, ())}
-        rank = known.get(client, self.scene.ranks.get(client))
+        rank = known.get(client, self.run.ranks.get(client))
         return to_tensors({p: m if rank is None else with_rank(m, rank) for p, m in state.adapter.items()})
 
     def upload(self, state: ServerState, client: int, round_: int, steps: int = 0) -> Upload:

@@ -18,7 +18,7 @@ from fedtune.lazy import torch
 from fedtune.lora.state import AdapterState, to_tensors
 from fedtune.methods.base import Method
 from fedtune.methods.requests import ClientContext, Fitted, Program, Tensors, Train
-from fedtune.methods.state import ClientUpdate, Scene, ServerState, Sizes, Upload
+from fedtune.methods.state import ClientUpdate, RunContext, ServerState, Sizes, Upload
 from fedtune.names import CHOSEN, A, B
 from fedtune.types import AdapterError
 
@@ -55,10 +55,10 @@ class LoRAA2(Method):
 
     parameters: Parameters
 
-    def __init__(self, parameters: Method.Parameters, scene: Scene | None = None) -> None:
+    def __init__(self, parameters: Method.Parameters, run: RunContext | None = None) -> None:
         # a client's rank is its budget: all have the whole adapter
-        self.budgets = scene.ranks if scene else {}
-        super().__init__(parameters, replace(scene or Scene(), ranks={}))
+        self.budgets = run.ranks if run else {}
+        super().__init__(parameters, replace(run or RunContext(), ranks={}))
 
     @classmethod
     def traffic(cls, sizes: Sizes) -> tuple[float, float]:

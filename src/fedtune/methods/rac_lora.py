@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from fedtune.lora import product
 from fedtune.lora.state import AdapterState, fresh, to_tensors, with_tensors
-from fedtune.methods.base_delta import MovesBase
+from fedtune.methods.moves_base import MovesBase
 from fedtune.methods.requests import ClientContext, Tensors
 from fedtune.methods.state import ClientUpdate, ServerState, Sizes, Upload, mean
 from fedtune.names import A
@@ -50,7 +50,7 @@ class RACLoRA(MovesBase):
 
     def _used(self, state: ServerState, round_: int) -> AdapterState:
         """Return the adapter that clients start a round from; without a run, A is what all adapters have in common."""
-        return fresh(state.adapter, self.seed, round_) if self.scene.rank else state.adapter
+        return fresh(state.adapter, self.seed, round_) if self.in_run else state.adapter
 
     def upload(self, state: ServerState, client: int, round_: int, steps: int = 0) -> Upload:
         """Complete an update by the round's own A."""

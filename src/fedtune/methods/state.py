@@ -117,14 +117,14 @@ class Sizes(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Scene:
+class RunContext:
     """What a method may know of the run it is in.
 
     Attributes:
         seed: of everything that all parties draw alike.
         ranks: client -> rank, where clients have ranks of their own.
         rank: of the global adapter; 0 where there is no run.
-        cohort: clients asked a round.
+        cohort: clients asked per round.
     """
 
     seed: int = 0

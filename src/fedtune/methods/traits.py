@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from fedtune.methods.base import ANY, Method
-from fedtune.methods.base_delta import MovesBase
 from fedtune.methods.by_layer import ByLayer
+from fedtune.methods.moves_base import MovesBase
 from fedtune.methods.state import Sizes
 from fedtune.names import A, B
 

@@ -18,8 +18,8 @@ from fedtune.models.load import load
 from fedtune.models.packing import Span, pack
 from fedtune.objectives import Example
 from fedtune.training import schedule
+from fedtune.training.client import LocalWork
 from fedtune.training.executor import Limits, Sequential, alone
-from fedtune.training.local import LocalWork
 from fedtune.training.loss import Part, joint_loss, micro_batches
 
 
@@ -41,7 +41,7 @@ def fit(
     adapted: AdaptedModel,
     shard: list[Example],
     start: Mapping[str, torch.Tensor],
-    recipe: methods.Recipe,
+    algorithm: methods.Algorithm,
     config: Config,
     client: int,
     round_: int,
@@ -50,7 +50,7 @@ def fit(
     """One client's work of one round, as the ClientApp does it."""
     executor = Sequential(adapted, limits)
     local = LocalWork(adapted, shard, adapted.layout, {}, config, (client, round_, 1), tokens=executor.limits.tokens)
-    fitted = alone(local.run(recipe.work(local.context, start)), executor)
+    fitted = alone(local.run(algorithm.work(local.context, start)), executor)
     return Done(fitted.payload, len(local.losses_seen), local.examples)
 
 

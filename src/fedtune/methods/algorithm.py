@@ -28,7 +28,7 @@ def _in_pairs(tensors: Tensors) -> bool:
     return any(name.endswith(A) and name.removesuffix(A) + B in tensors for name in tensors)
 
 
-class Recipe(Wrapper):
+class Algorithm(Wrapper):
     """A method and the wrappers that a run's settings ask for; it looks at every update before anything is made of it.
 
     Where updates are added up, each was looked at as it came.
