@@ -8,12 +8,14 @@ from typing import Any
 
 import pytest
 
+from fedtune import spaces
 from fedtune.board import adapter
-from fedtune.board.adapter import ADAPTER, CONFIG, adapter_problems, of_base
+from fedtune.board.adapter import ADAPTER, CONFIG, adapter_problems
 from fedtune.board.entries import from_run
 from fedtune.methods import METHODS
 from fedtune.methods.traits import moves_base
 from fedtune.results.entry import Entry
+from fedtune.spaces import saved as on_file
 from fedtune.tensors import tensor_header
 
 pytestmark = pytest.mark.xdist_group("submission")
@@ -78,7 +80,7 @@ def test_settings_of_another_scale_or_of_other_layers_are_refused(
 def test_alpha_and_the_kind_of_scale_belong_together_where_the_base_model_is_moved(packed: Path, method: str) -> None:
     entry = from_run(packed).model_copy(update={"method": method})
     lora = entry.settings.lora
-    layers = adapter.saved(packed)
+    layers = adapter.saved(packed, from_run(packed))
     for rank, alpha, rslora, fits in (
         (lora.r, lora.alpha, lora.rslora, True),
         (lora.r, float(lora.r), False, True),
@@ -115,7 +117,7 @@ def of_the_zoo(packed: Path, **lora: Any) -> Entry:
 )
 def test_layers_that_the_base_model_has_under_another_path_are_refused(packed: Path, spelled: str) -> None:
     entry = of_the_zoo(packed)
-    wanted = of_base(entry) or {}
+    wanted = spaces.of(entry.settings).on_base(entry) or {}
     written(packed, wanted)
     assert said(packed, entry) == ""
     names = {path: path.split(".") for path in wanted}
@@ -129,7 +131,7 @@ def test_layers_that_the_base_model_has_under_another_path_are_refused(packed: P
 )
 def test_targets_of_any_spelling_are_held_against_the_zoo(packed: Path, targets: list[str], count: int) -> None:
     entry = of_the_zoo(packed, target_modules=targets)
-    wanted = of_base(entry) or {}
+    wanted = spaces.of(entry.settings).on_base(entry) or {}
     assert len(wanted) == count
     written(packed, wanted)
     configured(packed, target_modules=sorted({path.split(".", 3)[-1] for path in wanted} if count > 1 else targets))
@@ -139,7 +141,9 @@ def test_targets_of_any_spelling_are_held_against_the_zoo(packed: Path, targets:
 
 
 def test_a_layer_that_the_settings_name_is_there(packed: Path) -> None:
-    layers = {path: (i, o) for path, (i, o, _) in adapter.saved(packed).items() if path.endswith("q_proj")}
+    layers = {
+        path: (i, o) for path, (i, o, _) in adapter.saved(packed, from_run(packed)).items() if path.endswith("q_proj")
+    }
     written(packed, layers)
     configured(packed, target_modules=["q_proj"])
     assert "has no layer v_proj, which lora.target_modules names" in said(packed, from_run(packed))
@@ -152,7 +156,7 @@ def test_a_name_longer_than_any_layers_is_refused_before_it_is_looked_into(packe
 
 
 def test_more_layers_than_any_model_has_are_refused(packed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(adapter, "MAX_LAYERS", len(tensor_header(packed / ADAPTER)) // 3 - 1)
+    monkeypatch.setattr(on_file, "MAX_LAYERS", len(tensor_header(packed / ADAPTER)) // 3 - 1)
     assert "tensors, at most" in said(packed, from_run(packed))
 
 
@@ -173,11 +177,16 @@ def test_each_layer_is_looked_up_among_the_targets_once(packed: Path) -> None:
 
     targets = {Name(f"m{i}") for i in range(1_000)}
     asked = 0
-    assert len(adapter._unlike(targets, {f"model.layers.{i}.q": (1, 1) for i in range(1_000)})) == 2_000
+    assert len(on_file.unlike(targets, {f"model.layers.{i}.q": (1, 1) for i in range(1_000)})) == 2_000
     assert asked < 20_000
 
 
-def test_only_lora_runs_can_be_submitted(packed: Path) -> None:
+def test_a_model_folder_is_no_part_of_a_submission(packed: Path) -> None:
     entry = from_run(packed)
-    other = entry.model_copy(update={"config": {**entry.config, "peft": {"kind": "ia3"}}})
-    assert said(packed, other) == 'config.toml: peft.kind = "ia3"; only LoRA runs can be submitted'
+    other = entry.model_copy(update={"config": {**entry.config, "peft": {"kind": "full"}}})
+    wanted = (
+        'config.toml: peft.kind = "full"; a model folder is no part of a submission, so its runs cannot be submitted'
+    )
+    assert said(packed, other) == wanted
+    ia3 = entry.model_copy(update={"config": {**entry.config, "peft": {"kind": "ia3"}}})
+    assert "lora_A.weight is no vector of an adapter" in said(packed, ia3)

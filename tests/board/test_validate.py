@@ -13,8 +13,9 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
+from fedtune import spaces
 from fedtune.board import samples, sets
-from fedtune.board.adapter import adapter_problems, of_base
+from fedtune.board.adapter import adapter_problems
 from fedtune.board.entries import from_run
 from fedtune.board.store import duplicate, write_entry
 from fedtune.board.submit import pack
@@ -595,7 +596,7 @@ def test_another_hash_of_the_items_does_not_keep_runs_from_being_paired(copy: Pa
 def test_an_adapter_of_the_zoo_has_the_layers_of_its_base_model(good: Path) -> None:
     known = from_run(good / "seed-1").model_copy(update={"base": "HuggingFaceTB/SmolLM2-135M-Instruct"})
     found = [str(p) for p in adapter_problems(good / "seed-1", known)]
-    last = [path for path in of_base(known) or {} if path.startswith("model.layers.29.")]
+    last = [path for path in spaces.of(known.settings).on_base(known) or {} if path.startswith("model.layers.29.")]
     assert last == ["model.layers.29.self_attn.q_proj", "model.layers.29.self_attn.v_proj"]
     assert any("layers are not the 60 that the settings adapt" in line for line in found)
     assert any("takes at least" in str(p) for p in byte_problems(good / "seed-1", known))

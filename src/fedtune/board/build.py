@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from fedtune import __version__
+from fedtune import __version__, spaces
 from fedtune.board import pairs as pairs_of
 from fedtune.board.store import left_out_line, readable
 from fedtune.config import Config
@@ -138,6 +138,10 @@ def remarks(recipe: Recipe) -> list[str]:
     return few + chosen
 
 
+def _factored(config: Config) -> bool:
+    return config.peft.kind in spaces.SPACES and spaces.of(config).factored
+
+
 def row(recipe: Recipe) -> dict[str, Any]:
     """Return one line of the board."""
     entry, costs = recipe.first, [e.costs for e in recipe.entries]
@@ -162,7 +166,7 @@ def row(recipe: Recipe) -> dict[str, Any]:
         "size": _size(entry.base_millions),
         "method": entry.method,
         "paper": METHODS[entry.method].paper if entry.method in METHODS else "",
-        "rank_r": settings.lora.r if settings else None,
+        "rank_r": settings.lora.r if settings and _factored(settings) else None,
         "dora": settings is not None and settings.lora.dora,
         "partition": settings.data.partition if settings else "unknown",
         "protocol": entry.protocol or "unknown",

@@ -69,7 +69,7 @@ def model_card(entry: Entry) -> str:
     data = ModelCardData(
         base_model=entry.base,
         library_name="peft",
-        tags=["federated-learning", "lora", entry.method, entry.domain],
+        tags=["federated-learning", entry.settings.peft.kind, entry.method, entry.domain],
         model_name=entry.title or f"{entry.base} {entry.domain} {entry.method}",
         eval_results=results or None,
     )

@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
+from fedtune import spaces
 from fedtune.board import card
 from fedtune.board.entries import from_run
 from fedtune.board.sets import named_logs
@@ -36,10 +37,12 @@ def _copy(run: Path, out: Path, entry: Entry) -> None:
 
 
 def _packable(run: Path, entry: Entry) -> Entry:
-    """Return the entry, or refuse a run that has no joint rounds by which it could be checked."""
+    """Return the entry, or refuse a run that has no joint rounds or no folder by which it could be checked."""
     if entry.settings.arm == "local-only":
         beside = "submit a federated run with the baseline beside it (fedtune run --arms local-only)"
         raise DataError(f"{run}: with arm = local-only each client trained alone, in no joint rounds; {beside}")
+    if why := spaces.of(entry.settings).unsubmitted:
+        raise DataError(f'{run}: peft.kind = "{entry.settings.peft.kind}"; {why}')
     return entry
 
 

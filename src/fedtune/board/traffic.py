@@ -6,7 +6,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from fedtune.board.adapter import ADAPTER, of_base, saved
+from fedtune import spaces
+from fedtune.board.adapter import ADAPTER, saved
 from fedtune.io import read_lines
 from fedtune.methods import METHODS
 from fedtune.methods.state import Sizes
@@ -16,17 +17,18 @@ from fedtune.types import Problem
 
 # what a method may save below its own reckoning: ranks a client pruned, a first round that only sketches
 LEEWAY = 0.25
-Shapes = list[tuple[int, int]]
+Shapes = list[tuple[int, ...]]
 
 
 def _least(layers: Shapes, entry: Entry, clients: int) -> tuple[float, float]:
     """Return the bytes (up, down) a client exchanges in a round by the method's own reckoning, headers left out."""
-    rank, kind = entry.settings.lora.r, METHODS[entry.method]
-    up = down = 0.0
-    for i, o in layers:
-        sent, got = kind.traffic(Sizes(i * rank, o * rank, rank, clients))
+    config, kind = entry.settings, METHODS[entry.method]
+    space, rank, up, down = spaces.of(config), config.lora.r, 0.0, 0.0
+    for shape in layers:
+        a, b, _ = space.numbers(shape, config)
+        sent, got = kind.traffic(Sizes(a, b, rank, clients))
         # a change of the base model has at most a layer's full rank
-        up, down = up + sent, down + (min(got, min(i, o) * (i + o)) if moves_base(kind) else got)
+        up, down = up + sent, down + (min(got, min(shape[:2]) * sum(shape[:2])) if moves_base(kind) else got)
     return 4 * up, 4 * down
 
 
@@ -48,11 +50,12 @@ def byte_problems(folder: Path, entry: Entry) -> Iterator[Problem]:
     skipped = sum(r["status"] == "skipped" for r in rounds)
     if skipped != entry.skipped_rounds:
         yield Problem("entry.skipped_rounds", f"says {entry.skipped_rounds}, {skipped} rounds were skipped")
-    layers = sorted((of_base(entry) or {}).values())
-    if not layers and (folder / ADAPTER).is_file():
-        layers = sorted((i, o) for i, o, _ in saved(folder).values())
-    if layers and settings.peft.kind == "lora" and settings.arm == "federated" and not settings.lora.ranks:
-        yield from _too_few(layers, entry, rounds)
+    space = spaces.of(settings)
+    if space.unsubmitted or settings.arm != "federated" or settings.lora.ranks:
+        return
+    layers = space.on_base(entry) or (saved(folder, entry) if (folder / ADAPTER).is_file() else {})
+    if layers:
+        yield from _too_few(sorted(layers.values()), entry, rounds)
 
 
 def _too_few(layers: Shapes, entry: Entry, rounds: list[dict[str, Any]]) -> Iterator[Problem]:

@@ -7,9 +7,9 @@ see docs/add-a-space.md. No torch here.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from fedtune.config import Config
 from fedtune.config.schema import Section
@@ -18,8 +18,11 @@ from fedtune.types import Problem
 if TYPE_CHECKING:
     from fedtune.lora.state import AdapterState
     from fedtune.models.adapted import AdaptedModel
+    from fedtune.models.adapter_config import AdapterConfig
     from fedtune.models.folder import FolderPlain, FolderState
     from fedtune.models.load import LoadedModel
+    from fedtune.results.entry import Entry
+    from fedtune.spaces.saved import Layers
 
 
 class Space:
@@ -32,6 +35,7 @@ class Space:
         folder: of a run, in which the trained state is saved.
         factored: its states are layers of factors, which have ranks and products, and lie side by side in one pass.
         whole: its states are weights of the model: a client must not move one further than its optimiser can.
+        unsubmitted: why a run's folder cannot be checked and submitted; empty where the last four hooks say how.
     """
 
     name: ClassVar[str]
@@ -40,6 +44,7 @@ class Space:
     folder: ClassVar[str] = "adapter"
     factored: ClassVar[bool] = False
     whole: ClassVar[bool] = False
+    unsubmitted: ClassVar[str] = "what its runs leave is not known here, so they cannot be submitted"
 
     class Parameters(Section):
         """No settings of its own."""
@@ -67,3 +72,37 @@ class Space:
             FedtuneError: it is not safe to read, or no state of this space.
         """
         raise NotImplementedError(f"{self.name} does not say how its folders are read")
+
+    # of a submission, whose files are a stranger's and are read by their headers alone
+
+    def layers(self, header: Mapping[str, Any]) -> Layers:
+        """Return what an adapter's file has for each layer of the base model.
+
+        Args:
+            header: of the file, as `tensor_header` returns it.
+
+        Raises:
+            AdapterError: tensors that no run leaves.
+        """
+        raise NotImplementedError(f"{self.name} does not say what lies in its files")
+
+    def on_base(self, entry: Entry) -> Layers | None:
+        """Return the layers that a run's settings make on its base model; None where that is not known here."""
+        return None
+
+    def numbers(self, shape: Sequence[int], config: Config) -> tuple[int, int, int]:
+        """Return how many parameters a layer trains: of A, of B or any other that is sent, and beside them."""
+        raise NotImplementedError(f"{self.name} does not say how many parameters a layer has")
+
+    def saved_problems(
+        self, config: AdapterConfig, layers: Layers, entry: Entry, *, grown: bool
+    ) -> Iterator[tuple[str, str]]:
+        """Yield files that no run of an entry's settings leaves, by name, each with the reason.
+
+        Args:
+            config: the adapter's settings.
+            layers: what `layers` found in its file.
+            entry: of the run.
+            grown: it holds what a method moved into the base model, too.
+        """
+        yield from ()

@@ -27,6 +27,7 @@ class Full(Space):
     title = "all weights of the base model"
     folder = "model"
     whole = True
+    unsubmitted = "a model folder is no part of a submission, so its runs cannot be submitted"
 
     def problems(self, config: Config) -> Iterator[Problem]:
         """Refuse quantised weights, which have no gradient."""
