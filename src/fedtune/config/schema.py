@@ -101,7 +101,7 @@ class ServerSettings(Section):
 
 
 class RobustSettings(Section):
-    """A robust rule on the updates' Gram matrix, against at most `malicious` clients a round.
+    """A robust rule on the updates' Gram matrix, against at most `malicious` clients per round.
 
     `clip_norm` bounds the norm of each update: a number, or "median" of the round's norms.
     """
