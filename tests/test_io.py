@@ -36,6 +36,18 @@ def test_nan_becomes_null_and_is_refused_when_read(tmp_path: Path) -> None:
         io.read_json(path)
 
 
+@pytest.mark.parametrize(("depth", "taken"), [(io.DEEPEST, True), (io.DEEPEST + 1, False), (900, False)])
+def test_json_is_nested_no_deeper_than_whoever_goes_through_it_can(tmp_path: Path, depth: int, taken: bool) -> None:
+    path = tmp_path / "deep.jsonl"
+    path.write_text('{"text": "' + 2000 * "[" + '"}\n' + "[" * depth + "]" * depth + "\n")
+    if not taken:
+        with pytest.raises(CorruptFileError, match=rf"deep.jsonl: line 2: is nested deeper than {io.DEEPEST} levels"):
+            io.read_lines(path)
+        return
+    io.update_lines(path, io.read_lines(path))
+    assert len(io.read_lines(path)) == 2
+
+
 def test_corrupt_json_names_file_line_and_column(tmp_path: Path) -> None:
     path = tmp_path / "x.json"
     path.write_text('{"a": 1,\n "b": }')

@@ -248,7 +248,10 @@ def twice(config: Config) -> Iterable[Problem]:
 
 
 def places(config: Config) -> Iterable[Problem]:
-    """Yield folders that are named and not here."""
+    """Yield folders that are named and not here, or in a way that no settings file can hold."""
+    for key, name in (("data.path", config.data.path), ("model.name", config.model.name)):
+        if any("\ud800" <= letter <= "\udfff" for letter in name):
+            yield Problem(key, f"{name!a} is not UTF-8", "rename the folder")
     if config.data.source == "folder" and not config.data.path:
         yield Problem("data.path", "is empty", "name the folder: --data FOLDER")
     yield from zoo.problems(config)

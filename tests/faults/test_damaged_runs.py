@@ -29,12 +29,13 @@ from fedtune.data import packages
 from fedtune.experiment.folder import open_run, unfinished
 from fedtune.experiment.run import run
 from fedtune.federation import checkpoint
+from fedtune.io import write_json
 from fedtune.lora.state import from_tensors
 from fedtune.methods import ServerState
 from fedtune.models.folder import FolderState, read_folder
 from fedtune.models.load import load as load_model
 from fedtune.settings import load
-from fedtune.types import FedtuneError, OfflineError
+from fedtune.types import CorruptFileError, FedtuneError, OfflineError
 from tests.faults.mutate import copies
 
 Reader = Callable[[Path], object]
@@ -240,3 +241,16 @@ def test_a_gguf_file_that_cannot_be_converted_is_named(tmp_path: Path, monkeypat
         with pytest.raises(FedtuneError):
             loading.packaged_folder("packaged/smollm2-135m-instruct")
         assert not list((tmp_path / "cache/models").iterdir())
+
+
+@pytest.mark.parametrize("seconds", [["x"], None, {"training": "x"}])
+def test_times_that_are_no_numbers_are_refused_before_any_work(
+    settings: Callable[..., Settings], tmp_path: Path, seconds: Any
+) -> None:
+    """They are added to when the work is done."""
+    made, known = settings(), {"code": "0" * 64}
+    folder = open_run(tmp_path / "run", made, known, (), resume=False, force=False)
+    open_run(tmp_path / "run", made, known, (), resume=True, force=False).add_seconds("training", 1.0)
+    write_json(folder.path / "manifest.json", {**folder.manifest, "seconds": seconds})
+    with pytest.raises(CorruptFileError, match=r"manifest\.json: is not of its format"):
+        open_run(tmp_path / "run", made, known, (), resume=True, force=False)

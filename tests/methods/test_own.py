@@ -485,6 +485,13 @@ def test_no_client_of_fedkseed_moves_the_model_by_slopes_much_steeper_than_the_o
         assert float((bad - others).norm()) <= 5 * max(honest) / 4 * (1 + 1e-6)
 
 
+def test_of_two_clients_of_fedkseed_that_found_a_slope_the_steeper_one_does_not_set_the_measure() -> None:
+    method, name = cast(FedKSeed, make("fedkseed", seeds=3)), "fedkseed/scalars"
+    state = ServerState({p: replace(m, a=m.a.float(), b=m.b.float()) for p, m in START.items()})
+    sent = [ClientUpdate(c, {name: s * torch.eye(3)[c]}, 1.0, steps=1) for c, s in enumerate((1.0, 0.0, 990.0))]
+    assert torch.allclose(method.server_step(sent, state, 1).extra[name], torch.tensor([1 / 3, 0.0, 5 / 3]))
+
+
 def test_fedkseed_goes_downhill() -> None:
     method = cast(FedKSeed, make("fedkseed", seeds=64, learning_rate=5e-3, steps=40))
     state = ServerState({p: replace(m, a=m.a.float(), b=m.b.float()) for p, m in START.items()})

@@ -1,6 +1,7 @@
 """An adapter folder read layer by layer is what safetensors reads whole, and costs no more the more layers it has."""
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,7 @@ import safetensors.torch
 import torch
 
 from fedtune.lora.state import PREFIX, A, B, M
-from fedtune.models.folder import FolderState
+from fedtune.models.folder import FolderState, read_folder
 from fedtune.models.source import CONFIG, WEIGHTS
 from fedtune.types import AdapterError, CorruptFileError
 
@@ -77,3 +78,11 @@ def test_magnitudes_are_those_that_the_settings_say_and_no_layer_is_empty(
     _write(tmp_path, tensors, use_dora=dora)
     with pytest.raises(AdapterError, match=said):
         FolderState(tmp_path)
+
+
+def test_a_folder_whose_name_is_not_utf_8_is_named(tmp_path: Path) -> None:
+    folder = tmp_path / os.fsdecode(b"a\xffb")
+    folder.mkdir()
+    _write(folder, {PREFIX + "l.q" + A: torch.ones(2, 3), PREFIX + "l.q" + B: torch.ones(3, 2)})
+    with pytest.raises(AdapterError, match=r"a\\udcffb': its name is not UTF-8; rename it"):
+        read_folder(folder)

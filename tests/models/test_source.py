@@ -1,5 +1,6 @@
 """A folder's hash changes with everything that changes what a model says, and with nothing else."""
 
+import os
 import shutil
 from pathlib import Path
 
@@ -39,6 +40,15 @@ def test_every_file_that_is_read_is_part_of_what_a_model_is(copy: Path, name: st
     with open(copy / name, "ab") as file:
         file.write(b" ")
     assert model_revision(copy) != before
+
+
+def test_what_is_no_file_is_not_read(copy: Path, tiny_folder: Path) -> None:
+    """A FIFO would be waited for without end."""
+    (copy / "additional_chat_templates").mkdir()
+    for name in ("additional_chat_templates/tools.jinja", "vocab.txt"):
+        os.mkfifo(copy / name)
+    (copy / "additional_chat_templates/zero.jinja").symlink_to("/dev/zero")
+    assert model_revision(copy) == model_revision(tiny_folder)
 
 
 def test_a_readme_a_hidden_file_and_a_folder_beside_it_are_not(copy: Path, tiny_folder: Path) -> None:

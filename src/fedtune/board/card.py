@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +51,13 @@ def eval_results(entry: Entry) -> list[dict[str, Any]]:
     ]
 
 
+def _space(entry: Entry) -> list[str]:
+    """Return what was trained, where the entry's settings are settings."""
+    with contextlib.suppress(ValueError):
+        return [entry.settings.peft.kind]
+    return []
+
+
 def model_card(entry: Entry) -> str:
     """Return the adapter's README: metadata for the Hub, scores with intervals, costs, how to make it again."""
     from huggingface_hub import EvalResult, ModelCardData
@@ -69,7 +77,7 @@ def model_card(entry: Entry) -> str:
     data = ModelCardData(
         base_model=entry.base,
         library_name="peft",
-        tags=["federated-learning", entry.settings.peft.kind, entry.method, entry.domain],
+        tags=["federated-learning", *_space(entry), entry.method, entry.domain],
         model_name=entry.title or f"{entry.base} {entry.domain} {entry.method}",
         eval_results=results or None,
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import math
 import re
 import signal
 import threading
@@ -180,6 +181,8 @@ def open_run(
     with reading(path / MANIFEST):
         changed = _check_same(path, manifest, known, force=force)
         folder = RunFolder(path, manifest, str(manifest["run_id"]))
+        # added to when the work is done
+        math.fsum([*manifest.get("seconds", {}).values(), manifest.get("energy_joules", 0.0)])
         reasons = [*map(str, manifest["unranked"]), *(f"resumed although {c}" for c in changed)]
         again = [*manifest.get("resumed", []), _now()]
         folder.update(status="running", unranked=reasons, resumed=again)

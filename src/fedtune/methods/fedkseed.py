@@ -125,7 +125,8 @@ class FedKSeed(Method):
         """
         steps = [self.parameters.steps or max(1, u.steps) for u in updates]
         steep = [float(u.tensors[_SCALARS].norm()) / math.sqrt(n) for u, n in zip(updates, steps, strict=True)]
-        most = STEEPEST * statistics.median([s for s in steep if s] or [0.0])
+        # the lower of two: where but two found any, one of them may be the attacker
+        most = STEEPEST * statistics.median_low([s for s in steep if s] or [0.0])
         return [
             u if s <= most else replace(u, tensors={_SCALARS: u.tensors[_SCALARS] * (most / s)})
             for u, s in zip(updates, steep, strict=True)

@@ -58,6 +58,8 @@ def inside(folder: Path, path: Path) -> None:
 
 def check_files(folder: Path) -> None:
     """Refuse a folder that is no adapter's, or whose files are not safe to open. Raises AdapterError."""
+    if any("\udc80" <= letter <= "\udcff" for letter in str(folder)):
+        raise AdapterError(f"{str(folder)!a}: its name is not UTF-8; rename it")
     if not (folder / CONFIG).is_file():
         missing = f"no {CONFIG}; this is not a PEFT adapter folder" if folder.is_dir() else "no such folder"
         raise AdapterError(f"{folder}: {missing}")

@@ -34,9 +34,10 @@ def _hash(root: Path, files: Iterable[Path]) -> str:
 
 
 def _read(folder: Path) -> list[Path]:
+    """Return the files of a model that are read; what is no file would be waited for, or read without end."""
     templates = (folder / "additional_chat_templates").glob("*.jinja")
-    files = [p for p in folder.iterdir() if p.is_file() and p.suffix.lower() not in _UNREAD and p.name[0] != "."]
-    return [*files, *templates]
+    files = (p for p in folder.iterdir() if p.suffix.lower() not in _UNREAD and p.name[0] != ".")
+    return [path for path in (*files, *templates) if path.is_file()]
 
 
 def settings_files(folder: Path) -> dict[str, str]:
