@@ -91,14 +91,10 @@ def _too_deep(text: str, value: Any) -> bool:
     """Tell whether a document is nested deeper than any of ours: whoever goes through it later may call itself."""
     if text.count("[") + text.count("{") <= DEEPEST:
         return False
-    level = [value]
+    level: list[Any] = [value] if isinstance(value, (dict, list)) else []
     for _ in range(DEEPEST):
-        level = [
-            inner
-            for outer in level
-            if isinstance(outer, (dict, list))
-            for inner in (outer.values() if isinstance(outer, dict) else outer)
-        ]
+        inside = (inner for outer in level for inner in (outer.values() if isinstance(outer, dict) else outer))
+        level = [inner for inner in inside if isinstance(inner, (dict, list))]
     return bool(level)
 
 

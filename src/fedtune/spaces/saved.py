@@ -84,24 +84,24 @@ def config_problems(config: AdapterConfig, layers: Layers, entry: Entry) -> Iter
         yield CONFIG, f"was made for revision {config.revision[:80]!r}, the entry says {entry.revision!r}"
     narrowed = ("rank_pattern", "alpha_pattern", "exclude_modules", "layers_to_transform", "layers_pattern")
     # layer 0 alone is written as a number, which is false
-    if odd := [name for name in narrowed if getattr(config, name, None) not in (None, [], {}, "")]:
-        yield CONFIG, f"{odd[0]} is set; a run sets none"
+    if wrong := [name for name in narrowed if getattr(config, name, None) not in (None, [], {}, "")]:
+        yield CONFIG, f"{wrong[0]} is set; a run sets none"
     if config.fan_in_fan_out and zoo().get(entry.base):
         yield CONFIG, "fan_in_fan_out is set; the base model has no such layer"
     if not isinstance(config.target_modules, list):
         yield CONFIG, "target_modules is no list of names; a run writes one"
-    elif odd := unlike(set(config.target_modules), layers):
-        yield CONFIG, f"target_modules and the layers in the file are not the same: {odd[0][:200]}"
+    elif wrong := unlike(set(config.target_modules), layers):
+        yield CONFIG, f"target_modules and the layers in the file are not the same: {wrong[0][:200]}"
 
 
 def layer_problems(found: Layers, wanted: Layers | None, targets: set[str], key: str) -> Iterator[tuple[str, str]]:
     """Yield layers that are not those of the base model, or of the targets that the setting `key` names."""
     if wanted is not None and found != wanted:
-        odd = min((path for path, _ in found.items() ^ wanted.items()), default="")
-        yield WEIGHTS, f"its {len(found)} layers are not the {len(wanted)} that the settings adapt: {odd[:200]}"
+        wrong = min((path for path, _ in found.items() ^ wanted.items()), default="")
+        yield WEIGHTS, f"its {len(found)} layers are not the {len(wanted)} that the settings adapt: {wrong[:200]}"
     # a target with dots may mean no layer, as long as its last part is a name of the model
     others = unlike(targets, found) if targets and targets != {"all-linear"} else []
-    if odd := next((name for name in others if name in found), ""):
-        yield WEIGHTS, f"{odd[:200]} is no layer that {key} names"
-    elif odd := next((name for name in others if "." not in name), ""):
-        yield WEIGHTS, f"has no layer {odd[:200]}, which {key} names"
+    if wrong := next((name for name in others if name in found), ""):
+        yield WEIGHTS, f"{wrong[:200]} is no layer that {key} names"
+    elif wrong := next((name for name in others if "." not in name), ""):
+        yield WEIGHTS, f"has no layer {wrong[:200]}, which {key} names"
