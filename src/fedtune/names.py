@@ -47,6 +47,11 @@ def is_side(name: str) -> bool:
     return name in (ANCHORS, MIX) or (name.startswith(PREFIX) and name.endswith(SIDES))
 
 
+def beside(name: str) -> str:
+    """Return the name of the second adapter's tensor that lies beside one of the first's."""
+    return name.replace(".lora_", ".other_")
+
+
 def rank_axis(name: str) -> int | None:
     """Return the axis of a factor, A or B, that counts ranks; None for any other tensor."""
     end = next((end for end in FACTORS if name.endswith(end)), None)

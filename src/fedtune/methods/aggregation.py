@@ -10,7 +10,7 @@ from fedtune.lora.state import AdapterState, LoraModule, Plain, resized, to_tens
 from fedtune.methods.base import Method
 from fedtune.methods.requests import ClientContext, Tensors
 from fedtune.methods.state import ClientUpdate, ServerState
-from fedtune.names import OTHER
+from fedtune.names import beside
 
 
 def _like(method: Method, clients: Sequence[AdapterState], state: ServerState, rank: int) -> AdapterState:
@@ -74,5 +74,4 @@ def _own(method: Method, client: AdapterState, after: ServerState, number: int) 
     layout = _fitting(client, after.adapter)
     context = ClientContext(number, after.round + 1, 1, layout, kept={}, rate=0.0, steps=0)
     begun = method.begin(context, method.view(after, number))
-    beside = {n.replace(".other_", ".lora_"): t for n, t in begun.items() if n.endswith(OTHER)}
-    return with_tensors(layout, beside or {n: begun[n] for n in to_tensors(layout)})
+    return with_tensors(layout, {n: begun.get(beside(n), begun[n]) for n in to_tensors(layout)})

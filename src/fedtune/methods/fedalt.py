@@ -17,7 +17,7 @@ from fedtune.methods.base import Method
 from fedtune.methods.kept import as_of, with_previous
 from fedtune.methods.requests import ClientContext, Fitted, Program, Tensors, Train
 from fedtune.methods.state import ClientUpdate, ServerState, weights
-from fedtune.names import FACTORS, OTHER, PREFIX, ROUTER
+from fedtune.names import FACTORS, OTHER, PREFIX, ROUTER, beside
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -48,8 +48,7 @@ class FedALT(Method):
         own = {**to_tensors(client.layout), **as_of(client.kept, int(download[_ROUND]), _PREFIX)}
         for name, mean in download.items():
             if name.endswith(FACTORS):
-                other = name.replace(".lora_", ".other_")
-                own[other] = rest_of_world(mean, own[name], share) if share else mean
+                own[beside(name)] = rest_of_world(mean, own[name], share) if share else mean
         for path, module in client.layout.items():
             own.setdefault(PREFIX + path + ROUTER, module.a.new_zeros(2, module.a.shape[1]))
         return own

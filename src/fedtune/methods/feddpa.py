@@ -16,12 +16,10 @@ from fedtune.lora.state import to_tensors
 from fedtune.methods.base import Method
 from fedtune.methods.requests import ClientContext, Features, Fitted, Program, Tensors, Train
 from fedtune.methods.state import ServerState, Upload
-from fedtune.names import ANCHORS, MIX
+from fedtune.names import ANCHORS, MIX, OTHER, beside
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-_LOCAL, _GLOBAL = ".other_", ".lora_"
 
 
 class FedDPA(Method):
@@ -48,14 +46,14 @@ class FedDPA(Method):
 
     def fit(self, client: ClientContext, start: Tensors) -> Program[Fitted]:
         """Train the global adapter, then the local one; send the first, keep the second."""
-        shared = {n: t for n, t in start.items() if _GLOBAL in n}
+        shared = {n: start[n] for n in to_tensors(client.layout)}
         sent = yield Train(shared, list(shared))
-        own = {n: t for n, t in start.items() if _LOCAL in n}
-        own = own or {n.replace(_GLOBAL, _LOCAL): t for n, t in to_tensors(client.layout).items()}
+        own = {n: t for n, t in start.items() if n.endswith(OTHER)}
+        own = own or {beside(n): t for n, t in to_tensors(client.layout).items()}
         # the weights of the mixture are fixed while the local adapter is trained
         both = {**shared, **own, MIX: torch.tensor(0.5)}
         trained = yield Train(both, list(own))
-        kept = {n: t for n, t in trained.items() if _LOCAL in n}
+        kept = {n: t for n, t in trained.items() if n.endswith(OTHER)}
         anchors = yield Features(self.parameters.samples)
         return Fitted(self.payload(sent, shared, client.round), {**kept, ANCHORS: anchors})
 

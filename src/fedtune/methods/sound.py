@@ -1,4 +1,4 @@
-"""Which numbers of an update a server half takes: finite ones, none absurdly large, and magnitudes near those before.
+"""Which numbers of an update a server half takes: finite ones, none absurdly large.
 
 Products of such numbers stay far inside float32's range, so no aggregation overflows, divides by zero or hands NaN to
 LAPACK because of what one client sent. A layer's product may grow by no more than a product of factors that have both
@@ -17,10 +17,8 @@ from functools import cache
 from typing import TYPE_CHECKING, NamedTuple
 
 from fedtune.lazy import torch
-from fedtune.lora import dora
 from fedtune.lora.product import size
-from fedtune.lora.state import AdapterState, to_tensors
-from fedtune.names import B
+from fedtune.lora.state import AdapterState
 
 if TYPE_CHECKING:
     from fedtune.config.schema import TrainSettings
@@ -33,8 +31,6 @@ LARGEST = 1e9
 GROWTH = 100.0
 # of what leaves no more than a direction in the model: sketches
 LOOSE = 1e4
-# of SCAFFOLD's controls, in multiples of what gradients are clipped to
-CLIPPED = 10.0
 # in medians of a round: how much of a client's own norm counts where that norm would set its weight
 OUTLYING = 2.0
 # of the way that a round's steps can make in exact arithmetic: rounding weights to bfloat16 doubles a small step at
@@ -107,24 +103,6 @@ def number_problem(tensors: Tensors) -> str:
         largest = float(torch.linalg.vector_norm(tensor, math.inf))
         if not largest <= LARGEST:
             return f"{name} has a number of size {largest:.3g}; at most {LARGEST:g} is taken"
-    return ""
-
-
-def magnitude_problem(tensors: Tensors, adapter: AdapterState, *, relative: bool) -> str:
-    """Say which of DoRA's magnitudes has moved further than a round may move it, or return an empty string.
-
-    Args:
-        tensors: what a client sent.
-        adapter: what it was sent.
-        relative: magnitudes are relative, and B comes multiplied by them; it is bounded without.
-    """
-    if (problem := dora.outside(tensors, adapter)) or not relative:
-        return problem
-    plain, before = dora.from_wire(tensors), to_tensors(adapter)
-    for name in (n for n in plain if n.endswith(B)):
-        norm, limit = float(plain[name].norm()), float(before[name].norm()) + GROWTH
-        if not norm <= limit:
-            return f"{name} has norm {norm:.3g} without its magnitudes; at most {limit:.3g} is taken"
     return ""
 
 

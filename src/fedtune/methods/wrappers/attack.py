@@ -123,15 +123,15 @@ class Attackers(Wrapper):
         elif chosen == "gauge" and not sends_pairs(kind):
             yield "attack.kind", f"a client of {kind.name} does not send both factors of a layer, so it has no gauge"
 
-    def fit(self, client: ClientContext, download: Tensors, begun: Tensors) -> Program[Fitted]:
+    def fit(self, client: ClientContext, start: Tensors) -> Program[Fitted]:
         """Tamper with what is sent, compared with the start in the form that is sent.
 
         Magnitudes are those it would have sent or, where no server takes these, the nearest.
         """
-        fitted = yield from self.inner.fit(client, download, begun)
+        fitted = yield from self.inner.fit(client, start)
         if client.client not in self.config.attack.clients:
             return fitted
         seed = derive_seed(self.config.seed, "attack", client.client, client.round)
-        was = yield from self.inner.untrained(begun)
+        was = yield from self.inner.untrained(start)
         bad = tampered(fitted.payload, was, self.config.attack, client.client, seed)
-        return replace(fitted, payload=dora.clamped(bad, begun))
+        return replace(fitted, payload=dora.clamped(bad, start))

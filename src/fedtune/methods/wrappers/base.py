@@ -65,18 +65,18 @@ class Innermost:
             return dict(download)
         return self.method.begin(client, download)
 
-    def fit(self, client: ClientContext, download: Tensors, begun: Tensors) -> Program[Fitted]:
+    def fit(self, client: ClientContext, start: Tensors) -> Program[Fitted]:
         """Do a client's work of one exchange from what `begin` returned."""
-        return self.method.fit(client, begun)
+        return self.method.fit(client, start)
 
     def work(self, client: ClientContext, download: Tensors) -> Program[Fitted]:
         """Do a client's work of one exchange from what it downloaded."""
-        return self.fit(client, download, self.begin(client, download))
+        return self.fit(client, self.begin(client, download))
 
-    def untrained(self, begun: Tensors) -> Program[dict[str, Tensor]]:
-        """Return what `begun` is in the form in which it would be sent."""
+    def untrained(self, start: Tensors) -> Program[dict[str, Tensor]]:
+        """Return what `start` is in the form in which it would be sent."""
         yield from ()
-        return dict(begun)
+        return dict(start)
 
     def view(self, state: ServerState, client: int) -> dict[str, Tensor]:
         """Return what a client downloads."""
@@ -156,13 +156,13 @@ class Wrapper(Innermost):
         """Return all tensors of a client's model at the start of an exchange, as they travel."""
         return self.inner.begin(client, download)
 
-    def fit(self, client: ClientContext, download: Tensors, begun: Tensors) -> Program[Fitted]:
+    def fit(self, client: ClientContext, start: Tensors) -> Program[Fitted]:
         """Do a client's work of one exchange from what `begin` returned."""
-        return self.inner.fit(client, download, begun)
+        return self.inner.fit(client, start)
 
-    def untrained(self, begun: Tensors) -> Program[dict[str, Tensor]]:
-        """Return what `begun` is in the form in which it would be sent."""
-        return self.inner.untrained(begun)
+    def untrained(self, start: Tensors) -> Program[dict[str, Tensor]]:
+        """Return what `start` is in the form in which it would be sent."""
+        return self.inner.untrained(start)
 
     def view(self, state: ServerState, client: int) -> dict[str, Tensor]:
         """Return what a client downloads."""

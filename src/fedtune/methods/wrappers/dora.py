@@ -26,6 +26,24 @@ if TYPE_CHECKING:
     from fedtune.config import Config
 
 
+def magnitude_problem(tensors: Tensors, adapter: AdapterState, *, relative: bool) -> str:
+    """Say which of DoRA's magnitudes has moved further than a round may move it, or return an empty string.
+
+    Args:
+        tensors: what a client sent.
+        adapter: what it was sent.
+        relative: magnitudes are relative, and B comes multiplied by them; it is bounded without.
+    """
+    if (problem := dora.outside(tensors, adapter)) or not relative:
+        return problem
+    plain, before = dora.from_wire(tensors), to_tensors(adapter)
+    for name in (n for n in plain if n.endswith(B)):
+        norm, limit = float(plain[name].norm()), float(before[name].norm()) + sound.GROWTH
+        if not norm <= limit:
+            return f"{name} has norm {norm:.3g} without its magnitudes; at most {limit:.3g} is taken"
+    return ""
+
+
 class DoRA(Wrapper):
     """Keeps magnitudes in bounds; maps them where the method is defined by products."""
 
@@ -63,33 +81,33 @@ class DoRA(Wrapper):
         """Begin from a layout in the form that travels."""
         return self.inner.begin(replace(client, layout=self._as_sent(client.layout)), download)
 
-    def fit(self, client: ClientContext, download: Tensors, begun: Tensors) -> Program[Fitted]:
+    def fit(self, client: ClientContext, start: Tensors) -> Program[Fitted]:
         """Train with magnitudes as PEFT has them, and send what is accepted."""
-        start = yield from self._started(begun)
-        fitted = yield from self.inner.fit(client, download, start)
-        return replace(fitted, payload=(yield from self._mapped(fitted.payload, start, begun)))
+        plain = yield from self._plain(start)
+        fitted = yield from self.inner.fit(client, plain)
+        return replace(fitted, payload=(yield from self._mapped(fitted.payload, plain, start)))
 
-    def untrained(self, begun: Tensors) -> Program[dict[str, Tensor]]:
+    def untrained(self, start: Tensors) -> Program[dict[str, Tensor]]:
         """Return the start in the form in which it would be sent."""
-        start = yield from self._started(begun)
-        return (yield from self._mapped(dict(start), start, begun))
+        plain = yield from self._plain(start)
+        return (yield from self._mapped(dict(plain), plain, start))
 
-    def _started(self, begun: Tensors) -> Program[Tensors]:
+    def _plain(self, start: Tensors) -> Program[Tensors]:
         """Return a client's tensors with the magnitudes as PEFT has them."""
-        return dora.to_magnitudes(begun, (yield RowNorms(begun))) if self.exact else begun
+        return dora.to_magnitudes(start, (yield RowNorms(start))) if self.exact else start
 
-    def _mapped(self, payload: dict[str, Tensor], start: Tensors, begun: Tensors) -> Program[dict[str, Tensor]]:
-        """Return trained tensors as they are sent; no magnitude is further from `begun` than is accepted."""
+    def _mapped(self, payload: dict[str, Tensor], plain: Tensors, start: Tensors) -> Program[dict[str, Tensor]]:
+        """Return trained tensors as they are sent; no magnitude is further from `start` than is accepted."""
         if self.exact:
-            return dora.to_wire(payload, (yield RowNorms({**start, **payload})), begun)
-        return dora.clamped(payload, begun)
+            return dora.to_wire(payload, (yield RowNorms({**plain, **payload})), start)
+        return dora.clamped(payload, start)
 
     def upload(self, state: ServerState, client: int, round_: int, steps: int = 0) -> Upload:
         """Bound magnitudes, and B where it comes multiplied by them, by how far they may move and not by their norm."""
         inner, own = self.inner.upload(state, client, round_, steps), (M, B)[: 1 + self.exact]
 
         def problem(sent: Tensors) -> str:
-            return sound.magnitude_problem(sent, state.adapter, relative=self.exact) or inner.problem(sent)
+            return magnitude_problem(sent, state.adapter, relative=self.exact) or inner.problem(sent)
 
         return replace(
             inner,

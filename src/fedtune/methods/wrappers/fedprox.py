@@ -44,6 +44,6 @@ class FedProx(Wrapper):
             request = replace(request, term=self._nearer(request.start, request.term))
         return (yield request)
 
-    def fit(self, client: ClientContext, download: Tensors, begun: Tensors) -> Program[Fitted]:
+    def fit(self, client: ClientContext, start: Tensors) -> Program[Fitted]:
         """Pull every step towards the start."""
-        return handled(self.inner.fit(client, download, begun), self._handle)
+        return handled(self.inner.fit(client, start), self._handle)

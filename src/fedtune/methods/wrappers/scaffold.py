@@ -12,7 +12,6 @@ from fedtune.lora.state import to_tensors
 from fedtune.methods.base import Method
 from fedtune.methods.kept import as_of, with_previous
 from fedtune.methods.requests import ClientContext, Correction, Fitted, Program, Request, Tensors, Train, handled
-from fedtune.methods.sound import CLIPPED
 from fedtune.methods.state import ClientUpdate, ServerState, Upload
 from fedtune.methods.wrappers.base import Having, RoundContext, Wrapper
 from fedtune.types import Problem
@@ -25,6 +24,8 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 CONTROL = "scaffold/"
+# how large a control's change may be, in multiples of what gradients are clipped to
+CLIPPED = 10.0
 # among the controls: the round a client was last heard in (server, by client; download)
 _HEARD = "heard"
 
@@ -149,20 +150,25 @@ class Scaffold(Wrapper):
             yield Problem("drift.scaffold", f"its control variates do not fit {kind.name} with these settings")
 
     def begin(self, client: ClientContext, download: Tensors) -> dict[str, Tensor]:
-        """Begin without the controls."""
-        return self.inner.begin(replace(client, kept=split(client.kept)[0]), split(download)[0])
-
-    def fit(self, client: ClientContext, download: Tensors, begun: Tensors) -> Program[Fitted]:
-        """Train with the correction c - c_i; send how c_i has changed, and keep it."""
+        """Begin with the server's controls beside the model."""
         sent, controls = split(download)
+        return {**self.inner.begin(replace(client, kept=split(client.kept)[0]), sent), **named(controls)}
+
+    def fit(self, client: ClientContext, start: Tensors) -> Program[Fitted]:
+        """Train with the correction c - c_i; send how c_i has changed, and keep it."""
+        model, controls = split(start)
         kept, own = split(client.kept)
         own = as_of(own, int(controls[_HEARD]))
-        program = self.inner.fit(replace(client, kept=kept), sent, begun)
+        program = self.inner.fit(replace(client, kept=kept), model)
         fitted, changes = yield from corrected(program, controls, own, client)
         if not changes:
             return fitted
         keeps = named(keeping(own, changes, client.round))
         return Fitted({**fitted.payload, **named(changes)}, {**fitted.kept, **keeps})
+
+    def untrained(self, start: Tensors) -> Program[dict[str, Tensor]]:
+        """Return the model's start: a control's change has none."""
+        return self.inner.untrained(split(start)[0])
 
     def _controls(self, state: ServerState) -> Mapping[str, Tensor]:
         zeros = {n: t.new_zeros(t.shape) for n, t in to_tensors(state.adapter).items()}
