@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import fields
+from functools import partial
 from typing import Any, TypeVar
 
 from torch import Tensor
@@ -20,6 +21,7 @@ from fedtune.methods.requests import (
     RowNorms,
     Tensors,
     Train,
+    answered,
 )
 
 T = TypeVar("T")
@@ -41,13 +43,7 @@ def _answer(client: Any, request: Request) -> Any:
 
 def ran_by(client: Any, program: Program[T]) -> T:
     """Return what a program returns whose requests the stand-in has answered."""
-    try:
-        request = next(program)
-        while True:
-            request = program.send(_answer(client, request))
-    except StopIteration as done:
-        result: T = done.value
-        return result
+    return answered(program, partial(_answer, client))
 
 
 def context_of(client: Any) -> ClientContext:

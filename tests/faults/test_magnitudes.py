@@ -103,7 +103,7 @@ class Race:
         """The global model's distance from the target, as a part of the base model's."""
         module = self.now.state.adapter[PATH]
         assert module.magnitude is not None
-        relative = self.algorithm.exact_dora
+        relative = magnitudes(type(self.algorithm.method)) == "exact"
         norms = dora.row_norms(BASE, module.delta())
         m = module.magnitude * norms if relative else module.magnitude
         return float((weight(m, module.a, module.b) - TARGET).norm() / (BASE - TARGET).norm())

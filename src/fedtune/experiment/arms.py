@@ -23,10 +23,9 @@ from fedtune.federation.private import PrivateStore
 from fedtune.federation.rounds import Federation, draw, rounds
 from fedtune.federation.workers import WorkerGrid, WorkerPool, costs_of
 from fedtune.lora.base_delta import as_adapter, join, side_tensors
-from fedtune.lora.dora import to_magnitudes
 from fedtune.lora.state import AdapterState, to_tensors, with_tensors
 from fedtune.methods import Algorithm, ServerState
-from fedtune.methods.requests import ClientContext
+from fedtune.methods.requests import ClientContext, Request, RowNorms, answered
 from fedtune.methods.traits import moves_base
 from fedtune.models.adapted import AdaptedModel
 from fedtune.models.budget import message_bytes
@@ -151,8 +150,14 @@ class Arm:
         return self._loadable(algorithm.begin(context, algorithm.view(state, client)))
 
     def _loadable(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Return tensors with DoRA's magnitudes as PEFT has them, where they are relative."""
-        return to_magnitudes(tensors, self.adapted.row_norms(tensors)) if self.algorithm.exact_dora else tensors
+        """Return tensors of a model as PEFT has them."""
+
+        def answer(request: Request) -> dict[str, Tensor]:
+            if not isinstance(request, RowNorms):
+                raise TypeError(f"only row norms can be asked of a model that is not trained, not {request}")
+            return self.adapted.row_norms(request.at)
+
+        return answered(self.algorithm.loadable(tensors), answer)
 
     def adapter_of(self, state: ServerState) -> AdapterState:
         """Return the global model as one PEFT adapter, of whatever rank that takes."""

@@ -14,7 +14,7 @@ from fedtune.methods import sound
 from fedtune.methods.base import Method
 from fedtune.methods.requests import Tensors
 from fedtune.methods.state import ClientUpdate, ServerState, Upload
-from fedtune.methods.traits import comparable, magnitudes
+from fedtune.methods.traits import comparable
 from fedtune.methods.wrappers import RoundContext, Wrapper, wrapped
 from fedtune.names import A, B
 from fedtune.types import UpdateError
@@ -38,11 +38,6 @@ class Algorithm(Wrapper):
 
     def __init__(self, method: Method, config: Config) -> None:
         super().__init__(wrapped(method, config))
-
-    @property
-    def exact_dora(self) -> bool:
-        """Whether magnitudes travel through the exact map."""
-        return self.config.lora.dora and magnitudes(type(self.method)) == "exact"
 
     def initial(self, adapter: AdapterState) -> ServerState:
         """Return the server's state before the first round."""

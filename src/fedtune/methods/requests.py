@@ -126,6 +126,17 @@ class ClientContext:
     steps: int
 
 
+def answered(program: Program[T], answer: Callable[[Request], Any]) -> T:
+    """Return what a program returns whose requests are answered on the spot."""
+    try:
+        request = next(program)
+        while True:
+            request = program.send(answer(request))
+    except StopIteration as done:
+        result: T = done.value
+        return result
+
+
 def handled(program: Program[T], handle: Callable[[Request], Generator[Y, Any, Any]]) -> Generator[Y, Any, T]:
     """Run a program whose requests are answered by `handle`, which may make requests of its own.
 

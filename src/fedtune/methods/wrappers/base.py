@@ -78,6 +78,11 @@ class Innermost:
         yield from ()
         return dict(start)
 
+    def loadable(self, tensors: Tensors) -> Program[dict[str, Tensor]]:
+        """Return tensors of a model as PEFT has them."""
+        yield from ()
+        return dict(tensors)
+
     def view(self, state: ServerState, client: int) -> dict[str, Tensor]:
         """Return what a client downloads."""
         return self.method.view(state, client)
@@ -163,6 +168,10 @@ class Wrapper(Innermost):
     def untrained(self, start: Tensors) -> Program[dict[str, Tensor]]:
         """Return what `start` is in the form in which it would be sent."""
         return self.inner.untrained(start)
+
+    def loadable(self, tensors: Tensors) -> Program[dict[str, Tensor]]:
+        """Return tensors of a model as PEFT has them."""
+        return self.inner.loadable(tensors)
 
     def view(self, state: ServerState, client: int) -> dict[str, Tensor]:
         """Return what a client downloads."""

@@ -83,18 +83,18 @@ class DoRA(Wrapper):
 
     def fit(self, client: ClientContext, start: Tensors) -> Program[Fitted]:
         """Train with magnitudes as PEFT has them, and send what is accepted."""
-        plain = yield from self._plain(start)
+        plain = yield from self.loadable(start)
         fitted = yield from self.inner.fit(client, plain)
         return replace(fitted, payload=(yield from self._mapped(fitted.payload, plain, start)))
 
     def untrained(self, start: Tensors) -> Program[dict[str, Tensor]]:
         """Return the start in the form in which it would be sent."""
-        plain = yield from self._plain(start)
+        plain = yield from self.loadable(start)
         return (yield from self._mapped(dict(plain), plain, start))
 
-    def _plain(self, start: Tensors) -> Program[Tensors]:
-        """Return a client's tensors with the magnitudes as PEFT has them."""
-        return dora.to_magnitudes(start, (yield RowNorms(start))) if self.exact else start
+    def loadable(self, tensors: Tensors) -> Program[dict[str, Tensor]]:
+        """Return tensors with the magnitudes as PEFT has them."""
+        return dora.to_magnitudes(tensors, (yield RowNorms(tensors))) if self.exact else dict(tensors)
 
     def _mapped(self, payload: dict[str, Tensor], plain: Tensors, start: Tensors) -> Program[dict[str, Tensor]]:
         """Return trained tensors as they are sent; no magnitude is further from `start` than is accepted."""
