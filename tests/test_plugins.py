@@ -182,6 +182,7 @@ def test_a_kind_of_task_of_another_package_scores_its_tasks(
 BROKEN = {
     "raise ImportError('no module named x')": "ImportError: no module named x",
     "raise SystemExit('ended')": "SystemExit: ended",
+    "class Ended(BaseException): pass\nraise Ended('at once')": "Ended: at once",
     "": "AttributeError",
     "Broken = 3": "is no subclass of fedtune.methods.Method",
     "from fedtune.methods import Method\nclass Broken(Method): pass": "Broken has no name",

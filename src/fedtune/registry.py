@@ -128,8 +128,9 @@ class Registry(Mapping[str, T], Generic[T]):
             return f"{said}: a name has letters, digits, '.', '_' and '-', the first a small letter or a digit"
         try:
             return self._check(name, points[0].load()), _origin(points[0])
-        # other people's code, which may raise anything, or end the process, while it is imported
-        except (Exception, SystemExit) as err:
+        except KeyboardInterrupt:
+            raise
+        except BaseException as err:  # of other people's code, which may raise anything, or end the process
             return f"{said}: {type(err).__name__}: {last_line(str(err))}"
 
     def fault(self, name: str) -> str:

@@ -23,6 +23,7 @@ from fedtune.board.traffic import _too_few, byte_problems
 from fedtune.board.validate import check, impossible
 from fedtune.cli import app
 from fedtune.config import Settings
+from fedtune.config.load import read_toml
 from fedtune.experiment.run import run
 from fedtune.io import file_sha256
 from fedtune.types import ConfigError, CorruptFileError, DataError
@@ -66,6 +67,14 @@ def test_a_real_submission_is_good_as_folder_and_as_zip(good: Path, tmp_path: Pa
     assert "seed-1: good" in done.output
     names = {p.name for p in (good / "seed-1").iterdir()}
     assert {"entry.json", "README.md", "adapter", "evals", "rounds.jsonl", "config.toml", ".eval_results"} <= names
+
+
+def test_a_submission_does_not_say_where_the_rows_lie(good: Path, runs: list[Path]) -> None:
+    path = read_toml(runs[0] / "config.toml")["data"]["path"]
+    assert Path(path).is_absolute()
+    packed = [p for p in (good / "seed-1").rglob("*") if p.is_file()]
+    texts = [gzip.decompress(p.read_bytes()) if p.suffix == ".gz" else p.read_bytes() for p in packed]
+    assert not [p for p, text in zip(packed, texts, strict=True) if path.encode() in text]
 
 
 def test_the_card_is_for_the_hub(good: Path) -> None:

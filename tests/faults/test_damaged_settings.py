@@ -30,7 +30,9 @@ def test_damaged_settings_are_read_or_refused(count: int, tmp_path: Path) -> Non
     assert 0 < read < count, "some damage is harmless, and some is not"
 
 
-@pytest.mark.parametrize("value", [DEEP, "9" * 5000])
+@pytest.mark.parametrize(
+    "value", [DEEP, "9" * 5000, "0x" + "f" * 5000, "0b1" + "0" * 63, "[0, {a = -0o7" + "0" * 40 + "}]"]
+)
 def test_values_that_the_parser_gives_up_on_are_refused(value: str, tmp_path: Path) -> None:
     (tmp_path / "run.toml").write_text(f"seed = {value}\n")
     with pytest.raises(ConfigError, match="is not TOML"):

@@ -6,20 +6,31 @@ import gzip
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
+
+import tomli_w
 
 from fedtune import spaces
 from fedtune.board import card
 from fedtune.board.entries import from_run
 from fedtune.board.sets import named_logs
+from fedtune.config.load import read_toml
 from fedtune.io import file_sha256, write_bytes, write_json
 from fedtune.results.entry import Entry
 from fedtune.types import DataError
 
 ENTRY = "entry.json"
-KEPT = ("config.toml", "manifest.json", "result.json", "rounds.jsonl", "data.json", "curve.jsonl")
+KEPT = ("manifest.json", "result.json", "rounds.jsonl", "data.json", "curve.jsonl")
+
+
+def _without_path(settings: dict[str, Any]) -> dict[str, Any]:
+    """Return settings that do not say where this machine keeps its rows: nobody else has that folder."""
+    data = settings.get("data", {})
+    return {**settings, "data": {**data, "path": ""}} if data.get("path") else settings
 
 
 def _copy(run: Path, out: Path, entry: Entry) -> None:
+    write_bytes(out / "config.toml", tomli_w.dumps(_without_path(read_toml(run / "config.toml"))).encode())
     for name in KEPT:
         if (run / name).exists():
             shutil.copyfile(run / name, out / name)

@@ -22,15 +22,30 @@ def parsed(text: str) -> dict[str, Any]:
     """Parse TOML in a time that grows with its length, however deep its keys go.
 
     Raises:
-        ValueError: not TOML, or a key of more than `DEEPEST` parts.
+        ValueError: not TOML, a key of more than `DEEPEST` parts, or a whole number that TOML's 64 bits cannot hold.
     """
     rest = _APART.sub(lambda found: "" if found[0][0] == "#" else "x", text)
     if deep := _DEEP.search(rest):
         raise ValueError(f"the key {deep[0][:40]}... has more than {DEEPEST} parts")
     try:
-        return tomllib.loads(text)
+        found = tomllib.loads(text)
     except RecursionError as err:
         raise ValueError("brackets stand inside each other without end") from err
+    if large := _beyond(found):
+        raise ValueError(f"{large} is a whole number of more than 64 bits")
+    return found
+
+
+def _beyond(tree: Any) -> str:
+    """Return the start of a whole number beyond 64 bits, or an empty text: Python does not print the longest ones."""
+    left = [tree]
+    while left:
+        value = left.pop()
+        if isinstance(value, int) and not -(2**63) <= value < 2**63:
+            return f"{value:#x}"[:20] + "..."
+        if isinstance(value, (dict, list)):
+            left += value.values() if isinstance(value, dict) else value
+    return ""
 
 
 def too_deep(tree: Any) -> str:

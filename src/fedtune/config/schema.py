@@ -16,6 +16,8 @@ from fedtune.io import digest
 
 Mode = Literal["official", "likelihood"]
 Share = Annotated[float, Field(ge=0, lt=1)]
+# the rows of one client's round are planned as a list
+MOST_ROWS = 10_000_000
 
 
 class ModelSettings(Section):
@@ -166,9 +168,9 @@ class TrainSettings(Section):
     optimizer: Literal["adamw", "sgd"] = "adamw"
     learning_rate_max: float = Field(1e-3, gt=0)
     learning_rate_min: float = Field(1e-4, ge=0)
-    max_steps: int = Field(6, ge=1)
-    per_device_train_batch_size: int = Field(8, ge=1)
-    gradient_accumulation_steps: int = Field(1, ge=1)
+    max_steps: int = Field(6, ge=1, le=MOST_ROWS)
+    per_device_train_batch_size: int = Field(8, ge=1, le=MOST_ROWS)
+    gradient_accumulation_steps: int = Field(1, ge=1, le=MOST_ROWS)
     max_grad_norm: float = Field(1.0, gt=0)
     weight_decay: float = Field(0.0, ge=0)
     adam_beta1: float = Field(0.9, ge=0, lt=1)
@@ -186,6 +188,8 @@ class TrainSettings(Section):
 
     @model_validator(mode="after")
     def _rates(self) -> TrainSettings:
+        if (rows := self.max_steps * self.batch) > MOST_ROWS:
+            raise ValueError(f"a client has {rows:,} rows per round (steps x batch); at most {MOST_ROWS:,} are taken")
         if self.learning_rate_min > self.learning_rate_max:
             raise ValueError("learning_rate_min is larger than learning_rate_max")
         return self

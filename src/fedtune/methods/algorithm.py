@@ -86,5 +86,5 @@ class Algorithm(Wrapper):
         # where only means of factors are taken, the bounds on those are enough
         if problem or self.method.linear or not comparable(type(self.method)) or not _in_pairs(update.tensors):
             return problem
-        whole = self.upload(state, update.client, round_).whole(update.tensors)
-        return sound.product_problem(whole, state.adapter)
+        upload = self.upload(state, update.client, round_)
+        return sound.product_problem(upload.whole(update.tensors), state.adapter, upload.product)

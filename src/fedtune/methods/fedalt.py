@@ -9,20 +9,25 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import chain
 from typing import TYPE_CHECKING
 
 from fedtune.lazy import torch
-from fedtune.lora.state import to_tensors
+from fedtune.lora.product import size
+from fedtune.lora.state import AdapterState, to_tensors
 from fedtune.methods.base import Method
 from fedtune.methods.kept import as_of, with_previous
 from fedtune.methods.requests import ClientContext, Fitted, Program, Tensors, Train
-from fedtune.methods.state import ClientUpdate, ServerState, weights
+from fedtune.methods.sound import GROWTH
+from fedtune.methods.state import ClientUpdate, ServerState, Upload, weights
 from fedtune.names import FACTORS, OTHER, PREFIX, ROUTER, beside
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 _SHARE, _SHARES, _ROUND = "fedalt/share", "fedalt/shares", "fedalt/round"
+# by client: the round of its last update, and of each layer the norms of A, B and their product
+_SIZES = "fedalt/sizes/"
 # of what a client keeps beside its newest adapter and router
 _PREFIX = "fedalt/"
 
@@ -31,6 +36,12 @@ def rest_of_world(mean: Tensor, own: Tensor, share: float) -> Tensor:
     """Return the mean of the others: (mean - w own) / (1 - w); zeros where there are none."""
     rest = (mean.double() - share * own.double()) / (1 - share) if share < 1 else mean * 0
     return rest.to(mean.dtype)
+
+
+def _sizes(adapter: AdapterState, round_: int) -> Tensor:
+    """Return an adapter's sizes, and its round: float64 [3 layers + 1], the layers in order."""
+    layers = [(float(m.a.norm()), float(m.b.norm()), size(m)) for _, m in sorted(adapter.items())]
+    return torch.tensor([float(round_), *chain.from_iterable(layers)], dtype=torch.float64)
 
 
 class FedALT(Method):
@@ -66,7 +77,25 @@ class FedALT(Method):
         """Average the adapters, and remember what share of the mean each client has."""
         after, shares = super().server_step(updates, state, round_), weights(updates)
         table = [[float(u.client), w / sum(shares)] for u, w in zip(updates, shares, strict=True)]
-        return replace(after, extra={**after.extra, _SHARES: torch.tensor(table, dtype=torch.float64)})
+        whole = self.adapters(updates, state, round_)
+        sizes = {f"{_SIZES}{u.client}": _sizes(a, round_) for u, a in zip(updates, whole, strict=True)}
+        return replace(after, extra={**after.extra, **sizes, _SHARES: torch.tensor(table, dtype=torch.float64)})
+
+    def upload(self, state: ServerState, client: int, round_: int, steps: int = 0) -> Upload:
+        """Count bounds from a client's own adapter, which it has trained in each round since its last update.
+
+        That a reply was lost does not take its round back: it was trained on.
+        """
+        known, paths = super().upload(state, client, round_, steps), sorted(state.adapter)
+        last, *own = state.extra.get(f"{_SIZES}{client}", _sizes(state.adapter, 0)).tolist()
+        now, grown = _sizes(state.adapter, round_).tolist()[1:], GROWTH * max(1.0, round_ - last)
+        beyond = [max(0.0, mine - server) for mine, server in zip(own, now, strict=True)]
+        places = {f"{PREFIX}{path}{end}": 3 * i + j for i, path in enumerate(paths) for j, end in enumerate(FACTORS)}
+        return replace(
+            known,
+            growth=lambda name: grown + beyond[places[name]],
+            product=lambda path: grown**2 + beyond[3 * paths.index(path) + 2],
+        )
 
     def view(self, state: ServerState, client: int) -> dict[str, Tensor]:
         """Send the mean, its round, and this client's share in it."""

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -106,10 +106,10 @@ def number_problem(tensors: Tensors) -> str:
     return ""
 
 
-def product_problem(adapter: AdapterState, before: AdapterState) -> str:
-    """Say which layer's product has grown more than a server half takes, or return an empty string."""
+def product_problem(adapter: AdapterState, before: AdapterState, growth: Callable[[str], float]) -> str:
+    """Say which layer's product has grown by more than `growth`, by path, or return an empty string."""
     for path, module in adapter.items():
-        norm, limit = size(module), size(before[path]) + GROWTH**2
+        norm, limit = size(module), size(before[path]) + growth(path)
         if norm > limit:
             return f"{path}: the product has norm {norm:.3g}; at most {limit:.3g} is taken"
     return ""

@@ -58,6 +58,7 @@ class Upload:
         whole: makes a whole adapter of what was sent: what is not sent is as the server has it.
         losses: how many losses the client takes at most.
         growth: by how much the Frobenius norm of a tensor may exceed that in `tensors`, by name.
+        product: by how much that of a layer's product may exceed that of the server's, by path.
         problem: says what else is wrong with tensors of these names and dtypes, or returns an empty string.
         reach: how far a round at a learning rate can carry a weight of the model; None where nobody can say.
         ragged: the shapes are the client's own choice, within what `problem` allows.
@@ -68,6 +69,7 @@ class Upload:
     whole: Callable[[Tensors], AdapterState]
     losses: int = 0
     growth: Callable[[str], float] = lambda name: GROWTH
+    product: Callable[[str], float] = lambda path: GROWTH**2
     problem: Callable[[Tensors], str] = lambda sent: ""
     reach: Callable[[TrainSettings, float], Reach] | None = None
     ragged: bool = False

@@ -22,7 +22,7 @@ State = Literal["reported", "re-scored", "re-run", "flagged"]
 _SAFE = re.compile(r"[^A-Za-z0-9._@-]+")
 _MARKDOWN = re.compile(r"([\\`*_\[\]<>&|~#!$])|^([-+=]|\d+(?=[.)]))")
 # what readers of Markdown link or replace although it is escaped: addresses, names, numbers of threads, emoji
-_LINKED = re.compile(r"(?<=:)(?=\S)|(?<=@)(?=\S)|(?<=#)(?=\S)|(?<=www)(?=\.)", re.I)
+_LINKED = re.compile(r"(?<=:)(?=\S)|(?<=@)(?=\S)|(?<=#)(?=\S)|(?<=\bGH-)(?=\d)|(?<=www)(?=\.)", re.I)
 _BREAK = "&#8203;"  # of no width
 
 
@@ -33,7 +33,8 @@ def _escaped(found: re.Match[str]) -> str:
 def escape_markdown(value: str) -> str:
     """Return a text so that Markdown and the HTML in it show it as it is, on one line: no link, image, code or tag.
 
-    Addresses, names after `@` and numbers after `#` get a space of no width, since they are linked wherever they stand.
+    Addresses, names after `@` and numbers after `#` or `GH-` get a space of no width, since they are linked wherever
+    they stand. The hash of a commit stays whole, to be copied.
     """
     return _LINKED.sub(_BREAK, _MARKDOWN.sub(_escaped, " ".join(value.split())))
 
