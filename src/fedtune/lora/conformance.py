@@ -7,7 +7,7 @@ float64, and not square. A result of another rank than the clients' is fine.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -79,97 +79,52 @@ def _mean(adapters: Sequence[AdapterState], weights: Sequence[float]) -> dict[st
     return {p: torch.stack([w * d[p] for w, d in zip(shares, deltas, strict=True)]).sum(0) for p in deltas[0]}
 
 
-def _best(adapters: Sequence[AdapterState], weights: Sequence[float], rank: int) -> dict[str, Tensor]:
-    return {p: product.truncate(product.stack([a[p] for a in adapters], weights), rank).dense() for p in adapters[0]}
-
-
-ONE, TWO, THREE = (random_adapter(seed) for seed in (1, 2, 3))
+ONE, TWO, THREE = ALL = [random_adapter(seed) for seed in (1, 2, 3)]
 WEIGHTS = [1.0, 2.0, 5.0]
-Pair = tuple[dict[str, Tensor], dict[str, Tensor]]
-
-
-def _one_client(f: Aggregation) -> Pair:
-    return _result(f, [ONE], [7.0]), _deltas(ONE)
-
-
-def _identical(f: Aggregation) -> Pair:
-    return _result(f, [ONE, ONE, ONE], WEIGHTS), _deltas(ONE)
-
-
-def _permuted(f: Aggregation) -> Pair:
-    return _result(f, [THREE, ONE, TWO], [5.0, 1.0, 2.0]), _result(f, [ONE, TWO, THREE], WEIGHTS)
-
-
-def _rescaled(f: Aggregation) -> Pair:
-    return _result(f, [ONE, TWO, THREE], [10.0, 20.0, 50.0]), _result(f, [ONE, TWO, THREE], WEIGHTS)
-
-
-def _doubled(f: Aggregation) -> Pair:
-    return _result(f, [ONE, TWO, TWO], [1.0, 1.0, 1.0]), _result(f, [ONE, TWO], [1.0, 2.0])
-
-
-def _twice(f: Aggregation) -> Pair:
-    return _result(f, [ONE, TWO, THREE], WEIGHTS), _result(f, [ONE, TWO, THREE], WEIGHTS)
-
-
-def _gauge(f: Aggregation) -> Pair:
-    turn = torch.tensor([[2.0, 1.0, 0.0], [0.5, -3.0, 1.0], [0.0, 1.0, 0.25]], dtype=torch.float64)
-    moved = {p: product.regauge(m, turn) for p, m in ONE.items()}
-    return _result(f, [moved, TWO, THREE], WEIGHTS), _result(f, [ONE, TWO, THREE], WEIGHTS)
-
-
-def _exact(f: Aggregation) -> Pair:
-    return _result(f, [ONE, TWO, THREE], WEIGHTS), _mean([ONE, TWO, THREE], WEIGHTS)
-
-
-def _eckart_young(f: Aggregation) -> Pair:
-    return _result(f, [ONE, TWO, THREE], WEIGHTS), _best([ONE, TWO, THREE], WEIGHTS, RANK)
-
-
-def _common_a(f: Aggregation) -> Pair:
-    shared = [{p: replace(m, a=ONE[p].a) for p, m in a.items()} for a in (ONE, TWO, THREE)]
-    return _result(f, shared, WEIGHTS), _mean(shared, WEIGHTS)
-
-
-def _mixed_ranks(f: Aggregation) -> Pair:
-    mixed = [random_adapter(4, 1), random_adapter(5, 4), TWO]
-    got = _result(f, mixed, WEIGHTS)
-    return got, _mean(mixed, WEIGHTS)
-
-
-def _half(f: Aggregation) -> Pair:
-    many = [random_adapter(seed, dtype=torch.bfloat16) for seed in range(64)]
-    wide = [{p: replace(m, a=m.a.double(), b=m.b.double()) for p, m in a.items()} for a in many]
-    return _result(f, many, [1.0] * 64), _result(f, wide, [1.0] * 64)
-
-
 COMMON_A = "exact where A is common"
 # of a method that is meant to stay near where it started, these do not hold
 FIXED_POINTS = ("one client is its own model", "identical clients are a fixed point")
-CHECKS: tuple[tuple[str, Callable[[Aggregation], Pair], float, str], ...] = (
-    (FIXED_POINTS[0], _one_client, TOLERANCE, "any aggregation"),
-    (FIXED_POINTS[1], _identical, TOLERANCE, "any aggregation"),
-    ("the order of clients does not matter", _permuted, TOLERANCE, "any aggregation"),
-    ("only the ratio of weights counts", _rescaled, TOLERANCE, "any weighted aggregation"),
-    ("a doubled client is a doubled weight", _doubled, TOLERANCE, "any weighted aggregation"),
-    ("the same call gives the same result", _twice, 0.0, "any aggregation"),
-    (COMMON_A, _common_a, TOLERANCE, "any; methods with a frozen factor rest on it"),
-    ("a client's change of gauge changes nothing", _gauge, TOLERANCE, "methods in product space; not FedIT"),
-    ("exact: the mean of the clients' updates", _exact, TOLERANCE, "FLoRA, FedEx-LoRA, FedMomentum; not FedIT"),
-    ("the best approximation of its rank", _eckart_young, TOLERANCE, "FlexLoRA and its kin"),
-    ("exact with mixed ranks", _mixed_ranks, TOLERANCE, "FLoRA, FedMomentum"),
-    ("bfloat16 is summed in float32 or better", _half, 0.02, "any aggregation"),
-)
+# adapters with their weights, as the function is given them
+Given = tuple[Sequence[AdapterState], Sequence[float]]
+
+
+def _identities() -> Iterator[tuple[str, Given, Given | dict[str, Tensor], str, float]]:
+    """Yield each identity: name, what is given, what comes of it (or what else gives the same), whose, tolerance."""
+    any_, weighted, given = "any aggregation", "any weighted aggregation", (ALL, WEIGHTS)
+    yield FIXED_POINTS[0], ([ONE], [7.0]), _deltas(ONE), any_, TOLERANCE
+    yield FIXED_POINTS[1], ([ONE, ONE, ONE], WEIGHTS), _deltas(ONE), any_, TOLERANCE
+    yield "the order of clients does not matter", ([THREE, ONE, TWO], [5.0, 1.0, 2.0]), given, any_, TOLERANCE
+    yield "only the ratio of weights counts", (ALL, [10.0, 20.0, 50.0]), given, weighted, TOLERANCE
+    doubled = ([ONE, TWO, TWO], [1.0, 1.0, 1.0])
+    yield "a doubled client is a doubled weight", doubled, ([ONE, TWO], [1.0, 2.0]), weighted, TOLERANCE
+    yield "the same call gives the same result", given, given, any_, 0.0
+    shared = [{p: replace(m, a=ONE[p].a) for p, m in a.items()} for a in ALL]
+    who = "any; methods with a frozen factor rest on it"
+    yield COMMON_A, (shared, WEIGHTS), _mean(shared, WEIGHTS), who, TOLERANCE
+    turn = torch.tensor([[2.0, 1.0, 0.0], [0.5, -3.0, 1.0], [0.0, 1.0, 0.25]], dtype=torch.float64)
+    moved = {p: product.regauge(m, turn) for p, m in ONE.items()}
+    who = "methods in product space; not FedIT"
+    yield "a client's change of gauge changes nothing", ([moved, TWO, THREE], WEIGHTS), given, who, TOLERANCE
+    who = "FLoRA, FedEx-LoRA, FedMomentum; not FedIT"
+    yield "exact: the mean of the clients' updates", given, _mean(ALL, WEIGHTS), who, TOLERANCE
+    best = {p: product.truncate(product.stack([a[p] for a in ALL], WEIGHTS), RANK).dense() for p in ONE}
+    yield "the best approximation of its rank", given, best, "FlexLoRA and its kin", TOLERANCE
+    mixed = [random_adapter(4, 1), random_adapter(5, 4), TWO]
+    yield "exact with mixed ranks", (mixed, WEIGHTS), _mean(mixed, WEIGHTS), "FLoRA, FedMomentum", TOLERANCE
+    many, even = [random_adapter(seed, dtype=torch.bfloat16) for seed in range(64)], [1.0] * 64
+    wide = [{p: replace(m, a=m.a.double(), b=m.b.double()) for p, m in a.items()} for a in many]
+    yield "bfloat16 is summed in float32 or better", (many, even), (wide, even), any_, 0.02
 
 
 def examine(function: Aggregation) -> list[Finding]:
     """Try every identity on a function. An exception is a finding, not an end."""
     found = []
-    for name, check, tolerance, who in CHECKS:
+    for name, given, wanted, whose, tolerance in _identities():
         try:
-            error = _distance(*check(function))
+            made = _result(function, *given)
+            error = _distance(made, wanted if isinstance(wanted, dict) else _result(function, *wanted))
         except Exception as err:
-            found.append(Finding(name, None, None, who, f"{type(err).__name__}: {err}".splitlines()[0]))
+            found.append(Finding(name, None, None, whose, f"{type(err).__name__}: {err}".splitlines()[0]))
             continue
-        found.append(Finding(name, error <= tolerance, error, who))
+        found.append(Finding(name, error <= tolerance, error, whose))
     return found
