@@ -16,7 +16,7 @@ from fedtune.cli import app
 from fedtune.experiment.aggregate import Aggregated, aggregate, build, dense_update, write
 from fedtune.methods import METHODS, ServerState
 from fedtune.methods.traits import cuts
-from fedtune.models.folder import read_state
+from fedtune.models.folder import FolderState
 from fedtune.types import AdapterError, ConfigError, FedtuneError, ProblemsError
 from tests.tiny import make_folder
 
@@ -48,7 +48,7 @@ def _run(*words: object) -> dict[str, Any]:
 
 
 def _mean(folders: list[Path], weights: list[float]) -> dict[str, torch.Tensor]:
-    states = [read_state(f) for f in folders]
+    states = [dict(FolderState(f)) for f in folders]
     return {p: sum(w / sum(weights) * s[p].delta() for w, s in zip(weights, states, strict=True)) for p in states[0]}  # type: ignore[misc]
 
 
@@ -60,7 +60,7 @@ def test_fedit_averages_the_factors_and_writes_what_peft_loads(
 
     facts = _run("--method", "fedit", "--examples", "10,20,30", "--out", tmp_path / "out", "--clients", *folders)
     assert facts["weights"] == pytest.approx([1 / 6, 1 / 3, 1 / 2])
-    states, made = [read_state(f) for f in folders], read_state(tmp_path / "out")
+    states, made = [dict(FolderState(f)) for f in folders], dict(FolderState(tmp_path / "out"))
     for path, module in made.items():
         assert torch.allclose(
             module.a, sum(w * s[path].a for w, s in zip(facts["weights"], states, strict=True)), atol=1e-6
@@ -83,7 +83,7 @@ def test_flexlora_takes_mixed_ranks_alphas_and_scales(tiny_folder: Path, tmp_pat
     assert facts["rank"] == 6
     effective = safetensors.torch.load_file(dense)
     assert set(effective) == set(ideal)
-    for path, module in read_state(tmp_path / "out").items():
+    for path, module in dict(FolderState(tmp_path / "out")).items():
         assert torch.allclose(effective[path], module.delta(), atol=1e-5)
         tail = torch.linalg.svdvals(ideal[path])[6:].norm()
         assert torch.allclose((effective[path] - ideal[path]).norm(), tail, atol=1e-4)
@@ -149,7 +149,7 @@ def test_wrong_words_name_the_right_ones(folders: list[Path], tmp_path: Path) ->
 def test_a_rank_that_is_asked_for_is_the_results(method: str, folders: list[Path], tmp_path: Path) -> None:
     words = ["--method", method, "--set", "rank=2", "--out", tmp_path / "out", "--clients", *folders]
     assert _run(*words)["rank"] == 2
-    assert {m.rank for m in read_state(tmp_path / "out").values()} == {2}
+    assert {m.rank for m in dict(FolderState(tmp_path / "out")).values()} == {2}
 
 
 def _dense(path: Path) -> dict[str, torch.Tensor]:
@@ -182,7 +182,7 @@ def test_mixed_ranks_from_the_command_line(tiny_folder: Path, tmp_path: Path, me
         _folder(tiny_folder, tmp_path / "b", 2, r=6, lora_alpha=6, use_rslora=True),
     ]
     facts = _run("--method", method, "--examples", "1,3", "--out", tmp_path / "out", "--clients", *mixed)
-    made = read_state(tmp_path / "out")
+    made = dict(FolderState(tmp_path / "out"))
     assert facts["rank"] == next(iter(made.values())).rank
     assert (facts["relative_error"] < 1e-5) is (method in ("flora", "fedmomentum"))
 
@@ -198,7 +198,7 @@ def test_scales_are_folded_into_b(folders: list[Path], tiny_folder: Path, tmp_pa
     safetensors.torch.save_file(halved, other / "adapter_model.safetensors")
     _run("--method", "fedit", "--out", tmp_path / "one", "--clients", folders[0], folders[1])
     _run("--method", "fedit", "--out", tmp_path / "two", "--clients", other, folders[1])
-    one, two = read_state(tmp_path / "one"), read_state(tmp_path / "two")
+    one, two = dict(FolderState(tmp_path / "one")), dict(FolderState(tmp_path / "two"))
     assert all(torch.allclose(one[p].delta(), two[p].delta(), atol=1e-6) for p in one)
 
 
@@ -206,11 +206,11 @@ def test_personal_methods_write_a_folder_for_each_client(folders: list[Path], tm
     facts = _run("--method", "fedsa_lora", "--out", tmp_path / "out", "--clients", *folders)
     assert facts["relative_error"] is None
     assert [Path(f).name for f in facts["adapters"]] == ["client-0", "client-1", "client-2"]
-    states = [read_state(f) for f in folders]
-    shared = read_state(tmp_path / "out")
+    states = [dict(FolderState(f)) for f in folders]
+    shared = dict(FolderState(tmp_path / "out"))
     assert not any(m.b.any() for m in shared.values())
     for i, folder in enumerate(facts["adapters"]):
-        made = read_state(Path(folder))
+        made = dict(FolderState(Path(folder)))
         for path, module in made.items():
             assert torch.equal(module.b, states[i][path].b)
             assert torch.allclose(module.a, torch.stack([s[path].a for s in states]).mean(0), atol=1e-6)
@@ -255,7 +255,6 @@ def test_a_running_sum_holds_one_client_at_a_time(folders: list[Path]) -> None:
     import weakref
 
     from fedtune.experiment.aggregate import aggregate, build
-    from fedtune.models.folder import FolderState
 
     alive: list[weakref.ref[Any]] = []
     most = 0
@@ -389,7 +388,7 @@ def test_one_client_is_said_to_be_alone_and_none_is_refused(folders: list[Path],
     words = ["--method", "fedit", "--out", str(tmp_path / "out"), "--clients", str(folders[0])]
     done = CliRunner().invoke(app, ["aggregate", *words], catch_exceptions=False)
     assert "fedit: 1 adapter (nothing to average it with) of 4 layers" in done.output
-    made, own = read_state(tmp_path / "out"), read_state(folders[0])
+    made, own = dict(FolderState(tmp_path / "out")), dict(FolderState(folders[0]))
     assert all(torch.allclose(made[path].delta(), own[path].delta()) for path in own)
     for clients, examples in ([], []), ([own], []), ([own], [0]):
         with pytest.raises(ConfigError, match=r"clients: [01] clients with examples"):
@@ -469,7 +468,7 @@ def test_absurd_numbers_are_refused_with_the_folder_they_are_in(
 
 @pytest.mark.parametrize("spoilt", ["shared", "own", "dense"])
 def test_what_is_not_finite_is_not_written(spoilt: str, folders: list[Path], tmp_path: Path) -> None:
-    good = read_state(folders[0])
+    good = dict(FolderState(folders[0]))
     bad = {path: replace(module, b=module.b * torch.inf) for path, module in good.items()}
     made = Aggregated(ServerState(bad if spoilt != "own" else good, 1), [good, bad], (0.5, 0.5), 0.0)
     with pytest.raises(AdapterError, match="would have NaN or infinity; nothing is written"):
@@ -484,7 +483,7 @@ def test_a_step_that_fails_on_numbers_is_an_error_of_the_adapters(
     method = build("flexlora", {})
     monkeypatch.setattr(type(method), "server_step", Mock(side_effect=err))
     with pytest.raises(AdapterError, match=r"flexlora cannot aggregate these adapters' values: (did not conv|too lar)"):
-        aggregate(method, [read_state(folders[0])], [1])
+        aggregate(method, [dict(FolderState(folders[0]))], [1])
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -7,7 +7,7 @@ import os
 import random
 import time
 from collections import Counter, deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -27,7 +27,6 @@ from fedtune.federation import simulation
 from fedtune.federation.messages import METRICS
 from fedtune.federation.simulation import FlowerWorkers
 from fedtune.federation.workers import WorkerCall, WorkerGrid, WorkerPool
-from fedtune.training import lpt
 from fedtune.training.plan import Plan
 from fedtune.types import ConfigError
 
@@ -35,7 +34,7 @@ from fedtune.types import ConfigError
 class FakeDevices:
     """Devices in this process with a clock of their own: a task takes as long as it costs."""
 
-    def __init__(self, count: int, how: Plan) -> None:
+    def __init__(self, count: int, how: Plan | None) -> None:
         self.count, self.how = count, how
         self.specs: dict[str, Any] = {}
         self.over: list[str] = []
@@ -261,12 +260,22 @@ def test_longest_first_is_near_linear_and_never_worse_than_four_thirds() -> None
     # the clients a round of four domains, three seeds each: 11 x 3 tasks of very different length
     costs = [drawn.choice([80, 130, 130, 230]) * drawn.uniform(0.5, 2) for _ in range(33)]
     for workers in (1, 2, 4, 8):
-        longest = max(sum(costs[i] for i in own) for own in lpt.assign(costs, workers))
+        longest = max(clocks_of(costs, workers))
         best = max(sum(costs) / workers, max(costs))
         assert longest <= 4 / 3 * best
         assert sum(costs) / longest >= 0.85 * workers
-    assert lpt.assign([3, 1, 2], 2) == [[0], [2, 1]]
-    assert lpt.assign([], 3) == [[], [], []]
+    assert clocks_of([3, 1, 2], 2) == [3, 3]
+    assert clocks_of([], 3) == [0, 0, 0]
+
+
+def clocks_of(costs: Sequence[float], workers: int) -> list[float]:
+    """Give tasks of these costs to a pool, and return how long each of its devices worked."""
+    devices_ = FakeDevices(workers, None)
+    grid = WorkerGrid(WorkerPool(devices_), "run", len(costs), lambda m: costs[m.metadata.dst_node_id - 2])
+    messages = [grid.create_message(RecordDict(), "train", node, "1") for node in grid.get_node_ids()]
+    grid.pool.answer([grid._calls(messages, None)])
+    assert [cost for _, _, cost in devices_.log] == sorted(costs, reverse=True)
+    return devices_.clock
 
 
 def test_a_gpu_that_is_not_there_is_told_before_anything_starts(settings: Callable[..., Settings]) -> None:

@@ -271,12 +271,3 @@ def whole_folder(folder: Path, space: str) -> FolderPlain:
         raise ModelError(f"{folder}: {INDEX} does not name the tensors that its files have; save the model again")
     settings = {k: v for k, v in check_settings(folder / "config.json").items() if k not in _ABOUT}
     return FolderPlain(space, tensors=files, folder=folder, alike=settings)
-
-
-def read_state(folder: Path) -> dict[str, LoraModule]:
-    """Read an adapter folder as a state, whole.
-
-    Raises:
-        AdapterError, CorruptFileError: as `FolderState`.
-    """
-    return dict(FolderState(folder))
