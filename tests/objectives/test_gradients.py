@@ -22,8 +22,8 @@ from fedtune.models.proof import proof_of
 from fedtune.objectives import CrossEntropy, Example, Objective
 from fedtune.training.cohort import Cohort
 from fedtune.training.executor import Limits, Sequential, Work, training
-from fedtune.training.gradients import backpropagate
-from fedtune.training.loss import Part, Step, joint_loss, passes
+from fedtune.training.gradients import backpropagate, one_pass
+from fedtune.training.loss import Part, Step, passes
 from tests.architectures import causal_configs, tiny
 
 
@@ -162,7 +162,7 @@ def test_one_text_at_a_time(hybrid: AdaptedModel, objective: type[Any]) -> None:
     hybrid.model.eval()
     with torch.no_grad():
         parts = [part for row in passes([Step(EXAMPLES, chosen)], 60) for part in row.values()]
-        values = [sum(joint_loss(hybrid.model, [part])[1]) for part in parts]
+        values = [sum(one_pass(hybrid, [part], exact=True)) for part in parts]
     assert sum(values) == pytest.approx(want[0], rel=1e-12)
 
 

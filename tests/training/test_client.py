@@ -15,12 +15,12 @@ from fedtune.lora.state import to_tensors
 from fedtune.models.adapter import AdaptedModel, attach
 from fedtune.models.attention import packed_logits
 from fedtune.models.load import load
-from fedtune.models.packing import Span, pack
+from fedtune.models.packing import Span, pack, runs
 from fedtune.objectives import Example
 from fedtune.training import schedule
 from fedtune.training.client import LocalWork
 from fedtune.training.executor import Limits, Sequential, alone
-from fedtune.training.loss import Part, joint_loss, micro_batches
+from fedtune.training.loss import Part, joint_loss
 
 
 def _example(seed: int, length: int, labels: int) -> Example:
@@ -122,9 +122,9 @@ def test_a_shared_prefix_is_laid_out_once() -> None:
 
 
 def test_micro_batches_keep_order_and_limit() -> None:
-    runs = list(micro_batches(SHARD, 60))
-    assert [e for run in runs for e in run] == SHARD
-    assert all(sum(e.tokens for e in run) <= 60 or len(run) == 1 for run in runs)
+    found = list(runs(SHARD, lambda e: e.tokens, 60))
+    assert [e for run in found for e in run] == SHARD
+    assert all(sum(e.tokens for e in run) <= 60 or len(run) == 1 for run in found)
 
 
 def _stock_training(config: Config, adapted: AdaptedModel, round_: int) -> dict[str, torch.Tensor]:

@@ -6,7 +6,7 @@ the letter's own log-probability.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,6 +17,7 @@ from fedtune.config import Config
 from fedtune.data.encode import Text, encode_pair, escape_special, render, special_tokens
 from fedtune.domains.base import Item
 from fedtune.models.head import log_probabilities
+from fedtune.models.packing import runs
 from fedtune.types import ModelError
 
 MAX_TOKENS = 4096
@@ -76,21 +77,6 @@ def _texts(candidates: Sequence[Text]) -> list[tuple[int, ...]]:
     return [candidates[0].ids[: candidates[0].start]] if _shared(candidates) else [c.ids for c in candidates]
 
 
-def _batches(items: Iterable[list[Text]], limit: int) -> Iterator[list[list[Text]]]:
-    """Group neighbouring items into packed rows of at most `limit` tokens."""
-    batch: list[list[Text]] = []
-    size = 0
-    for candidates in items:
-        tokens = sum(map(len, _texts(candidates)))
-        if batch and size + tokens > limit:
-            yield batch
-            batch, size = [], 0
-        batch.append(candidates)
-        size += tokens
-    if batch:
-        yield batch
-
-
 @dataclass
 class _Row:
     """What passes through the model for some items, and what is read from it.
@@ -144,6 +130,6 @@ def score(
         config: which prompt is taken.
     """
     encoded = (_candidates(item, wrap, tokenizer, config) for item in items)
-    for chosen in _batches(encoded, MAX_TOKENS):
+    for chosen in runs(encoded, lambda candidates: sum(map(len, _texts(candidates))), MAX_TOKENS):
         row = _plan(chosen)
         yield _means(log_probabilities(model, row.texts, row.keep, row.wanted, share_prefix=True), row)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fedtune.models import sides
 from fedtune.models.interface import inner, packed_pass, plain_pass
-from fedtune.models.packing import PackedRow, pack
+from fedtune.models.packing import PackedRow, pack, runs
 from fedtune.models.proof import proof_of
 from fedtune.types import ModelError
 
@@ -34,24 +34,10 @@ def run_row(model: Any, row: PackedRow, module: Any = None, **options: Any) -> A
     return plain_pass(model, row.ids, module, **options)
 
 
-def _batches(texts: Sequence[Sequence[int]]) -> Iterator[list[Sequence[int]]]:
-    """Group neighbouring texts into batches of at most BATCH tokens."""
-    batch: list[Sequence[int]] = []
-    size = 0
-    for text in texts:
-        if batch and size + len(text) > BATCH:
-            yield batch
-            batch, size = [], 0
-        batch.append(text)
-        size += len(text)
-    yield batch
-
-
 def text_features(model: Any, texts: Sequence[Sequence[int]]) -> Tensor:
     """Return the base model's last hidden state at the end of each text [texts, hidden], adapters left out."""
-    packs = proof_of(model).packs(texts)
-    batches = list(_batches(texts)) if packs else [[text] for text in texts]
-    return torch.cat([_features(model, batch) for batch in batches])
+    limit = BATCH if proof_of(model).packs(texts) else 0
+    return torch.cat([_features(model, batch) for batch in runs(texts, len, limit)])
 
 
 def _features(model: Any, texts: Sequence[Sequence[int]]) -> Tensor:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
+T = TypeVar("T")
 MIN_PREFIX = 8
 # what one more call of an attention kernel costs, in pairs of a query and a key that could be computed instead
 CALL = {"cpu": 8192, "cuda": 2**20}
@@ -91,6 +92,21 @@ def join(rows: Sequence[PackedRow]) -> PackedRow:
         tuple(s.moved(by) for r, by in zip(rows, offsets, strict=False) for s in r.spans),
         [p + by for r, by in zip(rows, offsets, strict=False) for p in r.place],
     )
+
+
+def runs(items: Iterable[T], tokens: Callable[[T], int], limit: int) -> Iterator[list[T]]:
+    """Group neighbours into runs of at most `limit` tokens; a longer one stands alone."""
+    run: list[T] = []
+    left = limit
+    for item in items:
+        size = tokens(item)
+        if run and size > left:
+            yield run
+            run, left = [], limit
+        run.append(item)
+        left -= size
+    if run:
+        yield run
 
 
 @dataclass(frozen=True)

@@ -30,8 +30,8 @@ from fedtune.models.attention import text_features
 from fedtune.objectives import Example
 from fedtune.training import schedule
 from fedtune.training.executor import Extras, Jobs, Limits, Work, place
-from fedtune.training.gradients import backpropagate, by_example
-from fedtune.training.loss import Step, joint_loss, passes
+from fedtune.training.gradients import backpropagate
+from fedtune.training.loss import Step
 from fedtune.types import derive_seed
 
 T = TypeVar("T")
@@ -160,17 +160,12 @@ class LocalWork:
         found = []
         for point in points:
             self._adapted.load(point)
-            found.append(self._plain_loss(examples))
+            found.append(backpropagate(self._adapted, self._step(examples), self._tokens, exact=True))
         self._report(examples, found[0])
         return found
 
     def _step(self, examples: Sequence[Example]) -> Step:
         return Step(examples, self._objective)
-
-    def _plain_loss(self, examples: Sequence[Example]) -> float:
-        step = by_example(self._adapted, self._step(examples), self._tokens, exact=True)
-        runs = (list(parts.values()) for parts in passes([step], self._tokens))
-        return sum(sum(joint_loss(self._adapted.model, parts, share_prefix=True)[1]) for parts in runs)
 
     def _features(self, count: int) -> Tensor:
         """Return the base model's last hidden state [count, hidden] at the end of the first examples' prompts."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -15,7 +15,7 @@ from fedtune.models.adapted import AdaptedModel
 from fedtune.models.interface import attending
 from fedtune.models.proof import proof_of
 from fedtune.objectives import Example, Objective
-from fedtune.training.loss import Part, Step, groups, in_one_row, joint_loss, keyed, label_logs, passes, regrouped
+from fedtune.training.loss import Part, Step, in_one_row, joint_loss, keyed, label_logs, passes
 from fedtune.types import derive_seed
 
 
@@ -33,30 +33,30 @@ def _passing(adapted: AdaptedModel, parts: Sequence[Part], exact: bool) -> Itera
         yield
 
 
-def _one_group(
-    adapted: AdaptedModel, parts: Sequence[Part], exact: bool, on_rows: Callable[[list[int]], None] | None
-) -> list[float]:
-    """Backpropagate the losses of parts that pass through the model together; return each part's."""
-    if not in_one_row(adapted.model, parts):
-        return [_text_by_text(adapted, part, exact) for part in parts]
-    with _passing(adapted, parts, exact):
-        loss, own = joint_loss(adapted.model, parts, share_prefix=exact, on_rows=on_rows)
-        loss.backward()  # type: ignore[no-untyped-call]
-    return own
-
-
-def _text_by_text(adapted: AdaptedModel, part: Part, exact: bool) -> float:
-    """Backpropagate the loss of a part whose texts cannot lie in one row; return it.
+def _alone(adapted: AdaptedModel, part: Part, exact: bool) -> float:
+    """Return the loss of one example, backpropagated; text by text where its texts cannot lie in one row.
 
     The derivatives of the loss by the labels' log-probabilities are known when all texts have passed; then each passes
     again for its gradient. So the activations of one text are kept at a time.
     """
+    if in_one_row(adapted.model, [part]):
+        return one_pass(adapted, [part], exact=exact)[0]
     texts = list(part.by_text())
     loss, slopes = _derivatives(part, _logs(adapted, texts, exact))
     for text, own in zip(texts, torch.split(slopes, [text.labels for text in texts]), strict=True):
-        with _passing(adapted, [text], exact):
-            label_logs(adapted.model, [text]).backward(own)  # type: ignore[no-untyped-call]
+        if torch.is_grad_enabled():
+            with _passing(adapted, [text], exact):
+                label_logs(adapted.model, [text]).backward(own)  # type: ignore[no-untyped-call]
     return loss
+
+
+def _rows(model: Any, part: Part) -> list[Part]:
+    """Return a part as it passes through a model without gradients: whole, by example, or by text."""
+    if in_one_row(model, [part]):
+        return [part]
+    if len(part.examples) == 1:
+        return list(part.by_text())
+    return [row for example in part.by_example() for row in _rows(model, example)]
 
 
 def _logs(adapted: AdaptedModel, parts: Sequence[Part], exact: bool) -> Tensor:
@@ -103,9 +103,7 @@ def by_example(adapted: AdaptedModel, step: Step, tokens: int, *, exact: bool) -
     if not step.objective.whole_step:
         return step
     parts = [part for row in passes([step], tokens) for part in row.values()]
-    apart = [part for each in parts for (part,) in groups(adapted.model, [each])]
-    rows = [[part] if in_one_row(adapted.model, [part]) else list(part.by_text()) for part in apart]
-    logs = _logs(adapted, [part for row in rows for part in row], exact)
+    logs = _logs(adapted, [row for part in parts for row in _rows(adapted.model, part)], exact)
     loss, slopes = _derivatives(Part(step.examples, parts[0].share, objective=step.objective), logs)
     each = torch.split(slopes, [example.labels for example in step.examples])
     known = [_Known(example.texts, own) for example, own in zip(step.examples, each, strict=True)]
@@ -115,13 +113,17 @@ def by_example(adapted: AdaptedModel, step: Step, tokens: int, *, exact: bool) -
 def one_pass(
     adapted: AdaptedModel, parts: Sequence[Part], *, exact: bool, on_rows: Callable[[list[int]], None] | None = None
 ) -> list[float]:
-    """Backpropagate the losses of some parts of steps, in one pass if they may; return each part's."""
-    apart = groups(adapted.model, parts)
-    losses = [_one_group(adapted, group, exact, on_rows) for group in apart]
-    return losses[0] if len(apart) == 1 else regrouped([own for (own,) in losses], parts)
+    """Return each part's loss, of one pass if they may share one; backpropagated unless under `no_grad`."""
+    if not in_one_row(adapted.model, parts):
+        return [sum(_alone(adapted, example, exact) for example in part.by_example()) for part in parts]
+    with _passing(adapted, parts, exact):
+        loss, own = joint_loss(adapted.model, parts, share_prefix=exact, on_rows=on_rows)
+        if torch.is_grad_enabled():
+            loss.backward()  # type: ignore[no-untyped-call]
+    return own
 
 
 def backpropagate(adapted: AdaptedModel, step: Step, tokens: int, *, exact: bool) -> float:
-    """Backpropagate the loss of one client's step, whatever the micro-batches; return it."""
+    """Return the loss of one client's step, whatever the micro-batches; backpropagated unless under `no_grad`."""
     step = by_example(adapted, step, tokens, exact=exact)
     return sum(sum(one_pass(adapted, list(parts.values()), exact=exact)) for parts in passes([step], tokens))

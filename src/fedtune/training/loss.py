@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import accumulate, pairwise, zip_longest
+from itertools import zip_longest
 from typing import Any
 
 import torch
@@ -15,7 +15,7 @@ from fedtune.config.section import Section
 from fedtune.models.attention import row_logits, text_weights
 from fedtune.models.dropout import Keys, token_keys
 from fedtune.models.head import has_plain_head, row_losses
-from fedtune.models.packing import join, pack
+from fedtune.models.packing import join, pack, runs
 from fedtune.models.proof import proof_of
 from fedtune.objectives import CrossEntropy, Example, Objective
 
@@ -77,20 +77,6 @@ class Part:
         return self.objective.total(logs, self.examples, self.share)
 
 
-def micro_batches(examples: Sequence[Example], limit: int) -> Iterator[list[Example]]:
-    """Cut a step's examples into runs of at most `limit` tokens (a longer single one stands alone)."""
-    run: list[Example] = []
-    size = 0
-    for example in examples:
-        if run and size + example.tokens > limit:
-            yield run
-            run, size = [], 0
-        run.append(example)
-        size += example.tokens
-    if run:
-        yield run
-
-
 def passes(steps: Sequence[Step], limit: int) -> Iterator[dict[int, Part]]:
     """Cut one step of each client into passes of about `limit` tokens in all; which examples form a step stays.
 
@@ -99,7 +85,7 @@ def passes(steps: Sequence[Step], limit: int) -> Iterator[dict[int, Part]]:
 
     def parts(step: Step) -> Iterator[Part]:
         share, first = 1.0 / sum(map(step.objective.weight, step.examples)), 0
-        for run in micro_batches(step.examples, limit // len(steps)):
+        for run in runs(step.examples, lambda example: example.tokens, limit // len(steps)):
             yield Part(run, share, step.key, first, step.objective)
             first += sum(len(example.texts) for example in run)
 
@@ -124,19 +110,6 @@ def in_one_row(model: Any, parts: Sequence[Part]) -> bool:
     """Tell whether the texts of some parts may lie in one row."""
     texts = [text for part in parts for text in part.texts]
     return len(texts) == 1 or proof_of(model).packs(texts)
-
-
-def groups(model: Any, parts: Sequence[Part]) -> list[list[Part]]:
-    """Return parts as they pass through a model: all together, or each example alone where rows are not proven."""
-    if in_one_row(model, parts):
-        return [list(parts)]
-    return [[alone] for part in parts for alone in part.by_example()]
-
-
-def regrouped(losses: Sequence[float], parts: Sequence[Part]) -> list[float]:
-    """Return the parts' losses from those of their examples."""
-    ends = [0, *accumulate(len(part.examples) for part in parts)]
-    return [sum(losses[start:end]) for start, end in pairwise(ends)]
 
 
 def label_logs(
@@ -175,7 +148,7 @@ def joint_loss(
     share_prefix: bool = False,
     on_rows: Callable[[list[int]], None] | None = None,
 ) -> tuple[Tensor, list[float]]:
-    """Return the sum of the parts' losses, to be backpropagated, and each part's own.
+    """Return the sum of the losses of parts in one row, to be backpropagated, and each part's own.
 
     Samples never interact, so the gradient of each client's parameters is that of its own loss.
 
@@ -185,14 +158,7 @@ def joint_loss(
         share_prefix: compute what a part's texts begin with once: exact without dropout, not with it.
         on_rows: told how many tokens of the row each part has, before the pass.
     """
-    apart = groups(model, parts)
-    if len(apart) > 1:
-        made = [joint_loss(model, group) for group in apart]
-        return torch.stack([total for total, _ in made]).sum(), regrouped([own for _, (own,) in made], parts)
-    if in_one_row(model, parts):
-        logs = label_logs(model, parts, share_prefix=share_prefix, on_rows=on_rows)
-    else:
-        logs = torch.cat([label_logs(model, [alone]) for part in parts for alone in part.by_text()])
+    logs = label_logs(model, parts, share_prefix=share_prefix, on_rows=on_rows)
     each = torch.split(logs, [part.labels for part in parts])
     losses = [part.loss(own) for part, own in zip(parts, each, strict=True)]
     return torch.stack(losses).sum(), [float(loss.detach()) for loss in losses]
