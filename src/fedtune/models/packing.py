@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import accumulate
 from typing import Any, TypeVar
 
@@ -144,6 +145,16 @@ def batches(spans: Sequence[Span], call: int) -> list[list[Span]]:
     return groups
 
 
+@dataclass(frozen=True)
+class Ragged:
+    """Cumulative lengths of a row's texts, int32 [texts + 1], and the tokens that are keys (None: all, in order)."""
+
+    queries: Tensor
+    keys: Tensor
+    tokens: Tensor | None
+    longest: tuple[int, int]
+
+
 class PackingPlan:
     """How a row's tokens are arranged for attention; made once a pass and used by every layer.
 
@@ -167,6 +178,7 @@ class PackingPlan:
         there: list[int] = []
         pads: list[int] = []
         places: dict[int, int] = {}
+        back = [0] * spans[-1].end
         call = CALL.get(device.type, CALL["cuda"])
         for group in [list(spans)] if together else batches(spans, call):
             length, before = max(span.length for span in group), group[0].before
@@ -175,79 +187,38 @@ class PackingPlan:
             behind = places[group[0].prefix[0]] if before else None
             self.batches.append(Batch(len(group), length, before, behind))
             for span in group:
+                back[span.start : span.end] = range(len(there), len(there) + span.length)
                 there += range(span.start, span.end)
                 pads += range(len(there), len(there) + length - span.length)
                 there += [span.start] * (length - span.length)
         self.sizes = [batch.count * batch.length for batch in self.batches]
-        straight = there == list(range(spans[-1].end))
+        straight = there == list(range(len(back)))
         self.there = None if straight else torch.tensor(there, device=device)
-        self.back = None if straight else torch.tensor(_inverse(there, spans[-1].end), device=device)
+        self.back = None if straight else torch.tensor(back, device=device)
         self.pads = torch.tensor(pads, device=device) if pads else None
         self._device = device
-        self._masks: dict[Any, Tensor | None] = {}
-        self._ragged: Ragged | None = None
+        self._masks: dict[Any, Tensor] = {}
 
     def mask(self, batch: Batch, window: int | None) -> Tensor | None:
         """Return which keys each query of a batch sees, as bool [length, before + length]; None for plain causal.
 
         Padding stands behind every token of its text, so a causal mask hides it from them.
         """
-        key = (batch.length, batch.before, window)
-        if key not in self._masks:
-            self._masks[key] = visible(batch.length, batch.before, window, self._device)
-        return self._masks[key]
+        length, before = batch.length, batch.before
+        if before == 0 and (window is None or length <= window):
+            return None
+        if (length, before, window) not in self._masks:
+            place = torch.arange(before, before + length, device=self._device)[:, None]
+            key = torch.arange(before + length, device=self._device)[None]
+            seen = key <= place
+            self._masks[length, before, window] = seen if window is None else seen & (key > place - window)
+        return self._masks[length, before, window]
 
-    @property
+    @cached_property
     def ragged(self) -> Ragged:
         """The same row for a kernel that takes texts of different lengths end to end."""
-        if self._ragged is None:
-            self._ragged = Ragged.of(self.spans, self._device)
-        return self._ragged
-
-
-def _inverse(there: Sequence[int], total: int) -> list[int]:
-    """Return the first place of each token; padding that stands for a token comes after it."""
-    back = [0] * total
-    for place in reversed(range(len(there))):
-        back[there[place]] = place
-    return back
-
-
-def visible(length: int, before: int, window: int | None, device: torch.device) -> Tensor | None:
-    """Return which keys each query sees, as bool [length, before + length]; None where plain causal will do.
-
-    Args:
-        length: queries of this text (or suffix).
-        before: keys of a shared prefix that stand before them.
-        window: of sliding-window attention.
-    """
-    if before == 0 and (window is None or length <= window):
-        return None
-    place = torch.arange(before, before + length, device=device)[:, None]
-    key = torch.arange(before + length, device=device)[None]
-    seen = key <= place
-    return seen if window is None else seen & (key > place - window)
-
-
-@dataclass(frozen=True)
-class Ragged:
-    """Cumulative lengths of a row's texts, int32 [texts + 1], and the tokens that are keys (None: all, in order)."""
-
-    queries: Tensor
-    keys: Tensor
-    tokens: Tensor | None
-    longest: tuple[int, int]
-
-    @staticmethod
-    def of(spans: Sequence[Span], device: torch.device) -> Ragged:
-        """Describe spans that stand in order and leave no gap."""
-        own = [s.length for s in spans]
-        seen = [s.length + s.before for s in spans]
-        tokens = [i for s in spans for i in (*range(*s.prefix), *range(s.start, s.end))]
-
-        def sums(lengths: list[int]) -> Tensor:
-            return torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=device)
-
-        shared = any(s.before for s in spans)
-        index = torch.tensor(tokens, device=device) if shared else None
-        return Ragged(sums(own), sums(seen), index, (max(own), max(seen)))
+        own, seen = [s.length for s in self.spans], [s.before + s.length for s in self.spans]
+        queries, keys = (torch.tensor([0, *accumulate(n)], dtype=torch.int32, device=self._device) for n in (own, seen))
+        tokens = [i for s in self.spans for i in (*range(*s.prefix), *range(s.start, s.end))]
+        index = None if own == seen else torch.tensor(tokens, device=self._device)
+        return Ragged(queries, keys, index, (max(own), max(seen)))
