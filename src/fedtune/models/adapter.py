@@ -29,29 +29,24 @@ def _file_name(parameter: str) -> str:
 
 
 def _layout(layers: Mapping[str, Any], slots: Mapping[str, torch.nn.Parameter], config: Any) -> AdapterState:
-    if not _is_lora(config):
-        return Plain(_kind(config).lower(), {name: p.detach().to("cpu", copy=True) for name, p in slots.items()})
-    modules: dict[str, LoraModule] = {}
-    for path, layer in layers.items():
-        get = PREFIX + path
-        modules[path] = LoraModule(
-            a=slots[get + A].detach().to("cpu", copy=True),
-            b=slots[get + B].detach().to("cpu", copy=True),
+    tensors = {name: slot.detach().to("cpu", copy=True) for name, slot in slots.items()}
+    if config.peft_type != "LORA":
+        return Plain(config.peft_type.lower(), tensors)
+    return {
+        path: LoraModule(
+            a=tensors[PREFIX + path + A],
+            b=tensors[PREFIX + path + B],
             alpha=float(layer.lora_alpha["default"]),
             rslora=config.use_rslora,
-            magnitude=slots[get + M].detach().to("cpu", copy=True) if config.use_dora else None,
+            magnitude=tensors.get(PREFIX + path + M),
             conv1d=bool(getattr(layer, "fan_in_fan_out", False)),
         )
-    return modules
+        for path, layer in layers.items()
+    }
 
 
 def targets(base: LoadedModel, key: str, names: Sequence[str]) -> Any:
-    """Return the names of layers as PEFT takes them, or None where there are none.
-
-    Args:
-        base: the model that has the layers.
-        key: of the setting that names them.
-        names: of layers, or "all-linear" alone.
+    """Return names of layers, or "all-linear" alone, as PEFT takes them: None where there are none.
 
     Raises:
         ModelError: a name that no layer has, with the nearest one.
@@ -86,12 +81,7 @@ def attach(base: LoadedModel, settings: LoraSettings, seed: int) -> AdaptedModel
 
 
 def attach_ia3(base: LoadedModel, names: Sequence[str], feedforward: Sequence[str]) -> AdaptedModel:
-    """Put IA3's vectors, all of ones, on a base model.
-
-    Args:
-        base: the model.
-        names: of the layers; PEFT's default for the architecture where there are none.
-        feedforward: those of which the input is scaled.
+    """Put IA3's vectors, all of ones, on layers; `feedforward` names those whose input is scaled. PEFT's by default.
 
     Raises:
         ModelError: a target the model does not have.
@@ -111,7 +101,7 @@ def _with_peft(base: LoadedModel, config: Any) -> tuple[Any, dict[str, torch.nn.
     from peft import get_peft_model
     from peft.tuners.tuners_utils import BaseTunerLayer
 
-    key = "lora.target_modules" if _is_lora(config) else "peft.target_modules"
+    key = "lora.target_modules" if config.peft_type == "LORA" else "peft.target_modules"
     with warnings.catch_warnings():
         # of merging a head that is tied to the embedding, which is never done here
         warnings.filterwarnings("ignore", message=".*tie_word_embeddings")
@@ -153,22 +143,15 @@ def shapes_as(base: LoadedModel, config: Any) -> dict[str, tuple[int, ...]]:
     Raises:
         ModelError: as `attach_as`.
     """
+    dora = getattr(config, "use_dora", False)
     # the start of DoRA's magnitudes is computed from the weights, which are not on the meta device
     with torch.device("meta"):
-        model, slots, _ = _with_peft(base, replace(config, use_dora=False) if _is_lora(config) else config)
+        model, slots, _ = _with_peft(base, replace(config, use_dora=False) if dora else config)
     shapes = {name: tuple(slot.shape) for name, slot in slots.items()}
     model.unload()
-    if getattr(config, "use_dora", False):
+    if dora:
         shapes |= {n.removesuffix(B) + M: shape[:1] for n, shape in shapes.items() if n.endswith(B)}
     return shapes
-
-
-def _kind(config: Any) -> str:
-    return str(getattr(config.peft_type, "value", config.peft_type))
-
-
-def _is_lora(config: Any) -> bool:
-    return _kind(config) == "LORA"
 
 
 def _is_linear(layer: Any) -> bool:

@@ -56,8 +56,7 @@ def _features(model: Any, texts: Sequence[Sequence[int]]) -> Tensor:
 
 def row_logits(model: Any, row: PackedRow, keep: Sequence[int]) -> Tensor:
     """Run a row and return the logits [len(keep), vocabulary] at places in the texts joined end to end."""
-    device = next(model.parameters()).device
-    index = torch.tensor([row.place[i] for i in keep], dtype=torch.long, device=device)
+    index = row.index(keep, next(model.parameters()).device)
     direct = proof_of(model).keeps
     output = run_row(model, row, **({"logits_to_keep": index} if direct else {}))
     logits: Tensor = output.logits[0]

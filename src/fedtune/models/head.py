@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,7 +11,7 @@ from torch import Tensor, nn
 
 from fedtune.models import sides
 from fedtune.models.attention import by_text, row_logits, run_row, text_weights
-from fedtune.models.interface import inner
+from fedtune.models.interface import inner, remembered
 from fedtune.models.packing import PackedRow, pack
 from fedtune.models.proof import distance, proof_of, texts_for
 
@@ -20,7 +19,6 @@ from fedtune.models.proof import distance, proof_of, texts_for
 CHUNK = 2**22
 # how far two passes over the same row may be apart
 CLOSE = 1e-2
-_PLAIN = "fedtune_plain_head"
 
 
 class _Losses(torch.autograd.Function):
@@ -75,12 +73,8 @@ def linear_losses(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: 
 
 def _hidden(model: Any, row: PackedRow) -> Tensor:
     """Return the last hidden states [tokens, hidden] of a packed row."""
-    states: Tensor = run_row(model, row, _decoder(model)).last_hidden_state[0]
+    states: Tensor = run_row(model, row, inner(model).get_decoder()).last_hidden_state[0]
     return states
-
-
-def _decoder(model: Any) -> Any:
-    return inner(model).get_decoder()
 
 
 def has_plain_head(model: Any) -> bool:
@@ -93,18 +87,15 @@ def has_plain_head(model: Any) -> bool:
         return False
     if torch.is_grad_enabled() and base.get_output_embeddings().weight.requires_grad:
         return False  # the loss is made with the gradient of the hidden states alone
-    known = getattr(base, _PLAIN, None)
-    if known is None:
-        with sides.without(model):
-            known = _tried(base)
-        setattr(base, _PLAIN, known)
+    known = remembered(base, "fedtune_plain_head", lambda: _tried(model))
     # an adapter may have been put on the head since
-    return bool(known) and type(base.get_output_embeddings()) is nn.Linear
+    return known and type(base.get_output_embeddings()) is nn.Linear
 
 
 @torch.no_grad()
-def _tried(base: Any) -> bool:
+def _tried(model: Any) -> bool:
     """Exchange the head's logits: they have to come out unchanged, and the decoder's output to go in."""
+    base = inner(model)
     row, seen = pack([texts_for(base)[0]]), []
 
     def exchange(head: Any, inputs: tuple[Tensor], output: Tensor) -> Tensor:
@@ -114,23 +105,18 @@ def _tried(base: Any) -> bool:
 
     was_training = base.training
     base.eval()
+    hook = base.get_output_embeddings().register_forward_hook(exchange)
     try:
-        hidden = _hidden(base, row)
-        hook = base.get_output_embeddings().register_forward_hook(exchange)
-        with contextlib.ExitStack() as after:
-            after.callback(hook.remove)
-            logits: Tensor = run_row(base, row).logits
+        with sides.without(model):
+            hidden, logits = _hidden(base, row), run_row(base, row).logits
         given, drawn = seen[0]
         same = given.shape[-2:] == hidden.shape and not (distance(given.flatten(0, -2), hidden) > CLOSE).any()
         return len(seen) == 1 and same and torch.equal(logits.to(drawn.dtype), drawn)
     except Exception:  # whatever a model's own code raises, its head is not used apart
         return False
     finally:
+        hook.remove()
         base.train(was_training)
-
-
-def _indexed(row: PackedRow, keep: Sequence[int], device: torch.device) -> Tensor:
-    return torch.tensor([row.place[i] for i in keep], dtype=torch.long, device=device)
 
 
 def _row_log_probabilities(
@@ -139,7 +125,7 @@ def _row_log_probabilities(
     """Return the log-probabilities of `wanted` in a row, some places at a time."""
     if has_plain_head(model):
         hidden, head = _hidden(model, row), inner(model).get_output_embeddings()
-        table, made = hidden.index_select(0, _indexed(row, keep, hidden.device)), head
+        table, made = hidden.index_select(0, row.index(keep, hidden.device)), head
         rows = max(1, CHUNK // head.weight.shape[0])
     else:
         table, made = row_logits(model, row, keep), nn.Identity()
@@ -199,5 +185,5 @@ def row_losses(model: Any, row: PackedRow, keep: Sequence[int], targets: Sequenc
     hidden = _hidden(model, row)
     head = inner(model).get_output_embeddings()
     wanted = torch.tensor(targets, dtype=torch.long, device=hidden.device)
-    chosen = hidden.index_select(0, _indexed(row, keep, hidden.device))
+    chosen = hidden.index_select(0, row.index(keep, hidden.device))
     return linear_losses(chosen, head.weight, head.bias, wanted, expected)

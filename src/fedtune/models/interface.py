@@ -11,7 +11,7 @@ import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -20,6 +20,7 @@ from fedtune.models.kernels import at_once, in_batches, varlen_kernel
 from fedtune.models.packing import PackedRow, PackingPlan
 from fedtune.types import ModelError
 
+T = TypeVar("T")
 NAME = "fedtune_packed"
 _CONFIGS = "fedtune_configs"
 # tensors that layers hand to every attention, and that say nothing which the plan does not
@@ -122,14 +123,18 @@ def inner(model: Any) -> Any:
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
+def remembered(model: Any, name: str, find: Callable[[], T]) -> T:
+    """Return what is found out of a model once, and kept with it."""
+    if not hasattr(model, name):
+        setattr(model, name, find())
+    known: T = getattr(model, name)
+    return known
+
+
 def _configs(base: Any) -> list[tuple[Any, str]]:
-    """Return the configurations that a model's layers look at, with the attention transformers chose; gathered once."""
-    known = getattr(base, _CONFIGS, None)
-    if known is None:
-        found = {id(m.config): m.config for m in base.modules() if hasattr(getattr(m, "config", None), "sub_configs")}
-        known = [(config, config._attn_implementation) for config in found.values()]
-        setattr(base, _CONFIGS, known)
-    return list(known)
+    """Return the configurations that a model's layers look at, with the attention transformers chose."""
+    found = {id(m.config): m.config for m in base.modules() if hasattr(getattr(m, "config", None), "sub_configs")}
+    return [(config, config._attn_implementation) for config in found.values()]
 
 
 @contextlib.contextmanager
@@ -138,7 +143,8 @@ def attending(model: Any, *, packed: bool) -> Iterator[None]:
 
     Layers that are computed again in the backward pass look at it then: it has to last until that is over.
     """
-    configs, name = _configs(inner(model)), register()
+    base, name = inner(model), register()
+    configs = remembered(base, _CONFIGS, lambda: _configs(base))
     before = [config._attn_implementation for config, _ in configs]
     try:
         for config, own in configs:

@@ -57,24 +57,6 @@ def _capped(query: Tensor, key: Tensor, value: Tensor, scale: float, cap: float,
     return weights @ value
 
 
-def _dense(
-    query: Tensor, key: Tensor, value: Tensor, scale: float, dropout: float, mask: Tensor | None, softcap: float
-) -> Tensor:
-    """Attend in a batch of texts, [texts, heads, tokens, head_dim]."""
-    if softcap:
-        return _capped(query, key, value, scale, softcap, mask)
-    return F.scaled_dot_product_attention(
-        query,
-        key,
-        value,
-        attn_mask=mask,
-        is_causal=mask is None,
-        scale=scale,
-        dropout_p=dropout,
-        enable_gqa=query.shape[1] != key.shape[1],
-    )
-
-
 def _texts(states: Tensor, plan: PackingPlan) -> list[Tensor]:
     """Return each batch's texts [texts, tokens, heads, head_dim].
 
@@ -101,7 +83,13 @@ def in_batches(
     for batch, *own in zip(plan.batches, queries, keys, values, strict=True):
         heads = (own[0], _seen(keys, own[1], batch), _seen(values, own[2], batch))
         q, k, v = (states.transpose(1, 2) for states in heads)
-        attended = _dense(q, k, v, scale, dropout, plan.mask(batch, window), softcap)
+        mask, grouped = plan.mask(batch, window), q.shape[1] != k.shape[1]
+        if softcap:
+            attended = _capped(q, k, v, scale, softcap, mask)
+        else:
+            attended = F.scaled_dot_product_attention(
+                q, k, v, attn_mask=mask, is_causal=mask is None, scale=scale, dropout_p=dropout, enable_gqa=grouped
+            )
         made.append(attended.transpose(1, 2).flatten(0, 1))
     return gathered(torch.cat(made) if len(made) > 1 else made[0], plan)
 
@@ -129,18 +117,9 @@ def at_once(
 
     The kernel aligns its causal mask at the end, so queries behind a shared prefix see all of it.
     """
-    lengths = plan.ragged
+    lengths, left = plan.ragged, -1 if window is None else window - 1
     if lengths.tokens is not None:
         key, value = key.index_select(0, lengths.tokens), value.index_select(0, lengths.tokens)
-    made: Tensor = kernel(
-        query,
-        key,
-        value,
-        lengths.queries,
-        lengths.keys,
-        *lengths.longest,
-        scale=scale,
-        window_size=(-1 if window is None else window - 1, 0),
-        enable_gqa=query.shape[1] != key.shape[1],
-    )
+    texts, how = (lengths.queries, lengths.keys, *lengths.longest), {"scale": scale, "window_size": (left, 0)}
+    made: Tensor = kernel(query, key, value, *texts, **how, enable_gqa=query.shape[1] != key.shape[1])
     return made

@@ -55,6 +55,10 @@ class PackedRow:
     spans: tuple[Span, ...]
     place: list[int]
 
+    def index(self, keep: Sequence[int], device: torch.device) -> Tensor:
+        """Return the positions in the row of some in the texts joined."""
+        return torch.tensor([self.place[i] for i in keep], dtype=torch.long, device=device)
+
 
 def _common(texts: Sequence[Sequence[int]]) -> int:
     """Return the length of the shared prefix of all texts, leaving each at least one token of its own."""

@@ -110,10 +110,6 @@ def _targets(text: Sequence[int]) -> list[int]:
     return [*text[1:], text[0]]
 
 
-def _row(texts: Sequence[Sequence[int]]) -> PackedRow:
-    return join([pack(texts[:2], share_prefix=True), pack(texts[2:])])
-
-
 def _places(row: PackedRow) -> list[list[int]]:
     """Return where in the row each text's tokens are."""
     texts = [span for span in row.spans if span.before or span.start >= len(row.ids) - LENGTHS[-1]]
@@ -165,7 +161,8 @@ def _alone(base: Any, text: Sequence[int]) -> _Alone:
 
 def _difference(base: Any, alone: Sequence[_Alone], dtype: torch.dtype) -> str:
     """Return in what a row of all texts differs from each alone; empty if in nothing."""
-    row = _row([one.text for one in alone])
+    texts = [one.text for one in alone]
+    row = join([pack(texts[:2], share_prefix=True), pack(texts[2:])])
     trace = _Trace(base, lambda: packed_pass(base, row))
     for one, places in zip(alone, _places(row), strict=True):
         gradient = trace.gradient(places, _targets(one.text))

@@ -15,7 +15,7 @@ from torch import Tensor
 from fedtune.lora.state import to_tensors
 from fedtune.methods.requests import Tensors
 from fedtune.models.adapted import AdaptedModel
-from fedtune.models.interface import inner
+from fedtune.models.interface import inner, remembered
 from fedtune.models.proof import COARSE_GRADIENT, far, proof_of, texts_for
 from fedtune.models.stack import Stack
 from fedtune.names import BASE, M, is_side
@@ -34,8 +34,6 @@ from fedtune.training.scheduler import Outcome, attempted
 from fedtune.types import last_line
 
 _log = logging.getLogger(__name__)
-
-_STACKS = "fedtune_stacks"
 
 
 @contextlib.contextmanager
@@ -82,11 +80,7 @@ def _tried(adapted: AdaptedModel) -> bool:
 
 def stacks(adapted: AdaptedModel) -> bool:
     """Tell whether adapters side by side give each client the gradients that it has alone; tried out once."""
-    known = getattr(adapted.model, _STACKS, None)
-    if known is None:
-        known = _tried(adapted)
-        setattr(adapted.model, _STACKS, known)
-    return bool(known)
+    return remembered(adapted.model, "fedtune_stacks", lambda: _tried(adapted))
 
 
 class Cohort:
