@@ -32,7 +32,7 @@ from fedtune.federation import checkpoint
 from fedtune.io import write_json
 from fedtune.lora.state import from_tensors
 from fedtune.methods import ServerState
-from fedtune.models.folder import FolderState, read_folder
+from fedtune.models.folder import FolderState, checked
 from fedtune.models.load import load as load_model
 from fedtune.settings import load
 from fedtune.types import CorruptFileError, FedtuneError, OfflineError
@@ -102,8 +102,8 @@ IN_A_RUN: dict[str, tuple[str, Reader]] = {
     "curve": ("curve.jsonl", from_run),
     "samples": ("evals/federated/fpb.likelihood.jsonl", lambda folder: from_run(folder.parents[1])),
     "samples to compare": ("evals/federated/fpb.likelihood.jsonl", _compared),
-    "adapter's settings": ("adapter/adapter_config.json", read_folder),
-    "adapter": ("adapter/adapter_model.safetensors", read_folder),
+    "adapter's settings": ("adapter/adapter_config.json", checked),
+    "adapter": ("adapter/adapter_model.safetensors", checked),
     "adapter by layers": ("adapter/adapter_model.safetensors", lambda folder: list(FolderState(folder).values())),
 }
 TO_CONTINUE = {

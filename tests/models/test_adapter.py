@@ -11,7 +11,7 @@ from fedtune.config.schema import LoraSettings, ModelSettings
 from fedtune.lora.state import to_tensors
 from fedtune.models import budget
 from fedtune.models.adapter import AdaptedModel, attach, save
-from fedtune.models.folder import read_folder
+from fedtune.models.folder import checked
 from fedtune.models.load import load
 from fedtune.models.source import CONFIG, WEIGHTS
 from fedtune.models.trained import load_folder
@@ -88,21 +88,21 @@ def test_pickled_linked_and_foreign_adapters_are_refused(tiny_folder: Path, tmp_
     save(adapted, adapted.state(), folder)
     os.rename(folder / WEIGHTS, tmp_path / "outside.safetensors")
     with pytest.raises(AdapterError, match="Convert it where you trust it"):
-        read_folder(folder)
+        checked(folder)
     (folder / "adapter_model.bin").write_bytes(b"\x80\x04.")
     with pytest.raises(AdapterError, match=r"adapter_model\.bin is a pickle, which can run code and is not read"):
-        read_folder(folder)
+        checked(folder)
     (folder / WEIGHTS).symlink_to(tmp_path / "outside.safetensors")
     with pytest.raises(AdapterError, match="leads outside the folder"):
-        read_folder(folder)
+        checked(folder)
     config = json.loads((folder / CONFIG).read_text())
     (folder / WEIGHTS).unlink()
     os.rename(tmp_path / "outside.safetensors", folder / WEIGHTS)
     (folder / CONFIG).write_text(json.dumps({**config, "peft_type": "LOHA"}))
     with pytest.raises(AdapterError, match="peft_type = 'LOHA'"):
-        read_folder(folder)
+        checked(folder)
     with pytest.raises(AdapterError, match="not a PEFT adapter folder"):
-        read_folder(tmp_path)
+        checked(tmp_path)
 
 
 def test_a_cut_adapter_file_is_named(tiny_folder: Path, tmp_path: Path) -> None:
@@ -111,7 +111,7 @@ def test_a_cut_adapter_file_is_named(tiny_folder: Path, tmp_path: Path) -> None:
     whole = (tmp_path / WEIGHTS).read_bytes()
     (tmp_path / WEIGHTS).write_bytes(whole[:-100])
     with pytest.raises(CorruptFileError, match=r"adapter_model\.safetensors: byte \d+: \d+ bytes announced; cut off"):
-        read_folder(tmp_path)
+        checked(tmp_path)
 
 
 def test_a_wrong_target_names_the_nearest_layer(tiny_folder: Path) -> None:

@@ -10,7 +10,7 @@ import safetensors.torch
 import torch
 
 from fedtune.lora.state import PREFIX, A, B, M
-from fedtune.models.folder import FolderState, read_folder
+from fedtune.models.folder import FolderState, checked
 from fedtune.models.source import CONFIG, WEIGHTS
 from fedtune.types import AdapterError, CorruptFileError
 
@@ -85,4 +85,4 @@ def test_a_folder_whose_name_is_not_utf_8_is_named(tmp_path: Path) -> None:
     folder.mkdir()
     _write(folder, {PREFIX + "l.q" + A: torch.ones(2, 3), PREFIX + "l.q" + B: torch.ones(3, 2)})
     with pytest.raises(AdapterError, match=r"a\\udcffb': its name is not UTF-8; rename it"):
-        read_folder(folder)
+        checked(folder)

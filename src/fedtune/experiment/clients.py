@@ -62,7 +62,7 @@ def _mismatches(state: FolderState, first: FolderState, method: Method, base: We
     if set(state) != set(first):
         differing = sorted(set(state) ^ set(first))[:2]
         return [Problem(where, f"adapts other layers than the first folder: {', '.join(differing)} …")]
-    if state.dora != first.dora:
+    if state.config.use_dora != first.config.use_dora:
         return [Problem(where, "DoRA and LoRA adapters cannot be mixed")]
     if state.config.fan_in_fan_out != first.config.fan_in_fan_out:
         what = f"fan_in_fan_out = {str(state.config.fan_in_fan_out).lower()}, the first folder says the other"
@@ -70,9 +70,9 @@ def _mismatches(state: FolderState, first: FolderState, method: Method, base: We
     if state.config.r != first.config.r and not method.mixed_ranks:
         able = ", ".join(m for m in METHODS if METHODS[m].mixed_ranks)
         return [Problem(where, f"rank {state.config.r}, the first has {first.config.r}", f"mixed ranks: {able}")]
-    if state.dora and not magnitudes(type(method)):
+    if state.config.use_dora and not magnitudes(type(method)):
         return [Problem(where, f"a DoRA adapter; {method.name} is not defined for magnitudes")]
-    if state.dora and magnitudes(type(method)) == "exact" and base is None:
+    if state.config.use_dora and magnitudes(type(method)) == "exact" and base is None:
         return [Problem(where, f"a DoRA adapter; {method.name} needs its base model's weights", "give --base MODEL")]
     return _layer_mismatches(state, first)
 

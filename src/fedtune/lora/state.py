@@ -86,15 +86,12 @@ class Plain(Mapping[str, LoraModule]):
         return AdapterError(f"{self.space}: its tensors are no low-rank factors, so there is no layer with a product")
 
     def __getitem__(self, path: str) -> LoraModule:
-        """Refuse: there are no factors. Raises AdapterError."""
         raise self._refused()
 
     def __iter__(self) -> Iterator[str]:
-        """Refuse: there are no layers. Raises AdapterError."""
         raise self._refused()
 
     def __len__(self) -> int:
-        """Refuse: there are no layers. Raises AdapterError."""
         raise self._refused()
 
 

@@ -34,22 +34,6 @@ _ABOUT = {"_name_or_path", "transformers_version"}
 _FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
-def read_folder(folder: Path) -> tuple[AdapterConfig, dict[str, Tensor]]:
-    """Read a PEFT adapter folder that anybody made.
-
-    Returns:
-        Its settings and its tensors.
-
-    Raises:
-        AdapterError: pickled weights, a link that leads outside, not a LoRA adapter, or not numbers.
-        CorruptFileError: a damaged file.
-    """
-    import safetensors.torch
-
-    config, _ = checked(folder)
-    return config, safetensors.torch.load_file(folder / WEIGHTS)
-
-
 def inside(folder: Path, path: Path) -> None:
     """Refuse a link that leads outside a folder. Raises AdapterError."""
     if path.is_symlink() and not path.resolve().is_relative_to(folder.resolve()):
@@ -78,7 +62,8 @@ def checked(folder: Path) -> tuple[AdapterConfig, dict[str, Any]]:
     """Return an adapter folder's settings and its tensors' header, having made sure that its files are safe and whole.
 
     Raises:
-        AdapterError, CorruptFileError: as `read_folder`.
+        AdapterError: pickled weights, a link that leads outside, an adapter that is not read here, or not numbers.
+        CorruptFileError: a damaged file.
     """
     check_files(folder)
     config = read_config(folder)
@@ -89,7 +74,7 @@ def checked_header(path: Path) -> dict[str, Any]:
     """Return the header of a safetensors file of floating-point numbers, none of which is NaN or infinity.
 
     Raises:
-        AdapterError, CorruptFileError: as `read_folder`.
+        AdapterError, CorruptFileError: as `checked`.
     """
     header = tensor_header(path)
     other = next((n for n, entry in header.items() if entry["dtype"] not in _FLOATS), None)
@@ -142,11 +127,9 @@ class FileTensors(Mapping[str, Tensor]):
         return tensor
 
     def __iter__(self) -> Iterator[str]:
-        """Name the tensors, file by file."""
         return iter(self._places)
 
     def __len__(self) -> int:
-        """Count the tensors."""
         return len(self._places)
 
 
@@ -185,7 +168,7 @@ class FolderState(Mapping[str, LoraModule]):
         kinds: the dtype that each tensor is read as, by name: at first its own.
 
     Raises:
-        AdapterError, CorruptFileError: as `read_folder`; also for names, shapes, ranks or alphas that are not those
+        AdapterError, CorruptFileError: as `checked`; also for names, shapes, ranks or alphas that are not those
             of one LoRA.
     """
 
@@ -194,59 +177,50 @@ class FolderState(Mapping[str, LoraModule]):
         config, header = checked(folder)
         if not isinstance(config, LoraAdapterConfig):
             raise AdapterError(f"{folder}: peft_type = {config.kind}; a LoRA adapter is wanted")
-        self.config = config
-        self._tensors = FileTensors({folder / WEIGHTS: header})
-        if self.config.rank_pattern or self.config.alpha_pattern:
+        if config.rank_pattern or config.alpha_pattern:
             raise AdapterError(f"{folder}: {CONFIG}: rank_pattern and alpha_pattern cannot be aggregated")
-        self._check_names(header)
-
-    def _check_names(self, header: Mapping[str, Any]) -> None:
-        shapes = {name: tuple(entry["shape"]) for name, entry in header.items()}
-        # shapes alone, so that a wrong file is refused before a number of it is read
-        empty = {n: torch.empty(shape, device="meta") for n, shape in shapes.items()}
-        try:
-            state = from_tensors(empty, self.config.lora_alpha)
-        except AdapterError as err:
-            raise AdapterError(f"{self.folder / WEIGHTS}: {err}") from err
-        self._paths = dict.fromkeys(sorted(state))
+        self.config = config
         self.kinds = {n: _FLOATS[entry["dtype"]] for n, entry in header.items()}
-        self.dora = self.config.use_dora
-        if problem := next((p for p in (self._layer_problem(*item) for item in state.items()) if p), ""):
-            raise AdapterError(f"{self.folder}: {problem}")
-        wrong = [path for path, module in state.items() if module.rank != self.config.r]
-        if wrong:
-            rank = state[wrong[0]].rank
-            raise AdapterError(f"{self.folder}: {wrong[0]} has rank {rank}, its {CONFIG} says {self.config.r}")
-
-    def _layer_problem(self, path: str, module: LoraModule) -> str:
-        if not module.a.numel() or not module.b.numel():
-            return f"{path} is empty: A is {tuple(module.a.shape)} and B {tuple(module.b.shape)}"
-        if self.dora and module.magnitude is None:
-            return f"{CONFIG} says use_dora = true, but {path} has no magnitudes"
-        if not self.dora and module.magnitude is not None:
-            return f"{path} has magnitudes, but {CONFIG} does not say use_dora = true"
-        if module.magnitude is not None and module.magnitude.shape != module.b.shape[:1]:
-            return f"{path} has magnitudes {tuple(module.magnitude.shape)} for {len(module.b)} rows"
-        return ""
+        self._tensors = FileTensors({folder / WEIGHTS: header})
+        # shapes alone, so that a wrong file is refused before a number of it is read
+        empty = {n: torch.empty(entry["shape"], device="meta") for n, entry in header.items()}
+        try:
+            state = from_tensors(empty, config.lora_alpha)
+        except AdapterError as err:
+            raise AdapterError(f"{folder / WEIGHTS}: {err}") from err
+        self._paths = dict.fromkeys(state)
+        for path, module in state.items():
+            if problem := _layer_problem(path, module, config):
+                raise AdapterError(f"{folder}: {problem}")
 
     def __getitem__(self, path: str) -> LoraModule:
         """Read one layer. Raises CorruptFileError where the file has another size than when it was opened."""
         if path not in self._paths:
             raise KeyError(path)
         a, b = (self._tensor(PREFIX + path + end) for end in (A, B))
-        m = self._tensor(PREFIX + path + M) if self.dora else None
+        m = self._tensor(PREFIX + path + M) if self.config.use_dora else None
         return LoraModule(a, b, self.config.lora_alpha, self.config.use_rslora, m, self.config.fan_in_fan_out)
 
     def _tensor(self, name: str) -> Tensor:
         return self._tensors[name].to(self.kinds[name])
 
     def __iter__(self) -> Iterator[str]:
-        """Name the layers, sorted."""
         return iter(self._paths)
 
     def __len__(self) -> int:
-        """Count the layers."""
         return len(self._paths)
+
+
+def _layer_problem(path: str, module: LoraModule, config: LoraAdapterConfig) -> str:
+    if not module.a.numel() or not module.b.numel():
+        return f"{path} is empty: A is {tuple(module.a.shape)} and B {tuple(module.b.shape)}"
+    if config.use_dora and module.magnitude is None:
+        return f"{CONFIG} says use_dora = true, but {path} has no magnitudes"
+    if not config.use_dora and module.magnitude is not None:
+        return f"{path} has magnitudes, but {CONFIG} does not say use_dora = true"
+    if module.magnitude is not None and module.magnitude.shape != module.b.shape[:1]:
+        return f"{path} has magnitudes {tuple(module.magnitude.shape)} for {len(module.b)} rows"
+    return "" if module.rank == config.r else f"{path} has rank {module.rank}, its {CONFIG} says {config.r}"
 
 
 def whole_folder(folder: Path, space: str) -> FolderPlain:

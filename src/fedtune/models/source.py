@@ -106,14 +106,6 @@ def _kernels(settings: Any) -> list[str]:
     return [name for name in named if isinstance(name, str) and "/" in name]
 
 
-def _read_settings(path: Path) -> Any:
-    """Read JSON as the loaders do, who take the Infinity that some configurations have."""
-    try:
-        return json.loads(read_text(path))
-    except (ValueError, RecursionError):
-        return read_json(path)  # says what is wrong where
-
-
 def check_settings(path: Path) -> Any:
     """Read settings; refuse those that name code, or another file to be loaded in place of the model's own.
 
@@ -123,7 +115,10 @@ def check_settings(path: Path) -> Any:
         ModelError: naming the entry.
         CorruptFileError: not JSON.
     """
-    settings = _read_settings(path)
+    try:
+        settings = json.loads(read_text(path))  # as the loaders do, who take the Infinity that some configurations have
+    except (ValueError, RecursionError):
+        settings = read_json(path)  # says what is wrong where
     if named := next((key for key in _ELSEWHERE if _names(settings, key)), ""):
         raise ModelError(
             f"{path}: its {named} names other files to load; only files of the usual names are read: "

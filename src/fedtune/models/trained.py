@@ -13,9 +13,10 @@ from torch import Tensor
 from fedtune.models.adapted import AdaptedModel, check_shapes, load_tensors
 from fedtune.models.adapter import attach_as, shapes_as
 from fedtune.models.adapter_config import MERGE, AdapterConfig
-from fedtune.models.folder import read_folder
+from fedtune.models.folder import checked
 from fedtune.models.load import LoadedModel
 from fedtune.models.patterns import try_patterns
+from fedtune.models.source import WEIGHTS
 from fedtune.names import PREFIX
 from fedtune.types import AdapterError, ModelError
 
@@ -50,10 +51,11 @@ def load_folder(base: LoadedModel, folder: Path, *, insist: bool = False) -> Ada
         AdapterError: unsafe, or made for another base model, vocabulary or targets; with both values.
     """
     from peft import IA3Config, LoraConfig
+    from safetensors.torch import load_file
 
-    config, tensors = read_folder(folder)
+    config, _ = checked(folder)
     _check_base(folder, config, base, insist)
-    own = _without_base(folder, base, tensors)
+    own = _without_base(folder, base, load_file(folder / WEIGHTS))
     try:
         kind = {"LORA": LoraConfig, "IA3": IA3Config}[config.kind]
         settings = kind(**config.for_peft(), task_type="CAUSAL_LM")
