@@ -10,10 +10,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from fedtune.lazy import torch
 from fedtune.lora import product
 from fedtune.lora.product import Product
-from fedtune.lora.state import AdapterState, LoraModule
+from fedtune.lora.state import AdapterState
 from fedtune.names import BASE_A, BASE_B, PREFIX
 
 if TYPE_CHECKING:
@@ -40,7 +39,7 @@ def append(base: Sequence[Piece], round_: int, products: Mapping[str, Product], 
     new = {path: p for path, p in products.items() if p.inner}
     pieces = (*base, Piece(round_, new)) if new else tuple(base)
     joined = join(pieces)
-    if not any(p.inner > min(p.left.shape[0], p.right.shape[1], cap or p.inner) for p in joined.values()):
+    if not any(p.inner > min(p.full, cap or p.inner) for p in joined.values()):
         return pieces
     return (Piece(round_, {path: product.compressed(p, cap) for path, p in joined.items()}),)
 
@@ -79,18 +78,7 @@ def as_adapter(adapter: AdapterState, pieces: Sequence[Piece] = ()) -> AdapterSt
     """
     if not pieces:
         return adapter
-    whole = {path: _at_most_full(p) for path, p in effective(adapter, pieces).items()}
-    rank = max(p.inner for p in whole.values())
-    return {path: _module(adapter[path], p, rank) for path, p in whole.items()}
-
-
-def _at_most_full(whole: Product) -> Product:
-    full = min(whole.left.shape[0], whole.right.shape[1])
-    return product.compressed(whole) if whole.inner > full else whole
-
-
-def _module(like: LoraModule, whole: Product, rank: int) -> LoraModule:
-    missing = rank - whole.inner
-    a = torch.cat([whole.right, whole.right.new_zeros(missing, whole.right.shape[1])], dim=0)
-    b = torch.cat([whole.left, whole.left.new_zeros(whole.left.shape[0], missing)], dim=1)
-    return replace(like, a=a, b=b, alpha=float(rank), rslora=False)
+    whole = {p: product.compressed(w) if w.inner > w.full else w for p, w in effective(adapter, pieces).items()}
+    rank = max(w.inner for w in whole.values())
+    even = {path: product.padded(w, rank) for path, w in whole.items()}
+    return {p: replace(adapter[p], a=w.right, b=w.left, alpha=float(rank), rslora=False) for p, w in even.items()}

@@ -38,6 +38,11 @@ class Product:
         """How many columns the left factor has: at least the matrix's rank."""
         return int(self.left.shape[1])
 
+    @property
+    def full(self) -> int:
+        """The largest rank that a matrix of its shape has."""
+        return min(self.left.shape[0], self.right.shape[1])
+
 
 def stack(modules: Sequence[LoraModule], weights: Sequence[float]) -> Product:
     """Return sum_i w_i s_i B_i A_i / sum_i w_i as stacked factors, without any error (FLoRA, arXiv 2409.05976).
@@ -77,7 +82,7 @@ def _svd_by_gram(product: Product) -> tuple[Tensor, Tensor, Tensor] | None:
         return None
     upper = lower.T
     _, w = torch.linalg.eigh(upper @ (right @ right.T) @ lower)
-    w = w.flip(1)[:, : min(product.left.shape[0], product.right.shape[1])]
+    w = w.flip(1)[:, : product.full]
     u = left @ torch.linalg.solve_triangular(upper, w, upper=True)
     rows = (w.T @ upper) @ right
     s = rows.norm(dim=1)

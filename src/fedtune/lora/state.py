@@ -53,8 +53,7 @@ class LoraModule:
 
     def delta(self) -> Tensor:
         """Return s B A in float32 or better, in the orientation of the weight it is added to."""
-        kind = torch.promote_types(self.a.dtype, torch.float32)
-        dense = self.scale * (self.b.to(kind) @ self.a.to(kind))
+        dense = self.scale * (wide(self.b) @ wide(self.a))
         return dense.T if self.conv1d else dense
 
 
@@ -195,14 +194,12 @@ def fresh(adapter: Mapping[str, LoraModule], seed: int, round_: int) -> AdapterS
 
 def rescaled(module: LoraModule, like: LoraModule) -> LoraModule:
     """Return the same delta with another module's scale at this module's rank; B takes up the difference."""
-    new = replace(module, alpha=like.scale * (math.sqrt(module.rank) if like.rslora else module.rank))
-    new = replace(new, rslora=like.rslora)
+    alpha = like.scale * (math.sqrt(module.rank) if like.rslora else module.rank)
+    new = replace(module, alpha=alpha, rslora=like.rslora)
     return new if new.scale == module.scale else replace(new, b=module.b * (module.scale / new.scale))
 
 
-def from_tensors(
-    tensors: Mapping[str, Tensor], alpha: float, *, rslora: bool = False, conv1d: bool = False
-) -> AdapterState:
+def from_tensors(tensors: Mapping[str, Tensor], alpha: float) -> AdapterState:
     """Group tensors under PEFT's names into modules.
 
     Raises:
@@ -220,7 +217,7 @@ def from_tensors(
         a, b = tensors[PREFIX + path + A], tensors[PREFIX + path + B]
         if a.dim() != 2 or b.dim() != 2 or a.shape[0] != b.shape[1]:
             raise AdapterError(f"{path}: A is {tuple(a.shape)} and B {tuple(b.shape)}; they do not multiply")
-        state[path] = LoraModule(a, b, alpha, rslora, tensors.get(PREFIX + path + M), conv1d)
+        state[path] = LoraModule(a, b, alpha, magnitude=tensors.get(PREFIX + path + M))
     return state
 
 

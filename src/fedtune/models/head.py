@@ -105,17 +105,17 @@ def _tried(model: Any) -> bool:
 
     was_training = base.training
     base.eval()
-    hook = base.get_output_embeddings().register_forward_hook(exchange)
     try:
         with sides.without(model):
-            hidden, logits = _hidden(base, row), run_row(base, row).logits
+            hidden = _hidden(base, row)
+            with base.get_output_embeddings().register_forward_hook(exchange):
+                logits = run_row(base, row).logits
         given, drawn = seen[0]
         same = given.shape[-2:] == hidden.shape and not (distance(given.flatten(0, -2), hidden) > CLOSE).any()
         return len(seen) == 1 and same and torch.equal(logits.to(drawn.dtype), drawn)
     except Exception:  # whatever a model's own code raises, its head is not used apart
         return False
     finally:
-        hook.remove()
         base.train(was_training)
 
 

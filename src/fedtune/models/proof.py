@@ -66,11 +66,8 @@ class _Trace:
             seen.append(output.detach().requires_grad_())
             return seen[-1].clone()  # a layer may write into it
 
-        hook = base.get_input_embeddings().register_forward_hook(leaf)
-        try:
+        with base.get_input_embeddings().register_forward_hook(leaf):
             logits = run().logits[0]
-        finally:
-            hook.remove()
         if not seen:
             raise ModelError("its forward pass leaves its embeddings out")
         self._embedded = seen[0]

@@ -100,17 +100,12 @@ class Stack:
     @contextlib.contextmanager
     def active(self) -> Iterator[None]:
         """Let the stacked adapters stand in for the model's own."""
-        hooks = [
-            layer.register_forward_hook(self._hook(path, layer), prepend=True)
-            for path, layer in self._adapted.layers.items()
-        ]
-        try:
-            with self._adapted.model.disable_adapter():
-                yield
-        finally:
-            for hook in hooks:
-                hook.remove()
-            self._plan = None
+        with contextlib.ExitStack() as during:
+            for path, layer in self._adapted.layers.items():
+                during.enter_context(layer.register_forward_hook(self._hook(path, layer), prepend=True))
+            during.enter_context(self._adapted.model.disable_adapter())
+            during.callback(setattr, self, "_plan", None)
+            yield
 
     def _hook(self, path: str, layer: Any) -> Any:
         a, b, scale = self._tensors[PREFIX + path + A], self._tensors[PREFIX + path + B], self._scales[path]

@@ -7,6 +7,7 @@ import logging
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -50,7 +51,7 @@ def _stacked_gradients(adapted: AdaptedModel, starts: Sequence[Tensors], example
     slots = [stack.slots(k, start) for k, start in enumerate(starts)]
     parts = [Part([example], 1.0 / example.labels) for example in examples]
     with training(adapted.model, False), stack.active(), _unwarned():
-        one_pass(adapted, parts, exact=True, on_rows=lambda lengths: stack.rows(range(len(parts)), lengths))
+        one_pass(adapted, parts, exact=True, on_rows=partial(stack.rows, range(len(parts))))
     return [{n: p.grad for n, p in own.items() if p.grad is not None} for own in slots]
 
 
@@ -124,10 +125,11 @@ class Cohort:
         done = [*self._group(works[:half]), *self._group(works[half:])]
         return [replace(d, seconds=d.seconds + s) for d, s in zip(done, _shares(works, failed), strict=True)]
 
-    def _groups(self, works: Sequence[Work]) -> Iterator[list[int]]:
-        """Yield the places of works that go together, at most `size` at a time."""
+    def _groups(self, works: Sequence[Work]) -> list[list[int]]:
+        """Return the places of works that go together, at most `size` at a time."""
         groups: list[list[int]] = []
-        joins = [self._adapted.stackable and _together(self._adapted.model, work) for work in works]
+        able = self._adapted.stackable
+        joins = [able and _stackable(work) and _together(self._adapted.model, work) for work in works]
         for i, work in enumerate(works):
             fitting = (g for g in groups if joins[g[0]] and len(g) < self.size and _alike(works[g[0]], work))
             group = next(fitting, None) if joins[i] else None
@@ -135,7 +137,7 @@ class Cohort:
                 groups.append([i])
             else:
                 group.append(i)
-        yield from groups
+        return groups
 
     def _stacked(self, works: Sequence[Work]) -> Iterable[dict[str, Tensor]]:
         """Make the steps of some clients, one step of each in a pass; who has fewer is done earlier."""
@@ -162,17 +164,13 @@ class Cohort:
         going = [k for k, w in enumerate(works) if number < len(w.steps)]
         losses = dict.fromkeys(going, 0.0)
         for parts in passes([works[k].step(number) for k in going], self.limits.tokens):
-            self._pass(stack, {going[place]: part for place, part in parts.items()}, works[0].exact, losses)
+            clients = [going[place] for place in parts]
+            on_rows = partial(stack.rows, clients)
+            with _unwarned():
+                own = one_pass(self._adapted, list(parts.values()), exact=works[0].exact, on_rows=on_rows)
+            for client, value in zip(clients, own, strict=True):
+                losses[client] += value
         return losses
-
-    def _pass(self, stack: Stack, parts: dict[int, Part], exact: bool, losses: dict[int, float]) -> None:
-        def on_rows(lengths: list[int]) -> None:
-            stack.rows(list(parts), lengths)
-
-        with _unwarned():
-            own = one_pass(self._adapted, list(parts.values()), exact=exact, on_rows=on_rows)
-        for client, value in zip(parts, own, strict=True):
-            losses[client] += value
 
 
 def _shares(works: Sequence[Work], seconds: float) -> list[float]:
@@ -199,16 +197,12 @@ def _together(model: Any, work: Work) -> bool:
 
 def _stackable(work: Work) -> bool:
     """Tell whether a work is plain LoRA over a base that may have been moved, in a way that acts on every row alike."""
-    fixed = _fixed(work)
-    moved = all(n.endswith(BASE) for n in fixed)
-    return moved and not set(work.names) & set(fixed) and not any(M in n for n in work.start)
+    moved = all(n.endswith(BASE) and n not in work.names for n in _fixed(work))
+    return moved and not any(M in n for n in work.start)
 
 
 def _alike(one: Work, other: Work) -> bool:
-    """Tell whether two works can be stacked: the same tensors trained, over the same base."""
-    if not (_stackable(one) and _stackable(other)):
-        return False
-    if (list(one.names), one.exact) != (list(other.names), other.exact):
-        return False
+    """Tell whether two works that can be stacked go together: the same tensors trained, over the same base."""
     mine, theirs = _fixed(one), _fixed(other)
-    return mine.keys() == theirs.keys() and all(torch.equal(t, theirs[n]) for n, t in mine.items())
+    same = (list(one.names), one.exact, mine.keys()) == (list(other.names), other.exact, theirs.keys())
+    return same and all(torch.equal(t, theirs[n]) for n, t in mine.items())

@@ -47,33 +47,22 @@ class Extras:
             limit: the largest norm.
             made: the optimiser.
         """
-        extra = self.term(chosen) if self.term else None
-        if extra is not None:
+        if self.term and (extra := self.term(chosen)) is not None:
             extra.backward()  # type: ignore[no-untyped-call]
-        self._change(chosen, self.masks, torch.Tensor.mul_)
+        gradients = {name: slot.grad for name, slot in chosen.items() if slot.grad is not None}
+        masks, correction = self.masks or {}, self.correction or {}
+        for name in masks.keys() & gradients.keys():
+            gradients[name].mul_(masks[name].to(gradients[name]))
         torch.nn.utils.clip_grad_norm_(owners, limit)
-        if isinstance(self.correction, Correction):
-            self._count(self.correction, chosen)
-        self._change(chosen, self.correction, torch.Tensor.add_)
-        frozen = {n: chosen[n].detach().clone() for n in self.masks or {} if n in chosen}
+        for name in correction.keys() & gradients.keys():
+            if isinstance(correction, Correction):
+                correction.count(name, gradients[name].detach())
+            gradients[name].add_(correction[name].to(gradients[name]))
+        frozen = {name: chosen[name].detach().clone() for name in masks.keys() & chosen.keys()}
         made.step()
         with torch.no_grad():
             for name, was in frozen.items():
-                kept = (self.masks or {})[name].to(was.device) == 0
-                chosen[name].copy_(torch.where(kept, was, chosen[name]))
-
-    @staticmethod
-    def _count(correction: Correction, chosen: Slots) -> None:
-        for name in correction.keys() & chosen.keys():
-            if (grad := chosen[name].grad) is not None:
-                correction.count(name, grad.detach())
-
-    @staticmethod
-    def _change(chosen: Slots, table: Tensors | None, how: Callable[[Tensor, Tensor], Tensor]) -> None:
-        for name, value in (table or {}).items():
-            grad = chosen[name].grad if name in chosen else None
-            if grad is not None:
-                how(grad, value.to(grad.device, grad.dtype))
+                chosen[name].copy_(torch.where(masks[name].to(was.device) == 0, was, chosen[name]))
 
 
 @dataclass(frozen=True)

@@ -88,11 +88,6 @@ def machine(adapted: AdaptedModel) -> Machine:
     return Machine(adapted.device.type, cores(), free_memory(adapted.device), rate)
 
 
-def flops_per_token(parameters: int) -> int:
-    """Return the operations of training a token on frozen weights: forward 2P and the input's gradient 2P."""
-    return 4 * parameters
-
-
 def _limits(config: Config, shape: Any, width: int, longest: int, free: int) -> tuple[int, bool, str]:
     """Return tokens per pass, whether activations are recomputed, and why."""
     asked = config.engine
@@ -149,7 +144,8 @@ def plan(config: Config, adapted: AdaptedModel, longest: int, tokens: float, kno
     weights = [p for p in model.parameters() if p.is_floating_point()]
     shape, width = model.config.get_text_config(), max(p.element_size() for p in weights)
     whole = sum(p.numel() for p in model.parameters()) - model.get_input_embeddings().weight.numel()
-    found, flops = proof_of(model), flops_per_token(whole) * tokens
+    # of training on frozen weights: 2 a weight and token forward, and 2 for the input's gradient
+    found, flops = proof_of(model), 4 * whole * tokens
     cohort, why_cohort = _cohort(config, here, flops, int(shape.num_hidden_layers), found, stackable=adapted.stackable)
     # gradients and the optimiser's two moments lie beside what is trained
     taken = 3 * sum(p.numel() * p.element_size() for p in adapted.slots.values())

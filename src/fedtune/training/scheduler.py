@@ -71,14 +71,6 @@ class _Running(Generic[Q, T]):
         self.program.close()
 
 
-def _answered(answer: Callable[[list[Q]], Sequence[Outcome[Any]]], requests: list[Q]) -> Sequence[Outcome[Any]]:
-    """Return the answers; what fails for all requests is raised where each was made."""
-    try:
-        return answer(requests)
-    except Exception as err:
-        return [Outcome(error=err) for _ in requests]
-
-
 def together(
     programs: Sequence[Generator[Q, Any, T]], answer: Callable[[list[Q]], Sequence[Outcome[Any]]]
 ) -> list[Outcome[T]]:
@@ -96,7 +88,10 @@ def together(
         for one in running:
             one.resume()
         while pending := [one for one in running if one.pending]:
-            answers = _answered(answer, [one.pending[0] for one in pending])
+            try:
+                answers = answer([one.pending[0] for one in pending])
+            except Exception as err:  # raised where each request was made
+                answers = [Outcome(error=err) for _ in pending]
             for one, found in zip(pending, answers, strict=True):
                 one.resume(found)
     except BaseException as reason:
