@@ -27,14 +27,8 @@ Names = Annotated[list[Annotated[str, Field(max_length=1000)]], Field(max_length
 DESCRIBES = {"auto_mapping", "peft_version", "inference_mode", "runtime_config"}
 DESCRIBES |= {"megatron_core", "qalora_group_size", "loftq_config", "eva_config", "corda_config", "lora_ga_config"}
 # what a LoRA pass does not do; these have to be off
-REFUSED = {
-    "modules_to_save",
-    "trainable_token_indices",
-    "layer_replication",
-    "target_parameters",
-    "ensure_weight_tying",
-}
-REFUSED |= {"lora_bias", "use_qalora", "use_bdlora", "megatron_config", "arrow_config", "kasa_config"}
+REFUSED = {"modules_to_save", "trainable_token_indices", "layer_replication", "target_parameters", "lora_bias"}
+REFUSED |= {"ensure_weight_tying", "use_qalora", "use_bdlora", "megatron_config", "arrow_config", "kasa_config"}
 REFUSED |= {"velora_config", "monteclora_config", "alora_invocation_tokens"}
 # starting values that leave the base model's weights as they are; PiSSA, OLoRA, CorDA, LoftQ and LoRA-GA move them
 INITS = (True, False, None, "gaussian", "orthogonal", "eva")
@@ -72,6 +66,10 @@ class AdapterConfig(BaseModel):
         """The base model's name, or an empty text."""
         return self.base_model_name_or_path or ""
 
+    def is_of(self, base: str) -> bool:
+        """Tell whether a base model may be the one meant; folders are compared by their last part, on any machine."""
+        return self.base == base or Path(self.base).name == Path(base).name
+
     def for_peft(self) -> dict[str, Any]:
         """Return the arguments of PEFT's own settings."""
         return self.model_dump(exclude={"base_model_name_or_path", "revision"})
@@ -106,11 +104,8 @@ class LoraAdapterConfig(AdapterConfig):
 
     def for_peft(self) -> dict[str, Any]:
         """Return the arguments of PEFT's LoraConfig."""
-        return {
-            **super().for_peft(),
-            "rank_pattern": self.rank_pattern or {},
-            "alpha_pattern": self.alpha_pattern or {},
-        }
+        patterns = {"rank_pattern": self.rank_pattern or {}, "alpha_pattern": self.alpha_pattern or {}}
+        return super().for_peft() | patterns
 
 
 class IA3AdapterConfig(AdapterConfig):

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from fedtune.config import Config
-from fedtune.lora.state import to_tensors
+from fedtune.lora.state import parameters, to_tensors
 from fedtune.models.adapted import AdaptedModel
 
 # hidden-sized numbers that a layer keeps of a token for the backward pass
@@ -33,8 +33,7 @@ def wire_dtype(dtype: torch.dtype) -> np.dtype[Any]:
 def _header_bytes(shape: tuple[int, ...], kind: np.dtype[Any]) -> int:
     """Length of the NumPy header Flower's serialisation puts before an array (128 for usual shapes)."""
     buffer = io.BytesIO()
-    header = {"descr": kind.str, "fortran_order": False, "shape": shape}
-    np.lib.format.write_array_header_1_0(buffer, header)
+    np.lib.format.write_array_header_1_0(buffer, {"descr": kind.str, "fortran_order": False, "shape": shape})
     return buffer.tell()
 
 
@@ -43,10 +42,7 @@ def message_bytes(tensors: Mapping[str, Tensor]) -> int:
 
     The same count as FlowerTune's communication tracker: sum of 4 numel + 128 for float32.
     """
-    sizes = (
-        t.numel() * t.element_size() + _header_bytes(tuple(t.shape), wire_dtype(t.dtype)) for t in tensors.values()
-    )
-    return sum(sizes)
+    return sum(t.nbytes + _header_bytes(tuple(t.shape), wire_dtype(t.dtype)) for t in tensors.values())
 
 
 def activation_bytes(shape: Any, width: int, *, checkpointing: bool) -> int:
@@ -112,15 +108,14 @@ def predict(
     weights = list(adapted.base.model.parameters())
     width = max(p.element_size() for p in weights)
     activations = tokens * activation_bytes(shape, width, checkpointing=checkpointing)
-    trainable = sum(t.numel() for t in tensors.values())
     # the parameters, their gradients and two moments
-    moved = 4 * sum(t.numel() * t.element_size() for t in tensors.values())
+    moved = 4 * sum(t.nbytes for t in tensors.values())
     each = [wire(t) for t in range(1, config.federation.rounds + 1)] if wire else []
     return Budget(
         message=message,
         per_round=each[0] if each else None,
         total=sum(each) if each else None,
-        model=sum(p.numel() * p.element_size() for p in weights),
+        model=sum(p.nbytes for p in weights),
         training=moved + activations + tokens * shape.vocab_size * 4,
-        trainable=trainable,
+        trainable=parameters(adapted.layout),
     )

@@ -43,11 +43,6 @@ class Watch:
     masks: set[int] = field(default_factory=set)
     windows: set[int] = field(default_factory=set)
 
-    @property
-    def unserved(self) -> int | None:
-        """The smallest window that only a mask would have applied; longer texts would see too much."""
-        return min(self.masks - self.windows, default=None)
-
 
 _watch: ContextVar[Watch | None] = ContextVar("watch", default=None)
 

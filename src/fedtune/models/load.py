@@ -110,12 +110,6 @@ def packaged_folder(name: str) -> Path:
     return target
 
 
-def _dtype(settings: ModelSettings, device: str) -> torch.dtype:
-    if settings.dtype == "auto":
-        return measure.best_dtype(device)
-    return torch.float32 if settings.dtype == "float32" else torch.bfloat16
-
-
 def _quantization(bits: int) -> Any:
     try:
         import bitsandbytes  # noqa: F401
@@ -126,7 +120,7 @@ def _quantization(bits: int) -> Any:
     from transformers import BitsAndBytesConfig
 
     # the library's defaults (FP4, float32 compute), as the leaderboard's template has them
-    return BitsAndBytesConfig(load_in_8bit=True) if bits == 8 else BitsAndBytesConfig(load_in_4bit=True)
+    return BitsAndBytesConfig(load_in_8bit=bits == 8, load_in_4bit=bits == 4)
 
 
 def disarm_cpu_4bit(model: Any) -> int:
@@ -164,7 +158,7 @@ def _read(what: str, source: str, settings: ModelSettings, device: str, stored: 
     asked = {} if stored or not settings.quantization else {"quantization_config": _quantization(settings.quantization)}
     model, info = AutoModelForCausalLM.from_pretrained(
         source,
-        dtype=_dtype(settings, device),
+        dtype=measure.best_dtype(device) if settings.dtype == "auto" else getattr(torch, settings.dtype),
         use_safetensors=True,
         ignore_mismatched_sizes=True,  # to be named below
         output_loading_info=True,

@@ -185,17 +185,17 @@ def _packable(base: Any, alone: Sequence[_Alone], dtype: torch.dtype) -> tuple[s
             why = str(err).split(": ")[-1] or type(err).__name__
     if not watch.calls:
         why = "its layers have an attention of their own, or none"
-    limits = (watch.unserved, _original_length(base.config.get_text_config()))
-    return why, min((n for n in limits if n), default=ENDLESS)
+    # beyond a window that only a mask would have applied, texts would see too much
+    limits = (watch.masks - watch.windows) | _original_lengths(base.config.get_text_config())
+    return why, min(limits, default=ENDLESS)
 
 
-def _original_length(config: Any) -> int | None:
-    """Return the length beyond which one long text changes the position embedding of all, if that is so."""
+def _original_lengths(config: Any) -> set[int]:
+    """Return lengths beyond which one long text changes the position embedding of all."""
     known = getattr(config, "rope_parameters", None) or {}
     tables = [known, *(table for table in known.values() if isinstance(table, dict))]
     changing = [t for t in tables if t.get("rope_type") in ("dynamic", "longrope")]
-    lengths = (t.get("original_max_position_embeddings") or config.max_position_embeddings for t in changing)
-    return min((int(n) for n in lengths), default=None)
+    return {int(t.get("original_max_position_embeddings") or config.max_position_embeddings) for t in changing}
 
 
 @torch.no_grad()

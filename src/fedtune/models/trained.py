@@ -26,11 +26,8 @@ _PINNED = re.compile(r"[0-9a-f]{40}|sha256:[0-9a-f]{64}")
 
 
 def _check_base(folder: Path, config: AdapterConfig, base: LoadedModel, insist: bool) -> None:
-    """Refuse another base model than the adapter names, or say so where it is insisted on.
-
-    Folders are compared by their last part: a path of another machine is no other model.
-    """
-    if config.base and config.base != base.name and Path(config.base).name != Path(base.name).name:
+    """Refuse another base model than the adapter names, or say so where it is insisted on."""
+    if config.base and not config.is_of(base.name):
         differs = f"{folder} was trained on {config.base!r}, the model given is {base.name!r}"
         if not insist:
             raise AdapterError(f"{differs}; give --base to insist")

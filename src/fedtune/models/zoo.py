@@ -8,6 +8,7 @@ import tomllib
 from collections.abc import Iterable
 from dataclasses import dataclass
 from importlib import resources
+from typing import Any
 
 from fedtune.config import Config
 from fedtune.data import hub
@@ -71,14 +72,10 @@ class BaseModel:
 def zoo() -> dict[str, BaseModel]:
     """Return all models of the zoo by id."""
     text = (resources.files("fedtune.models") / "zoo.toml").read_text(encoding="utf-8")
-    families = tomllib.loads(text)["family"]
-    models = {}
-    for family in families:
-        shared = {k: v for k, v in family.items() if k != "models"}
-        for entry in family["models"]:
-            facts = {**shared, **entry}
-            for key in ("targets", "tags"):
-                facts[key] = tuple(facts.get(key, ()))
+    models: dict[str, BaseModel] = {}
+    for family in tomllib.loads(text)["family"]:
+        for own in family.pop("models"):
+            facts: dict[str, Any] = {key: tuple(v) if isinstance(v, list) else v for key, v in (family | own).items()}
             models[facts["id"]] = BaseModel(**facts)
     return models
 

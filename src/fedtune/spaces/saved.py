@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fedtune.models.source import CONFIG, WEIGHTS
@@ -78,7 +77,7 @@ def unlike(targets: set[str], layers: Mapping[str, object]) -> list[str]:
 
 def config_problems(config: AdapterConfig, layers: Layers, entry: Entry) -> Iterator[tuple[str, str]]:
     """Yield what an adapter's settings of any kind say that its file or the run does not."""
-    if config.base != entry.base and Path(config.base).name != Path(entry.base).name:
+    if not config.is_of(entry.base):
         yield CONFIG, f"was made for {config.base!r}, the entry says {entry.base!r}"
     if config.revision not in (None, "", entry.revision):
         yield CONFIG, f"was made for revision {config.revision[:80]!r}, the entry says {entry.revision!r}"

@@ -148,7 +148,7 @@ def plan(config: Config, adapted: AdaptedModel, longest: int, tokens: float, kno
     found, flops = proof_of(model), 4 * whole * tokens
     cohort, why_cohort = _cohort(config, here, flops, int(shape.num_hidden_layers), found, stackable=adapted.stackable)
     # gradients and the optimiser's two moments lie beside what is trained
-    taken = 3 * sum(p.numel() * p.element_size() for p in adapted.slots.values())
+    taken = 3 * sum(p.nbytes for p in adapted.slots.values())
     limit, checkpointing, why_memory = _limits(config, shape, width, longest, max(0, here.free - taken))
     if checkpointing and not inner(model).supports_gradient_checkpointing:
         if config.engine.gradient_checkpointing is True:
