@@ -197,6 +197,7 @@ class Bench:
     def cohorts(self, sizes: Sequence[int]) -> list[dict[str, Any]]:
         """Measure clients a pass: short steps (finance), K clients at once against one after the other."""
         from fedtune.lora.state import to_tensors
+        from fedtune.methods.requests import Train
         from fedtune.training.cohort import Cohort
         from fedtune.training.executor import Limits, Work
 
@@ -206,7 +207,7 @@ class Bench:
         works = []
         for client in range(most):
             steps = [self.examples(100 * client + step, mean=90) for step in range(3)]
-            works.append(Work(start, list(start), steps, 1e-4, self.train, client, True))
+            works.append(Work(Train(start, list(start)), steps, 1e-4, self.train, client, True))
         rows = []
         for size in sizes:
             cohort = Cohort(adapted, size, Limits(2**20))

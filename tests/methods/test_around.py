@@ -327,7 +327,7 @@ def test_a_round_at_rate_zero_leaves_the_controls_as_they_are() -> None:
 def test_scaffolds_controls_are_the_mean_of_the_gradients_that_steps_are_made_of() -> None:
     """Clipped ones, where the loss's gradient is clipped: x - y = K lr (clip(g) + c - c_i), and so c_i+ = clip(g)."""
     from fedtune.config.schema import TrainSettings
-    from fedtune.training.executor import Extras
+    from fedtune.training.executor import make_step
     from fedtune.training.executor import optimizer as made_by
 
     start, slope = {"p": torch.zeros(2)}, torch.tensor([30.0, 40.0])
@@ -345,7 +345,7 @@ def test_scaffolds_controls_are_the_mean_of_the_gradients_that_steps_are_made_of
             for _ in range(self.steps):
                 stepper.zero_grad(set_to_none=True)
                 (parameter @ slope).backward()  # type: ignore[no-untyped-call]
-                Extras(term, masks, correction).step({"p": parameter}, [parameter], limit, stepper)
+                make_step(Train(begun, names, term, masks, correction), {"p": parameter}, [parameter], limit, stepper)
             return {"p": parameter.detach()}
 
     server, own = {"p": torch.tensor([5.0, -2.0])}, {"p": torch.tensor([1.0, 3.0])}
@@ -387,7 +387,7 @@ def test_scaffolds_steps_reach_three_clipped_gradients_and_the_models_own_decay(
 def test_scaffolds_controls_have_their_digits_at_any_rate(kind: torch.dtype, rate: float) -> None:
     """They are option II's c_i - c + (x - y) / (K lr) without decay in float64; in float32 x - y would have lost them at a small rate."""
     from fedtune.config.schema import TrainSettings
-    from fedtune.training.executor import Extras
+    from fedtune.training.executor import make_step
     from fedtune.training.executor import optimizer as made_by
 
     seen: list[Tensor] = []
@@ -408,7 +408,7 @@ def test_scaffolds_controls_have_their_digits_at_any_rate(kind: torch.dtype, rat
                 raw = 0.02 * (parameter.detach().double() - 3.0)
                 seen.append(raw * min(1.0, 0.05 / float(raw.norm())))
                 decays.append(1e-3 * parameter.detach().double())
-                Extras(term, masks, correction).step({"p": parameter}, [parameter], 0.05, stepper)
+                make_step(Train(begun, names, term, masks, correction), {"p": parameter}, [parameter], 0.05, stepper)
             return {"p": parameter.detach()}
 
     begun, own = {"p": torch.tensor([40.0, -7.0], dtype=kind)}, {"p": torch.tensor([0.3, -0.2], dtype=kind)}

@@ -14,10 +14,11 @@ from fedtune.config.load import merge
 from fedtune.lora.base_delta import effective
 from fedtune.lora.state import AdapterState, LoraModule
 from fedtune.methods import METHODS, Algorithm, ClientUpdate, RoundContext, ServerState, create, problems
+from fedtune.methods.requests import Train
 from fedtune.methods.traits import by_product, magnitudes, moves_base, sends_pairs
 from fedtune.methods.wrappers import rules
 from fedtune.training import schedule
-from fedtune.training.executor import Extras, optimizer
+from fedtune.training.executor import make_step, optimizer
 from fedtune.types import RunFailedError, UpdateError, derive_seed
 from tests.clients import begun_by, fit_by
 
@@ -91,8 +92,8 @@ class Toy:
         for _ in range(self.steps):
             made.zero_grad(set_to_none=True)
             self._loss(chosen, dropped=True).backward()  # type: ignore[no-untyped-call]
-            extras = Extras(term, masks, correction)
-            extras.step(chosen, list(chosen.values()), self._config.train.max_grad_norm, made)
+            asked = Train(start, names, term, masks, correction)
+            make_step(asked, chosen, list(chosen.values()), self._config.train.max_grad_norm, made)
         return {**start, **{n: p.detach() for n, p in chosen.items()}}
 
     def gradients(self, at: Any, names: Any) -> dict[str, Tensor]:

@@ -14,7 +14,7 @@ from fedtune.config import Config, Settings
 from fedtune.config.schema import LoraSettings, ModelSettings
 from fedtune.config.section import Section
 from fedtune.data.encode import Text
-from fedtune.methods.requests import Tensors
+from fedtune.methods.requests import Tensors, Train
 from fedtune.models import head
 from fedtune.models.adapter import AdaptedModel, attach
 from fedtune.models.load import LoadedModel, load
@@ -202,8 +202,7 @@ def _works(start: Tensors, config: Config, losses: dict[int, list[float]]) -> li
         steps = [[example(50 * client + 3 * step + i) for i in range(3)] for step in range(3)]
         works.append(
             Work(
-                start={n: t + 0.01 * client for n, t in start.items()},
-                names=list(start),
+                Train({n: t + 0.01 * client for n, t in start.items()}, list(start)),
                 steps=steps,
                 rate=5e-3,
                 settings=config.train,

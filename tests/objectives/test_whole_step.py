@@ -20,7 +20,7 @@ from fedtune.data.check import TrainRow
 from fedtune.data.encode import Encoder
 from fedtune.experiment.run import run
 from fedtune.io import read_lines
-from fedtune.methods.requests import Losses
+from fedtune.methods.requests import Losses, Train
 from fedtune.models.adapter import AdaptedModel
 from fedtune.models.load import load
 from fedtune.objectives import Example, Objective, by_text
@@ -157,7 +157,7 @@ def test_clients_side_by_side_get_what_they_get_alone(model: AdaptedModel, setti
     start = {n: slot.detach().clone() for n, slot in model.slots.items()}
     own = [[PAIRS, PAIRS[:3]], [PAIRS[2:], PAIRS]]
     works = [
-        Work(start, list(start), steps, 5e-3, settings().config.train, k, True, objective=CASES[0][0])
+        Work(Train(start, list(start)), steps, 5e-3, settings().config.train, k, True, objective=CASES[0][0])
         for k, steps in enumerate(own)
     ]
     outcomes = [

@@ -10,7 +10,7 @@ from fedtune import methods
 from fedtune.config.schema import TrainSettings
 from fedtune.lora.state import AdapterState, Plain, to_tensors
 from fedtune.methods import Algorithm, ClientUpdate, RoundContext
-from fedtune.methods.requests import Tensors
+from fedtune.methods.requests import Tensors, Train
 from fedtune.models.load import LoadedModel
 from fedtune.models.proof import prove
 from fedtune.models.whole import attach
@@ -93,7 +93,7 @@ def test_the_mean_of_trained_updates_is_clipped_to_the_norm(dtype: torch.dtype) 
     sent = algorithm(4, clip_norm=1.0).view(algorithm(4, clip_norm=1.0).initial(adapted.layout), 0)
     texts, train = [[Example.labelled(range(10, 40), 5)]] * 3, TrainSettings(max_grad_norm=1.0)
     rates = [1e-5 * (1 + 0.01 * client) for client in range(4)]
-    replies = [Sequential(adapted).run(Work(sent, list(sent), texts, rate, train, 0, True)) for rate in rates]
+    replies = [Sequential(adapted).run(Work(Train(sent, list(sent)), texts, rate, train, 0, True)) for rate in rates]
     least = min(distance(reply, sent) for reply in replies)
     for share in (0.9, 0.55, 0.3):
         made = algorithm(4, clip_norm=share * least)

@@ -55,7 +55,8 @@ def test_one_client_trains_what_plain_pytorch_trains(config: Callable[[str], Con
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_trained_tensor_has_the_gradient_of_the_padded_loss(config: Callable[[str], Config], kind: str) -> None:
-    from fedtune.training.executor import Extras, Work
+    from fedtune.methods.requests import Train
+    from fedtune.training.executor import Work
 
     chosen = config(kind)
     adapted = attached(chosen)
@@ -65,8 +66,8 @@ def test_every_trained_tensor_has_the_gradient_of_the_padded_loss(config: Callab
     def look(now: Any) -> None:
         seen.update({n: p.grad.clone() for n, p in now.items() if p.grad is not None})
 
-    extras = Extras(term=look)  # type: ignore[arg-type]
-    work = Work(start, list(start), [SHARD[:3]], 1e-3, chosen.train, 0, True, extras)
+    asked = Train(start, list(start), term=look)  # type: ignore[arg-type]
+    work = Work(asked, [SHARD[:3]], 1e-3, chosen.train, 0, True)
     assert Sequential(adapted).run_all([work])[0].error is None
     place(adapted, start, list(start))
     loss = _padded_loss(adapted.model, SHARD[:3]) / sum(e.labels for e in SHARD[:3])

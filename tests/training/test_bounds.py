@@ -15,7 +15,7 @@ from fedtune.federation.reply import Reply
 from fedtune.federation.screening import Expected, Most, screen
 from fedtune.lora.state import to_tensors
 from fedtune.methods import RoundContext, sound
-from fedtune.methods.requests import Tensors
+from fedtune.methods.requests import Tensors, Train
 from fedtune.methods.sound import GROWTH, Reach
 from fedtune.models.adapted import AdaptedModel
 from fedtune.models.adapter import attach
@@ -47,7 +47,9 @@ def test_training_from_a_mean_with_the_largest_reply_stays_finite(kind: str) -> 
     drawn = {n: torch.randn(t.shape, generator=generator) for n, t in to_tensors(adapted.layout).items()}
     start = {n: t * (GROWTH / 4) / t.norm() for n, t in drawn.items()}
     texts = [[Example.labelled(range(10 + k, 60 + k), 5) for k in range(2)]] * 3
-    trained = Sequential(adapted).run(Work(start, list(start), texts, 5e-5, TrainSettings(max_grad_norm=1.0), 0, True))
+    trained = Sequential(adapted).run(
+        Work(Train(start, list(start)), texts, 5e-5, TrainSettings(max_grad_norm=1.0), 0, True)
+    )
     assert all(bool(t.isfinite().all()) for t in trained.values())
 
 
@@ -66,7 +68,9 @@ STEPS, TEXTS = 4, [Example.labelled(range(10 + k, 40 + k), 5) for k in range(4)]
 def trained(adapted: AdaptedModel, start: Tensors, train: TrainSettings, rate: float) -> tuple[Tensors, float]:
     """Return the weights after a client's round, and the loss of its first step."""
     seen: list[float] = []
-    work = Work(start, list(start), [TEXTS] * STEPS, rate, train, 0, True, on_step=lambda _, loss: seen.append(loss))
+    work = Work(
+        Train(start, list(start)), [TEXTS] * STEPS, rate, train, 0, True, on_step=lambda _, loss: seen.append(loss)
+    )
     return Sequential(adapted).run(work), seen[0]
 
 

@@ -258,12 +258,12 @@ def test_a_pass_that_fails_is_tried_by_halves_until_the_culprit_is_alone(
             for work in works:
                 work.on_step(work.steps[0], 99.0)
             raise torch.OutOfMemoryError("CUDA out of memory")
-        if any(torch.equal(next(iter(w.start.values())), next(iter(starts[3].values()))) for w in works):
+        if any(torch.equal(next(iter(w.asked.start.values())), next(iter(starts[3].values()))) for w in works):
             raise ValueError("odd tensors")
         return stacked(works)
 
     def odd(work: Any) -> Any:
-        if torch.equal(next(iter(work.start.values())), next(iter(starts[3].values()))):
+        if torch.equal(next(iter(work.asked.start.values())), next(iter(starts[3].values()))):
             raise ValueError("odd tensors")
         return alone(work)
 

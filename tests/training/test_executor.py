@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from fedtune.config.schema import TrainSettings
-from fedtune.training.executor import Extras, optimizer
+from fedtune.methods.requests import Train
+from fedtune.training.executor import make_step, optimizer
 
 
 def _devices() -> list[str]:
@@ -38,7 +39,7 @@ def test_what_a_mask_freezes_stays_bit_for_bit_under_weight_decay(name: str) -> 
     for _ in range(10):
         made.zero_grad(set_to_none=True)
         parameter.sum().backward()
-        Extras(masks={"p": mask}).step({"p": parameter}, [parameter], 1.0, made)
+        make_step(Train({}, ["p"], masks={"p": mask}), {"p": parameter}, [parameter], 1.0, made)
     assert torch.equal(parameter.detach()[2:], before[2:])
     assert not (parameter.detach()[:2] == before[:2]).any()
 
@@ -51,7 +52,7 @@ def test_what_was_trained_and_is_frozen_later_stays_although_the_optimiser_remem
     for mask in masks:
         made.zero_grad(set_to_none=True)
         parameter.sum().backward()
-        Extras(masks={"p": mask}).step({"p": parameter}, [parameter], 1.0, made)
+        make_step(Train({}, ["p"], masks={"p": mask}), {"p": parameter}, [parameter], 1.0, made)
         seen.append(parameter.detach().clone())
     assert seen[1][0] == seen[0][0]
     assert seen[1][1] < seen[0][1]
@@ -61,5 +62,5 @@ def test_a_clip_bounds_the_gradient_of_the_loss_and_not_the_correction() -> None
     parameter = torch.nn.Parameter(torch.zeros(2))
     made = optimizer([([parameter], 1.0)], TrainSettings(optimizer="sgd"))
     (100 * parameter[0]).backward()  # type: ignore[no-untyped-call]
-    Extras(correction={"p": torch.tensor([0.0, 7.0])}).step({"p": parameter}, [parameter], 0.5, made)
+    make_step(Train({}, ["p"], correction={"p": torch.tensor([0.0, 7.0])}), {"p": parameter}, [parameter], 0.5, made)
     assert parameter.detach().tolist() == pytest.approx([-0.5, -7.0])

@@ -29,7 +29,7 @@ from fedtune.models.adapted import AdaptedModel
 from fedtune.models.attention import text_features
 from fedtune.objectives import Example
 from fedtune.training import schedule
-from fedtune.training.executor import Extras, Jobs, Limits, Work, place
+from fedtune.training.executor import Jobs, Limits, Work, place
 from fedtune.training.gradients import backpropagate
 from fedtune.training.loss import Step
 from fedtune.types import derive_seed
@@ -93,12 +93,9 @@ class LocalWork:
         return handled(program, self._handle)
 
     def _handle(self, request: Request) -> Jobs[Any]:
-        if isinstance(request, Train):
-            return (yield self._work(request))
-        return self._answer(request)
-
-    def _answer(self, request: Request) -> Any:
         match request:
+            case Train():
+                return (yield self._work(request))
             case Gradients(at, names):
                 return self._gradients(at, names)
             case Losses(step, points):
@@ -122,14 +119,12 @@ class LocalWork:
                 request.correction.sums.clear()
 
         return Work(
-            request.start,
-            request.names,
+            request,
             [self._examples(step) for step in range(self.steps)],
             self.rate,
             self._config.train,
             derive_seed(self._config.seed, "dropout", self.client, self.round, *more),
             self._exact,
-            Extras(request.term, request.masks, request.correction),
             self._report,
             again,
             self._objective,

@@ -25,6 +25,7 @@ from fedtune.training.executor import (
     Limits,
     Sequential,
     Work,
+    make_step,
     optimizer,
     place,
     training,
@@ -144,9 +145,9 @@ class Cohort:
         adapted, first = self._adapted, works[0]
         for work in works:
             work.on_start()
-        adapted.sides.load({n: t for n, t in first.start.items() if is_side(n)}, adapted.device)
-        factors = [{n: t for n, t in w.start.items() if not is_side(n)} for w in works]
-        stack = Stack(adapted, factors, first.names)
+        adapted.sides.load({n: t for n, t in first.asked.start.items() if is_side(n)}, adapted.device)
+        factors = [{n: t for n, t in w.asked.start.items() if not is_side(n)} for w in works]
+        stack = Stack(adapted, factors, first.asked.names)
         slots = [stack.slots(k, start) for k, start in enumerate(factors)]
         # each client has an optimiser of its own: only then may rates and even optimisers differ
         made = [optimizer([([line], w.rate)], w.settings) for line, w in zip(stack.lines, works, strict=True)]
@@ -154,10 +155,10 @@ class Cohort:
             for number in range(max(len(w.steps) for w in works)):
                 stack.gradients.zero_()
                 for k, loss in self._passes(stack, works, number).items():
-                    works[k].extras.step(slots[k], [stack.lines[k]], works[k].settings.max_grad_norm, made[k])
+                    make_step(works[k].asked, slots[k], [stack.lines[k]], works[k].settings.max_grad_norm, made[k])
                     works[k].on_step(works[k].steps[number], loss)
         self.stacked += len(works)
-        return [stack.read(k, w.start) for k, w in enumerate(works)]
+        return [stack.read(k, w.asked.start) for k, w in enumerate(works)]
 
     def _passes(self, stack: Stack, works: Sequence[Work], number: int) -> dict[int, float]:
         """Backpropagate one step of every client that has one left; return their losses."""
@@ -181,7 +182,7 @@ def _shares(works: Sequence[Work], seconds: float) -> list[float]:
 
 
 def _fixed(work: Work) -> dict[str, Tensor]:
-    return {n: t for n, t in work.start.items() if is_side(n)}
+    return {n: t for n, t in work.asked.start.items() if is_side(n)}
 
 
 def _together(model: Any, work: Work) -> bool:
@@ -197,12 +198,12 @@ def _together(model: Any, work: Work) -> bool:
 
 def _stackable(work: Work) -> bool:
     """Tell whether a work is plain LoRA over a base that may have been moved, in a way that acts on every row alike."""
-    moved = all(n.endswith(BASE) and n not in work.names for n in _fixed(work))
-    return moved and not any(M in n for n in work.start)
+    moved = all(n.endswith(BASE) and n not in work.asked.names for n in _fixed(work))
+    return moved and not any(M in n for n in work.asked.start)
 
 
 def _alike(one: Work, other: Work) -> bool:
     """Tell whether two works that can be stacked go together: the same tensors trained, over the same base."""
     mine, theirs = _fixed(one), _fixed(other)
-    same = (list(one.names), one.exact, mine.keys()) == (list(other.names), other.exact, theirs.keys())
+    same = (list(one.asked.names), one.exact, mine.keys()) == (list(other.asked.names), other.exact, theirs.keys())
     return same and all(torch.equal(t, theirs[n]) for n, t in mine.items())

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fedtune.config.schema import TrainSettings
 from fedtune.lora.state import Plain, to_tensors
-from fedtune.methods.requests import Correction, Tensors, Term
+from fedtune.methods.requests import Correction, Tensors, Train
 from fedtune.models.adapted import AdaptedModel
 from fedtune.models.interface import inner
 from fedtune.models.proof import texts_for
@@ -26,43 +26,36 @@ T = TypeVar("T")
 Slots = Mapping[str, torch.nn.Parameter]
 
 
-@dataclass(frozen=True)
-class Extras:
-    """What a method adds to plain steps: a term of the loss, masks and corrections of gradients, by name."""
+def make_step(asked: Train, chosen: Slots, owners: Sequence[Tensor], limit: float, made: Any) -> None:
+    """Make one optimiser step from the gradients that a step's loss has left, and what a method adds to them.
 
-    term: Term | None = None
-    masks: Tensors | None = None
-    correction: Tensors | None = None
+    The gradient of the loss is clipped before it is corrected: SCAFFOLD's control variates are means of the gradients
+    that steps are made of, and a clip of the sum would not leave them that. What a mask freezes stays bit for bit, also
+    under weight decay and momentum, which move an entry without a gradient.
 
-    def step(self, chosen: Slots, owners: Sequence[Tensor], limit: float, made: Any) -> None:
-        """Make one optimiser step from the gradients that a step's loss has left.
-
-        The gradient of the loss is clipped before it is corrected: SCAFFOLD's control variates are means of the
-        gradients that steps are made of, and a clip of the sum would not leave them that. What a mask freezes stays bit
-        for bit, also under weight decay and momentum, which move an entry without a gradient.
-
-        Args:
-            chosen: the trained tensors by name.
-            owners: what the optimiser steps on, and whose gradients' joint norm is clipped.
-            limit: the largest norm.
-            made: the optimiser.
-        """
-        if self.term and (extra := self.term(chosen)) is not None:
-            extra.backward()  # type: ignore[no-untyped-call]
-        gradients = {name: slot.grad for name, slot in chosen.items() if slot.grad is not None}
-        masks, correction = self.masks or {}, self.correction or {}
-        for name in masks.keys() & gradients.keys():
-            gradients[name].mul_(masks[name].to(gradients[name]))
-        torch.nn.utils.clip_grad_norm_(owners, limit)
-        for name in correction.keys() & gradients.keys():
-            if isinstance(correction, Correction):
-                correction.count(name, gradients[name].detach())
-            gradients[name].add_(correction[name].to(gradients[name]))
-        frozen = {name: chosen[name].detach().clone() for name in masks.keys() & chosen.keys()}
-        made.step()
-        with torch.no_grad():
-            for name, was in frozen.items():
-                chosen[name].copy_(torch.where(masks[name].to(was.device) == 0, was, chosen[name]))
+    Args:
+        asked: the method's request, with a term of the loss, masks and corrections of gradients.
+        chosen: the trained tensors by name.
+        owners: what the optimiser steps on, and whose gradients' joint norm is clipped.
+        limit: the largest norm.
+        made: the optimiser.
+    """
+    if asked.term and (extra := asked.term(chosen)) is not None:
+        extra.backward()  # type: ignore[no-untyped-call]
+    gradients = {name: slot.grad for name, slot in chosen.items() if slot.grad is not None}
+    masks, correction = asked.masks or {}, asked.correction or {}
+    for name in masks.keys() & gradients.keys():
+        gradients[name].mul_(masks[name].to(gradients[name]))
+    torch.nn.utils.clip_grad_norm_(owners, limit)
+    for name in correction.keys() & gradients.keys():
+        if isinstance(correction, Correction):
+            correction.count(name, gradients[name].detach())
+        gradients[name].add_(correction[name].to(gradients[name]))
+    frozen = {name: chosen[name].detach().clone() for name in masks.keys() & chosen.keys()}
+    made.step()
+    with torch.no_grad():
+        for name, was in frozen.items():
+            chosen[name].copy_(torch.where(masks[name].to(was.device) == 0, was, chosen[name]))
 
 
 @dataclass(frozen=True)
@@ -70,27 +63,23 @@ class Work:
     """Some optimiser steps of one client.
 
     Attributes:
-        start: all tensors of the model at the beginning.
-        names: of those that are trained.
+        asked: the tensors at the beginning, which of them are trained, and what the method adds.
         steps: the examples of each step.
         rate: learning rate.
         settings: optimiser and clipping.
         seed: of what is random in them; each step has draws of its own.
         exact: nothing random tells equal beginnings of texts apart, so they are computed once.
-        extras: what the method adds.
         on_step: called with the examples and the loss of each step.
         on_start: called before the first step, and again where an attempt that failed is made anew.
         objective: what is minimised.
     """
 
-    start: Tensors
-    names: Sequence[str]
+    asked: Train
     steps: Sequence[Sequence[Example]]
     rate: float
     settings: TrainSettings
     seed: int
     exact: bool
-    extras: Extras = field(default_factory=Extras)
     on_step: Callable[[Sequence[Example], float], None] = lambda examples, loss: None
     on_start: Callable[[], None] = lambda: None
     objective: Objective[Any] = CROSS_ENTROPY
@@ -246,12 +235,12 @@ class Sequential:
     def run(self, work: Work) -> dict[str, Tensor]:
         """Make one client's steps; return the model's tensors afterwards."""
         work.on_start()
-        chosen = place(self._adapted, work.start, work.names)
+        chosen = place(self._adapted, work.asked.start, work.asked.names)
         made = optimizer([(list(chosen.values()), work.rate)], work.settings)
         with training(self._adapted.model, self.limits.checkpointing):
             for number, examples in enumerate(work.steps):
                 made.zero_grad(set_to_none=True)
                 loss = backpropagate(self._adapted, work.step(number), self.limits.tokens, exact=work.exact)
-                work.extras.step(chosen, list(chosen.values()), work.settings.max_grad_norm, made)
+                make_step(work.asked, chosen, list(chosen.values()), work.settings.max_grad_norm, made)
                 work.on_step(examples, loss)
-        return self._adapted.read(work.start)
+        return self._adapted.read(work.asked.start)
