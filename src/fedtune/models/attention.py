@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
 from itertools import accumulate
 from typing import Any
 
@@ -43,11 +44,8 @@ def text_features(model: Any, texts: Sequence[Sequence[int]]) -> Tensor:
 def _features(model: Any, texts: Sequence[Sequence[int]]) -> Tensor:
     row = pack(texts)
     ends = torch.tensor([span.end - 1 for span in row.spans], device=next(model.parameters()).device)
-    mixer = sides.of(model)
-    with torch.no_grad(), contextlib.ExitStack() as during:
-        if mixer is not None:
-            during.enter_context(model.disable_adapter())
-            during.enter_context(mixer.off())
+    adapters_off = model.disable_adapter() if sides.of(model) else contextlib.nullcontext()
+    with torch.no_grad(), adapters_off, sides.without(model):
         few = {"logits_to_keep": ends[-1:]} if proof_of(model).keeps else {}  # none is wanted
         output = run_row(model, row, output_hidden_states=True, **few)
     last: Tensor = output.hidden_states[-1]
@@ -81,15 +79,12 @@ def text_weights(model: Any, texts: Sequence[Sequence[int]], keep: Sequence[int]
         yield False
 
 
-@contextlib.contextmanager
-def row_weights(model: Any, texts: Sequence[Sequence[int]], copies: int = 1) -> Iterator[None]:
+def row_weights(model: Any, texts: Sequence[Sequence[int]], copies: int = 1) -> AbstractContextManager[None]:
     """Set a second adapter's weight as `text_weights` does, for a batch with a row, or several, of each text."""
     mixer = sides.of(model)
     if mixer is None:
-        yield
-        return
-    with mixer.mixed(lambda: text_features(model, texts), lambda w: w.repeat_interleave(copies)[:, None, None]):
-        yield
+        return contextlib.nullcontext()
+    return mixer.mixed(lambda: text_features(model, texts), lambda w: w.repeat_interleave(copies)[:, None, None])
 
 
 def by_text(texts: Sequence[Sequence[int]], keep: Sequence[int]) -> Iterator[tuple[Sequence[int], list[int]]]:

@@ -94,11 +94,6 @@ def _entries(value: Any) -> Iterator[tuple[str, Any]]:
             left += inner
 
 
-def _names(value: Any, key: str) -> bool:
-    """Tell whether a JSON value has a key anywhere inside."""
-    return any(name == key for name, _ in _entries(value))
-
-
 def _kernels(settings: Any) -> list[str]:
     """Return the implementations (of attention, of experts) that are repositories of code on the Hub."""
     chosen = [value for key, value in _entries(settings) if "_implementation" in f"_{key}"]
@@ -119,7 +114,7 @@ def check_settings(path: Path) -> Any:
         settings = json.loads(read_text(path))  # as the loaders do, who take the Infinity that some configurations have
     except (ValueError, RecursionError):
         settings = read_json(path)  # says what is wrong where
-    if named := next((key for key in _ELSEWHERE if _names(settings, key)), ""):
+    if named := next((key for key, _ in _entries(settings) if key in _ELSEWHERE), ""):
         raise ModelError(
             f"{path}: its {named} names other files to load; only files of the usual names are read: "
             f"give them those ({SINGLE}, config.json, tokenizer.json) and remove {named}"
@@ -155,7 +150,8 @@ def check_index(path: Path) -> set[str]:
 def _check_settings(folder: Path) -> None:
     """Refuse settings that ask for code, or that cannot be read: loaders pass over some of them without a word."""
     for path in sorted(folder.glob("*config.json")):
-        if _names(settings := check_settings(path), "auto_map"):
+        settings = check_settings(path)
+        if any(key == "auto_map" for key, _ in _entries(settings)):
             raise ModelError(
                 f"{folder}: its {path.name} asks for remote code (auto_map), which is never run; "
                 "if transformers has the class itself, remove auto_map from the file"

@@ -34,7 +34,8 @@ class Stack:
 
     def __init__(self, adapted: AdaptedModel, starts: Sequence[Tensors], names: Sequence[str]) -> None:
         self._adapted = adapted
-        self._shapes = {n: starts_shape(n, starts) for n in adapted.slots}
+        each = {n: [start[n].shape for start in starts] for n in adapted.slots}
+        self._shapes = {n: torch.Size(map(max, zip(*shapes, strict=True))) for n, shapes in each.items()}
         self._count = len(starts)
         like = next(iter(adapted.slots.values()))
         sizes = [self._shapes[n].numel() for n in names]
@@ -83,12 +84,11 @@ class Stack:
 
     def read(self, client: int, start: Tensors) -> dict[str, Tensor]:
         """Return copies on the CPU of one client's tensors as they are now, in the shapes they came in."""
-        return {
-            name: self._tensors[name].detach()[client][_corner(t)].to("cpu", copy=True).contiguous()
-            if name in self._tensors
-            else t
-            for name, t in start.items()
-        }
+        found = dict(start)
+        for name, stacked in self._tensors.items():
+            own = stacked.detach()[client][_corner(start[name])]
+            found[name] = own.to("cpu", copy=True).contiguous()
+        return found
 
     def rows(self, clients: Sequence[int], lengths: Sequence[int]) -> None:
         """Say whose the tokens of the next pass are: some clients, and how many tokens each has, as they stand."""
@@ -127,8 +127,3 @@ class Stack:
 def _corner(like: Tensor) -> tuple[slice, ...]:
     """Return the part of a padded tensor that holds one of its own shape."""
     return tuple(slice(n) for n in like.shape)
-
-
-def starts_shape(name: str, starts: Sequence[Tensors]) -> torch.Size:
-    """Return the smallest shape that holds a tensor of every client."""
-    return torch.Size(max(sizes) for sizes in zip(*(s[name].shape for s in starts), strict=True))

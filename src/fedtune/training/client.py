@@ -144,7 +144,8 @@ class LocalWork:
     def _gradients(self, at: Tensors, names: Sequence[str]) -> dict[str, Tensor]:
         """Return the gradient of the round's first step at a point."""
         chosen = place(self._adapted, at, names)
-        step = self._step(examples := self._examples(0))
+        examples = self._examples(0)
+        step = Step(examples, self._objective)
         self._report(examples, backpropagate(self._adapted, step, self._tokens, exact=self._exact))
         return {n: (torch.zeros_like(p) if p.grad is None else p.grad).to("cpu", copy=True) for n, p in chosen.items()}
 
@@ -155,12 +156,9 @@ class LocalWork:
         found = []
         for point in points:
             self._adapted.load(point)
-            found.append(backpropagate(self._adapted, self._step(examples), self._tokens, exact=True))
+            found.append(backpropagate(self._adapted, Step(examples, self._objective), self._tokens, exact=True))
         self._report(examples, found[0])
         return found
-
-    def _step(self, examples: Sequence[Example]) -> Step:
-        return Step(examples, self._objective)
 
     def _features(self, count: int) -> Tensor:
         """Return the base model's last hidden state [count, hidden] at the end of the first examples' prompts."""
