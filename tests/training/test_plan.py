@@ -80,7 +80,7 @@ def test_what_is_set_by_hand_stays(settings: Callable[..., Settings], adapted: A
 
 def test_a_plan_survives_the_manifest_and_the_engine_is_not_part_of_a_run(settings: Callable[..., Settings]) -> None:
     found = Plan("float32", 2, 4096, False, 1, 8192, ("a", "b"))
-    assert Plan.read({**found.document(), "why": ["a", "b"]}) == found
+    assert Plan.read({**vars(found), "why": ["a", "b"]}) == found
     assert settings().config.hash == settings(engine={"threads": 1, "cohort": 2}).config.hash
 
 

@@ -199,7 +199,7 @@ def _work(
         tokens=how.tokens,
         checkpointing=how.checkpointing,
     )
-    session.run.update(predicted=vars(planned), data=data.summary(), plan=how.document())
+    session.run.update(predicted=vars(planned), data=data.summary(), plan=vars(how))
     session.reporter.plan(config, planned)
     session.reporter.note(f"engine: {how.line()} ({'; '.join(how.why)})")
     done = [schema.Arm(name="base", scores=session.evaluate(None, "base"))] if config.eval.base else []

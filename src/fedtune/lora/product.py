@@ -103,9 +103,8 @@ def split(product: Product, rank: int) -> tuple[Product, Product]:
 
 def padded(product: Product, rank: int) -> Product:
     """Return the same product with zeros up to a rank; a layer narrower than the rank has fewer directions than it."""
-    missing = max(0, rank - product.inner)
-    left = torch.cat([product.left, product.left.new_zeros(product.left.shape[0], missing)], dim=1)
-    return Product(left, torch.cat([product.right, product.right.new_zeros(missing, product.right.shape[1])], dim=0))
+    missing, pad = max(0, rank - product.inner), torch.nn.functional.pad
+    return Product(pad(product.left, (0, missing)), pad(product.right, (0, 0, 0, missing)))
 
 
 def truncate(product: Product, rank: int) -> Product:
@@ -198,8 +197,8 @@ def residual(modules: Sequence[LoraModule], weights: Sequence[float]) -> Product
     roots = shares.sqrt().to(mean["a"].dtype)
     count = len(modules)
     mixing = torch.linalg.qr(torch.cat([roots[:, None], torch.eye(count, dtype=roots.dtype)], dim=1))[0][:, 1:]
-    spread_a = torch.stack([w * (wide(m.a) - mean["a"]) for w, m in zip(roots, modules, strict=True)])
-    spread_b = torch.stack([w * (wide(m.b) - mean["b"]) for w, m in zip(roots, modules, strict=True)])
+    spread_a = roots[:, None, None] * torch.stack([wide(m.a) - mean["a"] for m in modules])
+    spread_b = roots[:, None, None] * torch.stack([wide(m.b) - mean["b"] for m in modules])
     right = torch.einsum("ij,irk->jrk", mixing, spread_a).flatten(0, 1)
     left = torch.einsum("ij,ior->ojr", mixing, spread_b).flatten(1, 2)
     return Product(left * modules[0].scale, right)
@@ -222,17 +221,13 @@ def gram(products: Sequence[Mapping[str, Product]]) -> Tensor:
 def nearest_orthogonal(matrix: Tensor) -> Tensor:
     """Return the orthogonal factor of the polar decomposition."""
     u, _, vh = torch.linalg.svd(matrix)
-    orthogonal: Tensor = u @ vh
-    return orthogonal
+    return torch.matmul(u, vh)
 
 
 def rotation_to(moving: Tensor, reference: Tensor, blend: float = 1.0) -> Tensor:
-    """Return the orthogonal R [r, r] with the smallest ||R^T moving - reference|| (orthogonal Procrustes).
+    """Return the orthogonal R [r, r] with the smallest ||R^T moving - reference|| (orthogonal Procrustes; both [r, k]).
 
-    Args:
-        moving: [r, k].
-        reference: [r, k].
-        blend: below 1 the rotation goes only part of the way from the identity.
+    With `blend` below 1 the rotation goes only part of the way from the identity.
     """
     turn = nearest_orthogonal(wide(moving) @ wide(reference).T)
     if blend == 1:

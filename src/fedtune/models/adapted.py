@@ -127,9 +127,8 @@ def _padded(name: str, tensor: Tensor, slot: Tensor) -> Tensor:
     axis = rank_axis(name)
     if axis is None or tensor.dim() != 2 or tensor.shape[axis] >= slot.shape[axis]:
         return tensor
-    missing = list(tensor.shape)
-    missing[axis] = slot.shape[axis] - tensor.shape[axis]
-    return torch.cat([tensor, tensor.new_zeros(missing)], dim=axis)
+    missing = slot.shape[axis] - tensor.shape[axis]
+    return torch.nn.functional.pad(tensor, (0, missing) if axis else (0, 0, 0, missing))
 
 
 def check_shapes(wanted: Mapping[str, tuple[int, ...]], tensors: Mapping[str, Tensor]) -> None:

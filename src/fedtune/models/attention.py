@@ -98,16 +98,13 @@ def by_text(texts: Sequence[Sequence[int]], keep: Sequence[int]) -> Iterator[tup
 def packed_logits(
     model: Any, texts: Sequence[Sequence[int]], keep: Sequence[int], *, share_prefix: bool = False
 ) -> Tensor:
-    """Run several texts through the model, as one row without padding where that is proven for it.
+    """Return the logits [len(keep), vocabulary] of several texts, in one row without padding where that is proven.
 
     Args:
         model: a causal language model, bare or wrapped by PEFT.
         texts: token ids of each text.
-        keep: positions in the joined texts, ascending, whose logits are wanted.
+        keep: positions in the joined texts, ascending.
         share_prefix: see `pack`.
-
-    Returns:
-        Logits [len(keep), vocabulary].
     """
     if len(texts) > 1 and not proof_of(model).packs(texts):
         return torch.cat([packed_logits(model, [text], own) for text, own in by_text(texts, keep) if own])

@@ -90,15 +90,11 @@ def predict(
     """Predict bytes (exactly) and memory (roughly) from the shapes.
 
     Args:
-        config: the run's settings.
-        adapted: the model with its adapter.
+        config, adapted: the run's settings, and the model with its adapter.
         longest: tokens of the longest example, where known; `train.max_length` otherwise.
         wire: round -> bytes its cohort exchanges, both directions; None where nobody can say.
         tokens: of a pass, at most.
         checkpointing: activations are recomputed.
-
-    Activations are counted as 34 hidden-sized numbers a token and layer (kept for the backward pass; one
-    with checkpointing), with at most `tokens` at a time, plus logits of the labels.
     """
     tensors = to_tensors(adapted.layout)
     message = message_bytes(tensors)

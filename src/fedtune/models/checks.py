@@ -77,10 +77,7 @@ def _dropped(model: Any, unexpected: Iterable[str]) -> list[str]:
 def check_complete(what: str, model: Any, info: Mapping[str, Any]) -> None:
     """Refuse a model of which a part is not from its checkpoint, and would be random.
 
-    Args:
-        what: is loaded.
-        model: as it was made.
-        info: transformers' loading information: tied weights and recomputed buffers are not missing there.
+    In transformers' loading information tied weights and recomputed buffers are not missing.
 
     Raises:
         ModelError: naming tensors, shapes and the likely cause.

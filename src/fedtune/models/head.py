@@ -151,11 +151,8 @@ def log_probabilities(
     """Return the log-probabilities of some tokens at some places; no table of all logits is held in float32.
 
     Args:
-        model: a causal language model, bare or wrapped by PEFT.
-        texts: token ids of each text.
-        keep: positions in the joined texts, ascending.
+        model, texts, keep, share_prefix: see `packed_logits`.
         wanted: (index into `keep`, token), in the order of the former.
-        share_prefix: see `pack`.
 
     Returns:
         float32 [len(wanted)], in nats.
@@ -178,8 +175,7 @@ def row_losses(model: Any, row: PackedRow, keep: Sequence[int], targets: Sequenc
     Args:
         model: a causal language model with a plain head, bare or wrapped by PEFT.
         row: the texts.
-        keep: places in the texts joined end to end that predict a label.
-        targets: those labels.
+        keep, targets: places in the texts joined end to end that predict a label, and those labels.
         expected: see `linear_losses`.
     """
     hidden = _hidden(model, row)

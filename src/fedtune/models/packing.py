@@ -132,12 +132,7 @@ class Batch:
 
 
 def batches(spans: Sequence[Span], call: int) -> list[list[Span]]:
-    """Group spans of the same prefix whose padding to the longest costs less than a call of their own.
-
-    Args:
-        spans: of a row.
-        call: the cost of a call in pairs of query and key.
-    """
+    """Group a row's spans of the same prefix whose padding to the longest costs less than `call`, as in `CALL`."""
     groups: list[list[Span]] = []
     for span in sorted(spans, key=lambda s: (s.prefix, -s.length, s.start)):
         first = groups[-1][0] if groups else None

@@ -25,6 +25,7 @@ _UNREAD |= {".png", ".jpg", ".jpeg", ".gif", ".svg", ".webp", ".pdf", ".log"}
 
 # entries of settings by which transformers loads weights, a configuration or a tokenizer from files of other names
 _ELSEWHERE = ("transformers_weights", "configuration_files", "fast_tokenizer_files")
+_TOKENIZERS = ("tokenizer*", "vocab*", "*.model", "*.tiktoken", "tekken.json", "spiece*")
 _SHARD = re.compile(r"[^./\\\0][^/\\\0]*\.safetensors", re.DOTALL)
 
 
@@ -178,12 +179,6 @@ def _check_weights(folder: Path) -> None:
         )
 
 
-def _check_tokenizer(folder: Path) -> None:
-    kinds = ("tokenizer*", "vocab*", "*.model", "*.tiktoken", "tekken.json", "spiece*")
-    if not any(True for kind in kinds for _ in folder.glob(kind)):
-        raise ModelError(f"{folder}: no tokenizer; add the model's own: tokenizer.save_pretrained({str(folder)!r})")
-
-
 def check_folder(folder: Path) -> None:
     """Refuse a model folder that is not whole, or could only be loaded by running code or unpickling.
 
@@ -197,4 +192,5 @@ def check_folder(folder: Path) -> None:
         raise ModelError(f"{folder}: no config.json; this is not a transformers model folder")
     _check_weights(folder)
     _check_settings(folder)
-    _check_tokenizer(folder)
+    if not any(True for kind in _TOKENIZERS for _ in folder.glob(kind)):
+        raise ModelError(f"{folder}: no tokenizer; add the model's own: tokenizer.save_pretrained({str(folder)!r})")

@@ -37,12 +37,7 @@ def _check_base(folder: Path, config: AdapterConfig, base: LoadedModel, insist: 
 
 
 def load_folder(base: LoadedModel, folder: Path, *, insist: bool = False) -> AdaptedModel:
-    """Attach an adapter folder to its base model, strictly and as PEFT would.
-
-    Args:
-        base: the model to put it on.
-        folder: made by PEFT or anything that writes the same.
-        insist: take another base model than the adapter names.
+    """Attach an adapter folder to its base model, strictly and as PEFT would; with `insist` to another than it names.
 
     Raises:
         AdapterError: unsafe, or made for another base model, vocabulary or targets; with both values.

@@ -35,14 +35,10 @@ class WholeModel(AdaptedModel):
 
 
 def attach(base: LoadedModel, space: str, trained: Callable[[str], bool] = lambda name: True) -> WholeModel:
-    """Make weights of a base model the state. A weight that two layers share is in it once.
+    """Make weights of a base model, those that are `trained` by name, the state, which is called after its space.
 
-    The cheaper norms give no gradient of their weights, so the model's own come back.
-
-    Args:
-        base: the model.
-        space: what to call the state.
-        trained: tells by its name whether a weight is trained.
+    A weight that two layers share is in it once. The cheaper norms give no gradient of their weights, so the model's
+    own come back.
 
     Raises:
         ModelError: the weights are quantised, or none is trained.

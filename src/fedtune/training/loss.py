@@ -119,11 +119,7 @@ def label_logs(
     share_prefix: bool = False,
     on_rows: Callable[[list[int]], None] | None = None,
 ) -> Tensor:
-    """Return the log-probabilities of all labels of parts, in order, as they are in one row [labels].
-
-    Args:
-        model, parts, share_prefix, on_rows: see `joint_loss`.
-    """
+    """Return the log-probabilities of all labels of parts, in order, as they are in one row [labels]."""
     keep, targets = _labels(parts)
     plain = has_plain_head(model)  # it may have to be tried, which is not done in the middle of a pass
     with text_weights(model, [t for part in parts for t in part.texts], keep) as shareable:

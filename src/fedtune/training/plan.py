@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -66,10 +66,6 @@ class Plan:
     def read(document: Mapping[str, Any]) -> Plan:
         """Return a plan from a manifest."""
         return Plan(**{**document, "why": tuple(document["why"])})
-
-    def document(self) -> dict[str, Any]:
-        """Return the plan for a manifest."""
-        return asdict(self)
 
     def line(self) -> str:
         """Return the plan for people."""
@@ -134,7 +130,6 @@ def plan(config: Config, adapted: AdaptedModel, longest: int, tokens: float, kno
 
     Args:
         config: what is set by hand stays.
-        adapted: the resident model.
         longest: tokens of the longest example.
         tokens: of a client's step, on average.
         known: the machine; measured by default.
