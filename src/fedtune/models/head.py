@@ -13,7 +13,7 @@ from fedtune.models import sides
 from fedtune.models.attention import by_text, row_logits, run_row, text_weights
 from fedtune.models.interface import inner, remembered
 from fedtune.models.packing import PackedRow, pack
-from fedtune.models.proof import distance, proof_of, texts_for
+from fedtune.models.proof import distance, proof_of, still, texts_for
 
 # logits held at a time, in numbers
 CHUNK = 2**22
@@ -92,7 +92,6 @@ def has_plain_head(model: Any) -> bool:
     return known and type(base.get_output_embeddings()) is nn.Linear
 
 
-@torch.no_grad()
 def _tried(model: Any) -> bool:
     """Exchange the head's logits: they have to come out unchanged, and the decoder's output to go in."""
     base = inner(model)
@@ -103,10 +102,8 @@ def _tried(model: Any) -> bool:
         seen.append((inputs[0], drawn.to(output.device, output.dtype)))
         return seen[-1][1]
 
-    was_training = base.training
-    base.eval()
     try:
-        with sides.without(model):
+        with still(base), torch.no_grad(), sides.without(model):
             hidden = _hidden(base, row)
             with base.get_output_embeddings().register_forward_hook(exchange):
                 logits = run_row(base, row).logits
@@ -115,8 +112,6 @@ def _tried(model: Any) -> bool:
         return len(seen) == 1 and same and torch.equal(logits.to(drawn.dtype), drawn)
     except Exception:  # whatever a model's own code raises, its head is not used apart
         return False
-    finally:
-        base.train(was_training)
 
 
 def _row_log_probabilities(

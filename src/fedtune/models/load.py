@@ -19,13 +19,7 @@ from fedtune.data.once import made_once
 from fedtune.data.packages import SMOLLM2, Package, read_wheel
 from fedtune.machine import cache_dir, expanded
 from fedtune.models import measure
-from fedtune.models.checks import (
-    check_complete,
-    check_decoder,
-    check_finite,
-    check_vocabulary,
-    quantised_bits,
-)
+from fedtune.models.checks import check_complete, check_decoder, check_finite, check_vocabulary, quantised_bits
 from fedtune.models.proof import prove
 from fedtune.models.source import CONFIG, INDEX, SINGLE, check_folder, check_index, check_settings, model_revision
 from fedtune.models.zoo import is_local, zoo
@@ -206,9 +200,10 @@ def load(settings: ModelSettings, device: str | None = None) -> LoadedModel:
     config = guarded(lambda: AutoConfig.from_pretrained(source, **common), what, ModelError)
     check_decoder(what, config)
     stored = quantised_bits(what, config, settings.quantization)
-    # all files of one commit, even if a new one is pushed meanwhile
-    common["revision"] = commit = _commit(source, revision)
+    commit = None
     if not is_local(source):
+        # all files of one commit, even if a new one is pushed meanwhile
+        common["revision"] = commit = _commit(source, revision)
         guarded(lambda: _check_snapshot(what, source, commit), what, ModelError)
     tokenizer = guarded(lambda: AutoTokenizer.from_pretrained(source, **common), what, ModelError)
     model = guarded(lambda: _read(what, source, settings, device, stored, common), what, ModelError)
@@ -229,8 +224,6 @@ def _commit(source: str, revision: str | None) -> str | None:
     """Return the commit a Hub model's configuration was read at, which the cache's folder is named after."""
     from huggingface_hub import try_to_load_from_cache
 
-    if is_local(source):
-        return revision
     found = try_to_load_from_cache(source, "config.json", revision=revision)
     return Path(found).parent.name if isinstance(found, str) else revision
 

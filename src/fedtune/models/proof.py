@@ -216,7 +216,7 @@ def _keeps(base: Any, alone: _Alone, dtype: torch.dtype, *, packs: bool) -> bool
 
 
 @contextlib.contextmanager
-def _still(base: Any) -> Iterator[None]:
+def still(base: Any) -> Iterator[None]:
     """Let a model be tried with gradients, in evaluation mode, whatever is going on around."""
     was = base.training
     base.eval()
@@ -240,7 +240,7 @@ def prove(model: Any, what: str = "", *, fuse: bool = False) -> Proof:
     """
     base, name = inner(model), what or type(inner(model)).__name__
     dtype = next((p.dtype for p in base.parameters() if p.is_floating_point()), torch.float32)
-    with _still(base):
+    with still(base):
         try:
             alone = [_alone(base, text) for text in texts_for(base)]
         except ModelError as err:

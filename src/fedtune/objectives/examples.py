@@ -44,9 +44,7 @@ class EncodedSet:
 def encode(rows: Sequence[TrainRow], objective: Objective[Any], tokenizer: Any, config: Config) -> EncodedSet:
     """Encode rows, cut each text at `train.max_length`, and set aside rows with a text without a label."""
     encoder, examples = Encoder(tokenizer, config), list[Example]()
-    kept: list[int] = []
-    masked: list[int] = []
-    truncated: list[int] = []
+    kept, masked, truncated = list[int](), list[int](), list[int]()
     for index, row in enumerate(rows):
         whole = objective.encode(row, encoder)
         cut = replace(whole, texts=tuple(text.cut(config.train.max_length) for text in whole.texts))

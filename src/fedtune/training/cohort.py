@@ -21,15 +21,7 @@ from fedtune.models.proof import COARSE_GRADIENT, far, proof_of, texts_for
 from fedtune.models.stack import Stack
 from fedtune.names import BASE, M, is_side
 from fedtune.objectives import Example
-from fedtune.training.executor import (
-    Limits,
-    Sequential,
-    Work,
-    make_step,
-    optimizer,
-    place,
-    training,
-)
+from fedtune.training.executor import Limits, Sequential, Work, make_step, optimizer, place, training
 from fedtune.training.gradients import backpropagate, one_pass
 from fedtune.training.loss import Part, Step, passes
 from fedtune.training.scheduler import Outcome, attempted

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -15,7 +15,7 @@ from fedtune.models.adapted import AdaptedModel
 from fedtune.models.interface import attending
 from fedtune.models.proof import proof_of
 from fedtune.objectives import Example, Objective
-from fedtune.training.loss import Part, Step, in_one_row, joint_loss, keyed, label_logs, passes
+from fedtune.training.loss import OnRows, Part, Step, in_one_row, joint_loss, keyed, label_logs, passes
 from fedtune.types import derive_seed
 
 
@@ -111,7 +111,7 @@ def by_example(adapted: AdaptedModel, step: Step, tokens: int, *, exact: bool) -
 
 
 def one_pass(
-    adapted: AdaptedModel, parts: Sequence[Part], *, exact: bool, on_rows: Callable[[list[int]], None] | None = None
+    adapted: AdaptedModel, parts: Sequence[Part], *, exact: bool, on_rows: OnRows | None = None
 ) -> list[float]:
     """Return each part's loss, of one pass if they may share one; backpropagated unless under `no_grad`."""
     if not in_one_row(adapted.model, parts):

@@ -20,6 +20,8 @@ from fedtune.models.proof import proof_of
 from fedtune.objectives import CrossEntropy, Example, Objective
 
 CROSS_ENTROPY = CrossEntropy(Section())
+# told how many tokens of a row each part has, before the pass
+OnRows = Callable[[list[int]], None]
 
 
 @dataclass(frozen=True)
@@ -113,11 +115,7 @@ def in_one_row(model: Any, parts: Sequence[Part]) -> bool:
 
 
 def label_logs(
-    model: Any,
-    parts: Sequence[Part],
-    *,
-    share_prefix: bool = False,
-    on_rows: Callable[[list[int]], None] | None = None,
+    model: Any, parts: Sequence[Part], *, share_prefix: bool = False, on_rows: OnRows | None = None
 ) -> Tensor:
     """Return the log-probabilities of all labels of parts, in order, as they are in one row [labels]."""
     keep, targets = _labels(parts)
@@ -138,11 +136,7 @@ def label_logs(
 
 
 def joint_loss(
-    model: Any,
-    parts: Sequence[Part],
-    *,
-    share_prefix: bool = False,
-    on_rows: Callable[[list[int]], None] | None = None,
+    model: Any, parts: Sequence[Part], *, share_prefix: bool = False, on_rows: OnRows | None = None
 ) -> tuple[Tensor, list[float]]:
     """Return the sum of the losses of parts in one row, to be backpropagated, and each part's own.
 
@@ -152,7 +146,6 @@ def joint_loss(
         model: with its adapter, or with stacked ones that know the parts' borders.
         parts: of one client, or of several.
         share_prefix: compute what a part's texts begin with once: exact without dropout, not with it.
-        on_rows: told how many tokens of the row each part has, before the pass.
     """
     logs = label_logs(model, parts, share_prefix=share_prefix, on_rows=on_rows)
     each = torch.split(logs, [part.labels for part in parts])
