@@ -58,11 +58,7 @@ class RunningMean:
 
 
 def weighted_mean(states: Iterable[Mapping[str, Tensor]], weights: Sequence[float]) -> dict[str, Tensor]:
-    """Return sum_i w_i x_i / sum_i w_i, tensor by tensor, in the dtype of the first state.
-
-    Raises:
-        ValueError: no states, or weights that do not sum to something above 0.
-    """
+    """Return sum_i w_i x_i / sum_i w_i, each tensor in the dtype of the first state's; raises as `RunningMean.mean`."""
     sums = RunningMean()
     for state, weight in zip(states, weights, strict=True):
         sums.add(state, float(weight))

@@ -108,11 +108,7 @@ def to_tensors(adapter: AdapterState) -> dict[str, Tensor]:
 
 
 def with_tensors(like: AdapterState, tensors: Mapping[str, Tensor]) -> AdapterState:
-    """Return `like` with its tensors replaced.
-
-    Raises:
-        AdapterError: a name is missing or unknown.
-    """
+    """Return `like` with its tensors replaced. Raises AdapterError for a name that is missing or unknown."""
     names = to_tensors(like)
     if set(names) != set(tensors):
         others = sorted(set(names) ^ set(tensors))[:3]

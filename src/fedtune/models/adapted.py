@@ -132,11 +132,7 @@ def _padded(name: str, tensor: Tensor, slot: Tensor) -> Tensor:
 
 
 def check_shapes(wanted: Mapping[str, tuple[int, ...]], tensors: Mapping[str, Tensor]) -> None:
-    """Make sure that tensors have all the names and shapes that are wanted, and no others.
-
-    Raises:
-        AdapterError: with both values of the first difference.
-    """
+    """Refuse other names and shapes than are wanted. Raises AdapterError with both values of the first difference."""
     if set(wanted) != set(tensors):
         missing, extra = sorted(set(wanted) - set(tensors)), sorted(set(tensors) - set(wanted))
         raise AdapterError(
@@ -149,11 +145,7 @@ def check_shapes(wanted: Mapping[str, tuple[int, ...]], tensors: Mapping[str, Te
 
 
 def load_tensors(slots: Mapping[str, torch.nn.Parameter], tensors: Mapping[str, Tensor]) -> None:
-    """Copy tensors into parameters, strictly: all names, all shapes.
-
-    Raises:
-        AdapterError: with both values of the first difference.
-    """
+    """Copy tensors into parameters, strictly: all names, all shapes. Raises AdapterError as `check_shapes`."""
     check_shapes({name: tuple(slot.shape) for name, slot in slots.items()}, tensors)
     with torch.no_grad():
         for name, slot in slots.items():

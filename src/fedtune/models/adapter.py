@@ -61,11 +61,7 @@ def targets(base: LoadedModel, key: str, names: Sequence[str]) -> Any:
 
 
 def attach(base: LoadedModel, settings: LoraSettings, seed: int) -> AdaptedModel:
-    """Put a fresh LoRA, rsLoRA or DoRA adapter on a base model; the same seed gives the same adapter.
-
-    Raises:
-        ModelError: a target the model does not have.
-    """
+    """Put a fresh LoRA, rsLoRA or DoRA adapter on a base model, the same for the same seed; raises as `attach_as`."""
     from peft import LoraConfig
 
     config = LoraConfig(
@@ -81,10 +77,9 @@ def attach(base: LoadedModel, settings: LoraSettings, seed: int) -> AdaptedModel
 
 
 def attach_ia3(base: LoadedModel, names: Sequence[str], feedforward: Sequence[str]) -> AdaptedModel:
-    """Put IA3's vectors, all of ones, on layers; `feedforward` names those whose input is scaled. PEFT's by default.
+    """Put IA3's vectors of ones on layers, PEFT's by default; `feedforward` are those whose input is scaled.
 
-    Raises:
-        ModelError: a target the model does not have.
+    Raises as `attach_as`.
     """
     from peft import IA3Config
 
@@ -138,11 +133,7 @@ def attach_as(base: LoadedModel, config: Any, seed: int) -> AdaptedModel:
 
 
 def shapes_as(base: LoadedModel, config: Any) -> dict[str, tuple[int, ...]]:
-    """Return the names and shapes of the adapter that `attach_as` would put on a base model; nothing of it is made.
-
-    Raises:
-        ModelError: as `attach_as`.
-    """
+    """Return the names and shapes of what `attach_as` would put on a model, and raise as it would; nothing is made."""
     dora = getattr(config, "use_dora", False)
     # the start of DoRA's magnitudes is computed from the weights, which are not on the meta device
     with torch.device("meta"):

@@ -105,21 +105,13 @@ def check_complete(what: str, model: Any, info: Mapping[str, Any]) -> None:
 
 
 def check_decoder(what: str, config: Any) -> None:
-    """Refuse an encoder-decoder: only its second half would be loaded, without what it was made to look at.
-
-    Raises:
-        ModelError: saying so.
-    """
+    """Refuse an encoder-decoder, of which only the half that writes would be loaded. Raises ModelError."""
     if getattr(config, "is_encoder_decoder", False):
         raise ModelError(f"{what} is an encoder-decoder ({config.model_type}); a causal language model is wanted")
 
 
 def check_finite(what: str, model: Any) -> None:
-    """Refuse weights with NaN or infinity: whatever is computed with them looks like an answer and is none.
-
-    Raises:
-        ModelError: naming the tensor.
-    """
+    """Refuse NaN and infinity: what is computed with them looks like an answer. Raises ModelError with the name."""
     for name, weight in model.named_parameters():
         if weight.dtype not in (torch.float64, torch.float32, torch.float16, torch.bfloat16) or not weight.numel():
             continue

@@ -71,11 +71,7 @@ def checked(folder: Path) -> tuple[AdapterConfig, dict[str, Any]]:
 
 
 def checked_header(path: Path) -> dict[str, Any]:
-    """Return the header of a safetensors file of floating-point numbers, none of which is NaN or infinity.
-
-    Raises:
-        AdapterError, CorruptFileError: as `checked`.
-    """
+    """Return the header of a file of floating-point numbers, none of them NaN or infinity; raises as `checked`."""
     header = tensor_header(path)
     other = next((n for n, entry in header.items() if entry["dtype"] not in _FLOATS), None)
     if other:

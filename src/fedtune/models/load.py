@@ -87,11 +87,7 @@ def _converted(raw: bytes, target: Path) -> None:
 
 
 def packaged_folder(name: str) -> Path:
-    """Return the converted folder of a packaged model, converting it the first time (about half a minute).
-
-    Raises:
-        ModelError: it cannot be written.
-    """
+    """Return a packaged model's folder, converted the first time (half a minute). Raises ModelError if it cannot be."""
     package, member = GGUF_FILES[name]
     target = cache_dir() / "models" / f"{name.rsplit('/', 1)[-1]}-{package.sha256[:12]}"
     if (target / "config.json").exists():

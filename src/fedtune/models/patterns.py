@@ -46,11 +46,7 @@ def malformed(patterns: Sequence[Pattern]) -> str:
 
 
 def try_patterns(patterns: Sequence[Pattern], names: Sequence[str], seconds: float = 10.0) -> None:
-    """Refuse patterns that cannot be applied to all names within some seconds.
-
-    Raises:
-        AdapterError: they could not.
-    """
+    """Refuse patterns that cannot be applied to all names within some seconds. Raises AdapterError."""
     if len(patterns) <= _KEPT and all(_NAME.fullmatch(pattern.written) for pattern in patterns):
         return
     words = [sys.executable, "-I", "-c", _TRY]

@@ -16,12 +16,11 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from fedtune.models import rms_norm, sides
 from fedtune.models.interface import inner, packed_pass, plain_pass, watched
 from fedtune.models.packing import PackedRow, join, pack
-from fedtune.models.randomness import is_random
 from fedtune.types import ModelError
 
 _PROOF = "fedtune_proof"
@@ -33,6 +32,8 @@ TOLERANCE = {torch.float64: 1e-6, torch.float32: 2e-3}
 # backwards through twice as many, and can send a token to another expert
 COARSE_LOGITS, COARSE_GRADIENT = 0.1, 0.3
 ENDLESS = 2**31
+# how much further apart two seeds are than one is from itself, where a device does not repeat a pass to the bit
+FURTHER = 4
 
 
 @dataclass(frozen=True)
@@ -142,11 +143,7 @@ class _Alone:
 
 
 def _alone(base: Any, text: Sequence[int]) -> _Alone:
-    """Run a text as transformers would.
-
-    Raises:
-        ModelError: a token's logits depend on what comes after it, or are no numbers.
-    """
+    """Run a text as transformers would. Raises ModelError for logits that depend on later tokens, or are no numbers."""
     trace, every, half = _Trace(base, lambda: plain_pass(base, text)), range(len(text)), len(text) // 2
     logits = trace.logits(every)
     if logits.isnan().any():
@@ -215,6 +212,37 @@ def _keeps(base: Any, alone: _Alone, dtype: torch.dtype, *, packs: bool) -> bool
     return all(table.shape == wanted.shape and not far(table, wanted, dtype) for table in tables)
 
 
+def _is_random(base: Any, text: Sequence[int]) -> bool:
+    """Tell whether what a model gives while it trains depends on random numbers: some drop, some route by chance."""
+    drops = (
+        value
+        for module in base.modules()
+        for name, value in vars(module).items()
+        if "drop" in name and isinstance(value, float)
+    )
+    layers = (m for m in base.modules() if isinstance(m, nn.modules.dropout._DropoutNd))
+    return any(p > 0 for p in drops) or any(m.p > 0 for m in layers) or _varies(base, text)
+
+
+@torch.no_grad()
+def _varies(base: Any, text: Sequence[int]) -> bool:
+    """Tell whether a text's logits in training mode are further apart under two seeds than under one twice."""
+
+    def logits(seed: int) -> Tensor:
+        torch.manual_seed(seed)
+        found: Tensor = plain_pass(base, text).logits[0].double()
+        return found.nan_to_num()
+
+    base.train()
+    try:
+        first, same, other = logits(0), logits(0), logits(1)
+    except Exception:  # whatever a model's own code raises, it is not trained so
+        return False
+    finally:
+        base.eval()
+    return bool((other - first).norm() > FURTHER * (same - first).norm())
+
+
 @contextlib.contextmanager
 def still(base: Any) -> Iterator[None]:
     """Let a model be tried with gradients, in evaluation mode, whatever is going on around."""
@@ -253,7 +281,7 @@ def prove(model: Any, what: str = "", *, fuse: bool = False) -> Proof:
         why, longest = _packable(base, alone, coarse)
         if why:
             rms_norm.restore(base)
-        found = Proof(why, longest, is_random(base, alone[0].text), _keeps(base, alone[0], coarse, packs=not why))
+        found = Proof(why, longest, _is_random(base, alone[0].text), _keeps(base, alone[0], coarse, packs=not why))
     setattr(base, _PROOF, found)
     return found
 

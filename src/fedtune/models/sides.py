@@ -93,11 +93,7 @@ class Sides:
         }
 
     def load(self, tensors: Mapping[str, Tensor], device: torch.device) -> None:
-        """Replace all side tensors; an empty mapping removes them.
-
-        Raises:
-            AdapterError: for a layer that is not adapted.
-        """
+        """Replace all side tensors; an empty mapping removes them. Raises AdapterError where no layer is adapted."""
         placed: dict[str, dict[str, torch.nn.Parameter]] = {}
         for name, tensor in tensors.items():
             if name in (ANCHORS, MIX):

@@ -8,6 +8,7 @@ and the optimiser are a few operations a client, whatever the number of layers.
 from __future__ import annotations
 
 import contextlib
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import accumulate, pairwise
 from typing import Any
@@ -101,6 +102,9 @@ class Stack:
     def active(self) -> Iterator[None]:
         """Let the stacked adapters stand in for the model's own."""
         with contextlib.ExitStack() as during:
+            # gradients go into the matrix of lines, which is not autograd's own layout
+            during.enter_context(warnings.catch_warnings())
+            warnings.filterwarnings("ignore", message="grad and param do not obey")
             for path, layer in self._adapted.layers.items():
                 during.enter_context(layer.register_forward_hook(self._hook(path, layer), prepend=True))
             during.enter_context(self._adapted.model.disable_adapter())

@@ -62,11 +62,7 @@ def load_folder(base: LoadedModel, folder: Path, *, insist: bool = False) -> Ada
 
 
 def _without_base(folder: Path, base: LoadedModel, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return the adapter's own tensors. PEFT also writes embeddings where it thinks they may have changed.
-
-    Raises:
-        AdapterError: a weight of the base model that is not as it is here.
-    """
+    """Return the adapter's own tensors, without the embeddings that PEFT writes too and that have to be as here."""
     weights, own = dict(base.model.named_parameters(remove_duplicate=False)), {}
     for name, tensor in tensors.items():
         weight = weights.get(name.removeprefix(PREFIX).replace(".base_layer.", "."))

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
-import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -30,20 +28,12 @@ from fedtune.types import last_line
 _log = logging.getLogger(__name__)
 
 
-@contextlib.contextmanager
-def _unwarned() -> Iterator[None]:
-    """Leave out the warning that gradients go into the matrix of lines, which is not autograd's own layout."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="grad and param do not obey")
-        yield
-
-
 def _stacked_gradients(adapted: AdaptedModel, starts: Sequence[Tensors], examples: Sequence[Example]) -> list[Tensors]:
     """Return each client's gradients on one example of its own, from one pass."""
     stack = Stack(adapted, starts, list(adapted.slots))
     slots = [stack.slots(k, start) for k, start in enumerate(starts)]
     parts = [Part([example], 1.0 / example.labels) for example in examples]
-    with training(adapted.model, False), stack.active(), _unwarned():
+    with training(adapted.model, False), stack.active():
         one_pass(adapted, parts, exact=True, on_rows=partial(stack.rows, range(len(parts))))
     return [{n: p.grad for n, p in own.items() if p.grad is not None} for own in slots]
 
@@ -159,8 +149,7 @@ class Cohort:
         for parts in passes([works[k].step(number) for k in going], self.limits.tokens):
             clients = [going[place] for place in parts]
             on_rows = partial(stack.rows, clients)
-            with _unwarned():
-                own = one_pass(self._adapted, list(parts.values()), exact=works[0].exact, on_rows=on_rows)
+            own = one_pass(self._adapted, list(parts.values()), exact=works[0].exact, on_rows=on_rows)
             for client, value in zip(clients, own, strict=True):
                 losses[client] += value
         return losses

@@ -204,11 +204,7 @@ def rehearse(adapted: AdaptedModel, limits: Limits, *, exact: bool) -> None:
 
 
 def _rows_have_directions(adapted: AdaptedModel) -> None:
-    """Look for rows of zeros under DoRA, which has each row as a magnitude times a direction.
-
-    Raises:
-        ModelError: a row of a base weight has no direction.
-    """
+    """Refuse rows of zeros under DoRA, which has each as a magnitude times a direction. Raises ModelError."""
     for path, module in () if isinstance(adapted.layout, Plain) else adapted.layout.items():
         rows = [] if module.magnitude is None else torch.nonzero(module.magnitude == 0).flatten().tolist()
         if rows:

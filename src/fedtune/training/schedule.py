@@ -30,13 +30,9 @@ def _repeated(size: int, batch: int, steps: int) -> list[list[int]]:
 
     Epoch e is `torch.randperm(size)` under seed 42 + e; the last batch of an epoch may be short.
     """
-    batches: list[list[int]] = []
-    epoch = 0
-    while len(batches) < steps:
-        order = _permutation(size, 42 + epoch)
-        batches += [order[i : i + batch] for i in range(0, size, batch)]
-        epoch += 1
-    return batches[:steps]
+    epochs = math.ceil(steps / math.ceil(size / batch))
+    orders = [_permutation(size, 42 + epoch) for epoch in range(epochs)]
+    return [order[i : i + batch] for order in orders for i in range(0, size, batch)][:steps]
 
 
 def _stream(size: int, seed: int, client: int, start: int) -> Iterator[int]:
