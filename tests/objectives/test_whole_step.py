@@ -32,6 +32,7 @@ from tests.conftest import ASK, SENTENCES, write_jsonl
 from tests.objectives.test_gradients import EXAMPLES, doubled, example, made, same
 from tests.objectives.test_gradients import hybrid as hybrid
 from tests.objectives.test_gradients import model as model
+from tests.training.programs import asked
 
 
 class KTOSettings(Section):
@@ -174,7 +175,7 @@ def test_a_loss_without_gradient_is_the_same(model: AdaptedModel, settings: Call
     work = LocalWork(model, PAIRS, model.layout, {}, config, (0, 1, 0), tokens=60)
     work._objective = CASES[0][0]
     model.model.eval()
-    (found,) = work._answer(Losses(0, [start]))
+    (found,) = asked(work, Losses(0, [start]))
     assert found == pytest.approx(plain(model, work._examples(0), work._objective)[0], rel=1e-12)
 
 

@@ -21,11 +21,7 @@ KEPT = 34
 
 
 def wire_dtype(dtype: torch.dtype) -> np.dtype[Any]:
-    """Return the NumPy type a tensor's numbers travel in; NumPy has no bfloat16, so those travel as their 16 bits.
-
-    Raises:
-        TypeError: NumPy has nothing like it.
-    """
+    """Return the NumPy type a tensor's numbers travel in: bfloat16 as its 16 bits. Raises TypeError without one."""
     return np.dtype("uint16" if dtype == torch.bfloat16 else str(dtype).removeprefix("torch."))
 
 

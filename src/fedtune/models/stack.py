@@ -46,7 +46,9 @@ class Stack:
         # each client's line, as one parameter with its gradient
         self.lines = [self._leaf(self.numbers[k], self.gradients[k]) for k in range(self._count)]
         self._tensors = {n: self._stacked(n, starts) for n in adapted.slots}
-        self._scales = {path: self._scale(path, starts) for path in adapted.layout}
+        ranks = {path: [start[PREFIX + path + A].shape[0] for start in starts] for path in adapted.layout}
+        scales = {path: [adapted.layout[path].scale_at(rank) for rank in each] for path, each in ranks.items()}
+        self._scales = {path: self.numbers.new_tensor(each)[:, None, None] for path, each in scales.items()}
         self._plan: PackingPlan | None = None
         self._own: tuple[int, ...] = ()
 
@@ -68,11 +70,6 @@ class Stack:
             slot[k][_corner(start[name])] = start[name].to(slot.device, slot.dtype)
         # gradients are added in place, into the matrix of lines
         return self._leaf(slot, self._window(self.gradients, name)) if trained else slot
-
-    def _scale(self, path: str, starts: Sequence[Tensors]) -> Tensor:
-        ranks = [start[PREFIX + path + A].shape[0] for start in starts]
-        scales = [self._adapted.layout[path].scale_at(rank) for rank in ranks]
-        return torch.tensor(scales, dtype=self.numbers.dtype, device=self.numbers.device)[:, None, None]
 
     def slots(self, client: int, start: Tensors) -> dict[str, torch.nn.Parameter]:
         """Return one client's trained tensors in its own shapes, with their gradients, all in place."""
