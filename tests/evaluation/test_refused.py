@@ -148,7 +148,7 @@ def test_an_official_choice_from_logits_that_are_no_numbers_is_an_error(tiny_fol
 def test_programs_from_logits_that_are_no_numbers_are_errors(
     tiny_folder: Path, monkeypatch: pytest.MonkeyPatch, temperature: float, batch: bool
 ) -> None:
-    monkeypatch.setattr("fedtune.evaluation.alone.batches", lambda model: batch)
+    monkeypatch.setattr("fedtune.evaluation.alone.batches", lambda model, longest: batch)
     how = Decoding(temperature=temperature, new_tokens=3)
 
     def ask(model: Any, tokenizer: Any, items: list[Item]) -> Iterator[Any]:

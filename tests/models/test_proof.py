@@ -11,7 +11,7 @@ import torch
 
 from fedtune.config import Config, Settings
 from fedtune.config.schema import LoraSettings, ModelSettings
-from fedtune.evaluation.alone import Alone, batches, decoder_for
+from fedtune.evaluation.alone import batches
 from fedtune.evaluation.decode import Decoder
 from fedtune.models import head
 from fedtune.models.adapter import AdaptedModel, attach
@@ -104,8 +104,8 @@ def test_positions_that_change_with_the_longest_text_do_so_for_nobody_else() -> 
     texts = [*TEXTS, list(range(1, 60))]
     assert proof_of(model).longest == 32
     assert torch.allclose(packed_logits(model, texts, range(sum(map(len, texts)))), alone(model, texts), atol=1e-4)
-    assert isinstance(decoder_for(model, lambda row: True, longest=40), Alone)
-    assert isinstance(decoder_for(model, lambda row: True, longest=32), Decoder)
+    assert batches(model, 32)
+    assert not batches(model, 40)
 
 
 def test_encoder_decoders_are_refused(tmp_path: Path) -> None:

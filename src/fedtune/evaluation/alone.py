@@ -6,13 +6,13 @@ State spaces, convolutions and caches of other kinds cannot be padded, joined or
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fedtune.evaluation.decode import Decoder, PassContext, Row
+from fedtune.evaluation.decode import Decoder, Done, PassContext, Row, run
 from fedtune.evaluation.likeliest import likeliest
 from fedtune.models import sides
 from fedtune.models.interface import inner, plain_pass
@@ -35,56 +35,28 @@ def _bare(base: Any) -> Iterator[None]:
         base.generation_config = was
 
 
-class Alone:
-    """Decodes rows one after the other; to be used as a `Decoder`, which it never joins.
+def _alone(base: Any, row: Row, done: Done) -> None:
+    """Decode a row to its end."""
+    if row.blind:
+        raise ValueError("a row that ends in padding cannot be decoded alone")
+    ids = torch.tensor([list(row.prompt)], device=base.device)
 
-    Args:
-        model: in evaluation mode.
-        done: tells, after each token, whether a row is finished.
-        context: the context in which a row is decoded.
-    """
+    def step(seen: Tensor, scores: Tensor) -> Tensor:
+        (best,) = likeliest(scores)
+        token = row.choose(scores[0]) if row.choose else best
+        row.new.append(token)
+        row.ended = done(row)
+        return torch.full_like(scores, float("-inf")).index_fill_(-1, torch.tensor(token, device=scores.device), 0)
 
-    def __init__(self, model: Any, done: Callable[[Row], bool], context: PassContext | None = None) -> None:
-        self._model = inner(model)
-        self._done = done
-        self._context = context or (lambda rows: contextlib.nullcontext())
-        self.rows: list[Row] = []
-
-    @property
-    def joins(self) -> bool:
-        """Whether rows may join others: there are none."""
-        return False
-
-    def admit(self, rows: Sequence[Row]) -> None:
-        """Decode rows to their end."""
-        for row in rows:
-            if row.blind:
-                raise ValueError("a row that ends in padding cannot be decoded alone")
-            with self._context([row]), _bare(self._model):
-                self._decode(row)
-
-    def advance(self) -> None:
-        """Do nothing: no row is ever under way."""
-
-    def _decode(self, row: Row) -> None:
-        ids = torch.tensor([list(row.prompt)], device=self._model.device)
-
-        def step(seen: Tensor, scores: Tensor) -> Tensor:
-            (best,) = likeliest(scores)
-            token = row.choose(scores[0]) if row.choose else best
-            row.new.append(token)
-            row.ended = self._done(row)
-            return torch.full_like(scores, float("-inf")).index_fill_(-1, torch.tensor(token, device=scores.device), 0)
-
-        self._model.generate(
-            inputs=ids,
-            attention_mask=torch.ones_like(ids),
-            do_sample=False,
-            max_new_tokens=ENDLESS,
-            pad_token_id=0,
-            logits_processor=[step],
-            stopping_criteria=[lambda seen, scores, **_: torch.tensor([row.ended], device=seen.device)],
-        )
+    base.generate(
+        inputs=ids,
+        attention_mask=torch.ones_like(ids),
+        do_sample=False,
+        max_new_tokens=ENDLESS,
+        pad_token_id=0,
+        logits_processor=[step],
+        stopping_criteria=[lambda seen, scores, **_: torch.tensor([row.ended], device=seen.device)],
+    )
 
 
 def _taught(decoder: Decoder, texts: Sequence[Sequence[int]]) -> list[list[Tensor]]:
@@ -132,28 +104,43 @@ def _tried(model: Any) -> bool:
 
 
 @torch.no_grad()
-def batches(model: Any) -> bool:
-    """Tell whether a model decodes several texts in a running batch as it does each alone; tried out once."""
+def batches(model: Any, longest: int = 0) -> bool:
+    """Tell whether a model decodes several texts of up to `longest` tokens in a running batch as it does each alone.
+
+    It is tried out once.
+    """
     base = inner(model)
     known = getattr(base, _BATCHES, None)
     if known is None:
         with sides.without(model):  # they are the rows' own
             known = not proof_of(model).why and _tried(model)
         setattr(base, _BATCHES, known)
-    return bool(known)
+    return bool(known) and longest <= proof_of(model).longest
 
 
-def decoder_for(
-    model: Any, done: Callable[[Row], bool], context: PassContext | None = None, *, longest: int
-) -> Decoder | Alone:
-    """Return what decodes rows on a model.
+def decode(
+    model: Any,
+    groups: Sequence[Sequence[Row]],
+    most: int,
+    done: Done,
+    context: PassContext | None = None,
+    *,
+    longest: int,
+) -> Iterator[None]:
+    """Decode groups of rows to their end, in a running batch where that is proven. Yields whenever rows may have ended.
 
     Args:
         model: in evaluation mode.
-        done: tells, after each token, whether a row is finished.
-        context: the context in which a pass over some rows runs.
+        groups, most: as `decode.run` takes them.
+        done, context: as `Decoder` takes them.
         longest: tokens that a row has in the end, at most.
     """
-    if batches(model) and longest <= proof_of(model).longest:
-        return Decoder(model, done, context, drafts=True)
-    return Alone(model, done, context)
+    if batches(model, longest):
+        yield from run(Decoder(model, done, context, drafts=True), groups, most)
+        return
+    base = inner(model)
+    for group in groups:
+        for row in group:
+            with context([row]) if context else contextlib.nullcontext(), _bare(base):
+                _alone(base, row, done)
+        yield

@@ -7,19 +7,18 @@ those that the model chooses itself are kept, so the text is that of decoding to
 from __future__ import annotations
 
 import inspect
-import itertools
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from fedtune.evaluation.likeliest import likeliest
 from fedtune.models.interface import inner
-from fedtune.models.packing import MIN_PREFIX
+from fedtune.models.packing import MIN_PREFIX, common_prefix
 
 # draft tokens at first, and the longest run of last tokens that is looked up
 DRAFT, LOOKUP = 12, 3
@@ -88,25 +87,6 @@ PassContext = Callable[[Sequence[Row]], AbstractContextManager[Any]]
 Done = Callable[[Row], bool]
 
 
-class Decodes(Protocol):
-    """What rows are given to, to be decoded."""
-
-    rows: list[Row]
-
-    @property
-    def joins(self) -> bool:
-        """Whether rows may join others that are under way."""
-        ...
-
-    def admit(self, rows: Sequence[Row]) -> None:
-        """Start rows."""
-        ...
-
-    def advance(self) -> None:
-        """Decode at least one more token of every row under way."""
-        ...
-
-
 class Decoder:
     """A batch that is being decoded.
 
@@ -120,8 +100,7 @@ class Decoder:
     def __init__(self, model: Any, done: Done, context: PassContext | None = None, *, drafts: bool) -> None:
         self._model = model
         self._done = done
-        self._context = context or (lambda rows: nullcontext())
-        self._has_context = context is not None
+        self._context = context
         self._windowed = windowed(model)
         self._most = DRAFT if drafts and not self._windowed else 0
         self._last_only = "logits_to_keep" in inspect.signature(inner(model).forward).parameters
@@ -156,10 +135,8 @@ class Decoder:
 
     def _prefix(self, rows: Sequence[Row], cache: Any) -> int:
         """Fill a cache with the shared prefix of the rows' prompts; return how many tokens it has."""
-        shortest = min(len(row.prompt) - row.blind for row in rows) - 1
-        same = (len({row.prompt[i] for row in rows}) == 1 for i in range(shortest))
-        common = sum(1 for _ in itertools.takewhile(bool, same))
-        if len(rows) == 1 or common < MIN_PREFIX or self._windowed or self._has_context:
+        common = common_prefix([row.prompt[: len(row.prompt) - row.blind] for row in rows])
+        if len(rows) == 1 or common < MIN_PREFIX or self._windowed or self._context:
             return 0
         ids = torch.tensor([list(rows[0].prompt[:common])], device=inner(self._model).device)
         places = torch.arange(common, device=ids.device)[None]
@@ -195,7 +172,7 @@ class Decoder:
     ) -> Tensor:
         self.passes += 1
         few: dict[str, Any] = {"logits_to_keep": 1} if last and self._last_only else {}
-        with self._context(rows):
+        with self._context(rows) if self._context else nullcontext():
             output = self._model(
                 input_ids=ids,
                 attention_mask=mask,
@@ -282,7 +259,7 @@ def windowed(model: Any) -> bool:
     )
 
 
-def run(decoder: Decodes, batches: Sequence[Sequence[Row]], most: int) -> Iterator[None]:
+def run(decoder: Decoder, batches: Sequence[Sequence[Row]], most: int) -> Iterator[None]:
     """Decode batches of rows to their end; the next one joins as soon as there is room. Yields after every pass.
 
     Args:

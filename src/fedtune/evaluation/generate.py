@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fedtune.evaluation.alone import decoder_for
-from fedtune.evaluation.decode import PassContext, Row, run
+from fedtune.evaluation.alone import decode
+from fedtune.evaluation.decode import PassContext, Row
 from fedtune.evaluation.programs import truncate
 from fedtune.models import sides
 from fedtune.models.attention import text_features
@@ -131,14 +131,16 @@ def complete(
     chunks = [rows[start : start + step] for start in range(0, len(rows), step)]
     open_rows = [[row for own in chunk for row in own if not row.ended] for chunk in chunks]
     every = [row for chunk in open_rows for row in chunk]
-    decoder = decoder_for(
+    passes = decode(
         model,
+        [c for c in open_rows if c],
+        BATCH + step * samples // 2,
         lambda row: _finished(row, stops[row.index], tokenizer, eos, decoding),
         _mixture(model, every),
         longest=decoding.length,
     )
     given = 0
-    for _ in itertools.chain(run(decoder, [c for c in open_rows if c], BATCH + step * samples // 2), [None]):
+    for _ in itertools.chain(passes, [None]):
         while given < len(chunks) and all(row.ended for own in chunks[given] for row in own):
             yield [[_text(row, stops[row.index], tokenizer, eos) for row in own] for own in chunks[given]]
             given += 1

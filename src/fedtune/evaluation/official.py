@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -11,12 +11,11 @@ from torch import Tensor
 
 from fedtune.domains.base import Item
 from fedtune.evaluation import alone, pinned
-from fedtune.evaluation.decode import Row, run, windowed
+from fedtune.evaluation.decode import Row, windowed
 from fedtune.evaluation.extract import ANSWER_MARK, wrap
 from fedtune.evaluation.likeliest import check_scores, likeliest
 from fedtune.models import sides
 from fedtune.models.attention import packed_logits, row_weights
-from fedtune.models.proof import proof_of
 
 CHOICE_BATCH = 16
 SENTIMENT_BATCH = 32
@@ -145,19 +144,15 @@ class _Verdict:
         return near and verdict_fixed(self._text([*prompt, *new]))
 
 
-def _stopper(tokenizer: Any, prompt: int) -> Any:
-    from transformers import StoppingCriteria
-
+def _stopper(tokenizer: Any, prompt: int) -> Callable[..., Tensor]:
+    """Return what ends a row of `generate` once its label cannot change, its prompt being so many tokens."""
     verdict = _Verdict(tokenizer)
 
-    class VerdictFixed(StoppingCriteria):  # type: ignore[misc]  # untyped base
-        """Ends a row once its label cannot change."""
+    def fixed(input_ids: Tensor, scores: Tensor, **_: Any) -> Tensor:
+        rows = [verdict.fixed(ids[:prompt], ids[prompt:]) for ids in input_ids.tolist()]
+        return torch.tensor(rows, device=input_ids.device)
 
-        def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs: Any) -> Tensor:
-            fixed = [verdict.fixed(ids[:prompt], ids[prompt:]) for ids in input_ids.tolist()]
-            return torch.tensor(fixed, device=input_ids.device)
-
-    return VerdictFixed()
+    return fixed
 
 
 def _plain_greedy(model: Any) -> bool:
@@ -230,9 +225,8 @@ def _decoded(model: Any, tokenizer: Any, prompts: Sequence[str], new_tokens: int
         return full or verdict.fixed(row.prompt, row.new)
 
     longest = max(len(row.prompt) + room[row.index] for rows in official for row in rows)
-    decoder = alone.decoder_for(model, done, longest=longest)
     given, groups = 0, [group for rows in official for group in _alike(rows)]
-    for _ in run(decoder, groups, 2 * SENTIMENT_BATCH):
+    for _ in alone.decode(model, groups, 2 * SENTIMENT_BATCH, done, longest=longest):
         while given < len(official) and all(row.ended for row in official[given]):
             yield [text(row).split(ANSWER_MARK)[1] for row in official[given]]
             given += 1
@@ -246,7 +240,7 @@ def _decodable(model: Any, tokenizer: Any) -> bool:
     mixer = sides.of(model)
     window = getattr(model.config.get_text_config(), "sliding_window", None) or 0
     counted = windowed(model) and window < 2 * SENTIMENT_LENGTH and tokenizer.padding_side == "right"
-    proven = alone.batches(model) and proof_of(model).longest >= 2 * SENTIMENT_LENGTH
+    proven = alone.batches(model, 2 * SENTIMENT_LENGTH)
     return _plain_greedy(model) and proven and not counted and not (mixer is not None and mixer.per_text)
 
 

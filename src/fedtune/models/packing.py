@@ -60,7 +60,7 @@ class PackedRow:
         return torch.tensor([self.place[i] for i in keep], dtype=torch.long, device=device)
 
 
-def _common(texts: Sequence[Sequence[int]]) -> int:
+def common_prefix(texts: Sequence[Sequence[int]]) -> int:
     """Return the length of the shared prefix of all texts, leaving each at least one token of its own."""
     shortest = min(map(len, texts)) - 1
     return next((i for i in range(shortest) if len({t[i] for t in texts}) > 1), max(shortest, 0))
@@ -74,7 +74,7 @@ def pack(texts: Sequence[Sequence[int]], *, share_prefix: bool = False) -> Packe
         share_prefix: compute the shared prefix only once. Exact, gradients included, as long as
             nothing random (dropout) tells the copies apart.
     """
-    common = _common(texts) if share_prefix and len(texts) > 1 else 0
+    common = common_prefix(texts) if share_prefix and len(texts) > 1 else 0
     prefix = common if common >= MIN_PREFIX else 0
     ids, positions = list(texts[0][:prefix]), list(range(prefix))
     spans = [Span(0, prefix)] if prefix else []
