@@ -21,9 +21,9 @@ def row(i: int, program: str, outcome: dict[str, Any] = PASSED) -> dict[str, Any
 
 @pytest.fixture(autouse=True)
 def fresh() -> Iterator[None]:
-    again._unable.cache_clear()
+    again.unable.cache_clear()
     yield
-    again._unable.cache_clear()
+    again.unable.cache_clear()
 
 
 @pytest.fixture

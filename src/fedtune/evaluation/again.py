@@ -15,6 +15,7 @@ import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextvars import ContextVar
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -32,25 +33,11 @@ ENOUGH = 20  # programs that do not pass as they are said to: what comes after t
 Sample = Mapping[str, Any]
 
 
+@dataclass
 class _Time:
-    """What is left of the seconds in which all programs of a submission must end; only running them counts."""
+    """The seconds in which all programs of a submission must end; only running them counts."""
 
-    def __init__(self, seconds: float) -> None:
-        self.whole = self.left = seconds
-
-    @contextlib.contextmanager
-    def spent(self) -> Iterator[None]:
-        began = time.monotonic()
-        try:
-            yield
-        finally:
-            self.left -= time.monotonic() - began
-
-    def check(self, running: float = 0.0) -> None:
-        """Raise a FedtuneError if nothing is left after so many seconds more."""
-        if self.left <= running:
-            most = f"at most {self.whole:,.0f} seconds are given to all programs of a submission"
-            raise FedtuneError(f"they have not ended in time; {most}")
+    left: float = SECONDS
 
 
 _TIME: ContextVar[_Time | None] = ContextVar("_TIME", default=None)
@@ -59,7 +46,7 @@ _TIME: ContextVar[_Time | None] = ContextVar("_TIME", default=None)
 @contextlib.contextmanager
 def one_submission() -> Iterator[None]:
     """Give all programs that are run again inside this block one budget of seconds together."""
-    token = _TIME.set(_Time(SECONDS))
+    token = _TIME.set(_Time())
     try:
         yield
     finally:
@@ -68,18 +55,18 @@ def one_submission() -> Iterator[None]:
 
 def _run(texts: Sequence[str], tests: Sequence[str], language: str) -> list[sandbox.Outcome]:
     """Run programs within what is left; those not begun when nothing is left are never begun."""
-    budget, began = _TIME.get() or _Time(SECONDS), time.monotonic()
-    budget.check()
-    with budget.spent():
-        return programs.run(texts, tests, language, lambda _: budget.check(time.monotonic() - began))
+    budget, began = _TIME.get() or _Time(), time.monotonic()
 
+    def check(_: int = 0) -> None:
+        if time.monotonic() - began >= budget.left:
+            most = f"at most {SECONDS:,.0f} seconds are given to all programs of a submission"
+            raise FedtuneError(f"they have not ended in time; {most}")
 
-@functools.cache
-def _whole(task: Task, folder: str) -> tuple[Item, ...]:
-    elsewhere = DataSettings(source="folder", path=folder) if folder else DataSettings(source="hub")
-    domain = next(d.name for d in DOMAINS.values() if task in (*d.tasks, *d.packaged_tasks))
-    settings = Config(domain=domain, data=DataSettings() if task.packaged else elsewhere)
-    return items.load(task, settings, 0).items
+    check()
+    try:
+        return programs.run(texts, tests, language, check)
+    finally:
+        budget.left -= time.monotonic() - began
 
 
 def tests_at_hand(task: Task) -> tuple[Item, ...]:
@@ -88,19 +75,19 @@ def tests_at_hand(task: Task) -> tuple[Item, ...]:
     Raises:
         FedtuneError: it cannot be had.
     """
-    return _whole(task, os.environ.get("FEDTUNE_DATA", ""))
+    folder = os.environ.get("FEDTUNE_DATA", "")
+    elsewhere = DataSettings(source="folder", path=folder) if folder else DataSettings(source="hub")
+    domain = next(d.name for d in DOMAINS.values() if task in (*d.tasks, *d.packaged_tasks))
+    settings = Config(domain=domain, data=DataSettings() if task.packaged else elsewhere)
+    return items.load(task, settings, 0).items
 
 
+@functools.cache
 def unable(task: Task) -> str:
     """Say why a task's programs cannot be run again here, or return an empty string.
 
     Asked once in a process: what was not run for a reason that is gone a moment later was still not run.
     """
-    return _unable(task, os.environ.get("FEDTUNE_DATA", ""))
-
-
-@functools.cache
-def _unable(task: Task, _: str) -> str:
     try:
         sandbox.require(programs.LANGUAGES[task.language])
         tests_at_hand(task)
@@ -118,15 +105,6 @@ def too_much(rows: Sequence[Sample]) -> str:
     return f"a program of {longest:,} characters, at most {MAX_CHARS:,} are run" if longest > MAX_CHARS else ""
 
 
-def _said_to_pass(rows: Sequence[Sample]) -> list[tuple[int, str]]:
-    return [
-        (row["i"], text)
-        for row in rows
-        for text, outcome in zip(row["programs"], row["outcomes"], strict=True)
-        if outcome["kind"] == "passed"
-    ]
-
-
 def failing(task: Task, rows: Sequence[Sample], tests: Mapping[int, str] | None = None) -> Iterator[tuple[int, str]]:
     """Yield (item, outcome) of programs that are said to pass and do not, up to `ENOUGH`.
 
@@ -142,7 +120,12 @@ def failing(task: Task, rows: Sequence[Sample], tests: Mapping[int, str] | None 
     """
     known = {i: item.gold_answer for i, item in enumerate(tests_at_hand(task))} if tests is None else tests
     found = 0
-    claimed = _said_to_pass(rows)
+    claimed = [
+        (row["i"], text)
+        for row in rows
+        for text, outcome in zip(row["programs"], row["outcomes"], strict=True)
+        if outcome["kind"] == "passed"
+    ]
     if strange := [i for i, _ in claimed if i not in known]:
         yield strange[0], "is no item of the set"
         return
@@ -192,4 +175,4 @@ def run_published(
     if why or len(tests) != len(texts):
         tests = programs.published_tests(task, path, references, len(texts))
         why = why or "the set at hand has another number of problems; run with the tests published beside them"
-    return programs.run_published(task, texts, tests), why
+    return programs.run_each(texts, tests, task.language), why

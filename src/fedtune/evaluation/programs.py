@@ -69,15 +69,15 @@ def run(
     return list(sandbox.execute_all(pairs, LANGUAGES[language], on_done))
 
 
-def outcome_rows(programs: Sequence[Sequence[str]], outcomes: Sequence[Outcome]) -> list[Sample]:
-    """Group outcomes of a flat run by problem."""
-    rows = []
-    start = 0
-    for samples in programs:
-        own = outcomes[start : start + len(samples)]
-        start += len(samples)
-        rows.append({"outcomes": [{"kind": o.kind, "compiled": o.compiled, "detail": o.detail} for o in own]})
-    return rows
+def run_each(programs: Sequence[Sequence[str]], tests: Sequence[str], language: str) -> list[Sample]:
+    """Run each problem's programs with its tests; return a row with its outcomes for each. Raises as `run`."""
+    repeated = [text for text, own in zip(tests, programs, strict=True) for _ in own]
+    outcomes = iter(run([program for own in programs for program in own], repeated, language))
+    return [{"outcomes": [_as_logged(next(outcomes)) for _ in own]} for own in programs]
+
+
+def _as_logged(outcome: Outcome) -> Sample:
+    return {"kind": outcome.kind, "compiled": outcome.compiled, "detail": outcome.detail}
 
 
 def _read(path: Path, wanted: str) -> list[Any]:
@@ -101,16 +101,6 @@ def read_published(path: Path) -> list[list[str]]:
     return [list(samples) for samples in found]
 
 
-def _tests(entries: Sequence[Any], path: Path, language: str) -> list[str]:
-    tests = []
-    for number, entry in enumerate(entries):
-        try:
-            tests.append(program_tests(entry, language))
-        except ValueError as err:
-            raise CorruptFileError(f"{path}: problem {number}: {err}") from err
-    return tests
-
-
 def published_tests(task: Task, path: Path, references: Path | None, count: int) -> list[str]:
     """Return the tests that somebody published for their programs, one text for each problem (see `program_tests`).
 
@@ -130,11 +120,10 @@ def published_tests(task: Task, path: Path, references: Path | None, count: int)
     entries = _read(found, REFERENCES)
     if count != len(entries):
         raise CorruptFileError(f"{path} has {count} problems, {found} has {len(entries)}")
-    return _tests(entries, found, task.language)
-
-
-def run_published(task: Task, programs: Sequence[Sequence[str]], tests: Sequence[str]) -> list[Sample]:
-    """Run published programs with each problem's tests; return each problem's outcomes."""
-    flat = [p for samples in programs for p in samples]
-    repeated = [t for t, samples in zip(tests, programs, strict=True) for _ in samples]
-    return outcome_rows(programs, run(flat, repeated, task.language))
+    tests = []
+    for number, entry in enumerate(entries):
+        try:
+            tests.append(program_tests(entry, task.language))
+        except ValueError as err:
+            raise CorruptFileError(f"{found}: problem {number}: {err}") from err
+    return tests

@@ -89,9 +89,7 @@ class Program(Scorer):
         items = loaded.items[first : first + len(answers)]
         texts = [[""] * self._of_each(settings) if isinstance(a, Failed) else a for a in answers]
         written = [[item.prompt + text for text in own] for item, own in zip(items, texts, strict=True)]
-        flat = [program for own in written for program in own]
-        tests = [item.gold_answer for item, own in zip(items, written, strict=True) for _ in own]
-        rows = programs.outcome_rows(written, programs.run(flat, tests, loaded.task.language))
+        rows = programs.run_each(written, [item.gold_answer for item in items], loaded.task.language)
         for number, (row, own, answer) in enumerate(zip(rows, written, answers, strict=True), first):
             if isinstance(answer, Failed):
                 row["error"] = answer.text
