@@ -303,14 +303,14 @@ def test_without_a_sandbox_nothing_is_run(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(sandbox, "engine", lambda: None)
     assert execute("x = 1", PYTHON).kind == "no-sandbox"
     with pytest.raises(sandbox.SandboxError, match="apt install bubblewrap"):
-        sandbox.require(PYTHON)
+        sandbox.lacking(PYTHON)
 
 
 def test_a_missing_tool_is_an_error_of_that_language_only(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sandbox, "has_tool", lambda tool: tool != "node")
-    sandbox.require(PYTHON)
+    assert sandbox.lacking(PYTHON) == ""
     with pytest.raises(sandbox.SandboxError, match="javascript programs need node"):
-        sandbox.require(JAVASCRIPT)
+        list(sandbox.execute_all([], JAVASCRIPT))
 
 
 def test_a_container_is_entered_with_nothing_it_does_not_need(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -30,8 +30,8 @@ def _telemetry() -> str:
 
 
 def _sandbox() -> str:
+    from fedtune.evaluation.confine import engine
     from fedtune.evaluation.memory import can_bound
-    from fedtune.evaluation.sandbox import engine
 
     name = engine()
     if name is None:

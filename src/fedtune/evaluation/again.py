@@ -89,11 +89,12 @@ def unable(task: Task) -> str:
     Asked once in a process: what was not run for a reason that is gone a moment later was still not run.
     """
     try:
-        sandbox.require(programs.LANGUAGES[task.language])
-        tests_at_hand(task)
+        why = sandbox.lacking(programs.LANGUAGES[task.language])
+        if not why:
+            tests_at_hand(task)
     except FedtuneError as err:
         return str(err)
-    return ""
+    return why
 
 
 def too_much(rows: Sequence[Sample]) -> str:

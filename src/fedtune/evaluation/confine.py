@@ -140,32 +140,20 @@ def has_tool(tool: str) -> bool:
         return _works([*inside, "sh", "-c", f"command -v {tool}"])
 
 
-def _limited(limits: Limits, map_limit: bool) -> list[str]:
-    """Return the command that lowers the kernel's limits before anything else runs."""
-    memory = f"--{'as' if map_limit else 'data'}={limits.memory}"
-    seconds = math.ceil(limits.seconds)
-    return [
-        "prlimit",
-        # the first limit can be told from other deaths, the second one cannot be caught
-        f"--cpu={seconds}:{seconds + 1}",
-        memory,
-        f"--fsize={limits.output}",
-        "--core=0",
-        f"--nproc={limits.processes}",
-    ]
-
-
 def command(
     words: Sequence[str], limits: Limits, map_limit: bool, folder: Path, scratch: Path, *, keep: bool = False
 ) -> list[str]:
-    """Return the whole command; `keep` leaves /tmp in `scratch` for the next one (a compiler's output)."""
-    name = engine()
-    if name is None:
-        raise SandboxError(f"no sandbox works on this machine: {MISSING}")
-    limited = _limited(limits, map_limit)
-    written = scratch if keep else None
+    """Return the whole command, which lowers the kernel's limits before anything else runs; there is an engine.
+
+    `keep` leaves /tmp in `scratch` for the next one (a compiler's output).
+    """
+    seconds = math.ceil(limits.seconds)
+    # the first limit of seconds can be told from other deaths, the second one cannot be caught
+    limited = ["prlimit", f"--cpu={seconds}:{seconds + 1}", f"--{'as' if map_limit else 'data'}={limits.memory}"]
+    limited += [f"--fsize={limits.output}", "--core=0", f"--nproc={limits.processes}"]
+    name, written = engine(), scratch if keep else None
     if name == "bwrap":
         return [*_bubblewrap(folder, written), *limited, *_nobody(), *words]
     # the image has a Python of its own
     own = ["python3" if word == sys.executable else word for word in words]
-    return [*_container(name, folder, written, limits), *limited, *own]
+    return [*_container(str(name), folder, written, limits), *limited, *own]

@@ -23,21 +23,6 @@ from fedtune.evaluation.confine import MEBIBYTE, MISSING, TMP_BYTES, Limits, San
 from fedtune.evaluation.memory import bounded
 from fedtune.machine import cores
 
-__all__ = [
-    "CPP",
-    "JAVASCRIPT",
-    "MISSING",
-    "PYTHON",
-    "Language",
-    "Limits",
-    "Outcome",
-    "SandboxError",
-    "engine",
-    "execute",
-    "execute_all",
-    "require",
-]
-
 SLACK = 64 * MEBIBYTE  # for what enters the sandbox and for the kernel, so that one process has all of its memory
 
 Kind = Literal["passed", "wrong", "error", "timeout", "out-of-memory", "killed", "no-sandbox"]
@@ -108,16 +93,17 @@ class Outcome:
     compiled: bool = True
 
 
-def require(language: Language) -> None:
-    """Make sure programs of a language can be run here.
+def lacking(language: Language) -> str:
+    """Say which tool programs of a language lack here, or return an empty string.
 
     Raises:
-        SandboxError: saying what to install.
+        SandboxError: no program can be run here, saying what to install.
     """
     if engine() is None:
         raise SandboxError(f"no sandbox works on this machine: {MISSING}")
     if language.tool and not has_tool(language.tool):
-        raise SandboxError(f"{language.name} programs need {language.tool}, which is not installed; other tasks go on")
+        return f"{language.name} programs need {language.tool}, which is not installed; other tasks go on"
+    return ""
 
 
 @dataclass(frozen=True)
@@ -226,8 +212,12 @@ def execute_all(
         programs: (program with tests, finish) each.
         language: of all.
         on_done: called with the number done so far.
+
+    Raises:
+        SandboxError: no sandbox, or the language's tool is missing.
     """
-    require(language)
+    if why := lacking(language):
+        raise SandboxError(why)
     with ThreadPoolExecutor(max_workers=cores()) as pool:
         running = [pool.submit(execute, program, language, finish) for program, finish in programs]
         try:

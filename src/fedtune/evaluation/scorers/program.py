@@ -12,6 +12,7 @@ from fedtune.config import Config
 from fedtune.config.schema import EvalSettings
 from fedtune.domains.base import Item, Task
 from fedtune.evaluation import again, metrics, programs, sandbox
+from fedtune.evaluation.confine import SandboxError
 from fedtune.evaluation.items import TaskItems
 from fedtune.evaluation.retry import Failed
 from fedtune.evaluation.scorers.base import Metric, Row, Sample, Scorer, Solver, pair, stray
@@ -73,16 +74,10 @@ class Program(Scorer):
         Raises:
             SandboxError: there is no sandbox at all; nothing is generated for nothing.
         """
-        if sandbox.engine() is None:
-            raise sandbox.SandboxError(
-                f"{task.name}: no sandbox works on this machine: {sandbox.MISSING}. "
-                'Without one: -s eval.tasks=["algorithms-solutions"]'
-            )
         try:
-            sandbox.require(programs.LANGUAGES[task.language])
-        except sandbox.SandboxError as err:
-            return str(err)
-        return ""
+            return sandbox.lacking(programs.LANGUAGES[task.language])
+        except SandboxError as err:
+            raise SandboxError(f'{task.name}: {err}. Without one: -s eval.tasks=["algorithms-solutions"]') from err
 
     def samples(self, loaded: TaskItems, first: int, answers: Sequence[Any], settings: EvalSettings) -> list[Sample]:
         """Run the programs of some items together; where writing raised, the program is the prompt alone."""
