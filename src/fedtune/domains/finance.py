@@ -48,33 +48,22 @@ def _tfns(row: Row) -> Item:
     return sentiment(text(row, "text"), (0, 2, 1)[label(row, "label", 0, 2)], "tweet")
 
 
-def nyt_sentences() -> list[dict[str, str | bool]]:
-    """Return the 5,190 New York Times editorial sentences with their mean human rating (Hutto, Gilbert 2014).
+def _nyt(*, economic: bool) -> Sequence[Row]:
+    """Return those of 5,190 New York Times editorial sentences that are about the economy, or all others.
+
+    Each has its mean human rating (Hutto, Gilbert 2014).
 
     A rating in [-4, 4] below -0.5 is negative, above 0.5 positive, else neutral.
     """
     ratings = read_nested_tar(VADER, _ARCHIVE, _RATINGS).decode("utf-8", "replace")
-    rows: list[dict[str, str | bool]] = []
+    rows: list[Row] = []
     for line in ratings.splitlines():
         _, rating, sentence = line.split("\t", 2)
         mood = SENTIMENTS[0 if float(rating) < -0.5 else 2 if float(rating) > 0.5 else 1]
-        rows.append(
-            {
-                "instruction": _ASK,
-                "input": sentence,
-                "output": mood,
-                "economic": bool(_ECONOMIC.search(sentence)),
-            }
-        )
+        is_economic = bool(_ECONOMIC.search(sentence))
+        if is_economic is economic:
+            rows.append({"instruction": _ASK, "input": sentence, "output": mood, "economic": is_economic})
     return rows
-
-
-def _other_news() -> Sequence[Row]:
-    return [r for r in nyt_sentences() if not r["economic"]]
-
-
-def _economic_news() -> Sequence[Row]:
-    return [r for r in nyt_sentences() if r["economic"]]
 
 
 def _rated(row: Row) -> Item:
@@ -85,7 +74,7 @@ FINANCE = Domain(
     name="finance",
     title="Finance",
     training=TrainingSet("fingpt-sentiment-train", HubSet("flwrlabs/fingpt-sentiment-train", "train"), group="output"),
-    packaged=TrainingSet("nyt-noneconomic-sentiment", packaged=_other_news, group="output"),
+    packaged=TrainingSet("nyt-noneconomic-sentiment", packaged=lambda: _nyt(economic=False), group="output"),
     group="output",
     tasks=(
         Task(
@@ -116,6 +105,6 @@ FINANCE = Domain(
         ),
     ),
     packaged_tasks=(
-        Task("nyt-econ-sentiment", "sentiment", _rated, packaged=_economic_news, n=471, max_new_tokens=16),
+        Task("nyt-econ-sentiment", "sentiment", _rated, packaged=lambda: _nyt(economic=True), n=471, max_new_tokens=16),
     ),
 )

