@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedtune.data.check import _template, _unusual, check, require, unpaired
+from fedtune.data.check import _ODD, _template, check, require, unpaired
 from fedtune.data.files import BadRow, Unreadable
 from fedtune.types import DataError
 
@@ -48,11 +48,12 @@ def test_all_bad_rows_are_listed_at_once_with_their_numbers() -> None:
 def test_odd_characters_are_those_of_their_unicode_categories() -> None:
     """Control, surrogate and private-use characters but line ends and tabs, U+FFFD, and overrides of direction."""
     every = [chr(i) for i in range(0x110000)]
-    named = {c for c in every if _unusual(c)}
+    named = {c for c in every if _ODD.search(c)}
     categories = {c for c in every if unicodedata.category(c) in ("Cs", "Cc", "Co")} - set("\n\t\r")
     assert named == categories | set("\ufffd\u202a\u202b\u202d\u202e")
     assert {c for c in every if unpaired(c) != c} == {c for c in every if unicodedata.category(c) == "Cs"}
-    assert _unusual("a\tb\x07c\ufffd") == "U+0007"
+    (problem,) = check([{"instruction": "a\tb\x07c\ufffd", "input": "", "output": "x"}], {}).problems
+    assert problem.detail == "U+0007 in instruction"
 
 
 def test_columns_are_mapped_and_the_natural_key_is_kept() -> None:

@@ -93,12 +93,6 @@ def _spaced(kind: str) -> str:
     return kind.replace("_", " ")
 
 
-def _unusual(text: str) -> str:
-    """Name the first character that cannot be meant; empty if there is none."""
-    match = _ODD.search(text)
-    return f"U+{ord(match[0]):04X}" if match else ""
-
-
 def _template(text: str) -> str:
     """Return the first words that belong to a chat template; empty if there are none.
 
@@ -156,55 +150,47 @@ class _Source:
         return (*(() if self.talks(row) else COLUMNS), *self.wanted)
 
 
-def _refusals(number: int, row: Mapping[str, Any], source: _Source) -> list[RowProblem]:
-    """Return what makes a row unusable."""
+def _refusals(row: Mapping[str, Any], source: _Source) -> Iterator[tuple[str, str]]:
+    """Yield kind and detail of what makes a row unusable."""
     if isinstance(row, BadRow):
-        return [RowProblem(number, "bad_row", row.reason, "dropped")]
+        yield "bad_row", row.reason
+        return
     sources = {column: source.of(column) for column in source.texts(row)}
-    missing = [f"no {name!r}" for column, name in sources.items() if name not in row and column != "input"]
-    if missing:
-        return [RowProblem(number, "missing_column", f"{', '.join(missing)}; {has_columns(row)}", "dropped")]
-    found = []
-    for name in sources.values():
-        if row.get(name) is not None and (reason := not_text(row[name])):
-            found.append(RowProblem(number, "not_text", f"{name!r} {reason}", "dropped"))
-    group = source.group
-    if isinstance(key := row.get(group), Unreadable) and group not in sources.values():
-        found.append(RowProblem(number, "not_text", f"{group!r} {key.reason}", "dropped"))
-    return found or list(_unanswered(number, row, source))
+    if missing := [f"no {name!r}" for column, name in sources.items() if name not in row and column != "input"]:
+        yield "missing_column", f"{', '.join(missing)}; {has_columns(row)}"
+        return
+    names = [*sources.values()]
+    if isinstance(row.get(source.group), Unreadable) and source.group not in names:
+        names.append(source.group)
+    found = ((name, not_text(row[name])) for name in names if row.get(name) is not None)
+    unread = [("not_text", f"{name!r} {reason}") for name, reason in found if reason]
+    yield from unread or _unanswered(row, source)
 
 
-def _unanswered(number: int, row: Mapping[str, Any], source: _Source) -> Iterator[RowProblem]:
-    """Yield a problem for each text without a word that something is to be learned from."""
-    empty = [source.of(c) for c in source.texts(row) if c not in ("instruction", "input")]
-    yield from (
-        RowProblem(number, "empty_answer", repr(name), "dropped") for name in empty if not (row[name] or "").strip()
-    )
+def _unanswered(row: Mapping[str, Any], source: _Source) -> Iterator[tuple[str, str]]:
+    """Yield kind and detail of each text without a word that something is to be learned from."""
+    for name in (source.of(c) for c in source.texts(row) if c not in ("instruction", "input")):
+        if not (row[name] or "").strip():
+            yield "empty_answer", repr(name)
     if source.talks(row):
         name = source.of(conversation.COLUMN)
         try:
-            turns = conversation.turns(row[name])
+            if not all(answer.strip() for _, answer in conversation.turns(row[name])):
+                yield "empty_answer", repr(name)
         except ValueError as err:
-            yield RowProblem(number, "bad_conversation", f"{name!r} {err}", "dropped")
-        else:
-            if not all(answer.strip() for _, answer in turns):
-                yield RowProblem(number, "empty_answer", repr(name), "dropped")
+            yield "bad_conversation", f"{name!r} {err}"
 
 
 def _row(raw: Mapping[str, Any], source: _Source) -> TrainRow:
-    """Return a row that nothing speaks against."""
+    """Return a row that nothing speaks against; rows without a value in the partition column share the empty one."""
     texts = {column: raw.get(source.of(column)) or "" for column in source.texts(raw)}
+    key = raw.get(source.group) if source.group else None
     return TrainRow(
         **{column: texts.pop(column, "") for column in COLUMNS},
-        group=_key(raw.get(source.group)) if source.group else "",
+        group="" if key is None else str(key),
         turns=conversation.turns(raw[source.of(conversation.COLUMN)]) if source.talks(raw) else (),
         columns=texts,
     )
-
-
-def _key(value: Any) -> str:
-    """Return a value of the partition column as a text; rows without one share the empty value."""
-    return "" if value is None else str(value)
 
 
 def _named(row: TrainRow) -> dict[str, str]:
@@ -216,18 +202,15 @@ def _named(row: TrainRow) -> dict[str, str]:
     return {**texts, **{f"message {number}": text for number, text in enumerate(said)}, **row.columns}
 
 
-def _remarks(number: int, row: TrainRow, max_chars: int) -> list[RowProblem]:
-    """Return what is unusual about a row that still trains."""
-    found = []
+def _remarks(row: TrainRow, max_chars: int) -> Iterator[tuple[str, str, str]]:
+    """Yield kind, detail and action of what is unusual about a row that still trains."""
     for column, text in _named(row).items():
         if len(text) > max_chars:
-            found.append(RowProblem(number, "over_long", f"{column} has {len(text)} characters", "truncated"))
-        if unusual := _unusual(text):
-            action = "replaced" if _SURROGATE.search(text) else "kept"
-            found.append(RowProblem(number, "odd_unicode", f"{unusual} in {column}", action))
+            yield "over_long", f"{column} has {len(text)} characters", "truncated"
+        if odd := _ODD.search(text):
+            yield "odd_unicode", f"U+{ord(odd[0]):04X} in {column}", "replaced" if _SURROGATE.search(text) else "kept"
         if template := _template(text):
-            found.append(RowProblem(number, "template_text", f"{template[:30]!r} in {column}", "kept as plain text"))
-    return found
+            yield "template_text", f"{template[:30]!r} in {column}", "kept as plain text"
 
 
 def _cleaned(row: TrainRow, max_chars: int) -> TrainRow:
@@ -271,12 +254,11 @@ def check(
     problems: list[RowProblem] = []
     source = _Source(columns, group, wanted)
     for number, raw in enumerate(rows):
-        refused = _refusals(number, raw, source)
-        problems += refused
-        if refused:
+        if refused := [RowProblem(number, *found, "dropped") for found in _refusals(raw, source)]:
+            problems += refused
             continue
         row = _row(raw, source)
-        problems += _remarks(number, row, max_chars)
+        problems += [RowProblem(number, *found) for found in _remarks(row, max_chars)]
         good.append(_cleaned(row, max_chars))
     return CheckedRows(tuple(good), tuple(problems))
 
