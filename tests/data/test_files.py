@@ -90,7 +90,7 @@ def test_errors_name_file_and_line(tmp_path: Path) -> None:
 def test_find_takes_every_known_ending(tmp_path: Path) -> None:
     for name in ("finance_b.csv", "finance_a.jsonl.gz", "finance_c.pkl", "code_a.json"):
         (tmp_path / name).touch()
-    assert [p.name for p in files.find(tmp_path, "finance_*")] == ["finance_a.jsonl.gz", "finance_b.csv"]
+    assert [p.name for p in files.find("finance_*", tmp_path)] == ["finance_a.jsonl.gz", "finance_b.csv"]
 
 
 def test_csv_rows_with_cells_too_many_or_too_few_stand_as_bad_rows(tmp_path: Path) -> None:
@@ -182,15 +182,15 @@ def test_two_parquet_columns_of_one_name_are_not_chosen_from(tmp_path: Path) -> 
 def test_two_files_of_one_set_are_refused_and_what_a_folder_has_is_listed(tmp_path: Path) -> None:
     for name in ("FINANCE_A.JSONL", "train.jsonl", "x.tsv"):
         (tmp_path / name).touch()
-    assert files.find(tmp_path, "finance_*") == []
+    assert files.find("finance_*", tmp_path) == []
     assert files.listed(tmp_path) == f"{tmp_path} has FINANCE_A.JSONL, train.jsonl, x.tsv"
     assert "No such file" in files.listed(tmp_path / "no")
     for name in ("finance_a.v1.csv", "finance_a.v2.csv"):
         (tmp_path / name).touch()
-    assert len(files.find(tmp_path, "finance_*")) == 2
+    assert len(files.find("finance_*", tmp_path)) == 2
     (tmp_path / "finance_a.v2.jsonl.gz").touch()
     with pytest.raises(DataError, match=r"a\.v2\.csv and .*a\.v2\.jsonl\.gz are two files of one set"):
-        files.find(tmp_path, "finance_*")
+        files.find("finance_*", tmp_path)
 
 
 @pytest.mark.parametrize("name", ["x.jsonl", "x.csv.gz", "x.parquet"])

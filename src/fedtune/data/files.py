@@ -173,10 +173,7 @@ def _parquet_columns(file: Any, where: str) -> Iterator[tuple[str, list[Any]]]:
             column = file.read(columns=[name]).column(name)
         except (pyarrow.ArrowException, OSError, ValueError, MemoryError) as err:
             yield name, [Unreadable(f"of {where} cannot be read: {err}")] * count
-            continue
-        try:
-            yield name, column.to_pylist()
-        except (ValueError, OverflowError, TypeError, LookupError, ImportError):
+        else:
             yield name, [_python(value, where) for value in column]
 
 
@@ -207,29 +204,19 @@ def read_rows(path: Path) -> list[Row]:
     return parse_rows(text, str(path))
 
 
-def _stem(path: Path) -> str:
-    name = path.name
-    return next((name.removesuffix(s) for s in sorted(SUFFIXES, key=len, reverse=True) if name.endswith(s)), name)
-
-
-def find(folder: Path, stem: str) -> list[Path]:
-    """Return the files of `folder` whose name is `stem` (which may have wildcards) plus a known ending.
+def find(stem: str, *folders: Path) -> list[Path]:
+    """Return the files of some folders whose name is `stem` (which may have wildcards) plus a known ending.
 
     Raises:
-        DataError: two of them differ in their ending alone, so that which one is meant cannot be told.
+        DataError: two of them differ in ending or folder alone, so that which one is meant cannot be told.
     """
-    found = sorted({p for suffix in SUFFIXES for p in folder.glob(stem + suffix)})
-    distinct(found)
-    return found
-
-
-def distinct(paths: Sequence[Path]) -> None:
-    """Refuse several files of one name that differ in ending or folder alone. Raises DataError naming them."""
+    found = [p for folder in folders for p in sorted({p for s in SUFFIXES for p in folder.glob(stem + s)})]
     by_stem: dict[str, Path] = {}
-    for path in paths:
-        if other := by_stem.get(_stem(path)):
+    for path in found:
+        own = next(path.name.removesuffix(s) for s in SUFFIXES if path.name.endswith(s))
+        if (other := by_stem.setdefault(own, path)) is not path:
             raise DataError(f"{other} and {path} are two files of one set; keep the one that is meant")
-        by_stem[_stem(path)] = path
+    return found
 
 
 def listed(folder: Path) -> str:

@@ -13,6 +13,11 @@ from fedtune.data.files import Row
 from fedtune.types import DataError, FedtuneError, ModelError, OfflineError
 
 T = TypeVar("T")
+# errors of no connection, by the names that the Hub's libraries and Python have for them
+_OFFLINE = re.compile(
+    r"OfflineModeIsEnabled|LocalEntryNotFoundError|MaxRetryError|NameResolutionError|gaierror|TimeoutError"
+    r"|(Read|Connect)Timeout|(Proxy|Connect|Connection(Refused|Reset|Aborted)?)Error"
+)
 
 
 @dataclass(frozen=True)
@@ -45,14 +50,15 @@ def explain(error: BaseException, what: str, failure: type[FedtuneError]) -> Fed
         chain.append(current)
         current = current.__cause__ or current.__context__
     names = {type(e).__name__ for e in chain}
+    offline = any(map(_OFFLINE.fullmatch, names))
     if "GatedRepoError" in names:
         return failure(f"{what} is gated: accept its terms on the Hub, then run `hf auth login` on this machine")
     if "RevisionNotFoundError" in names:
         return failure(f"{what}: that revision is gone; the repository was moved or rewritten. Pin another one")
-    if names & {"RepositoryNotFoundError", "DatasetNotFoundError"} and not _is_offline(names):
+    if names & {"RepositoryNotFoundError", "DatasetNotFoundError"} and not offline:
         return failure(f"{what} does not exist, was moved, or is private; check the id (and `hf auth login`)")
     said = " ".join(str(error).split())
-    if _is_offline(names):
+    if offline:
         return OfflineError(
             f"{what} is not in the local cache and the Hub cannot be reached"
             + (" (HF_HUB_OFFLINE is set)" if os.environ.get("HF_HUB_OFFLINE") else "")
@@ -66,35 +72,12 @@ def explain(error: BaseException, what: str, failure: type[FedtuneError]) -> Fed
 
 def _of_the_system(error: OSError) -> str:
     """Say what the file system refused, and what to do."""
-    remedy = {
-        errno.ENOSPC: "free some space, or set HF_HOME and FEDTUNE_CACHE to another disk",
-        errno.EDQUOT: "free some space, or set HF_HOME and FEDTUNE_CACHE to another disk",
-        errno.EACCES: "it must be readable, and the cache (HF_HOME, FEDTUNE_CACHE) writable",
-        errno.EPERM: "it must be readable, and the cache (HF_HOME, FEDTUNE_CACHE) writable",
-        errno.EROFS: "set HF_HOME and FEDTUNE_CACHE to a folder that can be written",
-    }
+    full = "free some space, or set HF_HOME and FEDTUNE_CACHE to another disk"
+    closed = "it must be readable, and the cache (HF_HOME, FEDTUNE_CACHE) writable"
+    remedy = {errno.ENOSPC: full, errno.EDQUOT: full, errno.EACCES: closed, errno.EPERM: closed}
+    remedy[errno.EROFS] = "set HF_HOME and FEDTUNE_CACHE to a folder that can be written"
     where = f": {error.filename}" if error.filename else ""
     return f"{error.strerror}{where}" + (f"; {remedy[error.errno]}" if error.errno in remedy else "")
-
-
-def _is_offline(names: set[str]) -> bool:
-    offline = {
-        "OfflineModeIsEnabled",
-        "ConnectionError",
-        "ConnectionRefusedError",
-        "ConnectionResetError",
-        "ConnectionAbortedError",
-        "TimeoutError",
-        "ReadTimeout",
-        "gaierror",
-        "ProxyError",
-        "ConnectError",
-        "ConnectTimeout",
-        "LocalEntryNotFoundError",
-        "MaxRetryError",
-        "NameResolutionError",
-    }
-    return bool(names & offline)
 
 
 def guarded(call: Callable[[], T], what: str, failure: type[FedtuneError]) -> T:

@@ -166,8 +166,7 @@ def _fetch_once(package: Package, partial: Path) -> None:
     except urllib.error.HTTPError as err:
         if err.code != 416:  # the whole file is already in `partial`; the checksum below decides
             raise
-    if file_sha256(partial) != package.sha256:
-        found = file_sha256(partial)
+    if (found := file_sha256(partial)) != package.sha256:
         partial.unlink()
         raise CorruptFileError(f"{package.filename}: sha256 is {found}, pinned is {package.sha256}")
 

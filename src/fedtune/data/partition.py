@@ -52,43 +52,22 @@ def problems(spec: str) -> list[Problem]:
     return []
 
 
-def _shuffled(rows: Sequence[TrainRow], seed: int) -> Any:
-    import datasets
-
-    table = datasets.Dataset.from_list([{"group": r.group, "row": i} for i, r in enumerate(rows)])
-    return table.shuffle(seed=seed)
-
-
-def _sizes(table: Any, kind: str, clients: int) -> Any:
-    from flwr_datasets.partitioner import ExponentialPartitioner, LinearPartitioner, SquarePartitioner
-
-    chosen = {"linear": LinearPartitioner, "square": SquarePartitioner, "exponential": ExponentialPartitioner}
-    return chosen[kind](num_partitions=clients)
-
-
-def _partitioner(table: Any, spec: str, clients: int, seed: int) -> Any:
-    from flwr_datasets.partitioner import DirichletPartitioner, IidPartitioner, ShardPartitioner
+def _partitioner(spec: str, clients: int, seed: int) -> Any:
+    from flwr_datasets import partitioner as flower
 
     kind, argument = parse(spec)
-    if kind == "iid":
-        return IidPartitioner(num_partitions=clients)
-    if kind == "dirichlet":
-        return DirichletPartitioner(
-            num_partitions=clients,
-            partition_by="group",
-            alpha=float(argument),
-            min_partition_size=0,
-            self_balancing=False,
-            seed=derive_seed(seed, "dirichlet") % 2**32,
-        )
+    sized = {
+        "iid": flower.IidPartitioner,
+        "linear": flower.LinearPartitioner,
+        "square": flower.SquarePartitioner,
+        "exponential": flower.ExponentialPartitioner,
+    }
+    if kind in sized:
+        return sized[kind](num_partitions=clients)
+    keyed = {"num_partitions": clients, "partition_by": "group", "seed": derive_seed(seed, kind) % 2**32}
     if kind == "shards":
-        return ShardPartitioner(
-            num_partitions=clients,
-            partition_by="group",
-            num_shards_per_partition=int(argument),
-            seed=derive_seed(seed, "shards") % 2**32,
-        )
-    return _sizes(table, kind, clients)
+        return flower.ShardPartitioner(**keyed, num_shards_per_partition=int(argument))
+    return flower.DirichletPartitioner(**keyed, alpha=float(argument), min_partition_size=0, self_balancing=False)
 
 
 def _natural(rows: Sequence[TrainRow], table: Any, clients: int) -> list[list[int]]:
@@ -135,6 +114,8 @@ def partition(rows: Sequence[TrainRow], spec: str, clients: int, seed: int) -> l
     Raises:
         DataError: the key is missing, or the split is impossible.
     """
+    import datasets
+
     if found := problems(spec):
         raise DataError(str(found[0]))
     kind, argument = parse(spec)
@@ -143,10 +124,10 @@ def partition(rows: Sequence[TrainRow], spec: str, clients: int, seed: int) -> l
     if kind == "shards" and int(argument) * clients > len(rows):
         wanted = f"{argument} shards for each of {clients} clients"
         raise DataError(f"partition {spec!r}: {wanted} are {int(argument) * clients}, more than the {len(rows)} rows")
-    table = _shuffled(rows, seed)
+    table = datasets.Dataset.from_list([{"group": r.group, "row": i} for i, r in enumerate(rows)]).shuffle(seed=seed)
     if kind == "natural":
         return _natural(rows, table, clients)
-    splitter = _partitioner(table, spec, clients, seed)
+    splitter = _partitioner(spec, clients, seed)
     splitter.dataset = table
     # `Dataset.shard` cannot make an empty shard; with fewer rows than clients the last ones have none
     filled = min(clients, len(rows)) if kind == "iid" else clients

@@ -33,18 +33,16 @@ class TaskItems:
 
 
 @dataclass(frozen=True)
-class _Source:
-    """Where a set is read from; two equal ones give the same rows, as far as this process can tell."""
+class _File:
+    """A file as it was found; two equal ones have the same rows, as far as this process can tell."""
 
-    kind: str
-    path: Path | None = None
-    changed: tuple[int, int, int] = (0, 0, 0)
+    path: Path
+    changed: tuple[int, int, int]
 
 
 def _file(task: Task, folder: Path, domain: str) -> Path:
     places = (folder / "eval" / domain, folder / "eval", folder)
-    found = [path for place in places for path in files.find(place, task.file)]
-    files.distinct(found)
+    found = files.find(task.file, *places)
     if not found:
         wanted = f"no {task.file}.jsonl(.gz), .json, .csv or .parquet for {task.name}"
         there = next((place for place in places if place.is_dir()), folder)
@@ -52,30 +50,29 @@ def _file(task: Task, folder: Path, domain: str) -> Path:
     return found[0]
 
 
-def _source(task: Task, config: Config) -> _Source:
-    if task.packaged:
-        return _Source("packaged")
-    if config.data.source != "folder":
-        return _Source("hub")
+def _source(task: Task, config: Config) -> _File | None:
+    """Return the file that a set is read from; None for a packaged set, and for one of the Hub."""
+    if task.packaged or config.data.source != "folder":
+        return None
     path = _file(task, expanded(config.data.path), config.domain).absolute()
     try:
         state = path.stat()
     except OSError as err:
         raise CorruptFileError(f"{path}: {err.strerror or err}") from err
-    return _Source("folder", path, (state.st_ino, state.st_size, state.st_mtime_ns))
+    return _File(path, (state.st_ino, state.st_size, state.st_mtime_ns))
 
 
-def _rows(task: Task, source: _Source) -> Sequence[Row]:
+def _rows(task: Task, source: _File | None) -> Sequence[Row]:
     if task.packaged:
         return task.packaged()
-    if source.path:
+    if source:
         return files.read_rows(source.path)
     rows: list[Row] = [row for part in task.hub for row in hub.load(part)]
     return task.select(rows) if task.select else rows
 
 
 @lru_cache(maxsize=SETS_KEPT)
-def _whole(task: Task, source: _Source) -> tuple[Item, ...]:
+def _whole(task: Task, source: _File | None) -> tuple[Item, ...]:
     """Return all items of a set, read once for all models, modes and limits of a run."""
     rows = _rows(task, source)
     items = [_item(task, number, row) for number, row in enumerate(rows)]
@@ -103,10 +100,10 @@ def _item(task: Task, number: int, row: Row) -> Item | None:
 
 
 @lru_cache(maxsize=4 * SETS_KEPT)
-def _chosen(task: Task, source: _Source, limit: int) -> TaskItems:
+def _chosen(task: Task, source: _File | None, limit: int) -> TaskItems:
     whole = _whole(task, source)
     if not whole:
-        raise DataError(f"{task.name}: no items" + (f" in {source.path}" if source.path else ""))
+        raise DataError(f"{task.name}: no items" + (f" in {source.path}" if source else ""))
     places = list(range(len(whole)))
     if limit and limit < len(whole):
         places = sorted(random.Random(derive_seed(42, "items", task.name)).sample(places, limit))

@@ -48,7 +48,7 @@ class TrainingData:
 
 def _folder_rows(config: Config) -> tuple[str, list[Row]]:
     folder = expanded(config.data.path) / "train"
-    paths = files.find(folder, f"{config.domain}_*") or files.find(folder, config.domain)
+    paths = files.find(f"{config.domain}_*", folder) or files.find(config.domain, folder)
     if not paths:
         wanted = f"no {config.domain}_*.jsonl(.gz), .json, .csv or .parquet file to train on"
         raise DataError(f"{folder}: {wanted}; {files.listed(folder)}")
