@@ -37,9 +37,9 @@ def hashes(task: Task, found: tuple[Item, ...]) -> dict[str, str]:
         r if last[item.prompt] == r["i"] else {**r, "same_prompt_as": last[item.prompt]}
         for r, item in zip(rows, found, strict=True)
     ]
-    made = {"any": samples_sha256(rows, scorers.key(task))}
+    made = {"any": samples_sha256(rows, scorers.one_of(task).key)}
     if task.kind in ("choice", "boolean"):
-        made["official"] = samples_sha256(merged, scorers.key(task))
+        made["official"] = samples_sha256(merged, scorers.one_of(task).key)
     return made if made.get("official") != made["any"] else {"any": made["any"]}
 
 

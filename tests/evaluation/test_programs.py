@@ -17,7 +17,7 @@ from fedtune.domains.base import Item
 from fedtune.evaluation import generate, programs, sandbox
 from fedtune.evaluation.generate import Decoding, complete, nucleus
 from fedtune.evaluation.items import TaskItems
-from fedtune.evaluation.published import score
+from fedtune.evaluation.published import scored
 from fedtune.evaluation.retry import Failed
 from fedtune.evaluation.run import evaluate
 from fedtune.evaluation.scorers.program import Program
@@ -277,7 +277,7 @@ def test_published_files_are_run_again(tmp_path: Path) -> None:
     (tmp_path / "references_humaneval.json.gz").write_bytes(
         gzip.compress(json.dumps(["assert f(1) == 2"] * 3).encode())
     )
-    found = score("humaneval", path, "official")
+    found = scored("humaneval", path, "official")[0]
     assert (found.metric, found.n, found.score) == ("pass@1", 3, pytest.approx(2 / 3))
     assert found.details["share_wrong"] == pytest.approx(1 / 3)
 
@@ -286,14 +286,14 @@ def test_published_files_that_do_not_fit_are_errors(tmp_path: Path) -> None:
     path = tmp_path / "programs.json"
     path.write_text('[["x"]]')
     with pytest.raises(DataError, match="--references FILE"):
-        score("humaneval", path, "official")
+        scored("humaneval", path, "official")
     tests = tmp_path / "tests.json"
     tests.write_text('["a", "b"]')
     with pytest.raises(CorruptFileError, match=r"has 1 problems.* has 2"):
-        score("humaneval", path, "official", tests)
+        scored("humaneval", path, "official", tests)
     path.write_text('["x"]')
     with pytest.raises(CorruptFileError, match="problem 0 is not a list of programs"):
-        score("humaneval", path, "official", tests)
+        scored("humaneval", path, "official", tests)
 
 
 CASES = [(who, task) for who in ("zjudai", "ethicalabs-Code") for task in ("humaneval", "mbpp", "multiple-js")]
@@ -306,7 +306,9 @@ def test_published_pass_at_1_comes_out_exactly(benchmark_data: Path, who: str, t
     published = json.loads(gzip.decompress((folder / f"evaluation_results_{task}.json.gz").read_bytes()))[task][
         "pass@1"
     ]
-    assert score(task, folder / f"generations_{task}.json.gz", "official").score == pytest.approx(published, abs=1e-12)
+    assert scored(task, folder / f"generations_{task}.json.gz", "official")[0].score == pytest.approx(
+        published, abs=1e-12
+    )
 
 
 @needs_sandbox
@@ -317,7 +319,7 @@ def test_published_cpp_comes_out_exactly(benchmark_data: Path, who: str) -> None
     published = json.loads(gzip.decompress((folder / "evaluation_results_multiple-cpp.json.gz").read_bytes()))[
         "multiple-cpp"
     ]
-    found = score("multiple-cpp", folder / "generations_multiple-cpp.json.gz", "official").score
+    found = scored("multiple-cpp", folder / "generations_multiple-cpp.json.gz", "official")[0].score
     assert found == pytest.approx(published["pass@1"], abs=1e-12)
 
 
@@ -326,7 +328,7 @@ def test_a_program_that_nothing_is_asked_of_has_no_score(tmp_path: Path, tests: 
     (tmp_path / "generations.json").write_text(json.dumps([["def f(x):\n    return x"]]))
     (tmp_path / "references.json").write_text(json.dumps([tests]))
     with pytest.raises(CorruptFileError, match=r"references\.json: problem 0: .*tests?"):
-        score("humaneval", tmp_path / "generations.json", "official")
+        scored("humaneval", tmp_path / "generations.json", "official")
     with pytest.raises(DataError, match="no tests"):
         programs.assemble("def f(x):\n    return x", " \n", "python")
 
@@ -337,7 +339,7 @@ def test_published_tests_may_be_lists_and_are_run(tmp_path: Path) -> None:
         json.dumps([["def f(x):\n    return x"], ["def f(x):\n    return x + 1"]])
     )
     (tmp_path / "references.json").write_text(json.dumps([["assert f(0) in (0, 1)", "assert f(1) == 2"]] * 2))
-    assert score("mbpp", tmp_path / "generations.json", "official").score == 0.5
+    assert scored("mbpp", tmp_path / "generations.json", "official")[0].score == 0.5
 
 
 @pytest.mark.parametrize("lines", [True, False])
@@ -345,4 +347,4 @@ def test_samples_of_another_harness_are_told_the_format_that_is_wanted(tmp_path:
     rows = [{"task_id": f"HumanEval/{i}", "completion": "return 1"} for i in range(2)]
     (tmp_path / "samples.jsonl").write_text("\n".join(map(json.dumps, rows)) if lines else json.dumps(rows))
     with pytest.raises(CorruptFileError, match="wanted is a JSON array with a list for each problem"):
-        score("humaneval", tmp_path / "samples.jsonl", "official")
+        scored("humaneval", tmp_path / "samples.jsonl", "official")

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from fedtune.evaluation.programs import MOST_BYTES
-from fedtune.evaluation.published import score
+from fedtune.evaluation.published import scored
 from fedtune.types import ConfigError, CorruptFileError
 
 CHOICES = [
@@ -25,10 +25,10 @@ def test_array_or_lines_plain_or_gzipped(tmp_path: Path, array: bool, zipped: bo
     text = json.dumps(CHOICES) if array else "\n".join(map(json.dumps, CHOICES))
     path = tmp_path / "generation.jsonl"
     path.write_bytes(gzip.compress(text.encode()) if zipped else text.encode())
-    found = score("medqa", path, "official")
+    found = scored("medqa", path, "official")[0]
     assert (found.n, found.score, found.valid_rate, found.strict) == (4, 0.5, 0.5, 0.25)
     assert found.trivial == {"majority": 0.5, "always-A": 0.5, "always-B": 0.25, "always-C": 0.25}
-    assert score("medqa", path, "strict").score == 0.25
+    assert scored("medqa", path, "strict")[0].score == 0.25
 
 
 def test_finance_files_hold_labels_or_texts(tmp_path: Path) -> None:
@@ -38,30 +38,30 @@ def test_finance_files_hold_labels_or_texts(tmp_path: Path) -> None:
     ]
     path = tmp_path / "x.json"
     path.write_text(json.dumps(labels))
-    found = score("fpb", path, "official")
+    found = scored("fpb", path, "official")[0]
     assert (found.score, found.valid_rate, found.strict) == (0.5, None, None)
     assert found.macro_f1 == pytest.approx(1 / 3)
     with pytest.raises(CorruptFileError, match="only --mode official"):
-        score("fpb", path, "strict")
+        scored("fpb", path, "strict")
     path.write_text(
         json.dumps([{"target": "neutral", "out_text": "dunno"}, {"target": "neutral", "out_text": "neutral"}])
     )
-    assert (score("fpb", path, "official").score, score("fpb", path, "strict").score) == (1.0, 0.5)
+    assert (scored("fpb", path, "official")[0].score, scored("fpb", path, "strict")[0].score) == (1.0, 0.5)
 
 
 def test_errors_name_the_row_the_column_and_the_nearest_task(tmp_path: Path) -> None:
     path = tmp_path / "x.json"
     path.write_text(json.dumps([CHOICES[0], {"prompt": "p", "gold": "A"}]))
     with pytest.raises(CorruptFileError, match="row 2 lacks output; its columns are prompt, gold"):
-        score("medqa", path, "official")
+        scored("medqa", path, "official")
     path.write_text(json.dumps([{f"column {i}": 1 for i in range(10**5)}]))
     with pytest.raises(CorruptFileError, match=r"row 1 lacks gold and output; .* and 99988 more$"):
-        score("medqa", path, "official")
+        scored("medqa", path, "official")
     path.write_text("[]")
     with pytest.raises(CorruptFileError, match="no rows"):
-        score("medqa", path, "official")
+        scored("medqa", path, "official")
     with pytest.raises(ConfigError, match='did you mean "mmlu_stem"'):
-        score("mmlu_stm", path, "official")
+        scored("mmlu_stm", path, "official")
 
 
 def test_every_published_score_comes_out_exactly(benchmark_data: Path) -> None:
@@ -70,7 +70,7 @@ def test_every_published_score_comes_out_exactly(benchmark_data: Path) -> None:
     for entry in json.loads((root / "index.json").read_text()):
         if entry["domain"] == "code" or not entry["generations_file"]:
             continue
-        found = score(entry["task"], root / entry["generations_file"], "official")
+        found = scored(entry["task"], root / entry["generations_file"], "official")[0]
         assert found.n == entry["n"]
         assert found.score == pytest.approx(entry["published_score"], abs=1e-12), entry["generations_file"]
         checked += 1
@@ -109,14 +109,14 @@ def test_a_right_answer_that_no_output_can_be_is_refused(tmp_path: Path, task: s
     path = tmp_path / "x.json"
     path.write_text(json.dumps([row]))
     with pytest.raises(CorruptFileError, match=r"row 1: gold is .*, not one of"):
-        score(task, path, "official")
+        scored(task, path, "official")
 
 
 def test_an_output_that_is_not_a_text_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "x.json"
     path.write_text(json.dumps([{"gold": "B", "output": ["B"]}]))
     with pytest.raises(CorruptFileError, match="row 1: output is a list, not a text"):
-        score("mmlu_stem", path, "official")
+        scored("mmlu_stem", path, "official")
 
 
 @pytest.mark.parametrize("task", ["fpb", "mmlu_stem", "humaneval"])
@@ -132,8 +132,8 @@ def test_no_file_takes_more_than_its_bounds(tmp_path: Path, task: str) -> None:
         (bomb, "unzipped, more than the 67108864"),
     ):
         with pytest.raises(CorruptFileError, match=said):
-            score(task, path, "official")
+            scored(task, path, "official")
     small = tmp_path / "small.jsonl"
     small.write_text("{}\n" * 100_001)
     with pytest.raises(CorruptFileError, match=r"100001 lines, it may have 100000|Extra data"):
-        score(task, small, "official")
+        scored(task, small, "official")

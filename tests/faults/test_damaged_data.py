@@ -117,7 +117,7 @@ def test_damaged_generations_end_in_a_score_or_a_named_error(tmp_path: Path, tas
     rows = [{"gold": gold, "output": f"{gold} {i}"} for i in range(5)]
 
     def read() -> None:
-        found = published.score(task, tmp_path / f"x{ending}", "official")
+        found = published.scored(task, tmp_path / f"x{ending}", "official")[0]
         assert found.score is not None
         assert 0 <= found.score <= 1
 
@@ -139,11 +139,11 @@ def test_damaged_programs_and_tests_end_in_programs_with_tests_or_a_named_error(
     made.write_text(json.dumps([["def f(x): return x"]] * 3))
     tests = json.dumps(["assert f(1) == 1", ["assert f(1) == 1"], {"test_list": ["assert f(1) == 1"]}]).encode()
     path = tmp_path / "references.json"
-    fine, refused = _outcomes(path, tests, lambda: published.score("humaneval", made, "official"))
+    fine, refused = _outcomes(path, tests, lambda: published.scored("humaneval", made, "official"))
     assert min(fine, refused) > 0
     assert all(text.strip() for text in ran)
     path.write_bytes(tests)
-    _outcomes(made, made.read_bytes(), lambda: published.score("humaneval", made, "official"))
+    _outcomes(made, made.read_bytes(), lambda: published.scored("humaneval", made, "official"))
 
 
 def test_damaged_logs_end_in_rows_or_a_named_error(tmp_path: Path) -> None:

@@ -36,7 +36,7 @@ def _answers(run: Path, arm: Arm) -> Iterator[tuple[str, Answers]]:
             rows = samples(run, arm.name, score.task, score.mode)
             values = [sample_value(r) for r in as_counted(rows)]
             # paired by what the samples hold, not by the hash that a submitter says
-            items = samples_sha256(rows, scorers.key(TASKS[score.task]))
+            items = samples_sha256(rows, scorers.one_of(TASKS[score.task]).key)
         if values and set(values) <= {0.0, 1.0}:
             packed = Answers.pack([v == 1 for v in values], items)
             yield f"{arm.name}/{score.task}/{score.mode}", packed

@@ -165,6 +165,6 @@ def _of_part(run: Path, arm: Arm) -> Iterator[str]:
         if score.score is None or task is None:
             continue
         logs = (samples(run, subdir, score.task, score.mode) for subdir in subdirs)
-        key = scorers.key(task)
+        key = scorers.one_of(task).key
         found = {why for rows in logs if (why := known.shortfall(task.name, score.mode, key, task.n, rows))}
         yield from (f"{task.name} ({score.mode}): {why}" for why in sorted(found))

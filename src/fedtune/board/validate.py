@@ -228,7 +228,7 @@ def _found(check: Callable[[Path, Entry], Iterable[Problem]], folder: Path, entr
 def not_run_again(entry: Entry) -> list[str]:
     """Return which scores stand on outcomes of programs that cannot be run again on this machine, and why."""
     tasks = {s.task: TASKS[s.task] for arm in entry.arms for s in arm.scores if s.task in TASKS}
-    reasons = {name: scorers.not_run_again(task) for name, task in tasks.items()}
+    reasons = {name: scorers.one_of(task).not_run_again(task) for name, task in tasks.items()}
     return [f"{name}: {why}" for name, why in sorted(reasons.items()) if why]
 
 

@@ -14,7 +14,7 @@ from fedtune.domains.finance import FINANCE
 from fedtune.domains.general import GENERAL
 from fedtune.domains.medical import MEDICAL
 from fedtune.registry import Origin, Registry
-from fedtune.types import ConfigError, Problem, nearest
+from fedtune.types import Problem, nearest
 
 
 def _of(domains: Iterable[Domain]) -> dict[str, Task]:
@@ -60,35 +60,8 @@ class Tasks(Mapping[str, Task]):
 DOMAINS = Registry("domain", {d.name: d for d in (GENERAL, FINANCE, MEDICAL, CODE)}, _checked)
 TASKS = Tasks(DOMAINS)
 
-__all__ = [
-    "DOMAINS",
-    "TASKS",
-    "Domain",
-    "Item",
-    "Task",
-    "TrainingSet",
-    "chosen_tasks",
-    "get",
-    "problems",
-    "training_set",
-    "unranked_reasons",
-]
-
-
-def _meant(name: str) -> str:
-    """Say what a name that is no domain may have meant."""
-    return DOMAINS.fault(name) or nearest(name, DOMAINS) or f"one of {', '.join(DOMAINS)}"
-
-
-def get(name: str) -> Domain:
-    """Return a domain by name.
-
-    Raises:
-        ConfigError: with the nearest name.
-    """
-    if name not in DOMAINS:
-        raise ConfigError("settings", [Problem(f'domain = "{name}"', "unknown domain", _meant(name))])
-    return DOMAINS[name]
+# what other packages make domains of
+__all__ = ["DOMAINS", "TASKS", "Domain", "Item", "Task", "TrainingSet"]
 
 
 def chosen_tasks(config: Config) -> tuple[Task, ...]:
@@ -122,7 +95,9 @@ def unranked_reasons(config: Config) -> tuple[str, ...]:
 def problems(config: Config) -> Iterable[Problem]:
     """Yield what is wrong with the names of domain, tasks and partition."""
     if config.domain not in DOMAINS:
-        yield Problem(f'domain = "{config.domain}"', "unknown domain", _meant(config.domain))
+        name = config.domain
+        fix = DOMAINS.fault(name) or nearest(name, DOMAINS) or f"one of {', '.join(DOMAINS)}"
+        yield Problem(f'domain = "{name}"', "unknown domain", fix)
     for name in config.eval.tasks:
         if name not in TASKS:
             yield Problem("eval.tasks", f"unknown task {name!r}", nearest(name, TASKS))

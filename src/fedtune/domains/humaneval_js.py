@@ -16,35 +16,28 @@ from fedtune.domains.base import Row
 _SAFE_INTEGER = 2**53
 
 
-class _NotLiteralError(ValueError):
-    """A test that JavaScript has no equal for."""
-
-
 def _value(value: Any) -> str:
-    """Write a Python literal as JavaScript; tuples become arrays."""
+    """Write a Python literal as JavaScript; tuples become arrays. Raises ValueError for what it has no equal for."""
     if value is None or isinstance(value, (bool, str)):
         return json.dumps(value)
     if isinstance(value, (int, float)):
         if isinstance(value, int) and abs(value) > _SAFE_INTEGER:
-            raise _NotLiteralError(value)
+            raise ValueError(value)
         return json.dumps(value, allow_nan=False)
     if isinstance(value, (list, tuple)):
         return "[" + ", ".join(map(_value, value)) + "]"
     if isinstance(value, dict) and all(isinstance(k, str) for k in value):
         return "{" + ", ".join(f"{json.dumps(k)}: {_value(v)}" for k, v in value.items()) + "}"
-    raise _NotLiteralError(value)
+    raise ValueError(value)
 
 
 def _literal(node: ast.expr) -> str:
-    try:
-        return _value(ast.literal_eval(node))
-    except (ValueError, TypeError, SyntaxError) as err:
-        raise _NotLiteralError(ast.dump(node)) from err
+    return _value(ast.literal_eval(node))
 
 
 def _call(node: ast.expr) -> str:
     if not isinstance(node, ast.Call) or node.keywords or ast.unparse(node.func) != "candidate":
-        raise _NotLiteralError(ast.unparse(node))
+        raise ValueError(ast.unparse(node))
     return f"candidate({', '.join(map(_literal, node.args))})"
 
 
@@ -61,17 +54,17 @@ def _assertion(node: ast.Assert) -> str:
 
 
 def _tests(source: str, name: str) -> str:
-    """Translate a problem's `check` function. Raises _NotLiteralError where that is not possible."""
+    """Translate a problem's `check` function. Raises ValueError where that is not possible."""
     check = next(n for n in ast.parse(source).body if isinstance(n, ast.FunctionDef) and n.name == "check")
     lines = []
     for node in check.body:
         if isinstance(node, ast.Assert):
             lines.append(_assertion(node))
         elif not (isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)):
-            raise _NotLiteralError(ast.unparse(node))
+            raise ValueError(ast.unparse(node))
     kept = [line for line in lines if line]
     if not kept:
-        raise _NotLiteralError(name)
+        raise ValueError(name)
     head = ["const assert = require('node:assert');", "", "function test() {", f"  let candidate = {name};"]
     return "\n".join([*head, *kept, "}", "", "test();"])
 
@@ -93,6 +86,6 @@ def derive(rows: Sequence[Row]) -> list[Row]:
             made.append(
                 {"name": row["task_id"], "prompt": _prompt(row["prompt"], name), "tests": _tests(row["test"], name)}
             )
-        except (_NotLiteralError, StopIteration):
+        except (ValueError, TypeError, SyntaxError, StopIteration):
             continue
     return made

@@ -58,8 +58,3 @@ def scored(
     samples, why = scorer.published(TASKS[task], path, reading, references, as_asked=as_asked)
     score = scorer.summarise(task, samples).model_copy(update={"mode": reading})
     return score, [bool(s["correct"]) for s in samples], why
-
-
-def score(task: str, path: Path, reading: str = "official", references: Path | None = None) -> Score:
-    """Return only the score of `scored`. Raises as that does."""
-    return scored(task, path, reading, references)[0]

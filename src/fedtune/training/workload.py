@@ -61,7 +61,7 @@ def source(config: Config) -> tuple[TrainingSet, list[Row]]:
     Raises:
         DataError, OfflineError, CorruptFileError: it cannot be had; the message says what to do.
     """
-    domain = domains.get(config.domain)
+    domain = domains.DOMAINS[config.domain]
     if config.data.source == "folder":
         name, rows = _folder_rows(config)
         return TrainingSet(name, group=domain.group), rows

@@ -36,19 +36,7 @@ _OWN: dict[str, Scorers] = {
 }
 KINDS = Registry("kind", _OWN, _checked)
 
-__all__ = [
-    "KINDS",
-    "Metric",
-    "Scorer",
-    "Solver",
-    "find",
-    "key",
-    "metric",
-    "not_run_again",
-    "of",
-    "planned",
-    "published",
-]
+__all__ = ["KINDS", "Metric", "Scorer", "Solver", "find", "metric", "of", "one_of", "planned", "published"]
 
 
 def of(task: Task) -> Scorers:
@@ -75,14 +63,9 @@ def find(task: Task, mode: str) -> Scorer | None:
     return next((scorer for scorer in of(task).values() if scorer.mode == mode), None)
 
 
-def key(task: Task) -> str:
-    """Return the value of a task's samples that says, with its place, which item one is of."""
-    return next(iter(of(task).values())).key
-
-
-def not_run_again(task: Task) -> str:
-    """Say why what a task's samples stand on cannot be made again on this machine, or return an empty string."""
-    return next(iter(of(task).values())).not_run_again(task)
+def one_of(task: Task) -> Scorer:
+    """Return a scorer of a task, for what all of its scorers agree on: `key` and `not_run_again`."""
+    return next(iter(of(task).values()))
 
 
 def published(task: Task) -> Scorer | None:
