@@ -231,8 +231,8 @@ def test_a_label_is_fixed_at_the_token_at_which_the_whole_text_fixes_it(
     def whole(n: int) -> bool:
         return official.verdict_fixed(tokenizer.decode([*before, *after[:n]], skip_special_tokens=True))
 
-    verdict = official._Verdict(tokenizer)
-    assert first(lambda n: verdict.fixed(before, after[:n])) == first(whole)
+    fixed = official._label_fixed(tokenizer)
+    assert first(lambda n: fixed(before, after[:n])) == first(whole)
 
 
 def test_guesses_stay_inside_a_table_of_positions() -> None:

@@ -43,21 +43,14 @@ HARMLESS = {
 HARMLESS_ONCE = HARMLESS | {"cache_implementation", "do_sample", "max_new_tokens", "repetition_penalty"}
 
 
-def _repetition_penalty(model: Any) -> float:
-    return float(getattr(model.generation_config, "repetition_penalty", None) or 1.0)
-
-
 def _first_tokens(model: Any, texts: Sequence[Sequence[int]]) -> list[int]:
     """Return the greedy next token of each text, from one packed pass.
 
     `generate` applies the model's own repetition penalty even when it is told not to sample, so it is here.
     """
-    ends, total = [], 0
-    for text in texts:
-        total += len(text)
-        ends.append(total - 1)
+    ends = [end - 1 for end in itertools.accumulate(map(len, texts))]
     logits = packed_logits(model, texts, ends, share_prefix=True).float()
-    penalty = _repetition_penalty(model)
+    penalty = float(getattr(model.generation_config, "repetition_penalty", None) or 1.0)
     if penalty != 1.0:
         from transformers import RepetitionPenaltyLogitsProcessor
 
@@ -90,7 +83,7 @@ def _generate_one(model: Any, tokenizer: Any, text: Sequence[int], new_tokens: i
             logits_processor=[check_scores],
             return_dict_in_generate=False,
         )
-    return str(tokenizer.decode(made[0][len(text) :], skip_special_tokens=True))
+    return _decoded(tokenizer, made[0][len(text) :])
 
 
 @torch.inference_mode()
@@ -107,7 +100,7 @@ def choose(model: Any, tokenizer: Any, items: Sequence[Item]) -> Iterator[list[s
         texts = [tokenizer(wrap(item.prompt))["input_ids"] for item in batch]
         new_tokens = len(tokenizer(batch[0].gold_answer, add_special_tokens=False)["input_ids"])
         if new_tokens == 1 and plain:
-            yield [tokenizer.decode([t], skip_special_tokens=True) for t in _first_tokens(model, texts)]
+            yield [_decoded(tokenizer, [token]) for token in _first_tokens(model, texts)]
         else:
             yield [_generate_one(model, tokenizer, text, new_tokens) for text in texts]
 
@@ -122,37 +115,25 @@ def verdict_fixed(text: str) -> bool:
     return len(parts) > 2 or (len(parts) == 2 and ("positive" in parts[1] or "Positive" in parts[1]))
 
 
-class _Verdict:
-    """Tells, after each token of a text, whether its label is fixed, mostly from the text's end alone.
+def _label_fixed(tokenizer: Any) -> Callable[[Sequence[int], Sequence[int]], bool]:
+    """Return what tells, after each new token of a prompt, whether its label is fixed, mostly from the text's end.
 
     What fixes a label is a word, and its last token is there then: as many tokens are decoded as it may have, special
     ones not counted. The whole text is decoded at its first new token, and where such a word ends it.
     """
+    special = set(tokenizer.all_special_ids)
 
-    def __init__(self, tokenizer: Any) -> None:
-        self._tokenizer = tokenizer
-        self._special = set(tokenizer.all_special_ids)
-
-    def _text(self, ids: Sequence[int]) -> str:
-        return str(self._tokenizer.decode(ids, skip_special_tokens=True))
-
-    def fixed(self, prompt: Sequence[int], new: Sequence[int]) -> bool:
-        """Tell whether the label of a prompt with its new tokens is fixed, if it was not before the last one."""
-        words = (t for t in itertools.chain(reversed(new), reversed(prompt)) if t not in self._special)
-        tail = self._text([*itertools.islice(words, TAIL)][::-1])
+    def fixed(prompt: Sequence[int], new: Sequence[int]) -> bool:
+        words = (t for t in itertools.chain(reversed(new), reversed(prompt)) if t not in special)
+        tail = _decoded(tokenizer, [*itertools.islice(words, TAIL)][::-1])
         near = len(new) <= 1 or any(word in tail for word in WORDS)
-        return near and verdict_fixed(self._text([*prompt, *new]))
-
-
-def _stopper(tokenizer: Any, prompt: int) -> Callable[..., Tensor]:
-    """Return what ends a row of `generate` once its label cannot change, its prompt being so many tokens."""
-    verdict = _Verdict(tokenizer)
-
-    def fixed(input_ids: Tensor, scores: Tensor, **_: Any) -> Tensor:
-        rows = [verdict.fixed(ids[:prompt], ids[prompt:]) for ids in input_ids.tolist()]
-        return torch.tensor(rows, device=input_ids.device)
+        return near and verdict_fixed(_decoded(tokenizer, [*prompt, *new]))
 
     return fixed
+
+
+def _decoded(tokenizer: Any, ids: Sequence[int]) -> str:
+    return str(tokenizer.decode(ids, skip_special_tokens=True))
 
 
 def _plain_greedy(model: Any) -> bool:
@@ -167,7 +148,12 @@ def _generated(model: Any, tokenizer: Any, prompts: list[str], new_tokens: int) 
     limit = {"max_new_tokens": new_tokens} if new_tokens else {"max_length": SENTIMENT_LENGTH}
     sampled = bool(model.generation_config.do_sample)
     # a sampled batch must run to its end: stopping early would shift the random stream of the next one
-    stop = {} if sampled else {"stopping_criteria": [_stopper(tokenizer, tokens["input_ids"].shape[1])]}
+    fixed, width = _label_fixed(tokenizer), tokens["input_ids"].shape[1]
+
+    def stopped(ids: Tensor, scores: Tensor, **_: Any) -> Tensor:
+        return torch.tensor([fixed(row[:width], row[width:]) for row in ids.tolist()], device=ids.device)
+
+    stop = {} if sampled else {"stopping_criteria": [stopped]}
     rows = zip(tokens["input_ids"].tolist(), tokens["attention_mask"].tolist(), strict=True)
     texts = [[token for token, seen in zip(*row, strict=True) if seen] for row in rows]
     with row_weights(model, texts, _copies(model)), pinned.positions(model):
@@ -204,7 +190,7 @@ def _alike(rows: Sequence[Row]) -> list[list[Row]]:
     return [ordered[i : i + GROUP] for i in range(0, len(ordered), GROUP)]
 
 
-def _decoded(model: Any, tokenizer: Any, prompts: Sequence[str], new_tokens: int) -> Iterator[list[str]]:
+def _greedy(model: Any, tokenizer: Any, prompts: Sequence[str], new_tokens: int) -> Iterator[list[str]]:
     """Decode greedily: official batches side by side, a row no further than to where its label is fixed."""
     room: dict[int, int] = {}
     official: list[list[Row]] = []
@@ -215,20 +201,18 @@ def _decoded(model: Any, tokenizer: Any, prompts: Sequence[str], new_tokens: int
         room |= {row.index: new_tokens or SENTIMENT_LENGTH - width for row in rows}
         official.append(rows)
 
-    verdict = _Verdict(tokenizer)
-
-    def text(row: Row) -> str:
-        return str(tokenizer.decode([*row.prompt, *row.new], skip_special_tokens=True))
+    fixed = _label_fixed(tokenizer)
 
     def done(row: Row) -> bool:
         full = len(row.new) >= room[row.index] or row.new[-1] == tokenizer.eos_token_id
-        return full or verdict.fixed(row.prompt, row.new)
+        return full or fixed(row.prompt, row.new)
 
     longest = max(len(row.prompt) + room[row.index] for rows in official for row in rows)
     given, groups = 0, [group for rows in official for group in _alike(rows)]
     for _ in alone.decode(model, groups, 2 * SENTIMENT_BATCH, done, longest=longest):
         while given < len(official) and all(row.ended for row in official[given]):
-            yield [text(row).split(ANSWER_MARK)[1] for row in official[given]]
+            texts = (_decoded(tokenizer, [*row.prompt, *row.new]) for row in official[given])
+            yield [text.split(ANSWER_MARK)[1] for text in texts]
             given += 1
 
 
@@ -246,7 +230,7 @@ def _decodable(model: Any, tokenizer: Any) -> bool:
 
 def _sentiment(model: Any, tokenizer: Any, prompts: list[str], new_tokens: int, first: int) -> Iterator[list[str]]:
     if _decodable(model, tokenizer):
-        yield from _decoded(model, tokenizer, prompts, new_tokens)
+        yield from _greedy(model, tokenizer, prompts, new_tokens)
         return
     for start in range(0, len(prompts), SENTIMENT_BATCH):
         torch.manual_seed(SEED + first + start)

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
@@ -51,19 +50,20 @@ def _unsound(row: Sample, item: Item, mark: Sample, scorer: Scorer) -> str:
     return "its prompt is not that of the sample it names" if differs else ""
 
 
-def _resumable(log: Path, header: Sample, loaded: TaskItems, scorer: Scorer) -> list[Sample]:
-    """Return the samples already in the log; a log of other items, model, settings or code is started anew.
+def _resumable(
+    log: Path, header: Sample, loaded: TaskItems, scorer: Scorer, marks: Mapping[int, Sample]
+) -> list[Sample]:
+    """Return the samples already in the log, annotated by `marks`; one of another header is started anew.
 
     Raises:
         CorruptFileError: its samples are not those of the items in order: two evaluations wrote it at once; or one is
             judged otherwise than its own answer says.
     """
-    places, marks = loaded.places, scorer.annotations(loaded)
     lines = read_lines(log, torn_tail=True)
     if not lines or lines[0] != header:
         write_lines(log, [header])
         return []
-    for number, (row, place) in enumerate(zip_longest(lines[1:], places[: len(lines) - 1]), 2):
+    for number, (row, place) in enumerate(zip_longest(lines[1:], loaded.places[: len(lines) - 1]), 2):
         if not isinstance(row, dict) or row.get("i") != place:
             raise CorruptFileError(
                 f"{log}: line {number} is not the sample of item {place}: was it written by two evaluations at once, "
@@ -71,27 +71,7 @@ def _resumable(log: Path, header: Sample, loaded: TaskItems, scorer: Scorer) -> 
             )
         if why := _unsound(row, loaded.items[number - 2], marks.get(place, {}), scorer):
             raise _refused(log, f"line {number}: {why}")
-    return lines[1:]
-
-
-@dataclass
-class _Log:
-    """One task's per-sample log, open for what is missing."""
-
-    path: Path
-    loaded: TaskItems
-    mode: str
-    annotations: dict[int, Sample]
-    rows: list[Sample]
-    on_items: OnItems | None
-
-    def add(self, samples: Sequence[Sample]) -> None:
-        """Write the samples of the next items down."""
-        fresh = [{**sample, **self.annotations.get(sample["i"], {})} for sample in samples]
-        append_lines(self.path, fresh)
-        self.rows += fresh
-        if self.on_items:
-            self.on_items(f"{self.loaded.task.name} ({self.mode})", len(self.rows), len(self.loaded.items))
+    return [row | marks.get(row["i"], {}) for row in lines[1:]]
 
 
 def evaluate(
@@ -104,19 +84,14 @@ def evaluate(
     identity: str,
     on_items: OnItems | None = None,
 ) -> Score:
-    """Evaluate one task in one mode.
+    """Evaluate one task in one mode; items that raised count as wrong, above `eval.max_error_rate` there is no score.
 
     Args:
         model, tokenizer: the model, in evaluation mode.
-        loaded: the items.
         mode: one of the modes that the task's kind is scored in, as results name it.
-        config: prompts and limits.
         log: the per-sample JSON-lines file; a first line identifies what it is a log of.
         identity: hash of the model, its tokenizer and the adapter evaluated.
         on_items: progress, called with (task, done, all).
-
-    Returns:
-        The score; items that raised count as wrong, and above `eval.max_error_rate` it is withheld.
 
     Raises:
         ValueError: the task's kind is not scored in this mode.
@@ -126,8 +101,9 @@ def evaluate(
     task, scorer = loaded.task, scorers.find(loaded.task, mode)
     if scorer is None:
         raise ValueError(f"{task.name} is not scored in the mode {mode!r}")
-    solver, count, header = scorer.solver(), len(loaded.items), _header(loaded, scorer, config, identity)
-    rows = _resumable(log, header, loaded, scorer)
+    solver, count, marks = scorer.solver(), len(loaded.items), scorer.annotations(loaded)
+    header = _header(loaded, scorer, config, identity)
+    rows = _resumable(log, header, loaded, scorer, marks)
     if reason := scorer.unavailable(task):
         return Score(task=task.name, mode=mode, metric=scorer.metric.name, n=count, score=None, withheld=reason)
     tests = {place: item.gold_answer for place, item in zip(loaded.places, loaded.items, strict=True)}
@@ -135,17 +111,19 @@ def evaluate(
         raise _refused(log, why)
     if solver.whole and len(rows) < count:
         rows = rows[: len(rows) // solver.size * solver.size]
-    annotations = scorer.annotations(loaded)
-    done = _Log(log, loaded, mode, annotations, [row | annotations.get(row["i"], {}) for row in rows], on_items)
-    update_lines(log, [header, *done.rows])
+    update_lines(log, [header, *rows])
 
     def ask(first: int, last: int) -> Iterator[list[Any]]:
         return solver.answers(model, tokenizer, loaded, first, last, config)
 
     with solver.prepared(model):
         for batch in batches(ask, len(rows), count, solver.size):
-            done.add(scorer.samples(loaded, len(done.rows), batch, config.eval))
-    return scorer.summarise(task.name, done.rows, config.eval, loaded.sha256)
+            fresh = [s | marks.get(s["i"], {}) for s in scorer.samples(loaded, len(rows), batch, config.eval)]
+            append_lines(log, fresh)
+            rows += fresh
+            if on_items:
+                on_items(f"{task.name} ({mode})", len(rows), count)
+    return scorer.summarise(task.name, rows, config.eval, loaded.sha256)
 
 
 def check_tasks(tasks: Sequence[Task], config: Config) -> None:
