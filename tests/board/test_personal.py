@@ -16,7 +16,7 @@ from fedtune.board.validate import check
 from fedtune.config import Settings
 from fedtune.config.schema import EvalSettings
 from fedtune.domains import TASKS
-from fedtune.evaluation.average import mean_score
+from fedtune.evaluation.metrics import mean_score
 from fedtune.evaluation.scorers import find
 from fedtune.experiment.run import run
 from fedtune.io import file_sha256

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from fedtune.evaluation.average import mean_score
+from fedtune.evaluation.metrics import mean_score
 from fedtune.io import write_lines
 from fedtune.results.schema import Score
 

@@ -15,10 +15,9 @@ from fedtune.config.schema import ModelSettings
 from fedtune.domains import TASKS
 from fedtune.domains.base import Item
 from fedtune.evaluation import metrics, official
-from fedtune.evaluation.average import mean_score
 from fedtune.evaluation.extract import bare
 from fedtune.evaluation.items import TaskItems
-from fedtune.evaluation.metrics import as_counted
+from fedtune.evaluation.metrics import as_counted, mean_score
 from fedtune.evaluation.run import evaluate
 from fedtune.evaluation.scorers import KINDS
 from fedtune.io import read_lines, write_lines

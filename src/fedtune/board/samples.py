@@ -12,7 +12,7 @@ from fedtune.config.schema import EvalSettings
 from fedtune.data.files import parse_rows, read_text_file
 from fedtune.domains import TASKS
 from fedtune.evaluation import scorers
-from fedtune.evaluation.average import mean_score
+from fedtune.evaluation.metrics import mean_score
 from fedtune.evaluation.scorers import Scorer
 from fedtune.results.schema import Arm, Score
 

@@ -45,15 +45,6 @@ class Text:
         return Text(ids, tuple((start, end) for start, end in spans if start < end))
 
 
-def question(row: TrainRow, mode: str) -> str:
-    """Return the text that stands at `{instruction}`: instruction, input, or both joined by a space."""
-    if mode == "instruction":
-        return row.instruction
-    if mode == "input":
-        return row.input
-    return f"{row.instruction} {row.input}"
-
-
 def render(template: str, instruction: str) -> str:
     """Fill the template up to the response, in one pass: braces in the data stay what they are."""
     fields = {"instruction": instruction, "response": ""}
@@ -97,8 +88,6 @@ def encode_pair(tokenizer: Any, prompt: str, response: str, *, special: bool = T
     response belongs to the response's first token in byte-level vocabularies, and does so here.
 
     Args:
-        tokenizer: whose tokens.
-        prompt, response: the text.
         special: let the tokenizer add the special tokens it adds to a text; False where the prompt has them.
 
     Raises:
@@ -141,7 +130,6 @@ class Encoder:
     """How the conversations of a run become tokens.
 
     Args:
-        tokenizer: whose tokens.
         config: the template, what counts as a label, and whether an answer ends with the end of text.
     """
 
@@ -152,7 +140,9 @@ class Encoder:
 
     def turns(self, row: TrainRow) -> tuple[Turn, ...]:
         """Return the questions and answers of a row: its conversation, or the one that its columns are."""
-        return row.turns or ((question(row, self.config.prompt.input), row.output),)
+        several = {"instruction": row.instruction, "input": row.input}
+        asked = several.get(self.config.prompt.input, f"{row.instruction} {row.input}")
+        return row.turns or ((asked, row.output),)
 
     def text(self, turns: Sequence[Turn]) -> Text:
         """Encode a conversation; its labels are the answers.

@@ -6,6 +6,8 @@ A package is only opened as an archive; nothing of it is installed, imported or 
 from __future__ import annotations
 
 import configparser
+import contextlib
+import fcntl
 import html.parser
 import http.client
 import logging
@@ -17,12 +19,12 @@ import urllib.error
 import urllib.parse
 import urllib.request
 import zipfile
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
 from fedtune.data.files import Row, parse_rows
-from fedtune.data.once import made_once
 from fedtune.io import file_sha256
 from fedtune.machine import cache_dir, expanded
 from fedtune.types import CorruptFileError, OfflineError
@@ -169,6 +171,26 @@ def _fetch_once(package: Package, partial: Path) -> None:
     if (found := file_sha256(partial)) != package.sha256:
         partial.unlink()
         raise CorruptFileError(f"{package.filename}: sha256 is {found}, pinned is {package.sha256}")
+
+
+@contextlib.contextmanager
+def made_once(target: Path) -> Iterator[None]:
+    """Hold the right to make `target`, of this machine's cache; another process or thread waits here until it is free.
+
+    Look again whether `target` is there once it is held. The kernel lets go when a process dies, however it dies.
+
+    Raises:
+        OSError: the cache cannot be written, or its file system has no locks.
+    """
+    lock = cache_dir() / "locks" / f"{target.parent.name}-{target.name}"
+    lock.parent.mkdir(parents=True, exist_ok=True)
+    with open(lock, "ab") as handle:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            log.info("waiting for another process that makes %s", target)
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
 
 
 def fetch(package: Package) -> Path:

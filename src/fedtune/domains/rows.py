@@ -50,15 +50,13 @@ def optional(row: Row, column: str) -> str:
 def number(row: Row, column: str) -> float:
     """Return a finite number, which may be written as text. Raises ValueError."""
     found = value(row, column)
-    wrong = f"{column!r} is {found!r:.60}, not a number"
-    if isinstance(found, bool) or not isinstance(found, (int, float, str)):
-        raise ValueError(wrong)
+    readable = isinstance(found, (int, float, str)) and not isinstance(found, bool)
     try:
-        made = float(found)
-    except (ValueError, OverflowError) as err:
-        raise ValueError(wrong) from err
+        made = float(found) if readable else math.nan
+    except (ValueError, OverflowError):
+        made = math.nan
     if not math.isfinite(made):
-        raise ValueError(wrong)
+        raise ValueError(f"{column!r} is {found!r:.60}, not a number")
     return made
 
 

@@ -16,7 +16,6 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from fedtune.config import Config
@@ -113,7 +112,6 @@ def failing(task: Task, rows: Sequence[Sample], tests: Mapping[int, str] | None 
     machine is no proof.
 
     Args:
-        task, rows: the samples.
         tests: by the items' places; those of the whole known set by default.
 
     Raises:
@@ -143,37 +141,13 @@ def failing(task: Task, rows: Sequence[Sample], tests: Mapping[int, str] | None 
                     return
 
 
-def _tests_of_the_set(task: Task, count: int) -> tuple[list[str], str]:
-    """Return each problem's tests of the known set; where a file cannot be held against it, none, and why."""
+def tests_of_the_set(task: Task, count: int) -> tuple[list[str], str]:
+    """Return each problem's tests of the known set; none, and why, where so many problems are not held against it."""
     if count != task.n:
         return [], f"{count:,} items, the whole set has {task.n:,}"
+    beside = "run with the tests published beside them"
     try:
-        return [item.gold_answer for item in tests_at_hand(task)], ""
+        tests = [item.gold_answer for item in tests_at_hand(task)]
     except FedtuneError as err:
-        return [], f"run with the tests published beside them; those of the set are not at hand: {err}"
-
-
-def run_published(
-    task: Task, path: Path, references: Path | None = None, *, as_asked: bool = False
-) -> tuple[list[dict[str, Any]], str]:
-    """Run a published generations file (a list of lists of programs) again, with the known set's tests.
-
-    Args:
-        task: a program task.
-        path: the generations.
-        references: tests to run them with where the set's own cannot be had; see `programs.published_tests`.
-        as_asked: run them with `references` in any case.
-
-    Returns:
-        Each problem's outcomes, and why they are not those of the known set; empty where they are.
-
-    Raises:
-        DataError: no tests. CorruptFileError: the files do not fit. SandboxError: nothing can be run.
-    """
-    texts = programs.read_published(path)
-    asked = f"run with the tests of {references}, not with those of the set"
-    tests, why = ([], asked) if as_asked else _tests_of_the_set(task, len(texts))
-    if why or len(tests) != len(texts):
-        tests = programs.published_tests(task, path, references, len(texts))
-        why = why or "the set at hand has another number of problems; run with the tests published beside them"
-    return programs.run_each(texts, tests, task.language), why
+        return [], f"{beside}; those of the set are not at hand: {err}"
+    return tests, "" if len(tests) == count else f"the set at hand has another number of problems; {beside}"

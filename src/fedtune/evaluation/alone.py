@@ -12,8 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fedtune.evaluation.decode import Decoder, Done, PassContext, Row, run
-from fedtune.evaluation.likeliest import likeliest
+from fedtune.evaluation.decode import Decoder, Done, PassContext, Row, likeliest, run
 from fedtune.models import sides
 from fedtune.models.interface import inner, plain_pass
 from fedtune.models.proof import far, proof_of, texts_for

@@ -16,7 +16,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fedtune.evaluation.likeliest import likeliest
 from fedtune.models.interface import inner
 from fedtune.models.packing import MIN_PREFIX, common_prefix
 
@@ -25,6 +24,29 @@ DRAFT, LOOKUP = 12, 3
 LONGEST_DRAFT = 64  # draft tokens at most in a row whose drafts keep being right
 BUSY = 32  # tokens of a pass that hardly take longer than one: memory is what decoding waits for
 SLACK = 64  # columns of the cache that no row uses any more, before they are taken out
+
+
+NO_NUMBERS = "the model's logits are not numbers (NaN or infinite)"
+
+
+def likeliest(logits: Tensor) -> Iterator[int]:
+    """Yield the likeliest token of each row of logits [rows, vocabulary]; nothing is asked of rows not reached.
+
+    Raises:
+        ValueError: a row has a NaN, or its largest logit is infinite.
+    """
+    tokens = logits.argmax(-1)
+    largest = logits.gather(-1, tokens[:, None])[:, 0].isfinite()
+    for token, number in zip(tokens.tolist(), largest.tolist(), strict=True):
+        if not number:
+            raise ValueError(NO_NUMBERS)
+        yield token
+
+
+def check_scores(ids: Any, scores: Tensor) -> Tensor:
+    """Refuse, as a logits processor of `generate`, scores [rows, vocabulary] that have no likeliest token."""
+    list(likeliest(scores))
+    return scores
 
 
 class History:

@@ -115,10 +115,7 @@ def complete(
     Args:
         model: in evaluation mode.
         tokenizer: with a pad token.
-        prompts: texts to continue.
-        stops: stop words of each.
-        decoding: how.
-        samples: of each prompt.
+        stops: stop words of each prompt.
         places: what keys each prompt's random stream (its place in the whole set); its index by default.
     """
     eos, step = _end_tokens(model, tokenizer), max(1, BATCH // samples)

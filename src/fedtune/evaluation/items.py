@@ -115,8 +115,6 @@ def load(task: Task, config: Config, limit: int) -> TaskItems:
     """Return a task's items; a set whose file has not changed is not read again.
 
     Args:
-        task: which.
-        config: its data source is used.
         limit: 0 for all; else a sample of this size, the same for every model, kept in file order.
 
     Raises:

@@ -29,7 +29,6 @@ def samples_sha256(rows: Rows, key: str) -> str:
     """Return the hash of a log's samples as far as their set decides them.
 
     Args:
-        rows: the samples.
         key: the value that says, with its place, which item a sample is of: its right answer or its name.
     """
     return digest([[r.get("i"), r.get(key), r.get("same_prompt_as")] for r in rows])
@@ -39,7 +38,6 @@ def shortfall(task: str, mode: str, key: str, n: int, rows: Rows) -> str:
     """Say why samples are not those of a task's whole known set, or return an empty string.
 
     Args:
-        task, mode: of the log.
         key: as `samples_sha256` takes it.
         n: how many items the whole set has; 0 where that is not known.
         rows: the samples, without the log's first line.

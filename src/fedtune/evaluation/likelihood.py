@@ -124,10 +124,7 @@ def score(
 ) -> Iterator[list[list[float]]]:
     """Yield, batch by batch and in order, each item's score of each answer (mean log-probability, nats per token).
 
-    Args:
-        model, tokenizer, items: what to ask whom.
-        wrap: the official prompt around an item's own.
-        config: which prompt is taken.
+    `wrap` is the official prompt around an item's own.
     """
     encoded = (_candidates(item, wrap, tokenizer, config) for item in items)
     for chosen in runs(encoded, lambda candidates: sum(map(len, _texts(candidates))), MAX_TOKENS):

@@ -11,9 +11,8 @@ from torch import Tensor
 
 from fedtune.domains.base import Item
 from fedtune.evaluation import alone, pinned
-from fedtune.evaluation.decode import Row, windowed
+from fedtune.evaluation.decode import Row, check_scores, likeliest, windowed
 from fedtune.evaluation.extract import ANSWER_MARK, wrap
-from fedtune.evaluation.likeliest import check_scores, likeliest
 from fedtune.models import sides
 from fedtune.models.attention import packed_logits, row_weights
 
@@ -184,12 +183,6 @@ def _padded_rows(tokenizer: Any, prompts: Sequence[str], start: int) -> tuple[li
     return rows, len(tokens["input_ids"][0])
 
 
-def _alike(rows: Sequence[Row]) -> list[list[Row]]:
-    """Group rows by length, to be started together with little padding."""
-    ordered = sorted(rows, key=lambda row: len(row.prompt))
-    return [ordered[i : i + GROUP] for i in range(0, len(ordered), GROUP)]
-
-
 def _greedy(model: Any, tokenizer: Any, prompts: Sequence[str], new_tokens: int) -> Iterator[list[str]]:
     """Decode greedily: official batches side by side, a row no further than to where its label is fixed."""
     room: dict[int, int] = {}
@@ -208,7 +201,9 @@ def _greedy(model: Any, tokenizer: Any, prompts: Sequence[str], new_tokens: int)
         return full or fixed(row.prompt, row.new)
 
     longest = max(len(row.prompt) + room[row.index] for rows in official for row in rows)
-    given, groups = 0, [group for rows in official for group in _alike(rows)]
+    # rows of about one length are started together, with little padding
+    ordered = [sorted(rows, key=lambda row: len(row.prompt)) for rows in official]
+    given, groups = 0, [rows[i : i + GROUP] for rows in ordered for i in range(0, len(rows), GROUP)]
     for _ in alone.decode(model, groups, 2 * SENTIMENT_BATCH, done, longest=longest):
         while given < len(official) and all(row.ended for row in official[given]):
             texts = (_decoded(tokenizer, [*row.prompt, *row.new]) for row in official[given])
@@ -248,7 +243,6 @@ def sentiment(
     which cannot change a score.
 
     Args:
-        model, tokenizer, items: what to ask whom.
         new_tokens: cap for a packaged set; 0 decodes to the official total of 512 tokens.
         first: the place of the first item in its task, which a sampled batch's random stream is keyed by: the rest of
             an evaluation that was cut off samples what it would have.

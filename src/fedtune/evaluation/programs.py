@@ -105,8 +105,6 @@ def published_tests(task: Task, path: Path, references: Path | None, count: int)
     """Return the tests that somebody published for their programs, one text for each problem (see `program_tests`).
 
     Args:
-        task: a program task.
-        path: the generations.
         references: the tests' file; the one published beside the generations by default.
         count: how many problems the generations have.
 

@@ -39,8 +39,6 @@ def scored(
     """Score a published generation file; programs are run again in the sandbox.
 
     Args:
-        task: a benchmark task's name.
-        path: the file.
         reading: `official` reads answers as FlowerTune does; `strict` counts clean answers only.
         references: tests of programs; by default the set's own, or those published beside them where it is not at hand.
         as_asked: whether `references` go before the set's own tests.

@@ -54,8 +54,6 @@ def batches(ask: Ask[R], first: int, count: int, size: int) -> Iterator[list[R |
     Args:
         ask: yields the results of items from a first to before a last one, batch after batch.
         first: where to begin, a multiple of `size`.
-        count: items in all.
-        size: items of a batch.
 
     Raises:
         FedtuneError: what a user can repair is nothing about one item. Cancelling passes as well.

@@ -177,7 +177,6 @@ def execute(program: str, language: Language, finish: str = "") -> Outcome:
 
     Args:
         program: candidate and tests.
-        language: how.
         finish: text put after the program, in which `{token}` is the run's secret; the language's own by default.
 
     Returns:
@@ -210,7 +209,6 @@ def execute_all(
 
     Args:
         programs: (program with tests, finish) each.
-        language: of all.
         on_done: called with the number done so far.
 
     Raises:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fedtune.config import Config, Settings
 from fedtune.domains.base import Task
-from fedtune.evaluation.average import mean_score
+from fedtune.evaluation.metrics import mean_score
 from fedtune.evaluation.run import evaluate_all
 from fedtune.experiment.arms import Arm
 from fedtune.experiment.evaluate import identity

@@ -15,8 +15,7 @@ from safetensors import SafetensorError
 
 from fedtune.config.schema import ModelSettings
 from fedtune.data.hub import guarded
-from fedtune.data.once import made_once
-from fedtune.data.packages import SMOLLM2, Package, read_wheel
+from fedtune.data.packages import SMOLLM2, Package, made_once, read_wheel
 from fedtune.machine import cache_dir, expanded
 from fedtune.models import measure
 from fedtune.models.checks import check_complete, check_decoder, check_finite, check_vocabulary, quantised_bits

@@ -117,8 +117,6 @@ class Scorer(ABC):
         """Score a task from all its samples.
 
         Args:
-            task: its name.
-            rows: one a sample.
             settings: of the evaluation; the defaults for answers that somebody published.
             items: hash of the items.
         """
@@ -150,10 +148,8 @@ class Scorer(ABC):
         """Read the answers to some items, one by one unless a scorer does otherwise.
 
         Args:
-            loaded: the items.
-            first: which of them the first answer is to.
+            first: which of the items the first answer is to.
             answers: the solver's; `Failed` stands for that to an item that raised.
-            settings: of the evaluation.
 
         Returns:
             What the log says of each: its place in the set `i`, its group, and how it was answered.
@@ -202,7 +198,6 @@ class Scorer(ABC):
         """Yield what making the samples' outcomes again shows, where they have any and that can be done here.
 
         Args:
-            task, rows: the samples.
             tests: of the items, by their places; those of the known set, where it is at hand, by default.
         """
         yield from ()
@@ -217,8 +212,6 @@ class Scorer(ABC):
         """Read a file of answers that somebody published.
 
         Args:
-            task: which.
-            path: the file.
             reading: one of `readings`.
             references: tests, where the kind has them; the set's own, or those published beside the file, by default.
             as_asked: whether `references` go before the set's own tests.
