@@ -84,13 +84,9 @@ class CheckedRows:
     def lines(self, most: int = 20) -> list[str]:
         """Return the report for people: counts first, then the rows with their numbers."""
         head = [f"{counted(n, 'row')} {WORDS[kind]}" for kind, n in self.counts().items()]
-        shown = [f"row {p.row}: {_spaced(p.kind)} ({p.detail}): {p.action}" for p in self.problems[:most]]
+        shown = [f"row {p.row}: {p.kind.replace('_', ' ')} ({p.detail}): {p.action}" for p in self.problems[:most]]
         rest = len(self.problems) - most
         return head + shown + ([f"… and {rest} more"] if rest > 0 else [])
-
-
-def _spaced(kind: str) -> str:
-    return kind.replace("_", " ")
 
 
 def _template(text: str) -> str:
@@ -276,5 +272,5 @@ def require(checked: CheckedRows, name: str) -> Sequence[TrainRow]:
     reasons = {(p.kind, p.detail) for p in checked.problems}
     if len(reasons) == 1 and len(checked.problems) > 1:
         kind, detail = reasons.pop()
-        raise DataError(f"{name}: no row can be trained on: {_spaced(kind)} in each ({detail})")
+        raise DataError(f"{name}: no row can be trained on: {kind.replace('_', ' ')} in each ({detail})")
     raise DataError("\n  ".join([f"{name}: no row can be trained on", *checked.lines()]))

@@ -140,8 +140,8 @@ class Encoder:
 
     def turns(self, row: TrainRow) -> tuple[Turn, ...]:
         """Return the questions and answers of a row: its conversation, or the one that its columns are."""
-        several = {"instruction": row.instruction, "input": row.input}
-        asked = several.get(self.config.prompt.input, f"{row.instruction} {row.input}")
+        columns = {"instruction": row.instruction, "input": row.input}
+        asked = columns.get(self.config.prompt.input, f"{row.instruction} {row.input}")
         return row.turns or ((asked, row.output),)
 
     def text(self, turns: Sequence[Turn]) -> Text:

@@ -22,20 +22,10 @@ _BATCHES = "fedtune_batches"
 ENDLESS = 2**20
 
 
-@contextlib.contextmanager
-def _bare(base: Any) -> Iterator[None]:
-    """Leave the model's own generation settings out: how a row is decoded is the row's."""
+def _alone(base: Any, row: Row, done: Done) -> None:
+    """Decode a row to its end, the model's own generation settings left out: how a row is decoded is the row's."""
     from transformers import GenerationConfig
 
-    was, base.generation_config = base.generation_config, GenerationConfig()
-    try:
-        yield
-    finally:
-        base.generation_config = was
-
-
-def _alone(base: Any, row: Row, done: Done) -> None:
-    """Decode a row to its end."""
     if row.blind:
         raise ValueError("a row that ends in padding cannot be decoded alone")
     ids = torch.tensor([list(row.prompt)], device=base.device)
@@ -47,15 +37,19 @@ def _alone(base: Any, row: Row, done: Done) -> None:
         row.ended = done(row)
         return torch.full_like(scores, float("-inf")).index_fill_(-1, torch.tensor(token, device=scores.device), 0)
 
-    base.generate(
-        inputs=ids,
-        attention_mask=torch.ones_like(ids),
-        do_sample=False,
-        max_new_tokens=ENDLESS,
-        pad_token_id=0,
-        logits_processor=[step],
-        stopping_criteria=[lambda seen, scores, **_: torch.tensor([row.ended], device=seen.device)],
-    )
+    was, base.generation_config = base.generation_config, GenerationConfig()
+    try:
+        base.generate(
+            inputs=ids,
+            attention_mask=torch.ones_like(ids),
+            do_sample=False,
+            max_new_tokens=ENDLESS,
+            pad_token_id=0,
+            logits_processor=[step],
+            stopping_criteria=[lambda seen, scores, **_: torch.tensor([row.ended], device=seen.device)],
+        )
+    finally:
+        base.generation_config = was
 
 
 def _taught(decoder: Decoder, texts: Sequence[Sequence[int]]) -> list[list[Tensor]]:
@@ -118,21 +112,15 @@ def batches(model: Any, longest: int = 0) -> bool:
 
 
 def decode(
-    model: Any,
-    groups: Sequence[Sequence[Row]],
-    most: int,
-    done: Done,
-    context: PassContext | None = None,
-    *,
-    longest: int,
+    model: Any, groups: Sequence[Sequence[Row]], most: int, longest: int, done: Done, context: PassContext | None = None
 ) -> Iterator[None]:
     """Decode groups of rows to their end, in a running batch where that is proven. Yields whenever rows may have ended.
 
     Args:
         model: in evaluation mode.
         groups, most: as `decode.run` takes them.
-        done, context: as `Decoder` takes them.
         longest: tokens that a row has in the end, at most.
+        done, context: as `Decoder` takes them.
     """
     if batches(model, longest):
         yield from run(Decoder(model, done, context, drafts=True), groups, most)
@@ -140,6 +128,6 @@ def decode(
     base = inner(model)
     for group in groups:
         for row in group:
-            with context([row]) if context else contextlib.nullcontext(), _bare(base):
+            with context([row]) if context else contextlib.nullcontext():
                 _alone(base, row, done)
         yield

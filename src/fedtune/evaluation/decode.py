@@ -25,7 +25,6 @@ LONGEST_DRAFT = 64  # draft tokens at most in a row whose drafts keep being righ
 BUSY = 32  # tokens of a pass that hardly take longer than one: memory is what decoding waits for
 SLACK = 64  # columns of the cache that no row uses any more, before they are taken out
 
-
 NO_NUMBERS = "the model's logits are not numbers (NaN or infinite)"
 
 

@@ -50,12 +50,12 @@ def _official(output: str, shorten: Callable[[str], str]) -> str:
 
 def official_letter(output: str) -> str:
     """Return what is read of multiple choice: the first letter counts, so "Based on" is b."""
-    return _official(output, lambda text: text.encode("ascii", "ignore").decode("ascii")[:1])
+    return _official(output, lambda text: text[:1])
 
 
 def official_verdict(output: str) -> str:
     """Return what is read of yes, no, maybe, the first doubled one folded."""
-    return _official(output, lambda text: _fold(text).encode("ascii", "ignore").decode("ascii"))
+    return _official(output, _fold)
 
 
 def bare(output: str) -> str:

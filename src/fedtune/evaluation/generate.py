@@ -132,9 +132,9 @@ def complete(
         model,
         [c for c in open_rows if c],
         BATCH + step * samples // 2,
+        decoding.length,
         lambda row: _finished(row, stops[row.index], tokenizer, eos, decoding),
         _mixture(model, every),
-        longest=decoding.length,
     )
     given = 0
     for _ in itertools.chain(passes, [None]):

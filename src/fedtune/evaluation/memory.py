@@ -15,8 +15,9 @@ from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 
+from fedtune.evaluation.confine import MEBIBYTE
+
 ROOT = Path("/sys/fs/cgroup")
-SIZE = 1024**2
 PATIENCE = 2.0
 # should entering fail, the limits of each process still hold
 _ENTER = ("sh", "-c", 'echo $$ >"$0"; exec "$@"')
@@ -81,7 +82,7 @@ def _parent() -> Path | None:
     """Return where groups can be made and entered by this process, having tried it."""
     for parent in _parents():
         try:
-            with _group(parent, 64 * SIZE) as enter:
+            with _group(parent, 64 * MEBIBYTE) as enter:
                 inside = subprocess.run(  # noqa: S603
                     [*enter, "cat", "/proc/self/cgroup"], capture_output=True, text=True, timeout=10, check=True
                 )

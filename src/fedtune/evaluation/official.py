@@ -82,7 +82,7 @@ def _generate_one(model: Any, tokenizer: Any, text: Sequence[int], new_tokens: i
             logits_processor=[check_scores],
             return_dict_in_generate=False,
         )
-    return _decoded(tokenizer, made[0][len(text) :])
+    return _text(tokenizer, made[0][len(text) :])
 
 
 @torch.inference_mode()
@@ -99,7 +99,7 @@ def choose(model: Any, tokenizer: Any, items: Sequence[Item]) -> Iterator[list[s
         texts = [tokenizer(wrap(item.prompt))["input_ids"] for item in batch]
         new_tokens = len(tokenizer(batch[0].gold_answer, add_special_tokens=False)["input_ids"])
         if new_tokens == 1 and plain:
-            yield [_decoded(tokenizer, [token]) for token in _first_tokens(model, texts)]
+            yield [_text(tokenizer, [token]) for token in _first_tokens(model, texts)]
         else:
             yield [_generate_one(model, tokenizer, text, new_tokens) for text in texts]
 
@@ -124,14 +124,14 @@ def _label_fixed(tokenizer: Any) -> Callable[[Sequence[int], Sequence[int]], boo
 
     def fixed(prompt: Sequence[int], new: Sequence[int]) -> bool:
         words = (t for t in itertools.chain(reversed(new), reversed(prompt)) if t not in special)
-        tail = _decoded(tokenizer, [*itertools.islice(words, TAIL)][::-1])
+        tail = _text(tokenizer, [*itertools.islice(words, TAIL)][::-1])
         near = len(new) <= 1 or any(word in tail for word in WORDS)
-        return near and verdict_fixed(_decoded(tokenizer, [*prompt, *new]))
+        return near and verdict_fixed(_text(tokenizer, [*prompt, *new]))
 
     return fixed
 
 
-def _decoded(tokenizer: Any, ids: Sequence[int]) -> str:
+def _text(tokenizer: Any, ids: Sequence[int]) -> str:
     return str(tokenizer.decode(ids, skip_special_tokens=True))
 
 
@@ -145,14 +145,13 @@ def _generated(model: Any, tokenizer: Any, prompts: list[str], new_tokens: int) 
     """Decode a batch by `generate`: for models with sampling or penalties of their own."""
     tokens = tokenizer(prompts, return_tensors="pt", padding=True, return_token_type_ids=False).to(model.device)
     limit = {"max_new_tokens": new_tokens} if new_tokens else {"max_length": SENTIMENT_LENGTH}
-    sampled = bool(model.generation_config.do_sample)
-    # a sampled batch must run to its end: stopping early would shift the random stream of the next one
     fixed, width = _label_fixed(tokenizer), tokens["input_ids"].shape[1]
 
     def stopped(ids: Tensor, scores: Tensor, **_: Any) -> Tensor:
         return torch.tensor([fixed(row[:width], row[width:]) for row in ids.tolist()], device=ids.device)
 
-    stop = {} if sampled else {"stopping_criteria": [stopped]}
+    # a sampled batch must run to its end: stopping early would shift the random stream of the next one
+    stop = {} if model.generation_config.do_sample else {"stopping_criteria": [stopped]}
     rows = zip(tokens["input_ids"].tolist(), tokens["attention_mask"].tolist(), strict=True)
     texts = [[token for token, seen in zip(*row, strict=True) if seen] for row in rows]
     with row_weights(model, texts, _copies(model)), pinned.positions(model):
@@ -183,7 +182,7 @@ def _padded_rows(tokenizer: Any, prompts: Sequence[str], start: int) -> tuple[li
     return rows, len(tokens["input_ids"][0])
 
 
-def _greedy(model: Any, tokenizer: Any, prompts: Sequence[str], new_tokens: int) -> Iterator[list[str]]:
+def _decoded(model: Any, tokenizer: Any, prompts: Sequence[str], new_tokens: int) -> Iterator[list[str]]:
     """Decode greedily: official batches side by side, a row no further than to where its label is fixed."""
     room: dict[int, int] = {}
     official: list[list[Row]] = []
@@ -204,9 +203,9 @@ def _greedy(model: Any, tokenizer: Any, prompts: Sequence[str], new_tokens: int)
     # rows of about one length are started together, with little padding
     ordered = [sorted(rows, key=lambda row: len(row.prompt)) for rows in official]
     given, groups = 0, [rows[i : i + GROUP] for rows in ordered for i in range(0, len(rows), GROUP)]
-    for _ in alone.decode(model, groups, 2 * SENTIMENT_BATCH, done, longest=longest):
+    for _ in alone.decode(model, groups, 2 * SENTIMENT_BATCH, longest, done):
         while given < len(official) and all(row.ended for row in official[given]):
-            texts = (_decoded(tokenizer, [*row.prompt, *row.new]) for row in official[given])
+            texts = (_text(tokenizer, [*row.prompt, *row.new]) for row in official[given])
             yield [text.split(ANSWER_MARK)[1] for text in texts]
             given += 1
 
@@ -225,7 +224,7 @@ def _decodable(model: Any, tokenizer: Any) -> bool:
 
 def _sentiment(model: Any, tokenizer: Any, prompts: list[str], new_tokens: int, first: int) -> Iterator[list[str]]:
     if _decodable(model, tokenizer):
-        yield from _greedy(model, tokenizer, prompts, new_tokens)
+        yield from _decoded(model, tokenizer, prompts, new_tokens)
         return
     for start in range(0, len(prompts), SENTIMENT_BATCH):
         torch.manual_seed(SEED + first + start)

@@ -20,19 +20,6 @@ def scorer_of(task: str) -> Scorer:
     return able[task]
 
 
-def _check_options(task: str, scorer: Scorer, reading: str, references: Path | None) -> None:
-    """Raise ConfigError for an option that would change nothing."""
-    problems = []
-    if reading not in scorer.readings:
-        fix = nearest(reading, scorer.readings) or "leave it out"
-        problems.append(Problem(f"--mode {reading}", f"{task} is scored as {' or '.join(scorer.readings)}", fix))
-    if references is not None and not scorer.needs_tests:
-        what = "has no effect: only programs have tests"
-        problems.append(Problem(f"--references {references}", what, "leave it out"))
-    if problems:
-        raise ConfigError("fedtune score", problems)
-
-
 def scored(
     task: str, path: Path, reading: str = "official", references: Path | None = None, *, as_asked: bool = True
 ) -> tuple[Score, list[bool], str]:
@@ -52,7 +39,15 @@ def scored(
         DataError, SandboxError: programs cannot be run.
     """
     scorer = scorer_of(task)
-    _check_options(task, scorer, reading, references)
+    problems = []
+    if reading not in scorer.readings:
+        fix = nearest(reading, scorer.readings) or "leave it out"
+        problems.append(Problem(f"--mode {reading}", f"{task} is scored as {' or '.join(scorer.readings)}", fix))
+    if references is not None and not scorer.needs_tests:
+        what = "has no effect: only programs have tests"
+        problems.append(Problem(f"--references {references}", what, "leave it out"))
+    if problems:
+        raise ConfigError("fedtune score", problems)
     samples, why = scorer.published(TASKS[task], path, reading, references, as_asked=as_asked)
     score = scorer.summarise(task, samples).model_copy(update={"mode": reading})
     return score, [bool(s["correct"]) for s in samples], why
