@@ -226,6 +226,15 @@ def test_without_a_control_group_programs_run_all_the_same(monkeypatch: pytest.M
     assert execute("assert True", PYTHON) == Outcome("passed")
 
 
+def test_a_compiler_has_the_same_small_tmp() -> None:
+    """What is compiled is of a stranger: forty files of 4 MB, of which no limit of one file would stop any."""
+    files = "for i in $(seq 40); do head -c 4000000 /dev/zero > /tmp/$i || { echo stopped at $i >&2; exit 7; }; done"
+    language = replace(CPP, compile=("sh", "-c", files), tool="sh")
+    ended = execute("int main() {}", language)
+    assert "stopped at " in ended.detail
+    assert int(ended.detail.rsplit(" ", 1)[1]) <= 17
+
+
 @pytest.mark.skipif(not shutil.which("g++"), reason="g++ is not installed")
 def test_a_compiled_program_has_the_same_small_tmp() -> None:
     body = """#include <cstdio>
@@ -315,7 +324,7 @@ def test_a_missing_tool_is_an_error_of_that_language_only(monkeypatch: pytest.Mo
 
 def test_a_container_is_entered_with_nothing_it_does_not_need(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(confine, "engine", lambda: "podman")
-    words = confine.command(PYTHON.run, PYTHON.limits, True, tmp_path / "work", tmp_path / "tmp")
+    words = confine.command(PYTHON.run, PYTHON.limits, True, tmp_path / "work")
     text = " ".join(words)
     for flag in (
         "--network none",
@@ -327,10 +336,10 @@ def test_a_container_is_entered_with_nothing_it_does_not_need(tmp_path: Path, mo
     ):
         assert flag in text
     assert f"-v {tmp_path}/work:/job:ro" in text
-    assert str(tmp_path / "tmp") not in text
+    assert ":/out" not in text
     assert f"--tmpfs /tmp:rw,exec,nosuid,mode=1777,size={confine.TMP_BYTES}" in text
-    compiling = confine.command(CPP.compile, CPP.limits, True, tmp_path / "work", tmp_path / "tmp", keep=True)
-    assert f"{tmp_path}/tmp:/tmp" in compiling
+    compiling = confine.command(CPP.compile, CPP.limits, True, tmp_path / "work", tmp_path / "out")
+    assert f"{tmp_path}/out:/out" in compiling
     after = words[words.index(confine.IMAGE) + 1 :]
     assert after[:4] == ["timeout", "-s", "KILL", "32"]
     assert after[-4:] == ["python3", "-B", "/job/runner.py", "{token}"]

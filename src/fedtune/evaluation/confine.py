@@ -65,8 +65,8 @@ def _readable() -> list[str]:
     return [p for p in dict.fromkeys([*system, *python]) if Path(p).exists()]
 
 
-def _bubblewrap(folder: Path, scratch: Path | None) -> list[str]:
-    """Return the command that enters a sandbox in which only /tmp can be written: `scratch`, else in memory.
+def _bubblewrap(folder: Path, out: Path | None) -> list[str]:
+    """Return the command that enters a sandbox in which only /tmp can be written, in memory, and /out, if there is one.
 
     Root gets no user namespace but a user of its own inside: the kernel does not limit the number of
     root's processes, whatever the namespace calls it, so a fork bomb would not stop.
@@ -81,8 +81,8 @@ def _bubblewrap(folder: Path, scratch: Path | None) -> list[str]:
     known = {"PATH": "/usr/local/bin:/usr/bin:/bin", "HOME": "/tmp", "PYTHONHASHSEED": "0"}  # noqa: S108
     words += [word for name, value in known.items() for word in ("--setenv", name, value)]
     # /tmp first, so that a Python that lives below it is seen through it
-    in_memory = ["--perms", "1777", "--size", str(TMP_BYTES), "--tmpfs", "/tmp"]  # noqa: S108
-    words += ["--bind", str(scratch), "/tmp"] if scratch else in_memory  # noqa: S108
+    words += ["--perms", "1777", "--size", str(TMP_BYTES), "--tmpfs", "/tmp"]  # noqa: S108
+    words += ["--bind", str(out), "/out"] if out else []
     for path in _readable():
         words += ["--symlink", os.readlink(path), path] if os.path.islink(path) else ["--ro-bind", path, path]
     words += ["--proc", "/proc", "--dev", "/dev", "--remount-ro", "/dev"]
@@ -98,14 +98,14 @@ def _nobody() -> list[str]:
     return [*words, "--inh-caps=-all", "--bounding-set=-all"]
 
 
-def _container(name: str, folder: Path, scratch: Path | None, limits: Limits) -> list[str]:
+def _container(name: str, folder: Path, out: Path | None, limits: Limits) -> list[str]:
     """Return the command that enters a container; it ends by itself, since killing the client would not end it."""
-    in_memory = ["--tmpfs", f"/tmp:rw,exec,nosuid,mode=1777,size={TMP_BYTES}"]  # noqa: S108
     words = [name, "run", "--rm", "-i", "--pull", "never", "--network", "none", "--read-only", "--cap-drop", "ALL"]
     words += ["--security-opt", "no-new-privileges", "--user", "65534:65534", "--pids-limit", str(limits.processes)]
     words += ["--memory", str(limits.memory), "--memory-swap", str(limits.memory)]
     words += ["--workdir", "/tmp", "--env", "HOME=/tmp", "--env", "PYTHONHASHSEED=0"]  # noqa: S108
-    words += ["-v", f"{scratch}:/tmp"] if scratch else in_memory
+    words += ["--tmpfs", f"/tmp:rw,exec,nosuid,mode=1777,size={TMP_BYTES}"]  # noqa: S108
+    words += ["-v", f"{out}:/out"] if out else []
     words += ["-v", f"{folder}:/job:ro", IMAGE]
     return [*words, "timeout", "-s", "KILL", str(int(limits.clock) + 2)]
 
@@ -140,20 +140,18 @@ def has_tool(tool: str) -> bool:
         return _works([*inside, "sh", "-c", f"command -v {tool}"])
 
 
-def command(
-    words: Sequence[str], limits: Limits, map_limit: bool, folder: Path, scratch: Path, *, keep: bool = False
-) -> list[str]:
+def command(words: Sequence[str], limits: Limits, map_limit: bool, folder: Path, out: Path | None = None) -> list[str]:
     """Return the whole command, which lowers the kernel's limits before anything else runs; there is an engine.
 
-    `keep` leaves /tmp in `scratch` for the next one (a compiler's output).
+    What it leaves in /out is in `out` afterwards (a compiler's output).
     """
     seconds = math.ceil(limits.seconds)
     # the first limit of seconds can be told from other deaths, the second one cannot be caught
     limited = ["prlimit", f"--cpu={seconds}:{seconds + 1}", f"--{'as' if map_limit else 'data'}={limits.memory}"]
     limited += [f"--fsize={limits.output}", "--core=0", f"--nproc={limits.processes}"]
-    name, written = engine(), scratch if keep else None
+    name = engine()
     if name == "bwrap":
-        return [*_bubblewrap(folder, written), *limited, *_nobody(), *words]
+        return [*_bubblewrap(folder, out), *limited, *_nobody(), *words]
     # the image has a Python of its own
     own = ["python3" if word == sys.executable else word for word in words]
-    return [*_container(str(name), folder, written, limits), *limited, *own]
+    return [*_container(str(name), folder, out, limits), *limited, *own]

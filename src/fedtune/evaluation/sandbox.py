@@ -73,7 +73,7 @@ CPP = Language(
     "program.cpp",
     ("/job/program",),
     Limits(15.0),
-    compile=("g++", "-std=c++17", "-o", "/tmp/program", "/job/program.cpp"),  # noqa: S108 - of the sandbox
+    compile=("g++", "-std=c++17", "-o", "/out/program", "/job/program.cpp"),
     tool="g++",
 )
 
@@ -158,15 +158,15 @@ def _judge(ended: _Ended, token: str) -> Outcome:
     return Outcome("error", detail, compiled=_SYNTAX.search(detail) is None)
 
 
-def _compile(language: Language, folder: Path, scratch: Path, logs: Path) -> Outcome | None:
+def _compile(language: Language, folder: Path, out: Path, logs: Path) -> Outcome | None:
     """Compile where the language needs it; None when that went well."""
     if not language.compile:
         return None
     limits = Limits(language.limits.seconds, output=64 * MEBIBYTE)
-    ended = _call(command(language.compile, limits, True, folder, scratch, keep=True), limits, logs)
+    ended = _call(command(language.compile, limits, True, folder, out), limits, logs)
     if ended.code == 0:
         # what runs may not write where the compiler did, which is the host's disk
-        os.replace(scratch / "program", folder / "program")
+        os.replace(out / "program", folder / "program")
         return None
     slow = ended.code in (None, 128 + signal.SIGXCPU)
     return Outcome("timeout" if slow else "error", ended.err[-2000:], compiled=False)
@@ -186,19 +186,19 @@ def execute(program: str, language: Language, finish: str = "") -> Outcome:
         return Outcome("no-sandbox", MISSING, compiled=False)
     token = secrets.token_hex(16)
     with tempfile.TemporaryDirectory(prefix="fedtune-") as root:
-        folder, scratch, logs = (Path(root) / name for name in ("work", "tmp", "logs"))
-        for path in (folder, scratch, logs):
+        folder, out, logs = (Path(root) / name for name in ("work", "out", "logs"))
+        for path in (folder, out, logs):
             path.mkdir()
         os.chmod(root, 0o755)  # noqa: S103 - the sandbox's user is nobody
-        os.chmod(scratch, 0o777)  # noqa: S103
+        os.chmod(out, 0o777)  # noqa: S103
         text = program + (finish or language.finish).replace("{token}", token)
         (folder / language.file).write_bytes(text.encode("utf-8", "surrogatepass"))
         for name, content in language.extra.items():
             (folder / name).write_text(content, encoding="utf-8")
-        if failed := _compile(language, folder, scratch, logs):
+        if failed := _compile(language, folder, out, logs):
             return failed
         words = [word.replace("{token}", token) for word in language.run]
-        entered = command(words, language.limits, language.map_limit, folder, scratch)
+        entered = command(words, language.limits, language.map_limit, folder)
         return _judge(_call(entered, language.limits, logs), token)
 
 
