@@ -22,7 +22,10 @@ BATCH = 4096
 
 
 def run_row(model: Any, row: PackedRow, module: Any = None, **options: Any) -> Any:
-    """Run a row through a model, bare or in PEFT, or a part of it. Raises ModelError for texts not proven in a row."""
+    """Run a row through a causal language model, bare or wrapped by PEFT, or through a part of it.
+
+    Raises ModelError for several texts in one row, where that is not proven.
+    """
     texts = [range(span.before + span.length) for span in row.spans]
     if proof_of(model).packs(texts):
         return packed_pass(model, row, module, **options)
