@@ -19,7 +19,7 @@ from fedtune.board.pairs import FEWEST, p_value
 from fedtune.board.site import build, embedded, page
 from fedtune.board.store import read_entry, write_entry
 from fedtune.cli import app
-from fedtune.results.entry import Answers, Entry, Privacy
+from fedtune.results.entry import Answers, Entry, Privacy, unpacked
 from fedtune.results.schema import Arm
 from fedtune.results.stats import mcnemar
 from fedtune.types import CorruptFileError, DataError
@@ -64,10 +64,10 @@ def test_links_are_https_or_nothing() -> None:
 def test_answers_survive_packing() -> None:
     flags = [i % 3 == 0 for i in range(77)]
     packed = Answers.pack(flags, "x")
-    assert packed.unpack() == flags
-    assert Answers.pack([], "x").unpack() == []
+    assert unpacked(packed.bits, packed.n).tolist() == flags
+    assert unpacked(Answers.pack([], "x").bits, 0).tolist() == []
     with pytest.raises(ValueError, match="bits for 200 items"):
-        Answers(items_sha256="x", n=200, bits="AAAA").unpack()
+        Answers(items_sha256="x", n=200, bits="AAAA")
 
 
 def test_answers_are_measured_before_they_are_unpacked(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -75,7 +75,7 @@ def test_answers_are_measured_before_they_are_unpacked(monkeypatch: pytest.Monke
         Answers(items_sha256="", n=0, bits="A" * 1_000_004)
     with pytest.raises(ValueError, match="24 bits for 25 items"):
         Answers(items_sha256="", n=25, bits="AAAA")
-    monkeypatch.setattr(Answers, "unpack", lambda self: pytest.fail("unpacked"))
+    monkeypatch.setattr("fedtune.results.entry.unpacked", lambda bits, n: pytest.fail("unpacked"))
     assert Answers(items_sha256="", n=24, bits="AAAA").n == 24
 
 

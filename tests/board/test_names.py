@@ -11,7 +11,7 @@ from pydantic import ValidationError
 
 from fedtune.board.entries import from_run
 from fedtune.board.sets import client_subdirs, log_path
-from fedtune.board.submit import pack_one
+from fedtune.board.submit import pack
 from fedtune.board.validate import check
 from fedtune.domains import TASKS
 from fedtune.results.entry import Point
@@ -91,7 +91,7 @@ def test_a_stranger_s_run_packs_nothing_from_outside(
         from_run(run)
     assert PRIVATE not in str(caught.value)
     with pytest.raises(CorruptFileError):
-        pack_one(run, tmp_path / "out/mine", "a team")
+        pack([run], tmp_path / "out", "a team")
     assert {p for p in tmp_path.rglob("*") if p.is_file()} == before
 
 

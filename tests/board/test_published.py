@@ -15,6 +15,7 @@ from fedtune.board.store import write_entry
 from fedtune.cli import app
 from fedtune.evaluation import again, programs, sandbox
 from fedtune.evaluation.published import scored
+from fedtune.results.entry import unpacked
 from fedtune.types import CorruptFileError, DataError
 
 ROWS = [
@@ -61,7 +62,8 @@ def test_a_score_that_its_generations_give_is_rescored(folder: Callable[..., Pat
     ]
     found = entry.main.scores[0]
     assert (found.score, found.n, found.strict) == (0.5, 4, 0.5)
-    assert entry.answers["federated/medqa/official"].unpack() == [True, False, True, False]
+    answers = entry.answers["federated/medqa/official"]
+    assert unpacked(answers.bits, answers.n).tolist() == [True, False, True, False]
     assert entry.costs.bytes_up + entry.costs.bytes_down == 2 * 1024**2
     assert entry.link == "https://github.com/some/body"
 

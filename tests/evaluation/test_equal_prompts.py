@@ -23,6 +23,7 @@ from fedtune.evaluation.scorers import KINDS
 from fedtune.io import read_lines, write_lines
 from fedtune.models.load import LoadedModel
 from fedtune.models.load import load as load_model
+from fedtune.results.entry import unpacked
 from fedtune.results.schema import Arm
 
 
@@ -66,7 +67,7 @@ def test_whatever_is_made_from_a_log_agrees_with_the_run_about_equal_prompts(
     assert paired(log, log)[0] == [1.0, 1.0]
     assert mean_score([score], [log]).interval == (1.0, 1.0)
     arm = Arm(name="base", scores=[score])
-    assert [a.unpack() for _, a in _answers(tmp_path, arm)] == [[True, True]]
+    assert [unpacked(a.bits, a.n).tolist() for _, a in _answers(tmp_path, arm)] == [[True, True]]
     log.with_suffix(".jsonl.gz").write_bytes(gzip.compress(log.read_bytes()))
     log.unlink()  # as a submission has it
     assert list(recomputed(tmp_path, arm, score)) == []

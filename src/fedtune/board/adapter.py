@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from fedtune import spaces
-from fedtune.board.archive import is_clutter
+from fedtune.board.archive import inside
 from fedtune.methods import METHODS
 from fedtune.methods.traits import moves_base
 from fedtune.models.adapter_config import read_config
@@ -44,9 +44,8 @@ def adapter_problems(folder: Path, entry: Entry) -> Iterator[Problem]:
     if space.unsubmitted:
         yield Problem("config.toml", f'peft.kind = "{space.name}"; {space.unsubmitted}')
         return
-    there = {p.relative_to(folder) for p in folder.rglob("*") if p.is_file()}
-    for name in sorted(p for p in there if p.suffix == ".safetensors" or p.parts[0] == "adapter"):
-        if str(name) not in (ADAPTER, CONFIG) and not is_clutter(name):
+    for name in (p.relative_to(folder) for p in inside(folder)):
+        if (name.suffix == ".safetensors" or name.parts[0] == "adapter") and str(name) not in (ADAPTER, CONFIG):
             yield Problem(str(name), "is no part of the adapter that a run leaves")
     if not (folder / ADAPTER).is_file():
         if _kept(entry):
@@ -63,14 +62,11 @@ def adapter_problems(folder: Path, entry: Entry) -> Iterator[Problem]:
         return
     if spoilt:
         yield Problem(ADAPTER, f"{spoilt} has NaN or infinity; no model can have been evaluated with it")
-    for file, why in space.saved_problems(config, layers, entry, grown=_grows(entry)):
+    # with what was moved into the base model too, it has a rank and a scale of its own
+    grown = entry.settings.arm == "federated" and moves_base(METHODS[entry.method])
+    for file, why in space.saved_problems(config, layers, entry, grown=grown):
         yield Problem(f"adapter/{file}", why)
     trained = sum(sum(space.numbers(shape, entry.settings)) for shape in layers.values())
     if entry.costs.trainable_parameters != trained:
         said = entry.costs.trainable_parameters
         yield Problem("entry.costs.trainable_parameters", f"is {said}, its layers have {trained}")
-
-
-def _grows(entry: Entry) -> bool:
-    """Tell whether the adapter holds what was moved into the base model too: it has a rank and a scale of its own."""
-    return entry.settings.arm == "federated" and moves_base(METHODS[entry.method])

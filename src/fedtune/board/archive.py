@@ -37,6 +37,11 @@ def is_clutter(name: str | PurePosixPath | Path) -> bool:
     return path.name in CLUTTER or path.name.startswith("._") or "__MACOSX" in path.parts
 
 
+def inside(folder: Path, part: str = "") -> list[Path]:
+    """Return what lies in a submission's folder, or in a part of it, in order: all but folders and clutter."""
+    return [p for p in sorted((folder / part).rglob("*")) if not (p.is_dir() or is_clutter(p.relative_to(folder)))]
+
+
 def _info_problem(info: zipfile.ZipInfo) -> tuple[str, str]:
     """Say what is wrong with one name of an archive, and what would repair it; empty texts where nothing is."""
     name, path, kind = info.filename, PurePosixPath(info.filename), info.external_attr >> 28

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import base64
 import contextlib
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,8 +18,8 @@ from fedtune.config import Config
 from fedtune.evaluation import scorers
 from fedtune.io import canonical, digest
 from fedtune.methods import METHODS
-from fedtune.results.entry import Entry
-from fedtune.results.schema import Arm, Score
+from fedtune.results.entry import Entry, unpacked
+from fedtune.results.schema import Score
 from fedtune.types import DataError
 
 BOARD_VERSION = 1
@@ -41,11 +40,7 @@ class Recipe:
 
 
 def recipes(entries: Iterable[Entry]) -> list[Recipe]:
-    """Group entries by recipe, in the order they come.
-
-    Raises:
-        DataError: two entries of one recipe and seed.
-    """
+    """Group entries by recipe, in the order they come. Raises DataError: two entries of one recipe and seed."""
     groups: dict[tuple[str, ...], list[Entry]] = {}
     for entry in entries:
         groups.setdefault((*entry.place().parts[:-1], entry.team), []).append(entry)
@@ -70,8 +65,8 @@ def _wilson(score: float, n: int) -> tuple[float, float]:
 
 def _task(recipe: Recipe, score: Score) -> dict[str, Any]:
     """Return a task's numbers over all seeds of a recipe."""
-    same = [_score(e.main, score) for e in recipe.entries]
-    base = [_score(arm, score) if (arm := e.arm("base")) else None for e in recipe.entries]
+    same = [e.main.like(score) for e in recipe.entries]
+    base = [arm.like(score) if (arm := e.arm("base")) else None for e in recipe.entries]
     mean = _mean([s.score if s else None for s in same])
     seeds = [s.score for s in same if s and s.score is not None]
     known = mean is not None and scorers.metric(score.metric).hits and score.n
@@ -92,14 +87,9 @@ def _task(recipe: Recipe, score: Score) -> dict[str, Any]:
         "base": _mean([s.score if s else None for s in base]),
         "chance": score.trivial.get("majority"),
         "claimed": recipe.first.claims.get(score.task),
-        "clients": [v for v in recipe.first.main.per_client.get(f"{score.task}/{score.mode}", []) if v is not None],
+        "clients": recipe.first.main.of_clients(score),
         **_bits(recipe, score),
     }
-
-
-def _score(arm: Arm | None, like: Score) -> Score | None:
-    found = [s for s in arm.scores if (s.task, s.mode) == (like.task, like.mode)] if arm else []
-    return found[0] if found else None
 
 
 def _bits(recipe: Recipe, score: Score) -> dict[str, Any]:
@@ -107,7 +97,7 @@ def _bits(recipe: Recipe, score: Score) -> dict[str, Any]:
 
     The bits are None where a seed does not say, or is of other items than the first one.
     """
-    known = [e.answers.get(f"{e.main.name}/{score.task}/{score.mode}") for e in recipe.entries]
+    known = [e.answers.get(f"{e.main.name}/{score.key}") for e in recipe.entries]
     items = known[0].items_sha256 if known[0] else score.items_sha256
     same = [a.bits for a in known if a and a.n == score.n and a.items_sha256 == items]
     return {"items": items, "bits": same if len(same) == len(known) else None}
@@ -200,8 +190,7 @@ def _worst_state(recipe: Recipe) -> str:
 
 def _flags(task: dict[str, Any]) -> np.ndarray:
     """Return which items each seed had right, (seeds x items)."""
-    raw = [np.frombuffer(base64.b64decode(bits), dtype=np.uint8) for bits in task["bits"]]
-    return np.stack([np.unpackbits(one)[: task["n"]].astype(bool) for one in raw])
+    return np.stack([unpacked(bits, task["n"]) for bits in task["bits"]])
 
 
 def separable(one: dict[str, Any], two: dict[str, Any], mode: str) -> bool:
@@ -254,19 +243,6 @@ def ranked(rows: Sequence[dict[str, Any]], domain: str, mode: str) -> dict[str, 
     return ranks
 
 
-def _shown(found: Iterable[Recipe], out: list[str]) -> Iterator[tuple[Recipe, dict[str, Any]]]:
-    """Yield the recipes that can be written as a row of a page, with it; say of the others why not."""
-    for recipe in found:
-        # the files come from strangers' submissions: no one of them may keep all others off the page
-        try:
-            made = row(recipe)
-            canonical(made).encode()
-        except Exception as err:
-            out.append(left_out_line(recipe.first.place().parent, err))
-            continue
-        yield recipe, made
-
-
 def board(store: Path) -> dict[str, Any]:
     """Return everything the page shows; what no page can show is left out, and `left_out` says what and why.
 
@@ -276,9 +252,18 @@ def board(store: Path) -> dict[str, Any]:
     if not store.is_dir():
         raise DataError(f"{store}: no such folder; make one and add a submission (fedtune board add --help)")
     left_out: list[str] = []
-    found = recipes(entry for _, entry in readable(store, left_out))
-    pairs = list(_shown(found, left_out))
-    entries, rows = [e for recipe, _ in pairs for e in recipe.entries], [made for _, made in pairs]
+    entries: list[Entry] = []
+    rows: list[dict[str, Any]] = []
+    for recipe in recipes(entry for _, entry in readable(store, left_out)):
+        # the files come from strangers' submissions: no one of them may keep all others off the page
+        try:
+            made = row(recipe)
+            canonical(made).encode()
+        except Exception as err:
+            left_out.append(left_out_line(recipe.first.place().parent, err))
+            continue
+        entries += recipe.entries
+        rows.append(made)
     domains = sorted({r["domain"] for r in rows})
     modes = sorted({mode for r in rows for mode in r["scores"]})
     ranks = {f"{d}/{m}": ranked(rows, d, m) for d in domains for m in modes}

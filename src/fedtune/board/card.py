@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +13,6 @@ from fedtune.results.schema import Score
 
 def _metric(score: Score) -> str:
     return scorers.metric(score.metric).short or score.metric
-
-
-def reproduce(entry: Entry) -> str:
-    """Return the command that makes the run again."""
-    return f"fedtune run --config config.toml --seed {entry.seed}"
 
 
 def lm_eval(entry: Entry) -> dict[str, Any]:
@@ -51,13 +45,6 @@ def eval_results(entry: Entry) -> list[dict[str, Any]]:
     ]
 
 
-def _space(entry: Entry) -> list[str]:
-    """Return what was trained, where the entry's settings are settings."""
-    with contextlib.suppress(ValueError):
-        return [entry.settings.peft.kind]
-    return []
-
-
 def model_card(entry: Entry) -> str:
     """Return the adapter's README: metadata for the Hub, scores with intervals, costs, how to make it again."""
     from huggingface_hub import EvalResult, ModelCardData
@@ -66,7 +53,7 @@ def model_card(entry: Entry) -> str:
         EvalResult(
             task_type="text-generation",
             dataset_type=s.task,
-            dataset_name=f"{s.task} ({s.mode})",
+            dataset_name=s.title,
             dataset_config=s.mode,  # or the Hub's library puts both modes of a task into one result
             metric_type=_metric(s),
             metric_value=s.score,
@@ -77,30 +64,27 @@ def model_card(entry: Entry) -> str:
     data = ModelCardData(
         base_model=entry.base,
         library_name="peft",
-        tags=["federated-learning", *_space(entry), entry.method, entry.domain],
+        tags=["federated-learning", entry.settings.peft.kind, entry.method, entry.domain],
         model_name=entry.title or f"{entry.base} {entry.domain} {entry.method}",
         eval_results=results or None,
     )
     rows = [
-        f"| {escape_markdown(f'{s.task} ({s.mode})')} | {s.n} | {escape_markdown(_shown(s))} | {_base(entry, s)} |"
+        f"| {escape_markdown(s.title)} | {s.n} | {escape_markdown(_shown(s))} | {_base(entry, s)} |"
         for s in entry.main.scores
     ]
     costs, name = entry.costs, escape_markdown(str(entry.data.get("name", "")))
+    sha256 = escape_markdown(str(entry.data.get("sha256", ""))[:16])
     lines = [
         f"---\n{data.to_yaml()}\n---",
         f"# {escape_markdown(f'{entry.base}, fine-tuned federatedly on {entry.domain} with {entry.method}')}",
         "| task | n | score | base model |\n|---|---|---|---|\n" + "\n".join(rows),
         f"Communication: {costs.bytes_up:,} bytes up, {costs.bytes_down:,} down. Seed {entry.seed}, protocol "
-        f"{escape_markdown(entry.protocol)}, data {name} ({_short(entry)}).",
+        f"{escape_markdown(entry.protocol)}, data {name} ({sha256}).",
         f"Differential privacy: {'none' if entry.privacy is None else f'epsilon {entry.privacy.epsilon:g}'}.",
         "Load it: `PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), folder)`.",
-        f"Make it again: `{reproduce(entry)}`.",
+        f"Make it again: `fedtune run --config config.toml --seed {entry.seed}`.",
     ]
     return "\n\n".join(lines) + "\n"
-
-
-def _short(entry: Entry) -> str:
-    return escape_markdown(str(entry.data.get("sha256", ""))[:16])
 
 
 def _shown(score: Score) -> str:
@@ -112,8 +96,8 @@ def _shown(score: Score) -> str:
 
 def _base(entry: Entry, score: Score) -> str:
     arm = entry.arm("base")
-    same = [s for s in arm.scores if (s.task, s.mode) == (score.task, score.mode)] if arm else []
-    return f"{same[0].score:.4f}" if same and same[0].score is not None else "not evaluated"
+    same = arm.like(score) if arm else None
+    return f"{same.score:.4f}" if same and same.score is not None else "not evaluated"
 
 
 def write(out: Path, entry: Entry) -> None:

@@ -14,13 +14,6 @@ from fedtune.types import Problem
 ROUNDS = "rounds.jsonl"
 
 
-def _federation(entry: Entry) -> FederationSettings:
-    """Return the settings of whoever trained in the rounds: centralised training is one client with all rows."""
-    settings = entry.settings.federation
-    alone = {"clients": 1, "fraction": 1.0, "min_clients": 1}
-    return settings if entry.settings.arm == "federated" else settings.model_copy(update=alone)
-
-
 def _row_problems(entry: Entry, federation: FederationSettings) -> Iterator[Problem]:
     """Yield how the clients' rows cannot be what the split of the settings gives."""
     rows = entry.data["clients"]
@@ -62,7 +55,9 @@ def _one(line: dict[str, Any], federation: FederationSettings, rows: Sequence[in
 
 def round_problems(folder: Path, entry: Entry) -> Iterator[Problem]:
     """Yield rounds that cannot have been as they are told: too few asked or answered, or clients without rows."""
-    federation, rows = _federation(entry), entry.data["clients"]
+    federation, rows = entry.settings.federation, entry.data["clients"]
+    if entry.settings.arm != "federated":  # centralised training is one client with all rows
+        federation = federation.model_copy(update={"clients": 1, "fraction": 1.0, "min_clients": 1})
     yield from _row_problems(entry, federation)
     lines: list[dict[str, Any]] = read_lines(folder / ROUNDS)
     for line in lines:

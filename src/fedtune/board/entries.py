@@ -9,6 +9,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from fedtune.board import sets
+from fedtune.board.adapter import ADAPTER
 from fedtune.board.sets import samples
 from fedtune.config.load import read_toml
 from fedtune.domains import TASKS
@@ -21,8 +22,6 @@ from fedtune.results.entry import Answers, Costs, Entry, Point
 from fedtune.results.schema import Arm, Result
 from fedtune.settings import load
 from fedtune.types import ConfigError, CorruptFileError, DataError
-
-WEIGHTS = "adapter/adapter_model.safetensors"
 
 
 def _answers(run: Path, arm: Arm) -> Iterator[tuple[str, Answers]]:
@@ -39,7 +38,7 @@ def _answers(run: Path, arm: Arm) -> Iterator[tuple[str, Answers]]:
             items = samples_sha256(rows, scorers.one_of(TASKS[score.task]).key)
         if values and set(values) <= {0.0, 1.0}:
             packed = Answers.pack([v == 1 for v in values], items)
-            yield f"{arm.name}/{score.task}/{score.mode}", packed
+            yield f"{arm.name}/{score.key}", packed
 
 
 def _curve(run: Path) -> list[Point]:
@@ -49,7 +48,7 @@ def _curve(run: Path) -> list[Point]:
 
 
 def _costs(run: Path, result: Result, manifest: dict[str, Any]) -> Costs:
-    weights = run / WEIGHTS
+    weights = run / ADAPTER
     seconds = sum(manifest.get("seconds", {}).values()) or None
     devices = manifest.get("machine", {}).get("gpus", 0)
     return Costs(
@@ -94,6 +93,8 @@ def _read(run: Path, texts: dict[str, str]) -> Entry:
     answers = dict(pair for arm in result.arms for pair in _answers(run, arm))
     main = next((a for a in result.arms if a.name == "federated"), result.arms[-1])
     arms = [main, *(a for a in result.arms if a.name == "base" and a is not main)]
+    # the manifest knows of a run that was continued although something had changed
+    unranked = [*result.unranked, *manifest.get("unranked", ()), *sets.reasons(run, result.domain, arms)]
     with reading(run / "rounds.jsonl"):
         losses = [_loss(line) for line in read_lines(run / "rounds.jsonl")]
     return Entry(
@@ -105,13 +106,10 @@ def _read(run: Path, texts: dict[str, str]) -> Entry:
         method=result.method,
         seed=result.seed,
         config=result.config,
-        config_sha256=_without_seed(run),
+        config_sha256=recipe_hash(run / "config.toml"),
         protocol=result.protocol,
         protocol_sha256=result.protocol_sha256,
-        # the manifest knows of a run that was continued although something had changed
-        unranked=list(
-            dict.fromkeys([*result.unranked, *manifest.get("unranked", ()), *sets.reasons(run, result.domain, arms)])
-        ),
+        unranked=list(dict.fromkeys(unranked)),
         arms=result.arms,
         answers=answers,
         curve=_curve(run),
@@ -145,7 +143,3 @@ def recipe_hash(config_file: Path) -> str:
     except ConfigError as err:
         raise ConfigError(str(config_file), err.problems) from err
     return settings.config.model_copy(update={"seed": 0}).hash
-
-
-def _without_seed(run: Path) -> str:
-    return recipe_hash(run / "config.toml")

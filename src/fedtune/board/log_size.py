@@ -6,7 +6,7 @@ import gzip
 from collections.abc import Iterator
 from pathlib import Path
 
-from fedtune.board.archive import is_clutter
+from fedtune.board.archive import inside
 from fedtune.domains import TASKS
 from fedtune.io import parse_json
 from fedtune.types import FedtuneError, Problem
@@ -66,9 +66,7 @@ def _measured(path: Path, most: int) -> int:
 def logs_fit(folder: Path) -> Iterator[Problem]:
     """Yield logs that are not packed, no gzip, cut off, or hold more than a run writes; nothing is kept of them."""
     total = 0
-    for path in sorted(p for p in (folder / "evals").rglob("*") if not p.is_dir()):
-        if is_clutter(path.relative_to(folder)):
-            continue
+    for path in inside(folder, "evals"):
         name, task = str(path.relative_to(folder)), TASKS.get(path.name.partition(".")[0])
         # whoever reads a log asks what it holds, and not its name: what is not measured must not be read
         if not name.endswith(".jsonl.gz"):

@@ -7,7 +7,7 @@ import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-from fedtune.board.archive import is_clutter
+from fedtune.board.archive import inside
 from fedtune.board.samples import against
 from fedtune.board.sets import client_subdirs, log_path, named_logs, samples
 from fedtune.domains import TASKS
@@ -34,7 +34,7 @@ def log_problems(folder: Path, entry: Entry) -> Iterator[Problem]:
             yield Problem(f"{arm.name}: per_client", f"each client {kept} in this arm")
         if arm.failed and arm.name != "local-only":
             yield Problem(f"{arm.name}: failed", "only where each client trains alone can one be left without a model")
-        if wrong := arm.per_client.keys() ^ {f"{s.task}/{s.mode}" for s in arm.scores} if personal else set():
+        if wrong := arm.per_client.keys() ^ {s.key for s in arm.scores} if personal else set():
             yield Problem(f"{arm.name}: per_client", f"and the scores are not of the same tasks: {sorted(wrong)}")
         # with another main arm the clients' rows are not those of the entry
         if personal and entry.settings.arm == "federated":
@@ -43,8 +43,7 @@ def log_problems(folder: Path, entry: Entry) -> Iterator[Problem]:
 
 def _strays(folder: Path, entry: Entry) -> Iterator[Problem]:
     """Yield files beside the logs that the scores and the curve stand on: nobody reads them, so they say nothing."""
-    there = {p for p in (folder / "evals").rglob("*") if not p.is_dir() and not is_clutter(p.relative_to(folder))}
-    for path in sorted(there - named_logs(folder, entry.arms, entry.curve)):
+    for path in sorted(set(inside(folder, "evals")) - named_logs(folder, entry.arms, entry.curve)):
         yield Problem(str(path.relative_to(folder)), "belongs to no score, client or round")
 
 
@@ -75,7 +74,7 @@ def curve_problems(folder: Path, entry: Entry) -> Iterator[Problem]:
     in_the_end = functools.cache(lambda task, mode: _items(folder, _subdirs(folder, entry, "federated"), task, mode))
     for line in lines:
         round_, score = line["round"], Score(**{k: v for k, v in line.items() if k != "round"})
-        where, key = f"curve.jsonl: round {round_}, {score.task} ({score.mode})", (round_, score.task, score.mode)
+        where, key = f"curve.jsonl: round {round_}, {score.title}", (round_, score.key)
         if not every or round_ % every or not 0 < round_ < entry.rounds or key in seen:
             yield Problem(where, "is there twice, or the settings do not evaluate it")
             continue

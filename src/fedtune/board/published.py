@@ -24,11 +24,6 @@ WORSE: tuple[State, ...] = ("re-scored", "reported", "flagged")
 OnTask = Callable[[str], None]
 
 
-def _impossible(claim: float, n: int) -> str:
-    hits = claim * n
-    return "" if math.isclose(hits, round(hits), abs_tol=1e-4) else f"{claim:.4g} is not k/{n} for any whole k"
-
-
 def _again(root: Path, item: dict[str, Any]) -> tuple[Score, list[bool], str]:
     """Score one file of generations again, and tell which items are right and why they are not the whole known set."""
     tests = item.get("references_file") if scorer_of(item["task"]).needs_tests else None
@@ -45,9 +40,10 @@ def _judged(item: dict[str, Any], score: Score) -> str:
 
 def _remarks(item: dict[str, Any]) -> list[str]:
     claim, task, n = item["published_score"], item["task"], item["n"]
-    why = _impossible(claim, n)
     lines = [f"{task}: published as {claim:.4g} without generations"] if not item["generations_file"] else []
-    return lines + ([f"{task}: {why}"] if why else [])
+    if not math.isclose(claim * n, round(claim * n), abs_tol=1e-4):
+        lines.append(f"{task}: {claim:.4g} is not k/{n} for any whole k")
+    return lines
 
 
 def _costs(facts: dict[str, Any], model: str) -> Costs:
@@ -73,7 +69,7 @@ def _entry(root: Path, items: list[dict[str, Any]], facts: dict[str, Any], on_ta
         if lacks and scorer_of(item["task"]).needs_tests:
             worst = max(worst, "reported", key=WORSE.index)  # by tests that nobody here knows
         scores.append(score)
-        answers[f"federated/{score.task}/{score.mode}"] = Answers.pack(right, score.items_sha256)
+        answers[f"federated/{score.key}"] = Answers.pack(right, score.items_sha256)
         if problem := _judged(item, score):
             reasons.append(problem)
             worst = "flagged"

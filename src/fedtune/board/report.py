@@ -17,6 +17,13 @@ STYLE = (
 )
 
 
+SCORES, FACTS = ["model", "task", "n", "score", "95 % interval", "clients", "valid"], ["what", "value"]
+
+
+def _title(entry: Entry) -> str:
+    return f"{entry.domain}: {entry.base} with {entry.method}, seed {entry.seed}"
+
+
 def _number(value: float | None, metric: str) -> str:
     return "withheld" if value is None else format(value, scorers.metric(metric).report)
 
@@ -26,7 +33,7 @@ def _interval(score: Score) -> str:
 
 
 def _spread(arm: Arm, score: Score) -> str:
-    known = [v for v in arm.per_client.get(f"{score.task}/{score.mode}", []) if v is not None]
+    known = arm.of_clients(score)
     return f"{_number(min(known), score.metric)} to {_number(max(known), score.metric)}" if known else ""
 
 
@@ -36,17 +43,10 @@ def score_rows(entry: Entry) -> list[list[str]]:
     for arm in entry.arms:
         for s in arm.scores:
             valid = "" if s.valid_rate is None else f"{s.valid_rate:.0%}"
-            line = [
-                arm.name,
-                f"{s.task} ({s.mode})",
-                str(s.n),
-                _number(s.score, s.metric),
-                _interval(s),
-                _spread(arm, s),
-            ]
-            rows.append([*line, valid])
+            task, n, shown = s.title, str(s.n), _number(s.score, s.metric)
+            rows.append([arm.name, task, n, shown, _interval(s), _spread(arm, s), valid])
             if arm is entry.arms[0] and "majority" in s.trivial:
-                rows.append(["majority class", *line[1:3], _number(s.trivial["majority"], s.metric), "", "", ""])
+                rows.append(["majority class", task, n, _number(s.trivial["majority"], s.metric), "", "", ""])
     return rows
 
 
@@ -82,10 +82,9 @@ def doubts(entry: Entry) -> list[str]:
     if entry.skipped_rounds:
         rounds = counted(entry.rounds, "round")
         lines.append(f"{entry.skipped_rounds} of {rounds} had too few good updates and changed nothing.")
-    plain = entry.arm("base")
-    base = {(s.task, s.mode): s for s in (plain.scores if plain else [])}
+    base = entry.arm("base")
     for s in entry.main.scores:
-        name, other = f"{s.task} ({s.mode})", base.get((s.task, s.mode))
+        name, other = s.title, base.like(s) if base else None
         if s.score is None:
             lines.append(f"{name} is withheld: {s.withheld}.")
             continue
@@ -109,18 +108,14 @@ def markdown(entry: Entry) -> str:
         return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
     losses = ", ".join("-" if v is None else f"{v:.4f}" for v in entry.losses)
-    return (
-        "\n\n".join(
-            [
-                f"# {escape_markdown(f'{entry.domain}: {entry.base} with {entry.method}, seed {entry.seed}')}",
-                table(["model", "task", "n", "score", "95 % interval", "clients", "valid"], score_rows(entry)),
-                "## What a reader should doubt\n\n" + "\n".join(f"- {escape_markdown(line)}" for line in doubts(entry)),
-                f"## Training\n\nLoss by round: {losses}",
-                "## What was run\n\n" + table(["what", "value"], fact_rows(entry)),
-            ]
-        )
-        + "\n"
-    )
+    parts = [
+        f"# {escape_markdown(_title(entry))}",
+        table(SCORES, score_rows(entry)),
+        "## What a reader should doubt\n\n" + "\n".join(f"- {escape_markdown(line)}" for line in doubts(entry)),
+        f"## Training\n\nLoss by round: {losses}",
+        "## What was run\n\n" + table(FACTS, fact_rows(entry)),
+    ]
+    return "\n\n".join(parts) + "\n"
 
 
 def _curve(title: str, points: list[tuple[int, float]]) -> str:
@@ -158,8 +153,7 @@ def page(entry: Entry) -> str:
     for name in dict.fromkeys(f"{p.task} ({p.mode})" for p in entry.curve):
         points = [(p.round, p.score) for p in entry.curve if f"{p.task} ({p.mode})" == name and p.score is not None]
         curves.append(_curve(f"{name} by round", points))
-    title = html.escape(f"{entry.domain}: {entry.base} with {entry.method}, seed {entry.seed}")
-    scores = table(["model", "task", "n", "score", "95 % interval", "clients", "valid"], score_rows(entry))
+    title, scores = html.escape(_title(entry)), table(SCORES, score_rows(entry))
     policy = "default-src 'none'; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
     return (
         f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{title}</title>'
@@ -167,6 +161,6 @@ def page(entry: Entry) -> str:
         f'<meta name="viewport" content="width=device-width, initial-scale=1"><style>{STYLE}</style></head><body><main>'
         f"<h1>{title}</h1>{scores}<h2>What a reader should doubt</h2><ul>"
         + "".join(f"<li>{html.escape(line)}</li>" for line in doubts(entry))
-        + f"</ul><h2>Training</h2>{''.join(curves)}<h2>What was run</h2>{table(['what', 'value'], fact_rows(entry))}"
+        + f"</ul><h2>Training</h2>{''.join(curves)}<h2>What was run</h2>{table(FACTS, fact_rows(entry))}"
         "</main></body></html>\n"
     )

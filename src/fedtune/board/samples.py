@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from fedtune.board.sets import client_subdirs, log_path
+from fedtune.board.sets import log_path, subdirs_of
 from fedtune.config.schema import EvalSettings
 from fedtune.data.files import parse_rows, read_text_file
 from fedtune.domains import TASKS
@@ -53,22 +53,16 @@ def _different(name: str, got: Any, want: Any) -> bool:
 
 
 def recomputed(folder: Path, arm: Arm, score: Score, settings: EvalSettings | None = None) -> Iterator[str]:
-    """Yield what is wrong with a score, from the samples it stands on.
+    """Yield what is wrong with an arm's score, from the samples in the packed run that it stands on.
 
     Where each client has a model of its own, every client's score is made again, and then their mean with all its
     numbers. Programs that are said to pass are run again where that is possible here (`not_run_again` tells).
-
-    Args:
-        folder: the packed run.
-        arm: whose score.
-        score: as it is told.
-        settings: of the evaluation.
     """
     if score.task not in TASKS:
         yield "is of no task that is known here"
         return
-    subdirs = client_subdirs(folder, arm.name) if arm.per_client else [arm.name]
-    values = arm.per_client.get(f"{score.task}/{score.mode}", [])
+    subdirs = subdirs_of(folder, arm)
+    values = arm.per_client.get(score.key, [])
     if arm.per_client and len(subdirs) != len(values):
         yield f"{len(values)} clients have a score, {len(subdirs)} have samples"
         return
@@ -96,8 +90,7 @@ def against(
     Args:
         folder: the packed run.
         subdirs: where the samples are: of one model, or of each client's.
-        score: as it is told.
-        settings: of the evaluation.
+        score, settings: as they are told, of the evaluation.
         said: each client's score as it is told, where it is.
         mean: the score is the mean of the clients', also of one alone.
     """

@@ -38,13 +38,13 @@ def client_subdirs(folder: Path, arm: str) -> list[str]:
     return [subdir for subdir in subdirs if (folder / "evals" / subdir).exists()]
 
 
-def log_path(folder: Path, subdir: str, task: str, mode: str) -> Path:
-    """Return where the samples of a task are, in a run folder or a packed one; there may be none.
+def subdirs_of(folder: Path, arm: Arm) -> list[str]:
+    """Return the parts of an arm's logs: one for each client where each has a model of its own, else the arm's."""
+    return client_subdirs(folder, arm.name) if arm.per_client else [arm.name]
 
-    Args:
-        folder: of the run.
-        subdir: an arm, or one client's part of it.
-        task, mode: which.
+
+def log_path(folder: Path, subdir: str, task: str, mode: str) -> Path:
+    """Return where an arm's or one client's samples of a task are, in a run folder or a packed one; there may be none.
 
     Raises:
         CorruptFileError: there are two logs of it, so that nobody can tell which one counts; or a name could lead out
@@ -58,11 +58,7 @@ def log_path(folder: Path, subdir: str, task: str, mode: str) -> Path:
 
 
 def named_logs(folder: Path, arms: Sequence[Arm], curve: Sequence[Point]) -> set[Path]:
-    """Return every log that a score, a client or a round of the curve names, as `log_path` does; any other is a stray.
-
-    Raises:
-        CorruptFileError: as `log_path`.
-    """
+    """Return what `log_path` gives for every score, client and round of the curve; any other log is a stray."""
     named = [(arm.name, score.task, score.mode, bool(arm.per_client)) for arm in arms for score in arm.scores]
     each = any(arm.per_client for arm in arms if arm.name == "federated")
     named += [(f"round-{p.round:06d}", p.task, p.mode, each) for p in curve]
@@ -74,16 +70,7 @@ def named_logs(folder: Path, arms: Sequence[Arm], curve: Sequence[Point]) -> set
 
 
 def samples(run: Path, subdir: str, task: str, mode: str) -> list[dict[str, Any]]:
-    """Return the samples of a task from a run folder or a packed one; none where there is no log.
-
-    Args:
-        run: the folder.
-        subdir: the arm, or one client's part of it.
-        task, mode: which.
-
-    Raises:
-        CorruptFileError: a damaged log.
-    """
+    """Return the samples in the log at `log_path`; none where there is no log. Raises CorruptFileError."""
     path = log_path(run, subdir, task, mode)
     return parse_rows(read_text_file(path), str(path.relative_to(run)))[1:] if path.exists() else []
 
@@ -102,14 +89,10 @@ MOST = 500  # letters of a reason that an entry keeps
 ANSWERED = ("i", "gold", "scores", "value", "output", "programs")
 
 
-def _distinct(score: Score) -> bool:
-    scorer = scorers.find(TASKS[score.task], score.mode) if score.task in TASKS else None
-    return scorer is not None and scorer.distinct
-
-
 def _fingerprint(run: Path, subdirs: Sequence[str], score: Score, losses: Sequence[float | None]) -> str:
     """Return what `digest` gives of the rows of all subdirs, with one log in memory at a time; none without rows."""
-    alone, some = _distinct(score), False
+    scorer = scorers.find(TASKS[score.task], score.mode) if score.task in TASKS else None
+    alone, some = scorer is not None and scorer.distinct, False
     made = hashlib.sha256(b"[" if alone else b"[[")
     for number, subdir in enumerate(subdirs):
         rows = [[row.get(key) for key in ANSWERED] for row in samples(run, subdir, score.task, score.mode)]
@@ -130,36 +113,29 @@ def fingerprints(run: Path, arm: Arm, losses: Sequence[float | None]) -> dict[st
     """
     found = {}
     for score in arm.scores:
-        subdirs = client_subdirs(run, arm.name) if arm.per_client else [arm.name]
         with reading(run / "evals" / arm.name / f"{score.task}.{score.mode}.jsonl"):  # a number may be infinite
-            made = _fingerprint(run, subdirs, score, losses)
+            made = _fingerprint(run, subdirs_of(run, arm), score, losses)
         if made:
-            found[f"{score.task}/{score.mode}"] = made
+            found[score.key] = made
     return found
 
 
 def reasons(run: Path, domain: str, arms: Sequence[Arm]) -> Iterator[str]:
-    """Yield why the scores of the ranked arm, or of the base model beside it, are not those of the whole sets.
+    """Yield why the scores of the ranked arm, or of the base model beside it, are not those of the domain's whole sets.
 
-    Args:
-        run: the folder, packed or not.
-        domain: whose sets.
-        arms: the ranked one first; only that one must have all tasks.
-
-    Raises:
-        CorruptFileError: a damaged log.
+    The ranked arm is the first; only that one must have all tasks. Raises CorruptFileError.
     """
     yield from missing_tasks(domain, arms[0].scores)
     ranked, *others = ([*_of_part(run, arm)] for arm in arms)
     yield from ranked
     yield from (f"base model: {why}" for other in others for why in other if why not in ranked)
     for score in (score for arm in arms[1:] for score in arm.scores if score.score is None):
-        yield f"base model: {score.task} ({score.mode}): has no score: {score.withheld or 'unknown'}"[:MOST]
+        yield f"base model: {score.title}: has no score: {score.withheld or 'unknown'}"[:MOST]
 
 
 def _of_part(run: Path, arm: Arm) -> Iterator[str]:
     """Yield which of an arm's scores are of a part of a set, or of another."""
-    subdirs = client_subdirs(run, arm.name) if arm.per_client else [arm.name]
+    subdirs = subdirs_of(run, arm)
     for score in arm.scores:
         task = TASKS.get(score.task)
         if score.score is None or task is None:
@@ -167,4 +143,4 @@ def _of_part(run: Path, arm: Arm) -> Iterator[str]:
         logs = (samples(run, subdir, score.task, score.mode) for subdir in subdirs)
         key = scorers.one_of(task).key
         found = {why for rows in logs if (why := known.shortfall(task.name, score.mode, key, task.n, rows))}
-        yield from (f"{task.name} ({score.mode}): {why}" for why in sorted(found))
+        yield from (f"{score.title}: {why}" for why in sorted(found))

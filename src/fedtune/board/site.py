@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
+import re
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -33,22 +34,12 @@ def page(data: dict[str, Any]) -> str:
     """Return the page with its data, style and script inside."""
     script, style = _part("page.js"), _part("page.css")
     parts = {"script": _source(script), "style": _source(style), "css": style, "js": script, "data": embedded(data)}
-    text = _part("page.html")
-    # in this order, so that no part's own text is taken for a place
-    head, rest = text.split("@css@")
-    middle, tail = rest.split("@data@")
-    before, after = tail.split("@js@")
-    head = head.replace("@script@", parts["script"]).replace("@style@", parts["style"])
-    return head + parts["css"] + middle + parts["data"] + before + parts["js"] + after
+    # in one pass, so that no part's own text is taken for a place
+    return re.sub("@(script|style|css|js|data)@", lambda place: parts[place[1]], _part("page.html"))
 
 
 def build(store: Path, out: Path) -> dict[str, Any]:
-    """Build `index.html` and `board.json` from a store of entries.
-
-    Raises:
-        CorruptFileError: an entry cannot be read.
-        DataError: there is none, or one is there twice.
-    """
+    """Build `index.html` and `board.json` from a store of entries. Raises DataError: no such folder."""
     data = board(store)
     write_json(out / "board.json", data)
     write_bytes(out / "index.html", page(data).encode())

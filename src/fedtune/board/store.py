@@ -95,9 +95,7 @@ def left_out_line(where: object, err: Exception) -> str:
 def readable(store: Path, left_out: list[str] | None = None) -> Iterator[tuple[Path, Entry]]:
     """Yield the entries of a store that can be read, each once, in the order of their paths.
 
-    Args:
-        store: the folder of entries.
-        left_out: takes a line for each other file, with the reason.
+    `left_out` takes a line for each other file, with the reason.
     """
     seen: dict[tuple[Path, str], Path] = {}
     for path in sorted(store.rglob("*.json")):

@@ -12,6 +12,7 @@ import tomli_w
 
 from fedtune import spaces
 from fedtune.board import card
+from fedtune.board.archive import ENTRY
 from fedtune.board.entries import from_run
 from fedtune.board.sets import named_logs
 from fedtune.config.load import read_toml
@@ -19,7 +20,6 @@ from fedtune.io import file_sha256, write_bytes, write_json
 from fedtune.results.entry import Entry
 from fedtune.types import DataError
 
-ENTRY = "entry.json"
 KEPT = ("manifest.json", "result.json", "rounds.jsonl", "data.json", "curve.jsonl")
 
 
@@ -47,8 +47,9 @@ def _copy(run: Path, out: Path, entry: Entry) -> None:
             write_bytes(target, log.read_bytes())
 
 
-def _packable(run: Path, entry: Entry) -> Entry:
-    """Return the entry, or refuse a run that has no joint rounds or no folder by which it could be checked."""
+def _packable(run: Path, team: str, title: str, link: str) -> Entry:
+    """Return a run's entry, or refuse one that has no joint rounds or no folder by which it could be checked."""
+    entry = from_run(run, team, title, link)
     if entry.settings.arm == "local-only":
         beside = "submit a federated run with the baseline beside it (fedtune run --arms local-only)"
         raise DataError(f"{run}: with arm = local-only each client trained alone, in no joint rounds; {beside}")
@@ -57,16 +58,10 @@ def _packable(run: Path, entry: Entry) -> Entry:
     return entry
 
 
-def pack_one(run: Path, out: Path, team: str, title: str = "", link: str = "") -> Entry:
-    """Pack one run into a folder of its own.
-
-    Raises:
-        DataError: the run is not complete, or has no joint rounds, or the folder is not empty.
-        ValueError: a text with markup.
-    """
+def _pack_one(run: Path, out: Path, entry: Entry) -> Entry:
+    """Pack one run into a folder of its own; return its entry with the files' hashes."""
     if out.exists() and any(out.iterdir()):
         raise DataError(f"{out}: is not empty; choose another --out")
-    entry = _packable(run, from_run(run, team, title, link))
     out.mkdir(parents=True, exist_ok=True)
     _copy(run, out, entry)
     card.write(out, entry)
@@ -80,12 +75,14 @@ def pack(runs: Sequence[Path], out: Path, team: str, title: str = "", link: str 
     """Pack the seeds of one recipe, each into `seed-<n>`.
 
     Raises:
-        DataError: a run is not complete, two have one seed, or they are not of one recipe.
+        DataError: a run is not complete or has no joint rounds, two have one seed, they are not of one recipe, or a
+            folder is not empty.
+        ValueError: a text with markup.
     """
-    known = [_packable(run, from_run(run)) for run in runs]
+    known = [_packable(run, team, title, link) for run in runs]
     if len({e.config_sha256 for e in known}) > 1:
         raise DataError("these runs are not of one recipe: they differ in more than the seed (fedtune compare RUN RUN)")
     seeds = [e.seed for e in known]
     if len(set(seeds)) < len(seeds):
         raise DataError(f"two runs have the same seed: {sorted(s for s in seeds if s is not None)}")
-    return [pack_one(run, out / f"seed-{e.seed}", team, title, link) for run, e in zip(runs, known, strict=True)]
+    return [_pack_one(run, out / f"seed-{e.seed}", e) for run, e in zip(runs, known, strict=True)]

@@ -18,7 +18,7 @@ from fedtune.board.logs import curve_problems, log_problems
 from fedtune.board.samples import impossible, recomputed
 from fedtune.board.store import holds, read_entry
 from fedtune.board.traffic import byte_problems
-from fedtune.config import Config, read_protocol
+from fedtune.config import read_protocol
 from fedtune.config.load import read_toml
 from fedtune.domains import TASKS
 from fedtune.evaluation import again, scorers
@@ -132,36 +132,26 @@ def _settings(folder: Path, entry: Entry) -> Iterator[Problem]:
         yield Problem("entry.config", "is not what config.toml says")
     if entry.protocol_sha256 != read_protocol(config.protocol).hash or entry.protocol != config.protocol:
         yield Problem("entry.protocol_sha256", f"is not that of the protocol {config.protocol}")
-    for name, want in (
-        *(("seed", config.seed), ("domain", config.domain)),
-        *(("method", config.method.name), ("base", config.model.name)),
-    ):
+    said = {"seed": config.seed, "domain": config.domain, "method": config.method.name, "base": config.model.name}
+    for name, want in said.items():
         if getattr(entry, name) != want:
             yield Problem(f"entry.{name}", f"is {getattr(entry, name)!r}, config.toml says {want!r}")
     pinned = {known.revision if known else "", config.model.revision} - {""}
     if pinned and entry.revision not in pinned:
         wanted = " or ".join(sorted(pinned))
         yield Problem("entry.revision", f"is {entry.revision}, the base model is pinned at {wanted}")
-    for reason in _undisclosed(settings.unranked, config, entry):
-        yield Problem("config.toml", f"{reason}; the entry does not say that this makes it unranked")
-
-
-def _undisclosed(by_settings: tuple[str, ...], config: Config, entry: Entry) -> list[str]:
-    """Return the reasons against a rank that an entry keeps to itself."""
-    reasons = [*by_settings, *domains.unranked_reasons(config)]
     # a folder of the submitter's machine is not one here: any reason that is about the base model will do
-    model = [] if zoo.LOCAL in entry.unranked else list(zoo.unranked_reasons(config))
-    return [r for r in (*reasons, *model) if r not in entry.unranked]
+    of_model = [] if zoo.LOCAL in entry.unranked else zoo.unranked_reasons(config)
+    for reason in (*settings.unranked, *domains.unranked_reasons(config), *of_model):
+        if reason not in entry.unranked:
+            yield Problem("config.toml", f"{reason}; the entry does not say that this makes it unranked")
 
 
 def _evaluated(folder: Path, entry: Entry) -> Iterator[Problem]:
     """Yield what the settings ask to be evaluated and an arm does not have."""
     config = load([read_toml(folder / "config.toml")], here=False).config
-    wanted: set[tuple[str, str]] = {
-        (task.name, scorer.mode)
-        for task in domains.chosen_tasks(config)
-        for scorer in scorers.planned(task, config.eval)
-    }
+    tasks = domains.chosen_tasks(config)
+    wanted: set[tuple[str, str]] = {(t.name, s.mode) for t in tasks for s in scorers.planned(t, config.eval)}
     for arm in entry.arms:
         have = Counter((s.task, s.mode) for s in arm.scores)
         for task, mode in sorted(wanted - have.keys()):
@@ -182,7 +172,7 @@ def _scores(folder: Path, entry: Entry) -> Iterator[Problem]:
     settings = load([read_toml(folder / "config.toml")], here=False).config.eval
     for arm in entry.arms:
         for score in arm.scores:
-            where = f"{arm.name}/{score.task} ({score.mode})"
+            where = f"{arm.name}/{score.title}"
             if not arm.per_client and (why := impossible(score)):
                 yield Problem(where, why)
             for problem in recomputed(folder, arm, score, settings):

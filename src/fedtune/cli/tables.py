@@ -60,7 +60,7 @@ def _delta(run: Path | None, arm: Arm, score: Score) -> str:
 
 
 def _spread(arm: Arm, score: Score) -> str:
-    values = [v for v in arm.per_client.get(f"{score.task}/{score.mode}", []) if v is not None]
+    values = arm.of_clients(score)
     return f"; {counted(len(values), 'client')}, {number(min(values))} to {number(max(values))}" if values else ""
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -68,19 +68,14 @@ class Session:
         self.run.add_seconds("evaluation", time.monotonic() - started)
         return scores
 
-    def evaluate_each(self, models: Iterable[tuple[int, Mapping[str, Tensor]]], where: str) -> Scored:
-        """Evaluate every client's own model; the scores are the clients' means, with each one's beside them."""
-        own = OwnModels(self, where)
-        for client, tensors in models:
-            own.evaluate(client, tensors)
-        return own.scored()
-
     def evaluate_state(self, arm: Arm, state: ServerState, after: int, where: str) -> Scored:
         """Evaluate the global model after a round, or each client's where the method has no single one."""
         if arm.algorithm.method.models == "global":
             return self.evaluate(arm.shared_model(state), where), {}
-        asked = (client for client, examples in arm.shards.sizes.items() if examples)
-        return self.evaluate_each(((c, arm.own_model(state, c, after)) for c in asked), where)
+        own = OwnModels(self, where)
+        for client in (client for client, examples in arm.shards.sizes.items() if examples):
+            own.evaluate(client, arm.own_model(state, client, after))
+        return own.scored()
 
 
 class OwnModels:
@@ -95,10 +90,9 @@ class OwnModels:
         """Evaluate one client's model."""
         folder = f"{self._where}/client-{client:04d}"
         for score in self._session.evaluate(tensors, folder):
-            key = f"{score.task}/{score.mode}"
             log = self._session.run.path / "evals" / folder / f"{score.task}.{score.mode}.jsonl"
-            self._scores.setdefault(key, []).append(score)
-            self._logs.setdefault(key, []).append(log)
+            self._scores.setdefault(score.key, []).append(score)
+            self._logs.setdefault(score.key, []).append(log)
 
     def scored(self) -> Scored:
         """Return the means over clients, and each one's scores."""

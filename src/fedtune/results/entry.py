@@ -10,6 +10,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
+import numpy.typing as npt
 from pydantic import Field, field_validator, model_validator
 
 from fedtune.config import Config
@@ -77,31 +79,21 @@ class Answers(Document):
 
     @model_validator(mode="after")
     def _enough(self) -> Answers:
-        self._raw()
+        if (bits := 8 * len(base64.b64decode(self.bits))) < self.n:
+            raise ValueError(f"{bits} bits for {self.n} items")
         return self
 
     @classmethod
     def pack(cls, right: Sequence[bool], items_sha256: str) -> Answers:
         """Pack one flag an item."""
-        text = "".join("1" if r else "0" for r in right)
-        padded = text + "0" * (-len(text) % 8)
-        raw = bytes(int(padded[i : i + 8], 2) for i in range(0, len(padded), 8))
+        raw = np.packbits(np.asarray(right, dtype=bool)).tobytes()
         return cls(items_sha256=items_sha256, n=len(right), bits=base64.b64encode(raw).decode())
 
-    def unpack(self) -> list[bool]:
-        """Return one flag an item.
 
-        Raises:
-            ValueError: fewer bits than items.
-        """
-        flags = [bool(byte >> shift & 1) for byte in self._raw() for shift in range(7, -1, -1)]
-        return flags[: self.n]
-
-    def _raw(self) -> bytes:
-        raw = base64.b64decode(self.bits)
-        if 8 * len(raw) < self.n:
-            raise ValueError(f"{8 * len(raw)} bits for {self.n} items")
-        return raw
+def unpacked(bits: str, n: int) -> npt.NDArray[np.bool_]:
+    """Return one flag an item, (items)."""
+    raw = np.frombuffer(base64.b64decode(bits), dtype=np.uint8)
+    return np.unpackbits(raw)[:n].astype(bool)
 
 
 class Point(Document):

@@ -15,33 +15,20 @@ from typing import Any
 from fedtune import __version__
 from fedtune.io import digest, file_sha256
 
-PACKAGES = (
-    "torch",
-    "transformers",
-    "peft",
-    "flwr",
-    "flwr-datasets",
-    "datasets",
-    "safetensors",
-    "tokenizers",
-    "numpy",
-)
+PACKAGES = ("torch", "transformers", "peft", "flwr", "flwr-datasets", "datasets", "safetensors", "tokenizers", "numpy")
 
 
 def versions() -> dict[str, str]:
     """Return the versions of what decides numbers."""
-    return dict(_versions())
+    return {"fedtune": __version__, "python": platform.python_version(), **{name: _version(name) for name in PACKAGES}}
 
 
 @cache
-def _versions() -> dict[str, str]:
-    found = {"fedtune": __version__, "python": platform.python_version()}
-    for name in PACKAGES:
-        try:
-            found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            found[name] = "absent"
-    return found
+def _version(package: str) -> str:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return "absent"
 
 
 def source_sha256(root: Path) -> str:
@@ -79,11 +66,10 @@ def code() -> dict[str, Any]:
 
 def machine() -> dict[str, Any]:
     """Return what the machine is, without its name."""
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     return {
         "system": platform.platform(),
         "cpus": os.cpu_count(),
-        "memory_bytes": memory,
+        "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
         "processor": _processor(),
         "gpus": _gpus(),
     }

@@ -57,17 +57,26 @@ class Score(Document):
     details: dict[str, float] = Field(default_factory=dict)
     items_sha256: str = ""
 
+    @property
+    def key(self) -> str:
+        """What it is called in files: `task/mode`."""
+        return f"{self.task}/{self.mode}"
+
+    @property
+    def title(self) -> str:
+        """What it is called for people: `task (mode)`."""
+        return f"{self.task} ({self.mode})"
+
 
 def _once(scores: list[Score]) -> list[Score]:
-    twice = [f"{task}/{mode}" for (task, mode), n in Counter((s.task, s.mode) for s in scores).items() if n > 1]
-    if twice:
+    if twice := [key for key, n in Counter(s.key for s in scores).items() if n > 1]:
         raise ValueError(f"{twice[0][:200]} is scored more than once")
     return scores
 
 
 def withheld(scores: Iterable[Score]) -> dict[str, str]:
     """Return why scores are withheld, by `task/mode`; nothing of those that are known."""
-    return {f"{s.task}/{s.mode}": s.withheld or "unknown" for s in scores if s.score is None}
+    return {s.key: s.withheld or "unknown" for s in scores if s.score is None}
 
 
 class Arm(Document):
@@ -84,10 +93,17 @@ class Arm(Document):
     per_client: dict[str, list[float | None]] = Field(default_factory=dict)
     failed: dict[int, str] = Field(default_factory=dict)
 
+    def like(self, score: Score) -> Score | None:
+        """Return this arm's score of the same task and mode, if it has one."""
+        return next((s for s in self.scores if s.key == score.key), None)
+
+    def of_clients(self, score: Score) -> list[float]:
+        """Return the clients' own scores of a task and mode, those that are known."""
+        return [v for v in self.per_client.get(score.key, []) if v is not None]
+
 
 def _named_once(arms: list[Arm]) -> list[Arm]:
-    twice = [name for name, n in Counter(arm.name for arm in arms).items() if n > 1]
-    if twice:
+    if twice := [name for name, n in Counter(arm.name for arm in arms).items() if n > 1]:
         raise ValueError(f"the arm {twice[0][:200]} is there more than once")
     return arms
 
@@ -137,4 +153,4 @@ class Result(Document):
     @property
     def scores(self) -> dict[str, dict[str, float | None]]:
         """Each arm's scores by `task/mode`."""
-        return {arm.name: {f"{s.task}/{s.mode}": s.score for s in arm.scores} for arm in self.arms}
+        return {arm.name: {s.key: s.score for s in arm.scores} for arm in self.arms}

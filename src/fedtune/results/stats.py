@@ -44,14 +44,15 @@ def proportion_interval(successes: int, n: int, seed: int = 0) -> Interval | Non
     return _percentiles(np.random.default_rng(seed).binomial(n, successes / n, RESAMPLES) / n)
 
 
+def _means(values: np.ndarray, seed: int) -> np.ndarray:
+    """Return the mean of each of 2,000 bootstrap samples of some values."""
+    generator = np.random.default_rng(seed)
+    return np.asarray([values[generator.integers(0, len(values), len(values))].mean() for _ in range(2000)])
+
+
 def mean_interval(values: Sequence[float], seed: int = 0) -> Interval | None:
     """Return the bootstrap interval of a mean over items; None for no items."""
-    if not values:
-        return None
-    array = np.asarray(values, dtype=np.float64)
-    generator = np.random.default_rng(seed)
-    means = [array[generator.integers(0, len(array), len(array))].mean() for _ in range(2000)]
-    return _percentiles(np.asarray(means))
+    return _percentiles(_means(np.asarray(values, dtype=np.float64), seed)) if values else None
 
 
 def student_quantile(degrees: int, level: float = LEVEL) -> float:
@@ -59,10 +60,7 @@ def student_quantile(degrees: int, level: float = LEVEL) -> float:
 
     With t = sqrt(degrees) tan(angle) the probability is a finite sum of powers of the angle's sine and cosine
     (Abramowitz and Stegun, 26.7.3 and 26.7.4) and grows with the angle, which is found by bisection.
-
-    Args:
-        degrees: of freedom, 1 or more.
-        level: between 0 and 1.
+    `degrees` is 1 or more.
     """
 
     def within(angle: float) -> float:
@@ -83,10 +81,9 @@ def student_quantile(degrees: int, level: float = LEVEL) -> float:
 
 def student(values: Sequence[float]) -> dict[str, float | None]:
     """Return mean and half width of Student's 95 % interval over runs; None for one run, of which nothing is known."""
-    if len(values) < 2:
-        return {"mean": statistics.fmean(values), "half": None}
-    quantile = student_quantile(len(values) - 1)
-    return {"mean": statistics.fmean(values), "half": quantile * statistics.stdev(values) / math.sqrt(len(values))}
+    n = len(values)
+    half = student_quantile(n - 1) * statistics.stdev(values) / math.sqrt(n) if n > 1 else None
+    return {"mean": statistics.fmean(values), "half": half}
 
 
 def macro_f1(gold: Sequence[str], predicted: Sequence[str]) -> float:
@@ -132,16 +129,11 @@ def mcnemar(only_first: int, only_second: int) -> float:
 
 
 def compare(first: Sequence[float], second: Sequence[float], seed: int = 0) -> Paired:
-    """Compare scores of two systems, item by item.
-
-    Raises:
-        ValueError: no items, or not equally many.
-    """
+    """Compare scores of two systems, item by item. Raises ValueError: no items, or not equally many."""
     if not first or len(first) != len(second):
         raise ValueError(f"cannot pair {len(first)} items with {len(second)}")
     gaps = np.asarray(second, dtype=np.float64) - np.asarray(first, dtype=np.float64)
-    generator = np.random.default_rng(seed)
-    draws = np.asarray([gaps[generator.integers(0, len(gaps), len(gaps))].mean() for _ in range(2000)])
+    draws = _means(gaps, seed)
     binary = set(first) | set(second) <= {0.0, 1.0}
     lost, won = int((gaps < 0).sum()), int((gaps > 0).sum())
     tails = min(1.0, 2 * min(float((draws <= 0).mean()), float((draws >= 0).mean())))
