@@ -8,12 +8,11 @@ import tomli_w
 from pydantic import model_validator
 
 from fedtune import domains, methods
-from fedtune.cli.settings import resolve
 from fedtune.config import Config, Settings, parse_assignment, protocol_names, read_protocol
 from fedtune.config.depth import DEEPEST, parsed, too_deep
 from fedtune.config.load import flatten, merge, read_toml
 from fedtune.config.section import Section, own_problems
-from fedtune.settings import load
+from fedtune.settings import load, resolve
 from fedtune.types import ConfigError
 
 FROZEN = {
@@ -162,11 +161,11 @@ def test_assignments_are_toml_or_words() -> None:
 def test_a_file_and_the_command_line_make_one_config(tmp_path: Path) -> None:
     file = tmp_path / "run.toml"
     file.write_text('domain = "finance"\nseed = 7\n[method]\nname = "lora_fair"\nridge = 0.5\n')
-    made = resolve(file, {"seed": 8}, ["lora.r=8"]).config
+    made = resolve(file, [{"seed": 8}, parse_assignment("lora.r=8")]).config
     assert (made.seed, made.lora.r, made.method.parameters) == (8, 8, {"ridge": 0.5})
     file.write_text("domain = \n")
     with pytest.raises(ConfigError, match=re.escape(str(file)) + r".*\(at line 1"):
-        resolve(file, {}, [])
+        resolve(file, [])
 
 
 def test_merge_keeps_what_is_below() -> None:

@@ -10,11 +10,10 @@ import pytest
 import tomli_w
 from pydantic import BaseModel
 
-from fedtune.cli.settings import resolve
 from fedtune.config import Config, protocol_names
 from fedtune.config.load import WHOLE, merge, parse_assignment
 from fedtune.domains import DOMAINS
-from fedtune.settings import load
+from fedtune.settings import load, resolve
 from fedtune.types import ConfigError
 
 
@@ -231,15 +230,15 @@ def test_folders_are_named_from_everywhere(
         ({}, [f"model.name={short}"]),
         ({}, [f"model.name={tiny_folder.name}"]),
     ):
-        resolved = resolve(None, {"domain": "finance", **chosen}, words).config
+        resolved = resolve(None, [{"domain": "finance", **chosen}, *map(parse_assignment, words)]).config
         assert resolved.model.name == str(tiny_folder.resolve())
     monkeypatch.chdir(data_folder.parent)
     file = data_folder.parent / "run.toml"
     file.write_text(
         f'domain = "finance"\n[data]\nsource = "folder"\nlimit = 0\nbalance = false\npath = "{data_folder.name}"\n'
     )
-    assert resolve(file, {}, []).config.data.path == str(data_folder.resolve())
-    assert resolve(None, {"domain": "finance", "model": {"name": "some/model"}}, []).config.model.name == "some/model"
+    assert resolve(file, []).config.data.path == str(data_folder.resolve())
+    assert resolve(None, [{"domain": "finance", "model": {"name": "some/model"}}]).config.model.name == "some/model"
 
 
 def test_an_engine_that_is_not_installed_is_refused_before_anything_is_made(monkeypatch: pytest.MonkeyPatch) -> None:

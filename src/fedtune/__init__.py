@@ -23,26 +23,9 @@ if TYPE_CHECKING:
     from fedtune.types import FedtuneError
 
 __version__ = "0.1.0"
-__all__ = [
-    "DOMAINS",
-    "KINDS",
-    "METHODS",
-    "OBJECTIVES",
-    "SPACES",
-    "TASKS",
-    "WRAPPERS",
-    "Config",
-    "FedtuneError",
-    "Reporter",
-    "Result",
-    "Settings",
-    "__version__",
-    "aggregate",
-    "evaluate",
-    "load_settings",
-    "run",
-    "sweep",
-]
+__all__ = ["__version__", "aggregate", "evaluate", "load_settings", "run", "sweep"]
+__all__ += ["Config", "FedtuneError", "Reporter", "Result", "Settings"]
+__all__ += ["DOMAINS", "KINDS", "METHODS", "OBJECTIVES", "SPACES", "TASKS", "WRAPPERS"]
 
 _HOMES = {
     "fedtune.api": ("aggregate", "evaluate", "load_settings", "run", "sweep"),
@@ -87,19 +70,19 @@ PRIVATE = {
     "DISABLE_SAFETENSORS_CONVERSION": "1",
 }
 
-# the same where a library was imported first and has read its environment: module -> variable, constant, value
+# the same where a library was imported first and has read its environment: module -> its constant of this name, value
 _READ_ALREADY = {
-    "flwr.supercore.telemetry": ("FLWR_TELEMETRY_ENABLED", "FLWR_TELEMETRY_ENABLED", "0"),
-    "flwr_datasets.common.telemetry": ("FLWR_TELEMETRY_ENABLED", "FLWR_TELEMETRY_ENABLED", "0"),
-    "huggingface_hub.constants": ("HF_HUB_DISABLE_TELEMETRY", "HF_HUB_DISABLE_TELEMETRY", True),
-    "datasets.config": ("HF_UPDATE_DOWNLOAD_COUNTS", "HF_UPDATE_DOWNLOAD_COUNTS", False),
+    "flwr.supercore.telemetry": ("FLWR_TELEMETRY_ENABLED", "0"),
+    "flwr_datasets.common.telemetry": ("FLWR_TELEMETRY_ENABLED", "0"),
+    "huggingface_hub.constants": ("HF_HUB_DISABLE_TELEMETRY", True),
+    "datasets.config": ("HF_UPDATE_DOWNLOAD_COUNTS", False),
 }
 
 
 def _keep_private() -> None:
-    for module, (variable, constant, value) in _READ_ALREADY.items():
+    for module, (variable, value) in _READ_ALREADY.items():
         if module in sys.modules and variable not in os.environ:
-            setattr(sys.modules[module], constant, value)
+            setattr(sys.modules[module], variable, value)
     for variable, off in PRIVATE.items():
         os.environ.setdefault(variable, off)
 

@@ -21,14 +21,6 @@ from fedtune.types import CorruptFileError, LockedError, MissingFileError
 MAX_JSON_BYTES = 512 * 1024**2
 
 
-def _sync_folder(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
 def write_bytes(path: Path, data: bytes) -> None:
     """Replace `path` by `data` so that a crash at any instant leaves the old file or the new one, whole."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -41,7 +33,11 @@ def write_bytes(path: Path, data: bytes) -> None:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
-    _sync_folder(path.parent)
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
 
 
 def finite(value: Any) -> Any:

@@ -68,12 +68,10 @@ def _origin(point: metadata.EntryPoint) -> Origin:
 def subclass_of(
     base: type[C], *, texts: Sequence[str] = ("name", "title"), parameters: type = Section
 ) -> Callable[[str, object], type[C]]:
-    """Return the check of a registry whose components are classes; it raises TypeError or ValueError.
+    """Return the check of a registry whose components are subclasses of `base`; it raises TypeError or ValueError.
 
-    Args:
-        base: what they derive from.
-        texts: attributes that each must have, as text; its `name` is the one that it is offered under.
-        parameters: what the `Parameters` of each derive from.
+    Each must have the attributes `texts`, as text; its `name` is the one that it is offered under. Its `Parameters`
+    derive from `parameters`.
     """
 
     def check(name: str, found: object) -> type[C]:
@@ -95,13 +93,9 @@ class Registry(Mapping[str, T], Generic[T]):
     """The components of one kind by name; iterating lists all that can be used."""
 
     def __init__(self, kind: str, own: Mapping[str, T], check: Callable[[str, object], T]) -> None:
-        """Make a registry.
+        """Make a registry of a kind, such as "method", offered in the group `fedtune.methods`, with this package's own.
 
-        Args:
-            kind: such as "method", offered in the group `fedtune.methods`.
-            own: this package's, by name.
-            check: takes a name and what is offered under it; returns the component, or raises an error that says what
-                is wrong with it.
+        `check` takes a name and what is offered under it; it returns the component, or raises what is wrong with it.
         """
         self.kind, self.own, self._check = kind, dict(own), check
         self._loaded: dict[Points, tuple[T, Origin] | str] = {}
@@ -110,13 +104,13 @@ class Registry(Mapping[str, T], Generic[T]):
         return _offered(f"fedtune.{self.kind}s", tuple(sys.path))
 
     def _load(self, name: str) -> tuple[T, Origin] | str:
-        """Load what another package offers under a name, once; return it, or why it cannot be used."""
-        points = self._points()[name]
-        if points not in self._loaded:
+        """Load what another package offers under a name, once; return it, or why it cannot be used ("" for nothing)."""
+        points = self._points().get(name, ())
+        if points and points not in self._loaded:
             self._loaded[points] = self._first_load(name, points)
             if isinstance(fault := self._loaded[points], str):
                 _log.warning("%s", fault)
-        return self._loaded[points]
+        return self._loaded.get(points, "")
 
     def _first_load(self, name: str, points: Points) -> tuple[T, Origin] | str:
         said = f"the {self.kind} {name!r} of {_packages(points)} cannot be used"
@@ -135,14 +129,12 @@ class Registry(Mapping[str, T], Generic[T]):
 
     def fault(self, name: str) -> str:
         """Say why a component that another package offers cannot be used, or return an empty string."""
-        found = self._load(name) if name in self._points() else ""
+        found = self._load(name)
         return found if isinstance(found, str) else ""
 
     def origin(self, name: str) -> Origin | None:
         """Return where a component of another package comes from; None for one of our own, and for none at all."""
-        if name in self.own or name not in self._points():
-            return None
-        found = self._load(name)
+        found = "" if name in self.own else self._load(name)
         return None if isinstance(found, str) else found[1]
 
     def others(self) -> dict[str, T]:
@@ -153,8 +145,7 @@ class Registry(Mapping[str, T], Generic[T]):
     def __getitem__(self, name: str) -> T:
         if name in self.own:
             return self.own[name]
-        found = self._load(name) if name in self._points() else ""
-        if isinstance(found, str):
+        if isinstance(found := self._load(name), str):
             raise KeyError(name)
         return found[0]
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from fedtune import domains, methods, objectives, spaces
 from fedtune.config import Config, Settings
-from fedtune.config.load import changed, merge, read_toml, validated
+from fedtune.config.load import changed, merge, nest, read_toml, validated
 from fedtune.domains.base import Task
 from fedtune.evaluation import scorers
 from fedtune.machine import expanded
@@ -73,12 +73,9 @@ def nested(**named: Any) -> dict[str, Any]:
     """Turn keywords into nested settings: sections, dotted keys, or short forms (`rounds=3`); None means not given."""
     found: dict[str, Any] = {}
     for name, value in named.items():
-        if value is None:
-            continue
-        layer: Any = str(value) if isinstance(value, Path) else value
-        for part in reversed((name if isinstance(value, Mapping) else SHORT.get(name, name)).split(".")):
-            layer = {part: layer}
-        found = merge(found, layer)
+        key = name if isinstance(value, Mapping) else SHORT.get(name, name)
+        if value is not None:
+            found = merge(found, nest(key.split("."), str(value) if isinstance(value, Path) else value))
     return found
 
 
@@ -111,11 +108,7 @@ def resolve(
 ) -> Settings:
     """Validate a file's settings, a data folder's, and further layers, later over earlier.
 
-    Args:
-        file: TOML; one that is `kept` in the folder of a run may have defaults of then.
-        layers: nested tables.
-        folder: of training and evaluation files.
-        kept, beside: as for `load`.
+    `kept` and `beside` are those of `load`: a file in the folder of a run may have defaults of then.
 
     Raises:
         ConfigError: with every problem found.
@@ -159,9 +152,14 @@ def without_effect_on_arms(config: Config, beside: Sequence[str]) -> Iterable[Pr
             yield Problem(f"{key} = {value!r}", f'has no effect: with arm = "{config.arm}" {why}', fix)
 
 
+def within(key: str, places: Iterable[str]) -> bool:
+    """Tell whether a dotted key is one of some sections and keys, or inside one."""
+    return any(key == place or key.startswith(f"{place}.") for place in places)
+
+
 def _not_in(arms: Collection[str], key: str) -> str:
     """Return why no arm but the federated one takes notice of a setting; nothing where one does."""
-    if any(key == place or key.startswith(f"{place}.") for place in OF_A_FEDERATION):
+    if within(key, OF_A_FEDERATION):
         return "plain LoRA is trained without a federation"
     if key == "eval.every":
         return "a run is evaluated at its end only"
@@ -171,33 +169,19 @@ def _not_in(arms: Collection[str], key: str) -> str:
 
 
 def _reasons(config: Config) -> Found:
-    yield from _of_the_model(config)
-    yield from _of_the_data(config)
-    yield from _of_the_rounds(config)
-    yield from _of_evaluation(config, domains.chosen_tasks(config))
-
-
-def _of_the_model(config: Config) -> Found:
-    name = config.model.name
+    name, data = config.model.name, config.data
     if name.startswith("packaged/") or zoo.is_local(name):
         yield "model.revision", "only a model of the Hub has revisions"
     if config.lora.rslora and max(config.lora.ranks or (config.lora.r,)) == 1:
         yield "lora.rslora", "at rank 1 both scales are the same"
-
-
-def _of_the_data(config: Config) -> Found:
-    data = config.data
     if data.source != "folder" and data.path:
         yield "data.path", f'data.source = "{data.source}" reads no folder'
     if data.balance and not data.limit:
         yield "data.balance", "it chooses which rows stay, and without data.limit all do"
     if config.federation.clients == 1:
         yield "data.partition", "one client has all rows"
-
-
-def _of_the_rounds(config: Config) -> Found:
-    if config.federation.clients == 1:
         yield "federation.fraction", "the only client is asked in every round"
+    yield from _of_evaluation(config, domains.chosen_tasks(config))
 
 
 # settings of `eval` that not every scorer uses: the value that asks for nothing, and why others may have no effect

@@ -42,12 +42,7 @@ class Problem:
 
 
 class ProblemsError(FedtuneError):
-    """Several problems, reported at once.
-
-    Args:
-        title: what was being read.
-        problems: all that is wrong with it.
-    """
+    """All problems of something that was being read, its `title`, reported at once."""
 
     def __init__(self, title: str, problems: Sequence[Problem]) -> None:
         self.title = title

@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from fedtune.cli import app, withheld
+from fedtune.cli import app
+from fedtune.cli.errors import check_withheld
 from fedtune.evaluation import metrics
 from fedtune.io import read_json
 from fedtune.types import DataError, RunFailedError
@@ -15,14 +16,14 @@ SHORT = (*FEW, "eval.base=false", "federation.rounds=1", "federation.clients=2",
 
 
 def test_all_scores_and_some_scores_withheld_end_differently() -> None:
-    withheld.check({}, 0)
-    withheld.check({}, 2)
+    check_withheld({}, 0)
+    check_withheld({}, 2)
     with pytest.raises(RunFailedError, match=r"^score withheld:\n  fpb/official: no sandbox$"):
-        withheld.check({"fpb/official": "no sandbox"}, 1)
+        check_withheld({"fpb/official": "no sandbox"}, 1)
     with pytest.raises(RunFailedError, match="all 2 scores withheld"):
-        withheld.check({"fpb/official": "a", "fiqa/official": "b"}, 2)
+        check_withheld({"fpb/official": "a", "fiqa/official": "b"}, 2)
     with pytest.raises(DataError, match=r"1 of 2 scores\):\n  fpb/official: no sandbox"):
-        withheld.check({"fpb/official": "no sandbox"}, 2)
+        check_withheld({"fpb/official": "no sandbox"}, 2)
 
 
 @pytest.mark.parametrize("command", ["run", "sweep", "eval"])

@@ -18,12 +18,10 @@ PLOTS = (".svg", ".png", ".pdf")
 def _check_plot(path: Path) -> None:
     """Raise ConfigError for a plot that could not be written, before any work is done for it."""
     if path.suffix.lower() not in PLOTS:
-        found = Problem(f"--plot {path}", "is no plot's name", f"it ends in {', '.join(PLOTS)}")
-    elif path.is_dir():
-        found = Problem(f"--plot {path}", "is a folder", "name a file")
-    else:
-        return
-    raise ConfigError("command line", [found])
+        fix = f"it ends in {', '.join(PLOTS)}"
+        raise ConfigError("command line", [Problem(f"--plot {path}", "is no plot's name", fix)])
+    if path.is_dir():
+        raise ConfigError("command line", [Problem(f"--plot {path}", "is a folder", "name a file")])
 
 
 def _plot(counts: list[dict[str, int]], path: Path, title: str) -> None:
@@ -80,15 +78,16 @@ def data(
     plot: Annotated[Path | None, typer.Option(help="Also draw it: a .svg, .png or .pdf file.")] = None,
 ) -> None:
     """Show a domain's training rows: what is wrong with them, and how they are split over the clients."""
-    from fedtune.cli.settings import options, resolve, taken
+    from fedtune.cli.settings import taken
     from fedtune.data.partition import table
+    from fedtune.settings import nested, resolve
     from fedtune.training import workload
 
     if plot:
         _check_plot(plot)
-    chosen = options(domain=domain, partition=partition, clients=clients, protocol=protocol)
-    own = taken(settings or [], SECTIONS, "training rows and their split")
-    config = resolve(None, chosen, own, folder).config
+    chosen = nested(domain=domain, partition=partition, clients=clients, protocol=protocol)
+    own = taken(settings, SECTIONS, "training rows and their split")
+    config = resolve(None, [chosen, *own], folder).config
     loaded = workload.load(config)
     counts = table(loaded.checked.rows, loaded.shards)
     say(f"{loaded.name}: {counted(len(loaded.checked.rows), 'row')}, partition {config.data.partition}")

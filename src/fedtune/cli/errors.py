@@ -8,13 +8,14 @@ import os
 import signal
 import sys
 import traceback
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NoReturn, get_type_hints
 
 from typer.core import TyperArgument, TyperGroup
 
 from fedtune.machine import cache_dir
-from fedtune.types import CancelledError, CorruptFileError, FedtuneError, plain
+from fedtune.types import CancelledError, CorruptFileError, DataError, FedtuneError, RunFailedError, plain
 
 TRACEBACK = "FEDTUNE_TRACEBACK"
 
@@ -71,10 +72,6 @@ def _file_error(err: OSError) -> str:
     return f"{what}{err.strerror or err}" + (f"; {fix}" if fix else "")
 
 
-def _out_of_memory(err: Exception) -> bool:
-    return isinstance(err, MemoryError) or type(err).__name__ == "OutOfMemoryError"
-
-
 def _unexpected(err: Exception) -> str:
     """Return what should not have happened, with the place in our own code where it came to light."""
     own = [f for f in traceback.extract_tb(err.__traceback__) if f"{os.sep}fedtune{os.sep}" in f.filename]
@@ -92,7 +89,7 @@ def said(err: BaseException) -> tuple[str, int]:
         return f"{type(err).__name__}: {err}", err.exit_code
     if isinstance(err, OSError):
         return f"{type(err).__name__}: {_file_error(err)}", 1
-    if isinstance(err, Exception) and _out_of_memory(err):
+    if isinstance(err, MemoryError) or type(err).__name__ == "OutOfMemoryError":
         first = str(err).split(". ")[0] or "no memory left"
         return f"out of memory: {first}; smaller passes need less: -s engine.max_tokens_per_forward=1024", 1
     return (_unexpected(err), 1) if isinstance(err, Exception) else (f"{type(err).__name__}: {err}", 1)
@@ -105,6 +102,20 @@ def end(err: BaseException) -> None:
     text, code = said(err)
     print(plain(text, 100_000), file=sys.stderr)
     sys.exit(code)
+
+
+def check_withheld(reasons: Mapping[str, str], asked: int) -> None:
+    """Say why scores are withheld of those `asked`, by the name of each; what there is stays written.
+
+    Raises:
+        RunFailedError: all are withheld. DataError: some are.
+    """
+    if not reasons:
+        return
+    listed = "".join(f"\n  {name}: {why}" for name, why in reasons.items())
+    if len(reasons) == asked:
+        raise RunFailedError(f"score withheld:{listed}" if asked == 1 else f"all {asked} scores withheld:{listed}")
+    raise DataError(f"score withheld ({len(reasons)} of {asked} scores):{listed}")
 
 
 def interrupted() -> NoReturn:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, get_args
+from typing import TYPE_CHECKING, Annotated, get_args
 
 import typer
 
+from fedtune.cli.errors import check_withheld
 from fedtune.types import ConfigError, DataError, Problem
 
 if TYPE_CHECKING:
@@ -24,18 +25,6 @@ def _modes(mode: str) -> list[str]:
     if mode not in known:
         raise ConfigError("command line", [Problem(f"--mode {mode}", "unknown mode", "official, likelihood or both")])
     return known[mode]
-
-
-def _layers(base: str, tasks: list[str] | None, mode: str, limit: int, prompt: str | None) -> dict[str, Any]:
-    settings: dict[str, Any] = {
-        "modes": _modes(mode),
-        "tasks": tasks or [],
-        "limit": limit,
-        "official_limit": 0,
-    }
-    if prompt:
-        settings["prompt"] = prompt
-    return {"model": {"name": base}, "eval": settings}
 
 
 # what an evaluation depends on; the rest is about training
@@ -59,20 +48,21 @@ def evaluate(
     json_output: Annotated[bool, typer.Option("--json", help="Print the scores as JSON.")] = False,
 ) -> None:
     """Evaluate an adapter or a base model; run again, it does only what is missing."""
-    from fedtune.cli import withheld
-    from fedtune.cli.settings import resolve, taken
+    from fedtune.cli.settings import taken
     from fedtune.cli.tables import scores as table
     from fedtune.experiment import evaluate as work
     from fedtune.experiment.progress import TerminalReporter, terminal
     from fedtune.results import schema
+    from fedtune.settings import nested, resolve
 
     name, adapter = work.base_of(target, base)
-    own = taken(settings or [], SECTIONS, "an evaluation", OF_RUNS)
-    resolved = resolve(None, {"domain": domain, **_layers(name, task, mode, limit, prompt)}, own, data)
-    folder = out or work.default_folder(target, resolved.config)
+    own = taken(settings, SECTIONS, "an evaluation", OF_RUNS)
+    items = {"modes": _modes(mode), "tasks": task or [], "limit": limit, "official_limit": 0}
+    asked = nested(domain=domain, model=name, eval={**items, **({"prompt": prompt} if prompt else {})})
+    config = resolve(None, [asked, *own], data).config
+    folder = out or work.default_folder(target, config)
     console = terminal(errors=json_output)
-    insist = base is not None
-    found = work.evaluate(resolved.config, adapter, folder, TerminalReporter(console), insist=insist)
+    found = work.evaluate(config, adapter, folder, TerminalReporter(console), insist=base is not None)
     if json_output:
         import json
 
@@ -81,7 +71,7 @@ def evaluate(
     for each in table([schema.Arm.model_construct(name=Path(target).name, scores=found)]):
         console.print(each)
     console.print(f"per-sample logs: {folder.resolve()}", soft_wrap=True)
-    withheld.check(schema.withheld(found), len(found))
+    check_withheld(schema.withheld(found), len(found))
 
 
 def compare(
@@ -103,13 +93,10 @@ def compare(
     for run in (first, second):
         if not run.is_dir():
             raise DataError(f"{run}: no such run folder")
-    logs = {p.name: p for p in sorted((first / "evals" / arm).glob("*.jsonl"))}
-    shared = [
-        n for n in logs if (second / "evals" / arm / n).exists() and _same_items(logs[n], second / "evals" / arm / n)
-    ]
-    if not shared:
+    pairs = [(log, second / "evals" / arm / log.name) for log in sorted((first / "evals" / arm).glob("*.jsonl"))]
+    results = {one.stem: test(*paired(one, two)) for one, two in pairs if two.exists() and _same_items(one, two)}
+    if not results:
         raise DataError(f"{first} and {second} have no evaluation of {arm!r} on the same items")
-    results = {n.removesuffix(".jsonl"): test(*paired(logs[n], second / "evals" / arm / n)) for n in shared}
     if json_output:
         typer.echo(json.dumps({n: asdict(r) for n, r in results.items()}, indent=1))
         return

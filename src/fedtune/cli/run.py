@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from fedtune.cli.errors import check_withheld
 from fedtune.cli.say import say
 from fedtune.types import ConfigError, Problem, ResumeError, nearest
 
@@ -20,12 +21,12 @@ Setting = Annotated[list[str] | None, typer.Option("--set", "-s", help="Any sett
 
 def _arms(text: str | None) -> list[str]:
     """Read `--arms all` or a comma list."""
-    names = list(ARMS) if text == "all" else [a.strip() for a in (text or "").split(",") if a.strip()]
-    wrong = [n for n in names if n not in ARMS]
-    if wrong:
-        problems = [
-            Problem(f"--arms {n}", "unknown baseline", nearest(n, ARMS) or f"one of {', '.join(ARMS)}") for n in wrong
-        ]
+    from fedtune.cli.settings import words
+
+    names = list(ARMS) if text == "all" else words(text)
+    able = f"one of {', '.join(ARMS)}"
+    if wrong := [n for n in names if n not in ARMS]:
+        problems = [Problem(f"--arms {n}", "unknown baseline", nearest(n, ARMS) or able) for n in wrong]
         raise ConfigError("command line", problems)
     return names
 
@@ -55,13 +56,14 @@ def run(
     json_output: Annotated[bool, typer.Option("--json", help="Print result.json at the end.")] = False,
 ) -> None:
     """Fine-tune a model over the clients of one domain, evaluate it, and write a result that can be re-checked."""
-    from fedtune.cli.settings import options, resolve
+    from fedtune.cli.settings import given
+    from fedtune.settings import nested, resolve
 
     extra = _arms(arms)
     resume = resume or force_resume
     if resume:
         out, config = _continued(out, config)
-    chosen = options(
+    chosen = nested(
         domain=domain,
         protocol=protocol,
         model=model,
@@ -73,7 +75,7 @@ def run(
         arm=arm,
     )
     # a run that goes on was checked when it started, with the arms and the defaults that there were then
-    resolved = resolve(config, chosen, settings or [], data, kept=resume, beside=extra)
+    resolved = resolve(config, [chosen, *given(settings)], data, kept=resume, beside=extra)
     if print_config:
         _print(resolved)
         return
@@ -112,7 +114,6 @@ def _print(resolved: Settings) -> None:
 
 
 def _execute(resolved: Settings, out: Path | None, resume: bool, force: bool, extra: list[str], as_json: bool) -> None:
-    from fedtune.cli import withheld
     from fedtune.cli.tables import doubts, scores
     from fedtune.experiment.progress import TerminalReporter, terminal
     from fedtune.experiment.run import run as execute
@@ -132,4 +133,4 @@ def _execute(resolved: Settings, out: Path | None, resume: bool, force: bool, ex
         console.print(line)
     console.print(f"run folder: {folder.resolve()}", soft_wrap=True)
     own = next(arm.scores for arm in result.arms if arm.name == resolved.config.arm)
-    withheld.check(schema.withheld(own), len(own))
+    check_withheld(schema.withheld(own), len(own))

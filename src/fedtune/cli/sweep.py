@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from fedtune.cli.errors import check_withheld
 from fedtune.types import ConfigError, Problem, counted
 
 if TYPE_CHECKING:
@@ -17,13 +18,11 @@ Setting = Annotated[list[str] | None, typer.Option("--set", "-s", help="A settin
 Grid = Annotated[list[str] | None, typer.Option("--grid", "-g", help="Values to cross: -g lora.r=4;8;16")]
 
 
-def _values(text: str | None) -> list[str]:
-    return [part.strip() for part in (text or "").split(",") if part.strip()]
-
-
 def _seeds(text: str) -> list[int]:
+    from fedtune.cli.settings import words
+
     try:
-        return [int(part) for part in _values(text)]
+        return [int(part) for part in words(text)]
     except ValueError as err:
         raise ConfigError("command line", [Problem(f"--seeds {text}", "not whole numbers", "42,43,44")]) from err
 
@@ -53,49 +52,39 @@ def sweep(
     json_output: Annotated[bool, typer.Option("--json", help="Print sweep.json at the end.")] = False,
 ) -> None:
     """Run every combination of domains, methods, seeds and --grid values, sharing one base model in memory."""
-    from fedtune.cli.settings import options, resolve
-    from fedtune.methods import METHODS
-
-    names = list(METHODS) if methods == "all" else _values(methods)
-    axes: dict[str, Sequence[Any]] = {"domain": wanted, "method": names, **_grid(grid or []), "seed": _seeds(seeds)}
-
-    def build(where: Mapping[str, Any]) -> Settings:
-        chosen = options(
-            domain=where["domain"], method=where["method"], seed=where["seed"], protocol=protocol, model=model
-        )
-        crossed = [f"{k}={v}" for k, v in where.items() if k not in ("domain", "method", "seed")]
-        return resolve(config, chosen, [*(settings or []), *crossed], data)
-
-    _execute(axes, build, out, as_json=json_output)
-
-
-def _execute(axes: Mapping[str, Sequence[Any]], build: Any, out: Path, *, as_json: bool) -> None:
     import json
 
-    from fedtune.cli import withheld
+    from fedtune.cli.settings import given, words
     from fedtune.experiment.progress import TerminalReporter, terminal
     from fedtune.experiment.sweep import points
     from fedtune.experiment.sweep import sweep as execute
+    from fedtune.methods import METHODS
+    from fedtune.settings import nested, resolve
+
+    names = list(METHODS) if methods == "all" else words(methods)
+    axes: dict[str, Sequence[Any]] = {"domain": wanted, "method": names, **_grid(grid or []), "seed": _seeds(seeds)}
+
+    def build(where: Mapping[str, Any]) -> Settings:
+        own = {k: where[k] for k in ("domain", "method", "seed")}
+        crossed = [f"{k}={v}" for k, v in where.items() if k not in own]
+        layers = [nested(protocol=protocol, model=model, **own), *given(settings), *given(crossed)]
+        return resolve(config, layers, data)
 
     chosen = points(axes, build, out)
-    console = terminal(errors=as_json)
+    console = terminal(errors=json_output)
     console.print(f"{counted(len(chosen), 'run')}: " + " x ".join(_axis(k, v) for k, v in axes.items()))
     rows = execute(chosen, out, TerminalReporter(console))
-    if as_json:
+    if json_output:
         typer.echo(json.dumps(rows, indent=1))
     console.print(_table(rows, axes))
     console.print(f"sweep folder: {out.resolve()}", soft_wrap=True)
-    withheld.check({name: why for row in rows for name, why in row["withheld"].items()}, _asked(rows))
+    reasons = {name: why for row in rows for name, why in row["withheld"].items()}
+    check_withheld(reasons, sum(row["asked"] for row in rows))
 
 
 def _axis(name: str, values: Sequence[Any]) -> str:
     """Return how many values of an axis are crossed: `3 seeds`, `2 values of lora.r`."""
     return f"{counted(len(values), 'value')} of {name}" if "." in name else counted(len(values), name)
-
-
-def _asked(rows: Sequence[Mapping[str, Any]]) -> int:
-    """Return how many scores all runs were to give."""
-    return sum(row["asked"] for row in rows)
 
 
 def _table(rows: Sequence[Mapping[str, Any]], axes: Mapping[str, Sequence[Any]]) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -23,13 +24,7 @@ MOST_TOLD = 100  # problems
 
 @dataclass(frozen=True)
 class Settings:
-    """The validated settings of a run, with the protocol they come from.
-
-    Attributes:
-        config: every setting.
-        protocol: the protocol's frozen file.
-        unranked: why the run cannot be ranked; empty when it can.
-    """
+    """The validated settings of a run, the protocol they come from, and why it cannot be ranked (empty when it can)."""
 
     config: Config
     protocol: Protocol
@@ -48,27 +43,25 @@ def parse_assignment(text: str) -> dict[str, Any]:
     parts = key.strip().split(".")
     if len(parts) > DEEPEST:
         raise ConfigError("command line", [Problem(key.strip()[:60], f"has more than {DEEPEST} parts")])
-    nested: Any = value
+    read: Any = value
     with contextlib.suppress(ValueError):
-        nested = parsed(f"value = {value}")["value"]
+        read = parsed(f"value = {value}")["value"]
+    return nest(parts, read)
+
+
+def nest(parts: Sequence[str], value: Any) -> dict[str, Any]:
+    """Return a value as nested settings, at the place that the parts of its dotted key name."""
     for part in reversed(parts):
-        nested = {part: nested}
-    return dict(nested)
+        value = {part: value}
+    return dict(value)
 
-
-_UNSET = object()  # a method's own settings have no value elsewhere: they count where they are set
 
 # tables that are one value: their keys are numbers somebody chose, not settings with a default
 WHOLE = frozenset({("lora", "ranks")})
 
 
 def merge(base: Mapping[str, Any], top: Mapping[str, Any], place: tuple[str, ...] = ()) -> dict[str, Any]:
-    """Return `base` with `top` laid over it, table by table; a table of `WHOLE` replaces the one below.
-
-    Args:
-        base, top: nested settings.
-        place: where in all settings they stand.
-    """
+    """Return `base` with `top` laid over it, both at `place`; table by table, but one of `WHOLE` replaces another."""
     merged = dict(base)
     for key, value in top.items():
         below, here = merged.get(key), (*place, key)
@@ -118,8 +111,7 @@ def _known_key(path: Sequence[str | int]) -> str:
     """Suggest the key that was meant: the same word in another table, else a near one in this table or anywhere."""
     model = _section(path[:-1])
     keys = flatten(Config(domain="x").plain())
-    same = [k for k in keys if k.rsplit(".", 1)[-1] == str(path[-1])]
-    if same:
+    if same := [k for k in keys if k.rsplit(".", 1)[-1] == str(path[-1])]:
         return f'did you mean "{same[0]}"?'
     here = nearest(str(path[-1]), model.model_fields) if model else ""
     return here or nearest(".".join(map(str, path)), keys)
@@ -142,18 +134,12 @@ def _problem(error: Mapping[str, Any]) -> Problem:
 
 
 def _assemble(layers: Sequence[Mapping[str, Any]]) -> tuple[Protocol, dict[str, Any]]:
-    wanted: dict[str, Any] = {}
-    for layer in layers:
-        wanted = merge(wanted, layer)
+    wanted: dict[str, Any] = functools.reduce(merge, layers, {})
     protocol = read_protocol(str(wanted.get("protocol", Config.model_fields["protocol"].default)))
-    return protocol, merge(_frozen(protocol, str(wanted.get("domain", "")), wanted.get("peft", {})), wanted)
-
-
-def _frozen(protocol: Protocol, domain: str, peft: Any) -> dict[str, Any]:
-    """Return a protocol's settings for a domain; those of LoRA are left out where something else is trained."""
-    settings = merge(protocol.settings, protocol.domains.get(domain, {}))
-    kind = peft.get("kind", "lora") if isinstance(peft, Mapping) else "lora"
-    return settings if kind == "lora" else {key: value for key, value in settings.items() if key != "lora"}
+    frozen, peft = merge(protocol.settings, protocol.domains.get(str(wanted.get("domain", "")), {})), wanted.get("peft")
+    if isinstance(peft, Mapping) and peft.get("kind", "lora") != "lora":
+        frozen.pop("lora", None)  # nobody chose it, and something else is trained
+    return protocol, merge(frozen, wanted)
 
 
 def standard(domain: str, protocol: Protocol) -> Config:
@@ -168,8 +154,9 @@ def changed(config: Config) -> dict[str, Any]:
     if config.protocol in protocol_names():
         usual.append(standard(config.domain, read_protocol(config.protocol)))
     known = [flatten(each.plain()) for each in usual]
-    here = flatten(config.plain())
-    return {key: value for key, value in here.items() if all(k.get(key, _UNSET) != value for k in known)}
+    # a method's own settings have no value elsewhere: they count where they are set
+    new = flatten(config.plain()).items()
+    return {key: value for key, value in new if all(key not in k or k[key] != value for k in known)}
 
 
 def unranked_reasons(config: Config, protocol: Protocol) -> tuple[str, ...]:
@@ -201,18 +188,9 @@ def _without(tree: Mapping[str, Any], places: Sequence[Sequence[str | int]]) -> 
     return kept
 
 
-def _further(tree: Mapping[str, Any], places: Sequence[Sequence[str | int]], checks: Sequence[Check]) -> list[Problem]:
-    """Return what the checks find in the settings that are left when the wrong ones are taken out."""
-    try:
-        config = Config.model_validate(_without(tree, places))
-    except ValidationError:
-        return []
-    return _first(p for check in checks for p in check(config))
-
-
-def _first(problems: Iterable[Problem]) -> list[Problem]:
-    """Return the first problems there are: a settings file of a megabyte can make a hundred thousand."""
-    return list(islice(problems, MOST_TOLD))
+def _found(config: Config, checks: Sequence[Check]) -> list[Problem]:
+    """Return the first problems that the checks find: a settings file of a megabyte can make a hundred thousand."""
+    return list(islice((p for check in checks for p in check(config)), MOST_TOLD))
 
 
 def _told(tree: Mapping[str, Any], err: ValidationError, checks: Sequence[Check]) -> list[Problem]:
@@ -221,18 +199,17 @@ def _told(tree: Mapping[str, Any], err: ValidationError, checks: Sequence[Check]
     found = [_problem(dict(e)) for e in errors[:MOST_TOLD]]
     if len(errors) > MOST_TOLD:
         return [*found, Problem("settings", f"{len(errors) - MOST_TOLD} more are wrong")]
-    return found + _further(tree, [e["loc"] for e in errors], checks)
+    try:
+        left = Config.model_validate(_without(tree, [e["loc"] for e in errors]))
+    except ValidationError:
+        return found
+    return found + _found(left, checks)
 
 
 def validated(layers: Sequence[Mapping[str, Any]], checks: Sequence[Check], title: str) -> Settings:
-    """Validate settings by the schema and by checks from methods, domains and models.
+    """Validate settings, later layers over earlier ones, by the schema and by further checks.
 
-    `fedtune.settings.load` names them all.
-
-    Args:
-        layers: nested tables: a file's content, then the command line's.
-        checks: of names and combinations (methods, domains, models).
-        title: what to call the source in an error.
+    `fedtune.settings.load` names the checks, and calls the source `title` in an error.
 
     Raises:
         ConfigError: with every problem found, or the first `MOST_TOLD` of them.
@@ -244,7 +221,6 @@ def validated(layers: Sequence[Mapping[str, Any]], checks: Sequence[Check], titl
         config = Config.model_validate(tree)
     except ValidationError as err:
         raise ConfigError(title, _told(tree, err, checks)) from err
-    problems = _first(p for check in checks for p in check(config))
-    if problems:
+    if problems := _found(config, checks):
         raise ConfigError(title, problems)
     return Settings(config, protocol, unranked_reasons(config, protocol))

@@ -13,16 +13,10 @@ from fedtune.types import ConfigError, Problem, nearest
 
 @dataclass(frozen=True)
 class Protocol:
-    """One protocol file.
+    """One protocol file: settings for every domain, those of single domains on top, and the content's sha256.
 
-    Attributes:
-        name: as in `protocol = "..."`.
-        title: one line for people.
-        ranked: whether a run under it can stand on a board at all.
-        locked: dotted keys (or prefixes ending in `.*`) that a ranked run keeps.
-        settings: for every domain.
-        domains: settings for one domain, on top.
-        hash: sha256 of the file's content.
+    A ranked run keeps what is `locked`: dotted keys, or prefixes ending in `.*`. No run can stand on a board at all
+    whose protocol is not `ranked`.
     """
 
     name: str
@@ -45,11 +39,7 @@ def protocol_names() -> list[str]:
 
 
 def read_protocol(name: str) -> Protocol:
-    """Read a protocol by name.
-
-    Raises:
-        ConfigError: unknown name, with the nearest one.
-    """
+    """Read a protocol by name. Raises ConfigError: unknown name, with the nearest one."""
     if name not in protocol_names():
         fix = nearest(name, protocol_names()) or f"one of {', '.join(protocol_names())}"
         raise ConfigError("settings", [Problem(f'protocol = "{name}"', "unknown protocol", fix)])

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, field_validator, model_validator
+from pydantic import Field, PositiveFloat, field_validator, model_validator
 
 from fedtune.config.rows import DataSettings, PromptSettings
 from fedtune.config.section import Chosen
@@ -60,16 +60,10 @@ class LoraSettings(Section):
         return self
 
 
-class PeftSettings(BaseModel):
+class PeftSettings(Chosen):
     """What is trained, by the name of a space, and the space's own settings; those of LoRA stand in `lora`."""
 
-    model_config = ConfigDict(extra="allow", frozen=True, allow_inf_nan=False)
     kind: str = "lora"
-
-    @property
-    def parameters(self) -> dict[str, Any]:
-        """The space's own settings, without its name."""
-        return dict(self.model_extra or {})
 
 
 class MethodSettings(Chosen):

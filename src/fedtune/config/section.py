@@ -20,7 +20,6 @@ class Chosen(BaseModel):
     """Something chosen by its name, with settings of its own, checked against what it declares."""
 
     model_config = ConfigDict(extra="allow", frozen=True, allow_inf_nan=False)
-    name: str
 
     @property
     def parameters(self) -> dict[str, Any]:
@@ -29,14 +28,7 @@ class Chosen(BaseModel):
 
 
 def own_problems(table: str, chosen: str, kind: type[Section], given: Mapping[str, Any]) -> Iterable[Problem]:
-    """Yield what is wrong with the settings of something that was chosen.
-
-    Args:
-        table: where its settings stand.
-        chosen: its name.
-        kind: what it declares.
-        given: its settings.
-    """
+    """Yield what is wrong with the settings given in a table for what was chosen by name, which declares `kind`."""
     try:
         kind.model_validate(given)
     except ValidationError as err:
