@@ -11,10 +11,6 @@ import typer
 from fedtune import PRIVATE
 
 
-def _cuda() -> str:
-    return "nvidia-smi found" if shutil.which("nvidia-smi") else "none (CPU, float32)"
-
-
 def _cache() -> str:
     from fedtune.machine import cache_dir
 
@@ -49,7 +45,7 @@ def doctor() -> None:
         typer.echo(f"{name:16} {version}")
     offline = os.environ.get("HF_HUB_OFFLINE", "") not in ("", "0")
     facts = {
-        "accelerator": _cuda(),
+        "accelerator": "nvidia-smi found" if shutil.which("nvidia-smi") else "none (CPU, float32)",
         "cache": _cache(),
         "package index": index_url(),
         "Hub": "offline (HF_HUB_OFFLINE)" if offline else "online if reachable; HF_HUB_OFFLINE=1 forbids it",

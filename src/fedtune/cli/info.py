@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, get_args
 
 import typer
 
+import fedtune
 from fedtune.types import ConfigError, Problem, nearest
 
 if TYPE_CHECKING:
-    from fedtune.domains import Tasks
     from fedtune.methods import Method
-    from fedtune.registry import Registry
 
 Rows = list[dict[str, Any]]
 
@@ -35,86 +34,84 @@ def _models() -> Rows:
     ]
 
 
-def _traffic(kind: type[Method]) -> tuple[str, str]:
+def _traffic(kind: type[Method]) -> dict[str, str]:
     """Return a method's bytes up and down relative to FedIT's: Mistral-7B, q and v, rank 32, 10 clients a round."""
     from fedtune.methods.state import Sizes
 
     rank, clients = 32, 10
     sizes = [Sizes(4096 * rank, out * rank, rank, clients) for out in (4096, 1024)]
     whole = sum(s.a + s.b for s in sizes)
-    each = [kind.traffic(s) for s in sizes]
-    up, down = (sum(values) / whole for values in zip(*each, strict=True))
-    return f"{up:.2g}", f"{down:.2g}"
+    each = zip(*(kind.traffic(s) for s in sizes), strict=True)
+    return {name: f"{sum(values) / whole:.2g}" for name, values in zip(("bytes up", "bytes down"), each, strict=True)}
+
+
+def _own(kind: Any) -> str:
+    """Return the names of a component's own settings."""
+    return ", ".join(kind.Parameters.model_fields)
 
 
 def _methods() -> Rows:
-    from fedtune.methods import METHODS
     from fedtune.methods.traits import by_product, magnitudes
 
-    rows = []
-    for m in METHODS.values():
-        up, down = _traffic(m)
-        rows.append(
-            {
-                "method": m.name,
-                "title": m.title,
-                "arXiv": m.paper.removeprefix("arXiv:"),
-                "exact": m.guarantee == "exact",
-                "mixed ranks": m.mixed_ranks,
-                "secure sum": m.linear,
-                "robust rules": by_product(m),
-                "personalised": m.models != "global",
-                "DoRA": magnitudes(m) or "no",
-                "bytes up": up,
-                "bytes down": down,
-                "settings": ", ".join(m.Parameters.model_fields) or "-",
-            }
-        )
-    return _origins(rows, METHODS)
+    return [
+        {
+            "method": m.name,
+            "title": m.title,
+            "arXiv": m.paper.removeprefix("arXiv:"),
+            "exact": m.guarantee == "exact",
+            "mixed ranks": m.mixed_ranks,
+            "secure sum": m.linear,
+            "robust rules": by_product(m),
+            "personalised": m.models != "global",
+            "DoRA": magnitudes(m) or "no",
+            **_traffic(m),
+            "settings": _own(m) or "-",
+        }
+        for m in fedtune.METHODS.values()
+    ]
+
+
+def _wrappers() -> Rows:
+    return [
+        {"wrapper": name, "what": (kind.__doc__ or "").strip().splitlines()[0], "settings": _own(kind) or "-"}
+        for name, kind in fedtune.WRAPPERS.items()
+    ]
 
 
 def _spaces() -> Rows:
-    from fedtune.methods import METHODS
     from fedtune.methods.base import ANY
-    from fedtune.spaces import SPACES
 
-    rows = [
+    return [
         {
             "space": space.name,
             "title": space.title,
             "arXiv": space.paper.removeprefix("arXiv:") or "-",
             "ranks": space.factored,
             "several clients a pass": space.factored,
-            "methods": ", ".join(m.name for m in METHODS.values() if m.spaces & {space.name, *ANY}),
+            "methods": ", ".join(m.name for m in fedtune.METHODS.values() if m.spaces & {space.name, *ANY}),
             "saved as": f"{space.folder}/",
-            "settings": ", ".join(space.Parameters.model_fields) or ("those of lora" if space.factored else "-"),
+            "settings": _own(space) or ("those of lora" if space.factored else "-"),
         }
-        for space in SPACES.values()
+        for space in fedtune.SPACES.values()
     ]
-    return _origins(rows, SPACES)
 
 
 def _objectives() -> Rows:
-    from fedtune.objectives import OBJECTIVES
-
-    rows = [
+    return [
         {
             "objective": o.name,
             "title": o.title,
             "arXiv": o.paper.removeprefix("arXiv:") or "-",
             "texts": o.texts,
             "columns": ", ".join(o.columns) or "-",
-            "settings": ", ".join(o.Parameters.model_fields) or "-",
+            "settings": _own(o) or "-",
         }
-        for o in OBJECTIVES.values()
+        for o in fedtune.OBJECTIVES.values()
     ]
-    return _origins(rows, OBJECTIVES)
 
 
 def _domains() -> Rows:
-    from fedtune.domains import DOMAINS
-
-    rows = [
+    return [
         {
             "domain": d.name,
             "training (Hub)": d.training.hub.id if d.training.hub else "-",
@@ -122,26 +119,30 @@ def _domains() -> Rows:
             "tasks": " ".join(t.name for t in d.tasks) or "-",
             "packaged tasks": " ".join(t.name for t in d.packaged_tasks),
         }
-        for d in DOMAINS.values()
+        for d in fedtune.DOMAINS.values()
     ]
-    return _origins(rows, DOMAINS)
 
 
 def _tasks() -> Rows:
-    from fedtune.domains import DOMAINS, TASKS
-
-    rows = [
-        {
-            "task": t.name,
-            "domain": d.name,
-            "kind": t.kind,
-            "items": t.n or "-",
-            "packaged": t.packaged is not None,
-        }
-        for d in DOMAINS.values()
+    return [
+        {"task": t.name, "domain": d.name, "kind": t.kind, "items": t.n or "-", "packaged": t.packaged is not None}
+        for d in fedtune.DOMAINS.values()
         for t in (*d.tasks, *d.packaged_tasks)
     ]
-    return _origins(rows, TASKS)
+
+
+def _kinds() -> Rows:
+    from fedtune.config.schema import Mode
+
+    return [
+        {
+            "kind": name,
+            **{word: scorers[word].mode if word in scorers else "-" for word in sorted(get_args(Mode))},
+            "metric": ", ".join(sorted({scorer.metric.name for scorer in scorers.values()})),
+            "tasks": " ".join(task.name for task in fedtune.TASKS.values() if task.kind == name) or "-",
+        }
+        for name, scorers in fedtune.KINDS.items()
+    ]
 
 
 def _protocols() -> Rows:
@@ -149,13 +150,7 @@ def _protocols() -> Rows:
 
     found = [read_protocol(n) for n in protocol_names()]
     return [
-        {
-            "protocol": p.name,
-            "title": p.title,
-            "ranked": p.ranked,
-            "sha256": p.hash[:16],
-            "locked": len(p.locked),
-        }
+        {"protocol": p.name, "title": p.title, "ranked": p.ranked, "sha256": p.hash[:16], "locked": len(p.locked)}
         for p in found
     ]
 
@@ -173,39 +168,6 @@ def _packages() -> Rows:
     return [{"package": p.filename, "sha256": p.sha256[:16], "licence": p.licence} for p in found]
 
 
-def _wrappers() -> Rows:
-    from fedtune.methods.wrappers import WRAPPERS
-
-    rows = [
-        {
-            "wrapper": name,
-            "what": (kind.__doc__ or "").strip().splitlines()[0],
-            "settings": ", ".join(kind.Parameters.model_fields) or "-",
-        }
-        for name, kind in WRAPPERS.items()
-    ]
-    return _origins(rows, WRAPPERS)
-
-
-def _kinds() -> Rows:
-    from typing import get_args
-
-    from fedtune.config.schema import Mode
-    from fedtune.domains import TASKS
-    from fedtune.evaluation.scorers import KINDS
-
-    rows = [
-        {
-            "kind": name,
-            **{word: scorers[word].mode if word in scorers else "-" for word in sorted(get_args(Mode))},
-            "metric": ", ".join(sorted({scorer.metric.name for scorer in scorers.values()})),
-            "tasks": " ".join(task.name for task in TASKS.values() if task.kind == name) or "-",
-        }
-        for name, scorers in KINDS.items()
-    ]
-    return _origins(rows, KINDS)
-
-
 LISTS: dict[str, Callable[[], Rows]] = {
     "models": _models,
     "methods": _methods,
@@ -221,9 +183,11 @@ LISTS: dict[str, Callable[[], Rows]] = {
 }
 
 
-def _origins(rows: Rows, registry: Registry[Any] | Tasks) -> Rows:
+def _origins(what: str, rows: Rows) -> Rows:
     """Put the package into each row that is of another one; into all rows where there is one such."""
-    found = [registry.origin(str(next(iter(row.values())))) for row in rows]
+    # such as fedtune.METHODS; what no other package can offer has no registry
+    registry = getattr(fedtune, what.upper(), None)
+    found = [registry.origin(str(next(iter(row.values())))) for row in rows] if registry else []
     if not any(found):
         return rows
     return [{**row, "package": str(origin or "fedtune")} for row, origin in zip(rows, found, strict=True)]
@@ -271,7 +235,7 @@ def ls(
     if what not in LISTS:
         fix = nearest(what, LISTS) or f"one of {', '.join(LISTS)}"
         raise ConfigError("command line", [Problem(f"ls {what}", "unknown list", fix)])
-    rows = LISTS[what]()
+    rows = _origins(what, LISTS[what]())
     if json_output:
         typer.echo(json.dumps(rows, indent=1))
     else:
