@@ -13,15 +13,14 @@ import torch
 from torch import Tensor
 
 from fedtune.experiment import by_tensor
-from fedtune.experiment.by_tensor import ByTensor
+from fedtune.experiment.by_tensor import ByTensor, check_finite, renamed
 from fedtune.experiment.clients import Weights
-from fedtune.io import read_json, write_bytes, write_json
+from fedtune.io import write_bytes, write_json
 from fedtune.lora import dora, product
 from fedtune.lora.base_delta import as_adapter, effective
 from fedtune.lora.state import AdapterState, LoraModule, Plain, rescaled, to_tensors, with_tensors
 from fedtune.methods import METHODS, Method, ServerState, aggregation, unknown
 from fedtune.methods.traits import magnitudes
-from fedtune.models.adapter_config import MOST_BYTES
 from fedtune.models.folder import FolderPlain
 from fedtune.models.source import CONFIG, WEIGHTS
 from fedtune.results.bounds import LARGEST_INT
@@ -71,10 +70,8 @@ def build(name: str, settings: Mapping[str, Any]) -> Method:
         raise ConfigError("fedtune aggregate", [Problem(f"--method {name}", "unknown method", unknown(name))])
     kind = METHODS[name]
     known = kind.Parameters.model_fields
-    wrong = [
-        Problem(f"--set {k}", f"{name} has no such setting", nearest(k, known)) for k in settings if k not in known
-    ]
-    if wrong:
+    if strange := [k for k in settings if k not in known]:
+        wrong = [Problem(f"--set {k}", f"{name} has no such setting", nearest(k, known)) for k in strange]
         raise ConfigError("fedtune aggregate", wrong)
     try:
         return kind(kind.Parameters.model_validate(dict(settings)))
@@ -104,16 +101,10 @@ def aggregate(
     rank: int = 0,
     base: Weights | None = None,
 ) -> Aggregated:
-    """Aggregate adapters with a method's server half.
+    """Aggregate clients' adapters with a method's server half; what its parameters are, `fedtune.aggregate` says.
 
-    Args:
-        method: which.
-        clients: their adapters.
-        examples: of each; the weights are proportional.
-        start: the global adapter they started from, for methods that refer to it; the first client's by default.
-        round_: which round it is, for methods that alternate.
-        rank: of the result where the method cuts ranks; 0 is the largest of the clients.
-        base: layer -> base weight [out, in]; DoRA adapters need it where the method maps them exactly.
+    Methods that refer to the adapter the clients started from have the first client's by default. DoRA adapters need
+    the base model where the method maps them exactly.
 
     Raises:
         ConfigError: there is no client, or not one count of examples above 0 for each.
@@ -187,6 +178,8 @@ def write(result: Aggregated, like: Path, out: Path, base: str | None = None) ->
     Raises:
         AdapterError: it is not finite; nothing is written then.
     """
+    import safetensors.torch
+
     if result.plain is not None:
         by_tensor.write(result.plain, out, base)
         return [out]
@@ -194,32 +187,19 @@ def write(result: Aggregated, like: Path, out: Path, base: str | None = None) ->
     adapters |= {out / f"client-{i}": adapter for i, adapter in enumerate(result.personal or [])}
     # all before any of them is written
     files = {folder: _file(adapter, folder) for folder, adapter in adapters.items()}
-    for folder, adapter in adapters.items():
-        _write_one(adapter, files[folder], like, folder, base)
+    for folder, (scale, tensors) in files.items():
+        write_json(folder / CONFIG, {**renamed(like, base), **scale})
+        write_bytes(folder / WEIGHTS, safetensors.torch.save(tensors, metadata={"format": "pt"}))
     return [out] if result.personal is None else list(adapters)[1:]
 
 
-def _finite(tensors: Mapping[str, Tensor], where: str) -> None:
-    if wrong := next((name for name, t in tensors.items() if not bool(torch.isfinite(t).all())), None):
-        raise AdapterError(f"{where}: {wrong} would have NaN or infinity; nothing is written")
-
-
-def _file(adapter: AdapterState, folder: Path) -> dict[str, Tensor]:
-    """Return the tensors of an adapter's file, all on one scale: a file has a single alpha."""
+def _file(adapter: AdapterState, folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Return the settings of an adapter's scale, and its tensors, all on that scale: a file has a single alpha."""
     first = next(iter(adapter.values()))
     tensors = to_tensors({path: rescaled(m, first) for path, m in adapter.items()})
-    _finite(tensors, str(folder))
-    return {n: t.contiguous() for n, t in tensors.items()}
-
-
-def _write_one(adapter: AdapterState, tensors: dict[str, Tensor], like: Path, out: Path, base: str | None) -> None:
-    import safetensors.torch
-
-    first = next(iter(adapter.values()))
+    check_finite(tensors, str(folder))
     scale = {"r": first.rank, "lora_alpha": first.alpha, "use_rslora": first.rslora}
-    named = {"base_model_name_or_path": base, "revision": None} if base else {}
-    write_json(out / CONFIG, {**read_json(like / CONFIG, MOST_BYTES), **named, **scale})
-    write_bytes(out / WEIGHTS, safetensors.torch.save(tensors, metadata={"format": "pt"}))
+    return scale, {n: t.contiguous() for n, t in tensors.items()}
 
 
 def dense_update(result: Aggregated) -> dict[str, Tensor]:
@@ -241,7 +221,7 @@ def dense_update(result: Aggregated) -> dict[str, Tensor]:
         if module.magnitude is not None:
             delta = _dora_update(path, module, delta, result.base)
         dense[path] = (delta.T if module.conv1d else delta).contiguous()
-    _finite(dense, "--effective")
+    check_finite(dense, "--effective")
     return dense
 
 
@@ -282,7 +262,6 @@ def base_weights(name: str) -> Weights:
         except AttributeError as err:
             raise AdapterError(f"--base {name} has no layer {path}; the adapters are another model's") from err
         value: Tensor = layer.weight.detach()
-        turned: Tensor = value.T if type(layer).__name__ == "Conv1D" else value
-        return turned
+        return value.T if type(layer).__name__ == "Conv1D" else value
 
     return weight

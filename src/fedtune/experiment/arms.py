@@ -100,18 +100,9 @@ def wire(config: Config, start: AdapterState) -> Callable[[int], int] | None:
 
 @dataclass(frozen=True)
 class Arm:
-    """One training of an experiment, ready to run.
+    """One training of an experiment, ready to run, with settings, shards and a folder of its own.
 
-    Attributes:
-        config: derived for the arm.
-        adapted: the resident model.
-        shards: encoded for the arm's clients.
-        start: the adapter every training starts from.
-        run_id: of the run.
-        folder: the arm's own.
-        reporter: who watches.
-        pool: answers clients, in this process or on other devices.
-        on_round: called after each round with its record and the state.
+    Every training of it starts from `start`; `on_round` is called after each round with its record and the state.
     """
 
     config: Config

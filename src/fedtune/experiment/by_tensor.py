@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,14 +23,9 @@ from fedtune.types import AdapterError
 
 @dataclass(frozen=True, eq=False)
 class ByTensor(Mapping[str, Tensor]):
-    """What a method's server half makes of clients' tensors, each when it is asked for.
+    """What a method's server half makes of the tensors of clients' folders, each when it is asked for.
 
-    Attributes:
-        method: which; defined on tensors whatever they stand for.
-        clients: their folders, which have the same tensors.
-        examples: of each.
-        start: what the clients started from.
-        round: which round it is.
+    All have the same tensors; the method is one that is defined on them whatever they stand for.
     """
 
     method: Method
@@ -39,27 +35,33 @@ class ByTensor(Mapping[str, Tensor]):
     round: int
 
     def __getitem__(self, name: str) -> Tensor:
-        """Aggregate one tensor."""
         before = ServerState(self.start.only(name), self.round - 1)
         after, _ = aggregation.aggregate(self.method, [c.only(name) for c in self.clients], self.examples, before)
         return to_tensors(after.adapter)[name]
 
     def __iter__(self) -> Iterator[str]:
-        """Name the tensors."""
         return iter(self.start.tensors)
 
     def __len__(self) -> int:
-        """Count the tensors."""
         return len(self.start.tensors)
+
+
+def check_finite(tensors: Mapping[str, Tensor], where: str) -> None:
+    """Raise AdapterError where one of some tensors has a number that is none."""
+    if wrong := next((name for name, t in tensors.items() if not bool(torch.isfinite(t).all())), None):
+        raise AdapterError(f"{where}: {wrong} would have NaN or infinity; nothing is written")
+
+
+def renamed(adapter: Path, base: str | None) -> dict[str, Any]:
+    """Return the settings of an adapter's folder, with another base model's name if one is given."""
+    named = {"base_model_name_or_path": base, "revision": None} if base else {}
+    return {**read_json(adapter / CONFIG, MOST_BYTES), **named}
 
 
 def write(tensors: ByTensor, out: Path, base: str | None = None) -> None:
     """Write a folder with the files of the first client and other tensors; it appears whole.
 
-    Args:
-        tensors: what is made of the clients'.
-        out: the new folder.
-        base: the base model's name in an adapter's settings, where it takes the place of the client's.
+    A base model's name given here takes the place of the client's, in an adapter's settings.
 
     Raises:
         AdapterError: a tensor is not finite; nothing is written then.
@@ -72,8 +74,7 @@ def write(tensors: ByTensor, out: Path, base: str | None = None) -> None:
             (fresh / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(like.folder / name, fresh / name)
         if base:
-            named = {"base_model_name_or_path": base, "revision": None}
-            write_json(fresh / CONFIG, {**read_json(like.folder / CONFIG, MOST_BYTES), **named})
+            write_json(fresh / CONFIG, renamed(like.folder, base))
         for path in like.tensors.headers:
             _write_file(tensors, like.tensors, path, fresh / path.name)
         fresh.rename(out)
@@ -88,6 +89,5 @@ def _write_file(tensors: ByTensor, like: FileTensors, path: Path, out: Path) -> 
         made.write(source.read(like.start(path)))
         for name in sorted(header, key=lambda name: header[name]["data_offsets"]):
             tensor = tensors[name]
-            if not bool(torch.isfinite(tensor).all()):
-                raise AdapterError(f"{out.parent}: {name} would have NaN or infinity; nothing is written")
+            check_finite({name: tensor}, str(out.parent))
             made.write(as_bytes(tensor.contiguous()))

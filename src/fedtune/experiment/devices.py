@@ -38,14 +38,7 @@ _attached: dict[str, AdaptedModel] = {}
 
 @dataclass(frozen=True)
 class RunSpec:
-    """What a device has to know of a run's arm.
-
-    Attributes:
-        config: the arm's settings.
-        folder: of what clients keep.
-        start: the adapter as the run's seed made it.
-        shards: every client's examples, as they are trained on.
-    """
+    """What a device has to know of a run's arm: the start is as the run's seed made it, the shards as trained on."""
 
     config: Config
     folder: Path
@@ -67,17 +60,9 @@ def _model(config: Config, device: str) -> AdaptedModel:
 def resident_clients(spec: RunSpec, device: str, how: Plan) -> ClientApp:
     """Return a run's clients on a device, with the model resident there."""
     config = spec.config
-    adapted = _model(config, device)
+    adapted, algorithm = _model(config, device), methods.create(config)
     private = PrivateStore(spec.folder / "clients", config.federation.keep_checkpoints)
-    runtime = Runtime(
-        config,
-        adapted,
-        methods.create(config),
-        spec.start,
-        spec.shards,
-        executor(how, adapted),
-        private,
-    )
+    runtime = Runtime(config, adapted, algorithm, spec.start, spec.shards, executor(how, adapted), private)
     return client_app(lambda context: runtime)
 
 
@@ -100,10 +85,7 @@ def named(config: Config) -> Sequence[str]:
 def worker_pool(devices: Sequence[str], how: Plan, *, threads: int = 0) -> tuple[WorkerPool, Callable[[], None]]:
     """Return a pool of workers, Flower's Ray actors, and what ends it.
 
-    Args:
-        devices: where they are.
-        how: the run's plan; processors share its threads.
-        threads: of each processor, if asked for.
+    Processors share the threads of the run's plan, or have `threads` each if asked for.
     """
     split = 1 if devices[0] != "cpu" else len(devices)
     own = replace(how, cohort=1, threads=threads or max(1, how.threads // split))

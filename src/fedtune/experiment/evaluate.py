@@ -52,14 +52,10 @@ def identity(base: LoadedModel, config: Config) -> list[Any]:
 def evaluate(
     config: Config, adapter: Path | None, folder: Path, reporter: Reporter | None = None, *, insist: bool = False
 ) -> list[Score]:
-    """Evaluate the model of some settings, with an adapter if one is given.
+    """Evaluate the model of some settings, with an adapter (a PEFT folder) if one is given.
 
-    Args:
-        config: model, data source, tasks and limits are used.
-        adapter: a PEFT folder that fits the model.
-        folder: of the per-sample logs; what they hold of this very evaluation is not done again.
-        reporter: who watches.
-        insist: evaluate the adapter on another base model than it names.
+    What the per-sample logs in `folder` hold of this very evaluation is not done again. `insist` evaluates the adapter
+    on another base model than it names.
 
     Raises:
         LockedError: another process evaluates into this folder.

@@ -39,16 +39,11 @@ MANIFEST, SETTINGS = "manifest.json", "config.toml"
 RUNS = Path("runs")
 
 
-def default_name(config: Config) -> str:
-    """Return a readable folder name with the beginning of the configuration's hash."""
+def fresh_folder(config: Config, root: Path = RUNS) -> Path:
+    """Return a folder for a new run that no run has yet: a readable name, and the beginning of the settings' hash."""
     model = re.sub(r"[^A-Za-z0-9.]+", "-", config.model.name.rstrip("/").rsplit("/", 1)[-1])
     arm = "" if config.arm == "federated" else f"-{config.arm}"
-    return f"{config.domain}-{model}-{config.method.name}{arm}-{config.hash[:8]}-seed{config.seed}"
-
-
-def fresh_folder(config: Config, root: Path = RUNS) -> Path:
-    """Return a folder for a new run that no run has yet."""
-    name = default_name(config)
+    name = f"{config.domain}-{model}-{config.method.name}{arm}-{config.hash[:8]}-seed{config.seed}"
     candidates = [root / name, *(root / f"{name}-{i}" for i in range(2, 10_000))]
     return next(p for p in candidates if not (p / MANIFEST).exists())
 
@@ -85,13 +80,7 @@ def identity(config: Config, data_hash: str, revision: str, dtype: str) -> dict[
 
 @dataclass
 class RunFolder:
-    """An open run folder.
-
-    Attributes:
-        path: where.
-        manifest: as on disk.
-        run_id: the same for a run and its continuation.
-    """
+    """An open run folder, its manifest as on disk; a run and its continuation have the same `run_id`."""
 
     path: Path
     manifest: dict[str, Any]

@@ -21,14 +21,10 @@ from fedtune.types import derive_seed
 
 @dataclass
 class Resident:
-    """A model that runs share.
+    """A model that runs share, with an adapter of their settings, and the adapter that each seed's run starts from.
 
-    Attributes:
-        base: the base model.
-        adapted: with an adapter of the runs' settings.
-        starts: the adapter each seed's run starts from.
-        how: the first run's plan, which then holds for all.
-        pool: answers the clients of all runs, in this process or on the devices that the settings name; `end` ends it.
+    The first run's plan holds for all. The pool answers the clients of all runs, in this process or on the devices that
+    the settings name; `end` ends it.
     """
 
     base: load.LoadedModel

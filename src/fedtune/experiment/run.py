@@ -36,7 +36,6 @@ from fedtune.types import RoundRecord, RunFailedError, counted
 P = ParamSpec("P")
 T = TypeVar("T")
 Trained = tuple[schema.Arm, Sequence[RoundRecord]]
-ARMS = ("federated", "local-only", "centralised")
 
 
 def _steps(records: Sequence[RoundRecord]) -> int:
@@ -48,22 +47,14 @@ def _prepare(session: Session, name: str, where: Path, data: workload.TrainingDa
     config = arms.derive(session.config, name)
     data = data or workload.load(config)
     shards = workload.encode_shards(data, session.adapted.base.tokenizer, config)
-    arm = Arm(
-        config,
-        session.adapted,
-        shards,
-        session.start,
-        session.run.run_id,
-        where,
-        session.reporter,
-        session.pool,
-    )
+    run, reporter = session.run, session.reporter
+    arm = Arm(config, session.adapted, shards, session.start, run.run_id, where, reporter, session.pool)
     every = config.eval.every
 
     def measure(record: RoundRecord, state: ServerState) -> None:
         if record.round % every == 0 and record.round < config.federation.rounds:
             scores, _ = session.evaluate_state(arm, state, record.round, f"round-{record.round:06d}")
-            _put_on_curve(session.run.path / "curve.jsonl", record.round, scores)
+            _put_on_curve(run.path / "curve.jsonl", record.round, scores)
             kill_point(record.round, "measured")
 
     return replace(arm, on_round=measure) if every and name == "federated" else arm
@@ -162,9 +153,7 @@ def _result(
     )
 
 
-def _report_data(
-    run: RunFolder, data: workload.TrainingData, shards: workload.EncodedShards, reporter: Reporter
-) -> None:
+def _report_data(session: Session, data: workload.TrainingData, shards: workload.EncodedShards) -> None:
     """Write the report on bad rows, and say how many there are."""
     report = {
         "counts": data.checked.counts(),
@@ -172,14 +161,14 @@ def _report_data(
         "truncated_rows": shards.truncated,
         "problems": [vars(p) for p in data.checked.problems],
     }
-    write_json(run.path / "data.json", report)
+    write_json(session.run.path / "data.json", report)
     counts = {**data.checked.counts(), "no_label_left": len(shards.masked), "truncated": shards.truncated}
     listed = ", ".join(f"{n} {WORDS[kind]}" for kind, n in counts.items() if n)
     rows = counted(len(data.checked.rows), "row")
-    reporter.note(f"data: {data.name}, {rows}" + (f"; {listed} (see data.json)" if listed else ""))
+    session.reporter.note(f"data: {data.name}, {rows}" + (f"; {listed} (see data.json)" if listed else ""))
     empty = [c for c, n in shards.sizes.items() if not n]
     if empty:
-        reporter.note(f"{counted(len(empty), 'client')} without examples, never asked: {empty[:10]}")
+        session.reporter.note(f"{counted(len(empty), 'client')} without examples, never asked: {empty[:10]}")
 
 
 def _work(
@@ -187,7 +176,7 @@ def _work(
 ) -> Steps[schema.Result]:
     config = session.config
     shards = workload.encode_shards(data, session.adapted.base.tokenizer, config)
-    _report_data(session.run, data, shards, session.reporter)
+    _report_data(session, data, shards)
     before = session.run.manifest.get("plan")
     how = shared.planned(config, shards, Plan.read(before) if before else None)
     session.pool = shared.pool

@@ -44,12 +44,7 @@ class Point:
 
 
 def points(axes: Mapping[str, Sequence[Any]], build: Callable[[Mapping[str, Any]], Settings], out: Path) -> list[Point]:
-    """Return every combination of the axes' values, validated.
-
-    Args:
-        axes: setting (a dotted key) -> values.
-        build: turns one value of each axis into settings.
-        out: the sweep's folder.
+    """Return every combination of the values of some settings (dotted keys); `build` turns each into valid settings.
 
     Raises:
         ConfigError: an axis is empty or has a value twice, or settings are not valid.
@@ -68,9 +63,8 @@ def points(axes: Mapping[str, Sequence[Any]], build: Callable[[Mapping[str, Any]
 def _check(axes: Mapping[str, Sequence[Any]]) -> None:
     """Refuse axes that give no run, or one run twice."""
     problems = [Problem(name, "has no value", "name at least one") for name, values in axes.items() if not values]
-    for name, values in axes.items():
-        twice = [v for v, count in Counter(map(str, values)).items() if count > 1]
-        problems += [Problem(name, f"has {v} twice", "once is enough") for v in twice]
+    counts = ((name, v, n) for name, values in axes.items() for v, n in Counter(map(str, values)).items())
+    problems += [Problem(name, f"has {v} twice", "once is enough") for name, v, n in counts if n > 1]
     if problems:
         raise ConfigError("sweep", problems)
 
@@ -156,18 +150,6 @@ def _group(chosen: Sequence[Point], watch: Reporter) -> dict[str, str]:
     return faults
 
 
-def _states(chosen: Sequence[Point]) -> tuple[dict[str, str], dict[str, str]]:
-    """Return how far each run is, and what is wrong with those of which that cannot be told."""
-    states: dict[str, str] = {}
-    faults: dict[str, str] = {}
-    for point in chosen:
-        try:
-            states[point.name] = _state(point)
-        except FedtuneError as err:
-            faults[point.name] = _fault(err)
-    return states, faults
-
-
 def sweep(chosen: Sequence[Point], out: Path, reporter: Reporter | None = None) -> list[dict[str, Any]]:
     """Do all runs that are not complete, and summarise all.
 
@@ -179,7 +161,13 @@ def sweep(chosen: Sequence[Point], out: Path, reporter: Reporter | None = None) 
         CancelledError: Ctrl-C or SIGTERM; the same command goes on.
     """
     watch = reporter or Reporter()
-    states, faults = _states(chosen)
+    states: dict[str, str] = {}
+    faults: dict[str, str] = {}
+    for point in chosen:
+        try:
+            states[point.name] = _state(point)
+        except FedtuneError as err:
+            faults[point.name] = _fault(err)
     waiting = [p for p in chosen if states.get(p.name, "complete") != "complete"]
     if complete := sum(state == "complete" for state in states.values()):
         watch.note(f"{complete} of {len(chosen)} runs are complete already")
@@ -228,7 +216,7 @@ def _row(own: Sequence[Point], results: Sequence[schema.Result]) -> dict[str, An
         withheld |= {f"{point.name} {key}": why for key, why in schema.withheld(scores).items()}
         for score in scores:
             if score.score is not None:
-                values.setdefault(f"{score.task}/{score.mode}", []).append(score.score)
+                values.setdefault(score.key, []).append(score.score)
     return {
         "where": {k: v for k, v in own[0].where.items() if k != "seed"},
         "seeds": [r.seed for r in results],

@@ -81,16 +81,13 @@ def differences(said: Sequence[dict[str, Any]], done: Sequence[dict[str, Any]]) 
 
 
 def verify(packed: Path, rounds: int, data: str = "", watch: Reporter | None = None) -> list[str]:
-    """Replay the first rounds of a packed run.
+    """Replay the first rounds of a packed run, and return what differs.
 
     Args:
         packed: a folder with `config.toml` and `rounds.jsonl`.
         rounds: how many.
         data: the folder of training files, where the run read one; a submission does not say where that was.
         watch: progress.
-
-    Returns:
-        What differs; nothing where the rounds are those of the submission.
 
     Raises:
         FedtuneError: the run cannot be made here.
