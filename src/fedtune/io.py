@@ -41,10 +41,7 @@ def write_bytes(path: Path, data: bytes) -> None:
 
 
 def finite(value: Any) -> Any:
-    """Return `value` with every NaN and infinity inside replaced by None.
-
-    Python writes a bare `NaN`, which is not JSON and which browsers refuse.
-    """
+    """Return `value` with None for every NaN and infinity inside: what Python writes for them is not JSON."""
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, dict):
@@ -148,11 +145,7 @@ def decoded(raw: bytes, where: str) -> str:
 
 
 def read_text(path: Path, max_bytes: int = MAX_JSON_BYTES) -> str:
-    """Read a UTF-8 file of at most `max_bytes`.
-
-    Raises:
-        CorruptFileError: missing, too large, or not UTF-8 (with the byte).
-    """
+    """Read a UTF-8 file of at most `max_bytes`. Raises CorruptFileError: missing, too large, or not UTF-8."""
     return decoded(read_bytes(path, max_bytes), str(path))
 
 
@@ -183,9 +176,7 @@ def _lines(rows: Sequence[Any]) -> bytes:
 def only_files(folder: Path, which: str = "**/*") -> None:
     """Refuse a folder with a link, a FIFO or a device in it: what is read from it, or written into it, stays in it.
 
-    Args:
-        folder: which may itself be a link to one.
-        which: a pattern of the names that matter.
+    The folder may itself be a link to one; `which` is a pattern of the names that matter.
 
     Raises:
         MissingFileError: there is no such folder. CorruptFileError: with the first of them.

@@ -90,13 +90,13 @@ def subclass_of(
 
 
 class Registry(Mapping[str, T], Generic[T]):
-    """The components of one kind by name; iterating lists all that can be used."""
+    """The components of one kind, such as "method", by name; iterating lists all that can be used.
+
+    Other packages offer theirs in the group `fedtune.methods`, say. `check` takes a name and what is offered under it,
+    and returns the component, or raises what is wrong with it.
+    """
 
     def __init__(self, kind: str, own: Mapping[str, T], check: Callable[[str, object], T]) -> None:
-        """Make a registry of a kind, such as "method", offered in the group `fedtune.methods`, with this package's own.
-
-        `check` takes a name and what is offered under it; it returns the component, or raises what is wrong with it.
-        """
         self.kind, self.own, self._check = kind, dict(own), check
         self._loaded: dict[Points, tuple[T, Origin] | str] = {}
 

@@ -114,9 +114,8 @@ def _unzip(path: Path, folder: Path) -> list[Problem]:
     except _ListError as err:
         return [Problem(path.name, str(err))]
     except zipfile.BadZipFile as err:
-        return [
-            Problem(path.name, f"is not a zip archive, or a damaged one: {err}", "hand in a folder, or a zip of one")
-        ]
+        what = f"is not a zip archive, or a damaged one: {err}"
+        return [Problem(path.name, what, "hand in a folder, or a zip of one")]
     # whatever a damaged archive makes zipfile and zlib raise: it is not unpacked, and that is all there is to say
     except Exception as err:
         return [Problem(path.name, f"is damaged: {type(err).__name__}: {err}", "zip the submission's folder again")]
@@ -142,9 +141,8 @@ def packed_runs(root: Path) -> tuple[list[Path], list[Problem]]:
         places = ", ".join(sorted({str(run.parent.relative_to(root)) for run in found})[:5])
         return [], [Problem(root.name, f"has packed runs in several folders: {places}", "hand in one of them")]
     if len(found) > MAX_RUNS:
-        return [], [
-            Problem(root.name, f"has {len(found)} packed runs, at most {MAX_RUNS} seeds of one recipe are taken")
-        ]
+        many = f"has {len(found)} packed runs, at most {MAX_RUNS} seeds of one recipe are taken"
+        return [], [Problem(root.name, many)]
     strays = [p for p in there if _stray(p, found)]
     held = str(found[0].parent.relative_to(root))
     where = "" if held == "." else f"; the packed runs are in {held}, hand in that folder"

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,18 +24,8 @@ from fedtune.types import DataError
 BOARD_VERSION = 1
 SIZES = ((1_000, "under 1 B"), (4_000, "1 to 4 B"), (10_000, "4 to 10 B"), (math.inf, "over 10 B"))
 BUDGET = 200_000 * 1024**2  # FlowerTune's limit: 200,000 MiB over all rounds, both directions
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """The seeds of one recipe: entries that differ in nothing else."""
-
-    entries: tuple[Entry, ...]
-
-    @property
-    def first(self) -> Entry:
-        """The entry with the smallest seed."""
-        return self.entries[0]
+# the seeds of one recipe, the smallest first: entries that differ in nothing else
+Recipe = Sequence[Entry]
 
 
 def recipes(entries: Iterable[Entry]) -> list[Recipe]:
@@ -48,7 +37,7 @@ def recipes(entries: Iterable[Entry]) -> list[Recipe]:
         seeds = [e.seed for e in found]
         if len(set(seeds)) < len(seeds):
             raise DataError(f"{'/'.join(place)}: seed {max(seeds, key=seeds.count)} is there more than once")
-    return [Recipe(tuple(sorted(found, key=lambda e: e.seed or 0))) for found in groups.values()]
+    return [sorted(found, key=lambda e: e.seed or 0) for found in groups.values()]
 
 
 def _mean(values: Sequence[float | None]) -> float | None:
@@ -65,8 +54,8 @@ def _wilson(score: float, n: int) -> tuple[float, float]:
 
 def _task(recipe: Recipe, score: Score) -> dict[str, Any]:
     """Return a task's numbers over all seeds of a recipe."""
-    same = [e.main.like(score) for e in recipe.entries]
-    base = [arm.like(score) if (arm := e.arm("base")) else None for e in recipe.entries]
+    same = [e.main.like(score) for e in recipe]
+    base = [arm.like(score) if (arm := e.arm("base")) else None for e in recipe]
     mean = _mean([s.score if s else None for s in same])
     seeds = [s.score for s in same if s and s.score is not None]
     known = mean is not None and scorers.metric(score.metric).hits and score.n
@@ -86,8 +75,8 @@ def _task(recipe: Recipe, score: Score) -> dict[str, Any]:
         "valid": _mean([s.valid_rate if s else None for s in same]),
         "base": _mean([s.score if s else None for s in base]),
         "chance": score.trivial.get("majority"),
-        "claimed": recipe.first.claims.get(score.task),
-        "clients": recipe.first.main.of_clients(score),
+        "claimed": recipe[0].claims.get(score.task),
+        "clients": recipe[0].main.of_clients(score),
         **_bits(recipe, score),
     }
 
@@ -97,7 +86,7 @@ def _bits(recipe: Recipe, score: Score) -> dict[str, Any]:
 
     The bits are None where a seed does not say, or is of other items than the first one.
     """
-    known = [e.answers.get(f"{e.main.name}/{score.key}") for e in recipe.entries]
+    known = [e.answers.get(f"{e.main.name}/{score.key}") for e in recipe]
     items = known[0].items_sha256 if known[0] else score.items_sha256
     same = [a.bits for a in known if a and a.n == score.n and a.items_sha256 == items]
     return {"items": items, "bits": same if len(same) == len(known) else None}
@@ -120,7 +109,7 @@ def _average(tasks: Sequence[dict[str, Any]], mode: str, key: str = "score") -> 
 
 def remarks(recipe: Recipe) -> list[str]:
     """Return what a reader should know of a row's seeds: who chose them, and what one of them cannot tell."""
-    seeds = [e.seed for e in recipe.entries if e.seed is not None]
+    seeds = [e.seed for e in recipe if e.seed is not None]
     if not seeds:
         return []
     chosen = [] if seeds == list(range(1, len(seeds) + 1)) else ["its maker chose the seeds; asked for are 1, 2, 3"]
@@ -134,7 +123,7 @@ def _factored(config: Config) -> bool:
 
 def row(recipe: Recipe) -> dict[str, Any]:
     """Return one line of the board."""
-    entry, costs = recipe.first, [e.costs for e in recipe.entries]
+    entry, costs = recipe[0], [e.costs for e in recipe]
     settings = _settings(entry)
     tasks = [_task(recipe, s) for s in entry.main.scores]
     total = _mean([float(c.bytes_up + c.bytes_down) or None for c in costs])
@@ -147,8 +136,8 @@ def row(recipe: Recipe) -> dict[str, Any]:
         "title": entry.title,
         "link": entry.link,
         "state": _worst_state(recipe),
-        "reasons": sorted({r for e in recipe.entries for r in e.reasons}),
-        "unranked": sorted({r for e in recipe.entries for r in e.unranked}),
+        "reasons": sorted({r for e in recipe for r in e.reasons}),
+        "unranked": sorted({r for e in recipe for r in e.unranked}),
         "remarks": remarks(recipe),
         "base": entry.base,
         "revision": entry.revision,
@@ -161,9 +150,9 @@ def row(recipe: Recipe) -> dict[str, Any]:
         "partition": settings.data.partition if settings else "unknown",
         "protocol": entry.protocol or "unknown",
         "privacy": entry.privacy.model_dump() if entry.privacy else None,
-        "seeds": [e.seed for e in recipe.entries if e.seed is not None],
+        "seeds": [e.seed for e in recipe if e.seed is not None],
         "rounds": entry.rounds,
-        "lost": sum(e.lost_clients for e in recipe.entries),
+        "lost": sum(e.lost_clients for e in recipe),
         "config": entry.config_sha256,
         "commit": entry.code.get("commit"),
         "dirty": entry.code.get("dirty"),
@@ -185,7 +174,7 @@ def row(recipe: Recipe) -> dict[str, Any]:
 
 def _worst_state(recipe: Recipe) -> str:
     order = ("flagged", "reported", "re-scored", "re-run")
-    return min((e.state for e in recipe.entries), key=order.index)
+    return min((e.state for e in recipe), key=order.index)
 
 
 def _flags(task: dict[str, Any]) -> np.ndarray:
@@ -260,9 +249,9 @@ def board(store: Path) -> dict[str, Any]:
             made = row(recipe)
             canonical(made).encode()
         except Exception as err:
-            left_out.append(left_out_line(recipe.first.place().parent, err))
+            left_out.append(left_out_line(recipe[0].place().parent, err))
             continue
-        entries += recipe.entries
+        entries += recipe
         rows.append(made)
     domains = sorted({r["domain"] for r in rows})
     modes = sorted({mode for r in rows for mode in r["scores"]})

@@ -24,13 +24,6 @@ WORSE: tuple[State, ...] = ("re-scored", "reported", "flagged")
 OnTask = Callable[[str], None]
 
 
-def _again(root: Path, item: dict[str, Any]) -> tuple[Score, list[bool], str]:
-    """Score one file of generations again, and tell which items are right and why they are not the whole known set."""
-    tests = item.get("references_file") if scorer_of(item["task"]).needs_tests else None
-    references = root / tests if tests else None
-    return scored(item["task"], root / item["generations_file"], "official", references, as_asked=False)
-
-
 def _judged(item: dict[str, Any], score: Score) -> str:
     """Say how a published score and the one made again differ; an empty string where they agree."""
     if score.score is None or abs(score.score - item["published_score"]) <= TOLERANCE:
@@ -64,7 +57,9 @@ def _entry(root: Path, items: list[dict[str, Any]], facts: dict[str, Any], on_ta
         if not item["generations_file"]:
             continue
         on_task(f"{first['participant']} {item['task']}")
-        score, right, lacks = _again(root, item)
+        tests = item.get("references_file") if scorer_of(item["task"]).needs_tests else None
+        file, references = root / item["generations_file"], root / tests if tests else None
+        score, right, lacks = scored(item["task"], file, "official", references, as_asked=False)
         unranked += [plain(f"{item['task']}: {lacks}", sets.MOST)] if lacks else []
         if lacks and scorer_of(item["task"]).needs_tests:
             worst = max(worst, "reported", key=WORSE.index)  # by tests that nobody here knows

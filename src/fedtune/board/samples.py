@@ -85,14 +85,9 @@ def against(
     *,
     mean: bool = False,
 ) -> Iterator[str]:
-    """Yield in what a score differs from the one its samples make.
+    """Yield in what a score differs from the one its samples make, which lie in a subdir for each model.
 
-    Args:
-        folder: the packed run.
-        subdirs: where the samples are: of one model, or of each client's.
-        score, settings: as they are told, of the evaluation.
-        said: each client's score as it is told, where it is.
-        mean: the score is the mean of the clients', also of one alone.
+    `said` is each client's score as it is told, where it is. With `mean` it is the clients' mean, also of one alone.
     """
     scorer = scorers.find(TASKS[score.task], score.mode)
     if scorer is None:

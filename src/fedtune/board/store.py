@@ -115,9 +115,6 @@ def readable(store: Path, left_out: list[str] | None = None) -> Iterator[tuple[P
 def by_hand(before: Path, after: Path) -> Iterator[Problem]:
     """Yield what was changed in a store beside flags: the one thing that people may write into it.
 
-    Args:
-        before, after: the store without and with the change.
-
     Raises:
         CorruptFileError: an entry cannot be read.
     """

@@ -185,19 +185,15 @@ CHECKS = (_hashes, _settings, _evaluated, _made, *OF_MODELS, round_problems, byt
 
 def check_one(folder: Path) -> tuple[Entry | None, list[Problem]]:
     """Check one packed run; return its entry, where there is one, and every problem found."""
-    problems = list(_layout(folder))
-    if problems:
+    if problems := list(_layout(folder)):
         return None, problems
     try:
         entry = read_entry(folder / ENTRY, MAX_ENTRY)
     except FedtuneError as err:
         return None, [Problem(ENTRY, str(err).replace(f"{folder}/", ""))]
-    problems += logs_fit(folder)
-    if problems:
+    if problems := list(logs_fit(folder)):
         return entry, problems
-    for check in CHECKS:
-        problems += _found(check, folder, entry)
-    return entry, list(dict.fromkeys(problems))
+    return entry, list(dict.fromkeys(problem for check in CHECKS for problem in _found(check, folder, entry)))
 
 
 def _found(check: Callable[[Path, Entry], Iterable[Problem]], folder: Path, entry: Entry) -> list[Problem]:

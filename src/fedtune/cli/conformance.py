@@ -14,11 +14,7 @@ from fedtune.types import ConfigError, Problem, nearest
 
 
 def _function(name: str) -> Any:
-    """Import `package.module:function`, also from the working directory.
-
-    Raises:
-        ConfigError: not of that form, not to be imported, or no such function.
-    """
+    """Import `package.module:function`, also from the working directory. Raises ConfigError: it is none."""
     where, _, what = name.partition(":")
     if not where or not what:
         raise ConfigError("command line", [Problem(f"--callable {name}", "is not package.module:function")])
@@ -36,11 +32,7 @@ def _function(name: str) -> Any:
 
 
 def _of_method(name: str) -> Any:
-    """Return a method's server half, with its default settings, as such a function.
-
-    Raises:
-        ConfigError: unknown method, or one without a global model.
-    """
+    """Return a method's server half, with its default settings, as such a function. Raises ConfigError: it has none."""
     from dataclasses import replace
 
     from fedtune.experiment.aggregate import build

@@ -21,10 +21,9 @@ def _modes(mode: str) -> list[str]:
     from fedtune.config.schema import Mode
 
     words = sorted(get_args(Mode))
-    known = {"both": words, **{word: [word] for word in words}}
-    if mode not in known:
+    if mode not in ("both", *words):
         raise ConfigError("command line", [Problem(f"--mode {mode}", "unknown mode", "official, likelihood or both")])
-    return known[mode]
+    return words if mode == "both" else [mode]
 
 
 # what an evaluation depends on; the rest is about training

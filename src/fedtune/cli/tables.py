@@ -27,11 +27,6 @@ def span(low: float, high: float, metric: str = "accuracy") -> str:
     return f"{number(low, metric)}{dash}{number(high, metric)}"
 
 
-def interval(score: Score) -> str:
-    """Return a score's 95 % interval for people."""
-    return span(*score.interval, score.metric) if score.interval else ""
-
-
 def _samples(path: Path) -> dict[int, float]:
     rows = read_lines(path, torn_tail=True)[1:]
     with reading(path):
@@ -67,7 +62,8 @@ def _spread(arm: Arm, score: Score) -> str:
 def _row(run: Path | None, arm: Arm, score: Score) -> tuple[str, ...]:
     shown = number(score.score, score.metric) if not score.withheld else "withheld"
     quality = scorers.metric(score.metric).quality_of(score)
-    known = score.withheld or interval(score) + _spread(arm, score)
+    interval = span(*score.interval, score.metric) if score.interval else ""
+    known = score.withheld or interval + _spread(arm, score)
     return arm.name, str(score.n), shown, known, _delta(run, arm, score), quality
 
 

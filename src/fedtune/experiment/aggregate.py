@@ -9,6 +9,7 @@ from pathlib import Path
 from reprlib import repr as short
 from typing import Any
 
+import safetensors.torch
 import torch
 from torch import Tensor
 
@@ -61,11 +62,7 @@ class Aggregated:
 
 
 def build(name: str, settings: Mapping[str, Any]) -> Method:
-    """Return a method by name with its settings.
-
-    Raises:
-        ConfigError: unknown method or setting, with the nearest name.
-    """
+    """Return a method by name with its settings. Raises ConfigError: an unknown name, and the nearest."""
     if name not in METHODS:
         raise ConfigError("fedtune aggregate", [Problem(f"--method {name}", "unknown method", unknown(name))])
     kind = METHODS[name]
@@ -128,9 +125,8 @@ def aggregate(
         after, personal = aggregation.aggregate(method, clients, examples, before, rank)
         error = relative_error(after, clients, weights) if personal is None else None
     except (torch.linalg.LinAlgError, ArithmeticError) as err:  # type: ignore[attr-defined]
-        raise AdapterError(
-            f"{method.name} cannot aggregate these adapters' values: {' '.join(str(err).split())}"
-        ) from err
+        why = " ".join(str(err).split())
+        raise AdapterError(f"{method.name} cannot aggregate these adapters' values: {why}") from err
     if relative and base is not None:
         after = replace(after, adapter=_with_magnitudes(after.adapter, relative, base))
     return Aggregated(after, None if personal is None else list(personal), weights, error, base)
@@ -167,10 +163,8 @@ def _with_magnitudes(adapter: AdapterState, relative: Mapping[str, Tensor], base
 def write(result: Aggregated, like: Path, out: Path, base: str | None = None) -> list[Path]:
     """Write a folder with the settings of a client's; of factors with the result's own rank and scale.
 
-    A base model's name given here takes the place of the client's.
-
-    Where there is no global adapter, `out` has what is shared (FedSA-LoRA's mean A with B = 0, FedALT's mean), and a
-    folder below it each client's own.
+    A base model's name given here takes the place of the client's. Where there is no global adapter, `out` has what is
+    shared (FedSA-LoRA's mean A with B = 0, FedALT's mean), and a folder below it each client's own.
 
     Returns:
         The folders to load: the global adapter's, or each client's.
@@ -178,8 +172,6 @@ def write(result: Aggregated, like: Path, out: Path, base: str | None = None) ->
     Raises:
         AdapterError: it is not finite; nothing is written then.
     """
-    import safetensors.torch
-
     if result.plain is not None:
         by_tensor.write(result.plain, out, base)
         return [out]
@@ -237,8 +229,6 @@ def _dora_update(path: str, module: LoraModule, delta: Tensor, base: Weights | N
 
 def write_dense(dense: Mapping[str, Tensor], path: Path) -> None:
     """Write dense updates as safetensors, named by the modules' paths."""
-    import safetensors.torch
-
     write_bytes(path, safetensors.torch.save(dict(dense)))
 
 

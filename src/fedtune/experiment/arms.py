@@ -182,11 +182,7 @@ def _grid(arm: Arm, algorithm: Algorithm, only: int | None) -> LocalGrid:
 
 
 def train(arm: Arm, only: int | None = None) -> Steps[Progress]:
-    """Run the rounds of an arm, or of one client alone, in this process.
-
-    Raises:
-        RunFailedError, CancelledError: as the round loop does.
-    """
+    """Run the rounds of an arm, or of one client alone, in this process; it raises what the round loop does."""
     algorithm = arm.algorithm
     grid = _grid(arm, algorithm, only)
     faults = arm.config.federation.faults

@@ -25,11 +25,7 @@ LARGEST_NORM = 1e9
 
 
 def check_out(out: Path, inputs: Sequence[Path], effective: Path | None = None) -> None:
-    """Refuse to write where something is: an input may be spelled with links or dots.
-
-    Raises:
-        ConfigError: naming what would be overwritten.
-    """
+    """Raise ConfigError for what would be overwritten: an input may be spelled with links or dots."""
     taken = {folder.resolve(): folder for folder in inputs}
     found = []
     if out.resolve() in taken:

@@ -50,7 +50,7 @@ def identity(base: LoadedModel, config: Config) -> list[Any]:
 
 
 def evaluate(
-    config: Config, adapter: Path | None, folder: Path, reporter: Reporter | None = None, *, insist: bool = False
+    config: Config, adapter: Path | None, folder: Path, watch: Reporter = Reporter(), *, insist: bool = False
 ) -> list[Score]:
     """Evaluate the model of some settings, with an adapter (a PEFT folder) if one is given.
 
@@ -61,7 +61,6 @@ def evaluate(
         LockedError: another process evaluates into this folder.
         FedtuneError: anything a user can repair.
     """
-    watch = reporter or Reporter()
     tasks = domains.chosen_tasks(config)
     with folder_lock(folder):
         only_files(folder, "*.jsonl")

@@ -70,10 +70,7 @@ def identity(config: Config, data_hash: str, revision: str, dtype: str) -> dict[
         "model_revision": revision,
         "model_files": settings_files(expanded(config.model.name)) if local else {},
         "dtype": dtype,
-        "torch": known["torch"],
-        "transformers": known["transformers"],
-        "tokenizers": known["tokenizers"],
-        "peft": known["peft"],
+        **{name: known[name] for name in ("torch", "transformers", "tokenizers", "peft")},
         **({"outside": others} if others else {}),
     }
 

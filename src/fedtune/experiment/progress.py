@@ -43,12 +43,6 @@ def size(count: float) -> str:
     return f"{count:.1f} TiB"
 
 
-def _wire(budget: Budget) -> str:
-    if budget.per_round is None or budget.total is None:
-        return "bytes on the wire depend on the course of the run"
-    return f"{size(budget.per_round)} per round on the wire, {size(budget.total)} in all"
-
-
 def clock(seconds: float) -> str:
     """Return a duration as m:ss or h:mm:ss."""
     minutes, rest = divmod(round(seconds), 60)
@@ -91,11 +85,14 @@ class TerminalReporter(Reporter):
     def plan(self, config: Config, budget: Budget) -> None:
         """Say what the run will need."""
         self._expected = config.train.max_steps * config.federation.cohort_size
+        wire = "bytes on the wire depend on the course of the run"
+        if budget.per_round is not None and budget.total is not None:
+            wire = f"{size(budget.per_round)} per round on the wire, {size(budget.total)} in all"
         self.note(
             f"plan: {counted(config.federation.rounds, 'round')}; {config.federation.cohort_size} of "
             f"{counted(config.federation.clients, 'client')} per round; {counted(config.train.max_steps, 'step')} of "
             f"{counted(config.train.batch, 'example')} per client; "
-            f"{budget.trainable:,} trainable parameters; {_wire(budget)}; "
+            f"{budget.trainable:,} trainable parameters; {wire}; "
             f"memory about {size(budget.model)} model + {size(budget.training)} training"
         )
 

@@ -218,7 +218,7 @@ def steps(
     resume: bool = False,
     force: bool = False,
     extra_arms: Sequence[str] = (),
-    reporter: Reporter | None = None,
+    reporter: Reporter = Reporter(),
     resident: Resident | None = None,
 ) -> Steps[tuple[Path, schema.Result]]:
     """Run an experiment, or continue one, as a generator that waits for its clients.
@@ -239,7 +239,6 @@ def steps(
         FedtuneError: anything a user can repair, before work starts wherever that can be known.
         CancelledError: Ctrl-C or SIGTERM.
     """
-    watch = reporter or Reporter()
     config = settings.config
     path = out or folder.fresh_folder(config)
     again = f"continue with: fedtune run --resume --out {path}"
@@ -255,13 +254,13 @@ def steps(
         try:
             with status(opened):
                 start = shared.starts[config.seed]
-                session = Session(settings, opened, shared.adapted, start, tasks, watch, shared.pool)
+                session = Session(settings, opened, shared.adapted, start, tasks, reporter, shared.pool)
                 # a continued run finishes the arms it was started with
                 wanted = list(extra_arms) or list(opened.manifest.get("arms", []))
                 opened.update(arms=wanted)
                 return path, (yield from _work(session, data, wanted, shared))
         finally:
-            watch.close()
+            reporter.close()
             if resident is None:
                 shared.end()
 

@@ -55,16 +55,13 @@ class Session:
         target = self.run.path / "evals" / where
         who, shown = identity(self.adapted.base, self.config), self.reporter.evaluating
         model.eval()
-        if tensors is None:
-            with self.adapted.as_base():
-                scores = evaluate_all(model, tokenizer, self.tasks, self.config, target, digest(who), shown)
-        else:
+        if tensors is not None:
             self.adapted.load(tensors)
             # what the same tensors compute depends on the adapter's scale and on what the method puts beside it
             how = {key: self.config.plain()[key] for key in ("peft", "lora", "method")}
-            adapted = digest([who, how, {n: _sha256(t) for n, t in tensors.items()}])
-            with folded(self.adapted):
-                scores = evaluate_all(model, tokenizer, self.tasks, self.config, target, adapted, shown)
+            who = [who, how, {n: _sha256(t) for n, t in tensors.items()}]
+        with self.adapted.as_base() if tensors is None else folded(self.adapted):
+            scores = evaluate_all(model, tokenizer, self.tasks, self.config, target, digest(who), shown)
         self.run.add_seconds("evaluation", time.monotonic() - started)
         return scores
 

@@ -150,7 +150,7 @@ def _group(chosen: Sequence[Point], watch: Reporter) -> dict[str, str]:
     return faults
 
 
-def sweep(chosen: Sequence[Point], out: Path, reporter: Reporter | None = None) -> list[dict[str, Any]]:
+def sweep(chosen: Sequence[Point], out: Path, watch: Reporter = Reporter()) -> list[dict[str, Any]]:
     """Do all runs that are not complete, and summarise all.
 
     Returns:
@@ -160,7 +160,6 @@ def sweep(chosen: Sequence[Point], out: Path, reporter: Reporter | None = None) 
         RunFailedError: some runs failed; the others are done, and the summary says which.
         CancelledError: Ctrl-C or SIGTERM; the same command goes on.
     """
-    watch = reporter or Reporter()
     states: dict[str, str] = {}
     faults: dict[str, str] = {}
     for point in chosen:
@@ -189,9 +188,7 @@ def sweep(chosen: Sequence[Point], out: Path, reporter: Reporter | None = None) 
 def summary(chosen: Sequence[Point], faults: dict[str, str]) -> list[dict[str, Any]]:
     """Return one row for each combination but for seeds: each score's mean over them, with its 95 % interval.
 
-    Args:
-        chosen: runs that are complete.
-        faults: a run whose result cannot be read is added, and left out.
+    All runs are complete; one whose result cannot be read is left out, and added to the faults.
     """
     together: dict[str, list[tuple[Point, schema.Result]]] = {}
     for point in chosen:

@@ -80,7 +80,7 @@ def differences(said: Sequence[dict[str, Any]], done: Sequence[dict[str, Any]]) 
     return found
 
 
-def verify(packed: Path, rounds: int, data: str = "", watch: Reporter | None = None) -> list[str]:
+def verify(packed: Path, rounds: int, data: str = "", watch: Reporter = Reporter()) -> list[str]:
     """Replay the first rounds of a packed run, and return what differs.
 
     Args:
@@ -102,5 +102,5 @@ def verify(packed: Path, rounds: int, data: str = "", watch: Reporter | None = N
     with TemporaryDirectory() as scratch:
         out = Path(scratch) / "run"
         with contextlib.suppress(_EnoughError):
-            run(load([tree, changes], kept=True), out, reporter=_Enough(len(said), watch or Reporter()))
+            run(load([tree, changes], kept=True), out, reporter=_Enough(len(said), watch))
         return differences(said, read_lines(out / "rounds.jsonl")[: len(said)])
