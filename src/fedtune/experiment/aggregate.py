@@ -101,7 +101,7 @@ def aggregate(
     """Aggregate clients' adapters with a method's server half; what its parameters are, `fedtune.aggregate` says.
 
     Methods that refer to the adapter the clients started from have the first client's by default. DoRA adapters need
-    the base model where the method maps them exactly.
+    the base model's weights, [out, in] of each layer, where the method maps them exactly.
 
     Raises:
         ConfigError: there is no client, or not one count of examples above 0 for each.

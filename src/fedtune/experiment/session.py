@@ -70,8 +70,9 @@ class Session:
         if arm.algorithm.method.models == "global":
             return self.evaluate(arm.shared_model(state), where), {}
         own = OwnModels(self, where)
-        for client in (client for client, examples in arm.shards.sizes.items() if examples):
-            own.evaluate(client, arm.own_model(state, client, after))
+        for client, examples in arm.shards.sizes.items():
+            if examples:
+                own.evaluate(client, arm.own_model(state, client, after))
         return own.scored()
 
 

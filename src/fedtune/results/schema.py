@@ -95,7 +95,7 @@ class Arm(Document):
 
     def like(self, score: Score) -> Score | None:
         """Return this arm's score of the same task and mode, if it has one."""
-        return next((s for s in self.scores if s.key == score.key), None)
+        return next((s for s in self.scores if (s.task, s.mode) == (score.task, score.mode)), None)
 
     def of_clients(self, score: Score) -> list[float]:
         """Return the clients' own scores of a task and mode, those that are known."""
