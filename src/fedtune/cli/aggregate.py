@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -61,8 +62,6 @@ def aggregate(
     json_output: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Aggregate adapters or models with a method's server half; no base model is needed but for DoRA."""
-    import json
-
     from fedtune import api
 
     folders = [*clients, *(more or [])]

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import importlib
+import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -33,8 +35,6 @@ def _function(name: str) -> Any:
 
 def _of_method(name: str) -> Any:
     """Return a method's server half, with its default settings, as such a function. Raises ConfigError: it has none."""
-    from dataclasses import replace
-
     from fedtune.experiment.aggregate import build
     from fedtune.lora import conformance as kit
     from fedtune.lora.base_delta import as_adapter
@@ -84,9 +84,6 @@ def conformance(
     The states have alpha = rank, so that a delta is B A. It exits with 1 if an identity that every aggregation should
     keep does not hold. With --method it is a method's server half, from the first client's adapter.
     """
-    import json
-    from dataclasses import replace
-
     from fedtune.lora.conformance import examine
     from fedtune.methods import METHODS
 

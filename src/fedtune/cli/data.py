@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 from typing import Annotated
 
@@ -26,8 +27,6 @@ def _check_plot(path: Path) -> None:
 
 def _plot(counts: list[dict[str, int]], path: Path, title: str) -> None:
     """Draw rows per client, stacked by the partition column's values, in the format of the file's ending."""
-    import io
-
     import matplotlib
 
     matplotlib.use("Agg")

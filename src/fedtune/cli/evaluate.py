@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, get_args
 
@@ -63,8 +65,6 @@ def evaluate(
     console = terminal(errors=json_output)
     found = work.evaluate(config, adapter, folder, TerminalReporter(console), insist=base is not None)
     if json_output:
-        import json
-
         typer.echo(json.dumps([s.model_dump(mode="json") for s in found], indent=1))
     # a folder's name is no arm's: it may have blanks, and is only shown
     for each in table([schema.Arm.model_construct(name=Path(target).name, scores=found)]):
@@ -82,9 +82,6 @@ def compare(
     json_output: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Compare two runs on the items both were evaluated on: paired bootstrap, and McNemar's exact test."""
-    import json
-    from dataclasses import asdict
-
     from fedtune.cli.tables import paired
     from fedtune.experiment.progress import terminal
     from fedtune.results.stats import compare as test

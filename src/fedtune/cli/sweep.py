@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -52,8 +53,6 @@ def sweep(
     json_output: Annotated[bool, typer.Option("--json", help="Print sweep.json at the end.")] = False,
 ) -> None:
     """Run every combination of domains, methods, seeds and --grid values, sharing one base model in memory."""
-    import json
-
     from fedtune.cli.settings import given, words
     from fedtune.experiment.progress import TerminalReporter, terminal
     from fedtune.experiment.sweep import points

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from reprlib import repr as short
 
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fedtune import spaces
-from fedtune.lora.state import LoraModule, to_tensors
+from fedtune.lora.state import to_tensors
 from fedtune.methods import METHODS, Method, not_defined
 from fedtune.methods.traits import magnitudes
 from fedtune.models.folder import FolderPlain, FolderState
@@ -73,25 +73,24 @@ def _mismatches(state: FolderState, first: FolderState, method: Method, base: We
     return _layer_mismatches(state, first)
 
 
-def _absurd(path: str, module: LoraModule) -> str:
-    """Say which number of a layer is larger than that of any trained adapter, or return an empty text."""
-    norms = {n: float(torch.linalg.vector_norm(t.double())) for n, t in to_tensors({path: module}).items()}
-    a, b = list(norms.values())[:2]
-    norms[f"alpha and the factors of {path}"] = module.scale * a * b
-    return next(
-        (f"{n}: norm {norm:.1e}, at most {LARGEST_NORM:g}" for n, norm in norms.items() if not norm <= LARGEST_NORM), ""
-    )
+def _absurd(where: str, norms: Mapping[str, float]) -> list[Problem]:
+    """Return the first of a client's norms that is larger than that of any trained adapter, if there is one."""
+    large = [
+        f"{name}: norm {norm:.1e}, at most {LARGEST_NORM:g}" for name, norm in norms.items() if not norm <= LARGEST_NORM
+    ]
+    return [Problem(where, what, "leave it out: values this large cannot be summed") for what in large[:1]]
 
 
 def _layer_mismatches(state: FolderState, first: FolderState) -> list[Problem]:
-    found = []
+    where, found = str(state.folder), []
     for path, module in state.items():
         like = first[path]
-        if absurd := _absurd(path, module):
-            found.append(Problem(str(state.folder), absurd, "leave it out: values this large cannot be summed"))
+        norms = {n: float(torch.linalg.vector_norm(t.double())) for n, t in to_tensors({path: module}).items()}
+        a, b = list(norms.values())[:2]
+        found += _absurd(where, {**norms, f"alpha and the factors of {path}": module.scale * a * b})
         if (module.a.shape[1], module.b.shape[0]) != (like.a.shape[1], like.b.shape[0]):
             shape = f"{module.b.shape[0]} x {module.a.shape[1]}"
-            found.append(Problem(str(state.folder), f"{path} is {shape}, another base model?"))
+            found.append(Problem(where, f"{path} is {shape}, another base model?"))
     return found[:3]
 
 
@@ -116,9 +115,8 @@ def _value_mismatches(state: FolderPlain, first: FolderPlain, method: Method, ro
     where, found = str(state.folder), []
     for name, tensor in state.tensors.items():
         norm = float(torch.linalg.vector_norm(tensor, dtype=torch.float64))
-        if not norm <= LARGEST_NORM:
-            absurd = f"{name}: norm {norm:.1e}, at most {LARGEST_NORM:g}"
-            found.append(Problem(where, absurd, "leave it out: values this large cannot be summed"))
+        if absurd := _absurd(where, {name: norm}):
+            found += absurd
         elif not method.trainable(round_, name) and not torch.equal(tensor, first.tensors[name]):
             what = f"{name} differs from the first folder's; {method.name} keeps it frozen and common"
             found.append(Problem(where, what))
