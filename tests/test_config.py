@@ -182,9 +182,9 @@ def test_create_builds_the_method_with_its_settings(settings: Callable[..., Sett
 @pytest.mark.parametrize("value", ["10000001", "9" * 30, "9" * 4000])
 def test_no_round_has_more_rows_than_can_be_planned(key: str, value: str) -> None:
     with pytest.raises(ConfigError, match=key):
-        resolve(None, {"domain": "finance"}, [f"train.{key}={value}"])
+        resolve(None, [{"domain": "finance"}, parse_assignment(f"train.{key}={value}")])
     with pytest.raises(ConfigError, match="16,000,000 rows per round"):
-        resolve(None, {"domain": "finance"}, ["train.max_steps=1000000", "train.per_device_train_batch_size=16"])
+        resolve(None, [{"domain": "finance", "train": {"max_steps": 1000000, "per_device_train_batch_size": 16}}])
 
 
 DEEP = ".a" * 600

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -92,13 +91,6 @@ def _bits(recipe: Recipe, score: Score) -> dict[str, Any]:
     return {"items": items, "bits": same if len(same) == len(known) else None}
 
 
-def _settings(entry: Entry) -> Config | None:
-    """Return a run's settings; None for published results, and for what is no settings."""
-    with contextlib.suppress(ValueError):
-        return entry.settings if entry.config else None
-    return None
-
-
 def _size(millions: float | None) -> str:
     return "unknown" if millions is None else next(name for limit, name in SIZES if millions < limit)
 
@@ -124,7 +116,7 @@ def _factored(config: Config) -> bool:
 def row(recipe: Recipe) -> dict[str, Any]:
     """Return one line of the board."""
     entry, costs = recipe[0], [e.costs for e in recipe]
-    settings = _settings(entry)
+    settings = entry.settings_or_none
     tasks = [_task(recipe, s) for s in entry.main.scores]
     total = _mean([float(c.bytes_up + c.bytes_down) or None for c in costs])
     modes = sorted({t["mode"] for t in tasks})

@@ -61,10 +61,11 @@ def model_card(entry: Entry) -> str:
         for s in entry.main.scores
         if s.score is not None
     ]
+    settings = entry.settings_or_none  # of a run, unless the entry is damaged
     data = ModelCardData(
         base_model=entry.base,
         library_name="peft",
-        tags=["federated-learning", entry.settings.peft.kind, entry.method, entry.domain],
+        tags=["federated-learning", *([settings.peft.kind] if settings else []), entry.method, entry.domain],
         model_name=entry.title or f"{entry.base} {entry.domain} {entry.method}",
         eval_results=results or None,
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import hashlib
 import json
 import re
@@ -193,6 +194,13 @@ class Entry(Document):
     def settings(self) -> Config:
         """All settings of a run: what `config` leaves out has its default. Raises ValueError where it is none's."""
         return Config.model_validate({"domain": self.domain, **self.config})
+
+    @property
+    def settings_or_none(self) -> Config | None:
+        """The settings of a run; None for published results, and for what is no settings."""
+        with contextlib.suppress(ValueError):
+            return self.settings if self.config else None
+        return None
 
     @property
     def main(self) -> Arm:
