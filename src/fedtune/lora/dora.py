@@ -94,10 +94,8 @@ def to_wire(
 
 def from_wire(sent: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return what a client sent with D * B replaced by B."""
-    plain = dict(sent)
-    for path in _paths(sent):
-        plain[PREFIX + path + B] = sent[PREFIX + path + B] / sent[PREFIX + path + M][:, None]
-    return plain
+    plain = {PREFIX + p + B: sent[PREFIX + p + B] / sent[PREFIX + p + M][:, None] for p in _paths(sent)}
+    return {**sent, **plain}
 
 
 def to_magnitudes(tensors: Mapping[str, Tensor], norms: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -123,11 +121,6 @@ def divided(
     low = [n for n, t in means.items() if not float(t.min()) >= VANISHING]
     if low:
         raise ValueError(f"{low[0]}: the mean relative magnitude falls to {float(means[low[0]].min()):.2g}")
-    changed = []
-    for update in updates:
-        new = dict(update)
-        for path in _paths(update):
-            new[PREFIX + path + B] = update[PREFIX + path + B] / means[PREFIX + path + M][:, None]
-            new[PREFIX + path + M] = means[PREFIX + path + M]
-        changed.append(new)
+    names = {PREFIX + path + B: PREFIX + path + M for path in _paths(means)}
+    changed = [{**u, **means, **{b: u[b] / means[m][:, None] for b, m in names.items()}} for u in updates]
     return changed, means

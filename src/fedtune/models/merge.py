@@ -45,15 +45,15 @@ def folded(adapted: AdaptedModel) -> Iterator[bool]:
     if not foldable(adapted):
         yield False
         return
-    weights = {path: layer.get_base_layer().weight for path, layer in adapted.layers.items()}
-    copies = {path: weight.detach().clone() for path, weight in weights.items()}
+    weights = [(layer.get_base_layer().weight, layer) for layer in adapted.layers.values()]
+    copies = [weight.detach().clone() for weight, _ in weights]
     try:
         with torch.no_grad():
-            for path, weight in weights.items():
-                weight += adapted.layers[path].get_delta_weight("default")
+            for weight, layer in weights:
+                weight += layer.get_delta_weight("default")
         with adapted.model.disable_adapter():
             yield True
     finally:
         with torch.no_grad():
-            for path, weight in weights.items():
-                weight.copy_(copies[path])
+            for (weight, _), copy in zip(weights, copies, strict=True):
+                weight.copy_(copy)
