@@ -33,7 +33,7 @@ FEDEMA = '''
     from pydantic import Field
 
     from fedtune.lora.state import to_tensors, with_tensors
-    from fedtune.methods import ClientUpdate, Method, ServerState
+    from fedtune.methods import ClientUpdate, Method, RoundContext, ServerState
 
 
     class FedEMA(Method):
@@ -52,10 +52,10 @@ FEDEMA = '''
 
         parameters: Parameters
 
-        def server_step(self, updates: Sequence[ClientUpdate], state: ServerState, round_: int) -> ServerState:
+        def server_step(self, updates: Sequence[ClientUpdate], state: ServerState, context: RoundContext) -> ServerState:
             """Return the average of what there is and the mean of what came."""
             kept, before = self.parameters.decay, to_tensors(state.adapter)
-            after = super().server_step(updates, state, round_)
+            after = super().server_step(updates, state, context)
             moved = {n: kept * before[n] + (1 - kept) * t for n, t in to_tensors(after.adapter).items()}
             return replace(after, adapter=with_tensors(after.adapter, moved))
 '''

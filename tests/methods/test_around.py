@@ -286,7 +286,7 @@ def _attacked(kind: str, **changes: Any) -> float:
         near = {n: t + 0.1 + 0.05 * torch.randn(t.shape, dtype=t.dtype, generator=generator) for n, t in start.items()}
         payload = attack.tampered(near, start, made.config.attack, client, seed=1)
         sent.append(ClientUpdate(client, payload, 1.0))
-    honest = made.method.server_step(sent[1:], made.initial(START), 1)
+    honest = made.method.server_step(sent[1:], made.initial(START), RoundContext(1))
     got, want, was = (
         dense(made.server_step(sent, made.initial(START), RoundContext(1))),
         dense(honest),

@@ -13,7 +13,7 @@ from fedtune.lora import product
 from fedtune.lora.base_delta import effective
 from fedtune.lora.product import regauge
 from fedtune.lora.state import AdapterState, LoraModule, to_tensors
-from fedtune.methods import METHODS, ClientUpdate, Method, RunContext, ServerState, problems
+from fedtune.methods import METHODS, ClientUpdate, Method, RoundContext, RunContext, ServerState, problems
 from fedtune.methods.aggregation import aggregate
 from fedtune.methods.state import Sizes
 from fedtune.methods.traits import magnitudes
@@ -276,7 +276,7 @@ def test_a_running_sum_is_the_sum(method: Method) -> None:
         ClientUpdate(i, method.payload(to_tensors(a), start, 2), w)
         for i, (a, w) in enumerate(zip(three, weights, strict=True))
     ]
-    stepped = method.server_step(sent, state, 2)
+    stepped = method.server_step(sent, state, RoundContext(2))
     if method.models != "own":
         assert same(dense(summed), dense(stepped))
     assert all(torch.allclose(m.a, stepped.adapter[p].a) for p, m in summed.adapter.items())
@@ -311,7 +311,7 @@ def _steady(method: Method, state: ServerState, number: int) -> tuple[list[int],
                 # a sketch has no more directions than the rank
                 noise = {n: t[:, :1] * t[:1] if n.startswith("fedask/Y") else t for n, t in noise.items()}
                 sent.append(ClientUpdate(client, noise, 1.0))
-            state = method.server_step(sent, state, round_)
+            state = method.server_step(sent, state, RoundContext(round_))
         ups.append(up)
         downs.append(down)
     return ups, downs

@@ -113,7 +113,7 @@ def test_fed_sb_trains_a_layer_narrower_than_the_rank_as_it_does_at_the_layers_o
             kept = fitted.kept
             expected = method.upload(state, 0, round_).tensors
             assert shapes(fitted.payload) == shapes(expected)
-            state = method.server_step([ClientUpdate(0, fitted.payload, 1.0)], state, round_)
+            state = method.server_step([ClientUpdate(0, fitted.payload, 1.0)], state, RoundContext(round_))
         found[rank] = {p: m.scale * m.b @ m.a for p, m in state.adapter.items()}
     for path, rank in (("flat.q", 3), ("thin.q", 4)):
         assert found[rank][path].norm() > 1

@@ -85,16 +85,20 @@ def test_the_bases_of_fed_sb_are_those_of_the_many(which: str) -> None:
     method, start = cast(FedSB, make("fed_sb")), ServerState(adapter(0))
     common = drawn(1, OUT, RANK) @ drawn(2, RANK, IN)
     sent = [ClientUpdate(c, gradients(method, start, common + 0.05 * drawn(c, OUT, IN)), 10.0) for c in range(CLIENTS)]
-    usual = method.server_step(sent, start, 1)
+    usual = method.server_step(sent, start, RoundContext(1))
     large = {n: 1e4 * drawn(7, *t.shape) if which in n else t for n, t in sent[BAD].tensors.items()}
-    found = method.server_step([*sent[:BAD], replace(sent[BAD], tensors=large), *sent[BAD + 1 :]], start, 1)
+    found = method.server_step(
+        [*sent[:BAD], replace(sent[BAD], tensors=large), *sent[BAD + 1 :]], start, RoundContext(1)
+    )
     for path, module in found.adapter.items():
         overlap = (module.a @ usual.adapter[path].a.T).square().sum() / RANK
         assert float(overlap) > 0.8
     # who is alike is as before, bit for bit: nothing was scaled
     assert torch.equal(
         usual.adapter["l0.q"].a,
-        method.server_step([replace(u, tensors=dict(u.tensors)) for u in sent], start, 1).adapter["l0.q"].a,
+        method.server_step([replace(u, tensors=dict(u.tensors)) for u in sent], start, RoundContext(1))
+        .adapter["l0.q"]
+        .a,
     )
 
 
@@ -113,10 +117,10 @@ def _with_a_large_sketch(start: ServerState, chosen: int, step: float, size: flo
     sent = size * (odd / odd.norm() + noise * more / more.norm())
     if size:
         first[BAD] = replace(first[BAD], tensors={n: sent.float() for n in first[BAD].tensors})
-    middle = method.server_step(first, start, 1)
+    middle = method.server_step(first, start, RoundContext(1))
     bases = {n.removeprefix("fedask/Q/"): t for n, t in middle.extra.items()}
     second = [ClientUpdate(c, method.second(a, bases), 10.0) for c, a in enumerate(own)]
-    return method.server_step(second, middle, 1)
+    return method.server_step(second, middle, RoundContext(1))
 
 
 def _single(size: float) -> ServerState:
@@ -151,7 +155,9 @@ def test_a_width_of_as_many_columns_as_fedask_needs_is_the_default_bit_for_bit()
     own[BAD] = {p: replace(m, b=50 * m.b) for p, m in own[BAD].items()}  # a width that leaves no room scales it down
     for chosen in (0, CLIENTS * RANK, 10**6):
         method = cast(FedASK, algorithm("fedask", width=chosen).method)
-        found.append(method.server_step(_sketches(method, own, method.sketch_width(OUT, IN, RANK)), start, 1).extra)
+        found.append(
+            method.server_step(_sketches(method, own, method.sketch_width(OUT, IN, RANK)), start, RoundContext(1)).extra
+        )
     assert all(torch.equal(found[0][n], other[n]) for other in found[1:] for n in found[0])
 
 
@@ -159,11 +165,11 @@ def test_a_sketch_of_more_directions_than_a_client_has_is_refused_by_its_name() 
     start, made = ServerState(adapter(0)), algorithm("fedask")
     method = cast(FedASK, made.method)
     sent = _sketches(method, [with_tensors(start.adapter, honest(start, c).tensors) for c in range(CLIENTS)], 16)
-    method.server_step(sent, start, 1)
+    method.server_step(sent, start, RoundContext(1))
     full = {n: drawn(5, *t.shape) for n, t in sent[BAD].tensors.items()}
     sent[BAD] = replace(sent[BAD], tensors=full)
     with pytest.raises(UpdateError, match="more directions than its rank of 2") as caught:
-        method.server_step(sent, start, 1)
+        method.server_step(sent, start, RoundContext(1))
     assert caught.value.client == BAD
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fedtune.lora import base_delta, product
 from fedtune.lora.state import PREFIX, AdapterState, LoraModule, fresh, to_tensors, with_rank, with_tensors
-from fedtune.methods import ClientUpdate, Method, RunContext, ServerState
+from fedtune.methods import ClientUpdate, Method, RoundContext, RunContext, ServerState
 from fedtune.methods.aggregation import aggregate
 from fedtune.methods.fed_sb import FedSB
 from fedtune.methods.fedalt import FedALT, rest_of_world
@@ -40,7 +40,9 @@ def updates(*seeds: int, weights: tuple[float, ...] = ()) -> list[ClientUpdate]:
 
 
 def test_fedit_is_off_by_the_covariance_of_the_factors() -> None:
-    after = make("fedit").server_step(updates(1, 2, weights=(1.0, 3.0)), ServerState(START), 1).adapter[NAME]
+    after = (
+        make("fedit").server_step(updates(1, 2, weights=(1.0, 3.0)), ServerState(START), RoundContext(1)).adapter[NAME]
+    )
     one, two = adapter(1)[NAME], adapter(2)[NAME]
     assert torch.allclose(after.a, 0.25 * one.a + 0.75 * two.a)
     assert torch.allclose(after.b, 0.25 * one.b + 0.75 * two.b)
@@ -59,7 +61,7 @@ def test_a_frozen_factor_stays_bit_for_bit(name: str, round_: int) -> None:
     if name == "lora_a2":
         whole = {n + ".chosen": torch.arange(2) for u in sent for n in u.tensors}
         sent = [replace(u, tensors={**u.tensors, **whole}) for u in sent]
-    after = to_tensors(method.server_step(sent, ServerState(START), round_).adapter)
+    after = to_tensors(method.server_step(sent, ServerState(START), RoundContext(round_)).adapter)
     before = to_tensors(START)
     frozen = [n for n in before if not method.trainable(round_, n)]
     assert frozen
@@ -223,7 +225,7 @@ def test_fedilora_repairs_the_layer_that_agrees_least() -> None:
 def test_fedsvd_keeps_the_product_and_has_orthonormal_rows() -> None:
     method = cast(FedSVD, make("fedsvd"))
     sent = [replace(u, tensors={n: t for n, t in u.tensors.items() if B in n}) for u in updates(1, 2)]
-    after = method.server_step(sent, ServerState(START), 1).adapter[NAME]
+    after = method.server_step(sent, ServerState(START), RoundContext(1)).adapter[NAME]
     assert torch.allclose(after.a @ after.a.T, torch.eye(2, dtype=torch.float64), atol=1e-12)
     gram = after.b.T @ after.b
     assert torch.allclose(gram, torch.diag(torch.diag(gram)), atol=1e-10)
@@ -247,7 +249,7 @@ def test_fedrot_keeps_every_product_and_makes_pure_rotations_exact() -> None:
         turn = product.nearest_orthogonal(torch.randn(2, 2, dtype=torch.float64))
         turned = {p: replace(m, a=turn.T @ m.a, b=m.b @ turn) for p, m in adapter(1).items()}
         rotated.append(ClientUpdate(client, method.payload(to_tensors(turned), start, 3), 1))
-    assert same(dense(method.server_step(rotated, state, 3)), mean([adapter(1)], [1.0]))
+    assert same(dense(method.server_step(rotated, state, RoundContext(3))), mean([adapter(1)], [1.0]))
 
 
 def test_lora_fair_lies_between_fedit_and_the_projection() -> None:
@@ -279,7 +281,7 @@ def test_fedask_needs_sums_only() -> None:
     method = cast(FedASK, make("fedask"))
     clients, widths = [adapter(1), adapter(2)], dict.fromkeys(START, 4)
     first = [ClientUpdate(i, method.first(c, widths, 1), 1.0) for i, c in enumerate(clients)]
-    middle = method.server_step(first, ServerState(START), 1)
+    middle = method.server_step(first, ServerState(START), RoundContext(1))
     bases = {n.removeprefix("fedask/Q/"): t for n, t in middle.extra.items()}
     parts = [method.second(c, bases) for c in clients]
     for path in START:
@@ -310,7 +312,7 @@ def test_fed_sb_averages_the_core_and_keeps_the_bases() -> None:
 
     sketches = fit_by(method, Fake(), {**to_tensors(layout)}).payload
     assert set(sketches) == set(method.upload(ServerState(START), 0, 1).tensors)
-    state = method.server_step([ClientUpdate(0, sketches, 3.0)], ServerState(START), 1)
+    state = method.server_step([ClientUpdate(0, sketches, 3.0)], ServerState(START), RoundContext(1))
     for path in START:
         u, vh = state.extra["fed_sb/basis/" + path], state.adapter[path].a
         # the sketches alone give the gradient's main directions
@@ -318,7 +320,7 @@ def test_fed_sb_averages_the_core_and_keeps_the_bases() -> None:
         assert torch.allclose((gradient[path] @ vh.T) @ vh, gradient[path], atol=1e-8)
         assert not state.adapter[path].delta().any()
     cores = [{n: torch.randn(2, 2, dtype=torch.float64) for n in method.upload(state, 0, 2).tensors} for _ in range(2)]
-    after = method.server_step([ClientUpdate(i, c, 1.0) for i, c in enumerate(cores)], state, 2)
+    after = method.server_step([ClientUpdate(i, c, 1.0) for i, c in enumerate(cores)], state, RoundContext(2))
     for path in START:
         u, vh = state.extra["fed_sb/basis/" + path], state.adapter[path].a
         name = PREFIX + path + ".lora_R.weight"
@@ -367,7 +369,7 @@ def test_fedalts_rest_of_the_world_is_the_mean_of_the_others() -> None:
     alone = torch.ones(2)
     assert not rest_of_world(alone, alone, 1.0).any()
     sent = [ClientUpdate(i, to_tensors(c), w) for i, (c, w) in enumerate(zip(clients, weights, strict=True))]
-    state = method.server_step(sent, ServerState(START), 1)
+    state = method.server_step(sent, ServerState(START), RoundContext(1))
     start = begun_by(method, START, method.view(state, 0), to_tensors(clients[0]), 2)
     assert torch.allclose(start[PREFIX + NAME + ".other_A.weight"], rest[0][NAME].a)
     assert torch.equal(start[PREFIX + NAME + A], clients[0][NAME].a)
@@ -393,7 +395,7 @@ def test_fedalts_skipped_rounds_are_in_no_mean() -> None:
     first = 1
     for skipped in (0, 1, 2):
         in_the_mean = trained(first)
-        state = method.server_step(in_the_mean, state, first)
+        state = method.server_step(in_the_mean, state, RoundContext(first))
         for round_ in range(first + 1, first + 1 + skipped):
             trained(round_)
         start = begun_by(method, START, method.view(state, 0), kept[0], first + 1 + skipped)
@@ -435,10 +437,10 @@ def test_fedkseed_replays_bit_for_bit_and_in_any_order() -> None:
     sent = [ClientUpdate(c, fit_by(method, Slope(c), begun).payload, 1.0) for c in (0, 1)]
     assert set(sent[0].tensors) == {"fedkseed/scalars"}
     assert sent[0].tensors["fedkseed/scalars"].shape == (16,)
-    after = method.server_step(sent, state, 1)
+    after = method.server_step(sent, state, RoundContext(1))
     again = begun_by(method, start32, method.view(after, 5), {}, 2)
     assert all(torch.equal(again[n], t) for n, t in to_tensors(after.adapter).items())
-    turned = method.server_step(sent[::-1], state, 1)
+    turned = method.server_step(sent[::-1], state, RoundContext(1))
     assert torch.equal(turned.extra["fedkseed/scalars"], after.extra["fedkseed/scalars"])
     # the server's replay is the mean of the clients' own walks
     wide = {n: t.double() for n, t in to_tensors(start32).items()}
@@ -469,7 +471,7 @@ def test_no_client_of_fedkseed_moves_the_model_by_slopes_much_steeper_than_the_o
     honest = [float(u.tensors["fedkseed/scalars"].norm()) for u in sent]
 
     def moved(updates: list[ClientUpdate]) -> Tensor:
-        return method.server_step(updates, state, 1).extra["fedkseed/scalars"]
+        return method.server_step(updates, state, RoundContext(1)).extra["fedkseed/scalars"]
 
     # what honest clients send counts bit for bit, also of one that makes many more steps and of one that finds nothing
     many = [replace(sent[0], tensors={n: 6 * t for n, t in sent[0].tensors.items()}, steps=600), *sent[1:]]
@@ -489,14 +491,16 @@ def test_of_two_clients_of_fedkseed_that_found_a_slope_the_steeper_one_does_not_
     method, name = cast(FedKSeed, make("fedkseed", seeds=3)), "fedkseed/scalars"
     state = ServerState({p: replace(m, a=m.a.float(), b=m.b.float()) for p, m in START.items()})
     sent = [ClientUpdate(c, {name: s * torch.eye(3)[c]}, 1.0, steps=1) for c, s in enumerate((1.0, 0.0, 990.0))]
-    assert torch.allclose(method.server_step(sent, state, 1).extra[name], torch.tensor([1 / 3, 0.0, 5 / 3]))
+    assert torch.allclose(
+        method.server_step(sent, state, RoundContext(1)).extra[name], torch.tensor([1 / 3, 0.0, 5 / 3])
+    )
 
 
 def test_fedkseed_goes_downhill() -> None:
     method = cast(FedKSeed, make("fedkseed", seeds=64, learning_rate=5e-3, steps=40))
     state = ServerState({p: replace(m, a=m.a.float(), b=m.b.float()) for p, m in START.items()})
     begun, client = to_tensors(state.adapter), Slope(0)
-    after = method.server_step([ClientUpdate(0, fit_by(method, client, begun).payload, 1.0)], state, 1)
+    after = method.server_step([ClientUpdate(0, fit_by(method, client, begun).payload, 1.0)], state, RoundContext(1))
     one, two = client.losses(0, [begun, dict(to_tensors(after.adapter))])
     assert two < 0.8 * one
 
@@ -527,7 +531,7 @@ def _rounds(method: MovesBase, rounds: int, clients: list[int]) -> tuple[ServerS
             if client == 2 and round_ in (2, 3):
                 continue  # its answer is lost, what it keeps is not
             sent.append(ClientUpdate(client, fitted.payload, 1.0))
-        state = method.server_step(sent, state, round_)
+        state = method.server_step(sent, state, RoundContext(round_))
     return state, kept
 
 
@@ -578,7 +582,7 @@ def test_racs_updates_stand_under_the_rounds_own_a() -> None:
         payload = {n: t for n, t in to_tensors(adapter(1)).items() if n.endswith(B)}
         whole = completed(method, ClientUpdate(0, payload, 1.0), ServerState(START, round_ - 1))
         assert torch.equal(whole[NAME].a, used[NAME].a)
-        after = method.server_step([ClientUpdate(0, payload, 1.0)], ServerState(START, last), round_)
+        after = method.server_step([ClientUpdate(0, payload, 1.0)], ServerState(START, last), RoundContext(round_))
         assert same(dense(after), {p: m.scale * m.b @ m.a for p, m in whole.items()})
 
 

@@ -59,7 +59,7 @@ def test_the_mean_of_clients_by_hand() -> None:
     method = METHODS["fedit"](METHODS["fedit"].Parameters())
     sent = [{"w": torch.full((2, 3), float(value))} for value in (1, 4)]
     updates = [ClientUpdate(c, t, n) for c, (t, n) in enumerate(zip(sent, (1, 3), strict=True))]
-    after = method.server_step(updates, ServerState(Plain("full", {"w": torch.zeros(2, 3)})), 1)
+    after = method.server_step(updates, ServerState(Plain("full", {"w": torch.zeros(2, 3)})), RoundContext(1))
     assert torch.equal(to_tensors(after.adapter)["w"], torch.full((2, 3), 3.25))
 
 

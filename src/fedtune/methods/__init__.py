@@ -35,8 +35,7 @@ from fedtune.methods.lora_fair import LoRAFAIR
 from fedtune.methods.rac_lora import RACLoRA
 from fedtune.methods.rbla import RBLA
 from fedtune.methods.rolora import RoLoRA
-from fedtune.methods.state import ClientUpdate, RunContext, ServerState, Upload
-from fedtune.methods.wrappers import RoundContext
+from fedtune.methods.state import ClientUpdate, RoundContext, RunContext, ServerState, Upload
 from fedtune.methods.wrappers.rules import RULES
 from fedtune.registry import Registry, subclass_of
 from fedtune.types import Problem, derive_seed, nearest

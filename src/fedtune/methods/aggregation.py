@@ -9,7 +9,7 @@ from fedtune.lora.algebra import weighted_mean
 from fedtune.lora.state import AdapterState, LoraModule, Plain, resized, to_tensors, with_tensors
 from fedtune.methods.base import Method
 from fedtune.methods.requests import ClientContext, Tensors
-from fedtune.methods.state import ClientUpdate, ServerState
+from fedtune.methods.state import ClientUpdate, RoundContext, ServerState
 from fedtune.names import beside
 
 
@@ -60,7 +60,7 @@ def aggregate(
         updates = [ClientUpdate(0, weighted_mean(map(sent, clients), examples), 1.0)]
     else:
         updates = [ClientUpdate(i, sent(c), n) for i, (c, n) in enumerate(zip(clients, examples, strict=True))]
-    after = alone.server_step(updates, before, round_)
+    after = alone.server_step(updates, before, RoundContext(round_))
     if method.models != "own":
         return after, None
     # what is trained and not sent is nobody's: the server has none of it

@@ -12,10 +12,10 @@ from fedtune.config import Config
 from fedtune.lora.state import AdapterState, as_kept, as_sent, received, to_tensors
 from fedtune.methods import sound
 from fedtune.methods.base import Method
-from fedtune.methods.requests import Tensors
-from fedtune.methods.state import ClientUpdate, ServerState, Upload
+from fedtune.methods.requests import ClientContext, Fitted, Program, Tensors
+from fedtune.methods.state import ClientUpdate, RoundContext, ServerState, Upload
 from fedtune.methods.traits import comparable
-from fedtune.methods.wrappers import RoundContext, Wrapper, wrapped
+from fedtune.methods.wrappers import Wrapper, wrapped
 from fedtune.names import A, B
 from fedtune.types import UpdateError
 
@@ -37,11 +37,15 @@ class Algorithm(Wrapper):
     name = ""
 
     def __init__(self, method: Method, config: Config) -> None:
-        super().__init__(wrapped(method, config))
+        super().__init__(wrapped(method, config), config)
 
     def initial(self, adapter: AdapterState) -> ServerState:
         """Return the server's state before the first round."""
         return self.inner.initial(as_kept(adapter))
+
+    def work(self, client: ClientContext, download: Tensors) -> Program[Fitted]:
+        """Do a client's work of one exchange from what it downloaded; in later ones it starts from just that."""
+        return self.fit(client, download if client.phase > 1 else self.begin(client, download))
 
     def view(self, state: ServerState, client: int) -> dict[str, Tensor]:
         """Return what a client downloads."""

@@ -14,7 +14,7 @@ from fedtune.config.schema import Section
 from fedtune.lora.state import AdapterState, to_tensors, with_rank, with_tensors
 from fedtune.methods.requests import ClientContext, Fitted, Program, Tensors, Train
 from fedtune.methods.sound import reach
-from fedtune.methods.state import ClientUpdate, RunContext, ServerState, Sizes, Upload, mean
+from fedtune.methods.state import ClientUpdate, RoundContext, RunContext, ServerState, Sizes, Upload, mean
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -151,15 +151,40 @@ class Method:
             reach=(lambda train, rate: reach(train, rate, steps)) if known else None,
         )
 
-    def server_step(self, updates: Sequence[ClientUpdate], state: ServerState, round_: int) -> ServerState:
+    def server_step(self, updates: Sequence[ClientUpdate], state: ServerState, context: RoundContext) -> ServerState:
         """Return the state after an exchange.
 
-        A state whose `round` is not yet `round_` asks the clients of these updates for another exchange of the round.
+        A state whose `round` is not yet the context's asks the clients of these updates for another exchange of it.
 
         Args:
             updates: not empty, and sorted by client.
             state: before it.
-            round_: which round it is; rounds may have been skipped since `state.round`.
+            context: the round; some may have been skipped since `state.round`.
         """
         whole = {**to_tensors(state.adapter), **mean(updates)}
-        return replace(state, adapter=with_tensors(state.adapter, whole), round=round_)
+        return replace(state, adapter=with_tensors(state.adapter, whole), round=context.round)
+
+    # what wrappers change
+
+    def initial(self, adapter: AdapterState) -> ServerState:
+        """Return the server's state before the first round."""
+        return ServerState(adapter)
+
+    def untrained(self, start: Tensors) -> Program[dict[str, Tensor]]:
+        """Return what `begin` returned in the form in which it would be sent."""
+        yield from ()
+        return dict(start)
+
+    def loadable(self, tensors: Tensors) -> Program[dict[str, Tensor]]:
+        """Return tensors of a model as PEFT has them."""
+        yield from ()
+        return dict(tensors)
+
+    def shortage(self, updates: int, refused: int = 0) -> str:
+        """Say that there are too few updates for a robust rule to mean anything, or return an empty string.
+
+        Args:
+            updates: of the round that can be used.
+            refused: how many more were refused for what they hold.
+        """
+        return ""

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from fedtune.lora.state import LoraModule
 from fedtune.methods.base import Method
-from fedtune.methods.state import ClientUpdate, ServerState, weights
+from fedtune.methods.state import ClientUpdate, RoundContext, ServerState, weights
 
 
 class ByLayer(Method):
@@ -17,8 +17,8 @@ class ByLayer(Method):
         """Return one layer's new factors, of the rank that `module`, the server's, has."""
         raise NotImplementedError
 
-    def server_step(self, updates: Sequence[ClientUpdate], state: ServerState, round_: int) -> ServerState:
+    def server_step(self, updates: Sequence[ClientUpdate], state: ServerState, context: RoundContext) -> ServerState:
         """Merge every layer of the updates."""
-        adapters, shares = self.adapters(updates, state, round_), weights(updates)
+        adapters, shares = self.adapters(updates, state, context.round), weights(updates)
         merged = {p: self.merge(m, [a[p] for a in adapters], shares) for p, m in state.adapter.items()}
-        return replace(state, adapter=merged, round=round_)
+        return replace(state, adapter=merged, round=context.round)

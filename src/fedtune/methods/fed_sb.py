@@ -20,7 +20,7 @@ from fedtune.methods.base import Method
 from fedtune.methods.requests import ClientContext, Fitted, Gradients, Program, Tensors, Train
 from fedtune.methods.sketches import evened
 from fedtune.methods.sound import LOOSE
-from fedtune.methods.state import ClientUpdate, ServerState, Sizes, Upload, mean
+from fedtune.methods.state import ClientUpdate, RoundContext, ServerState, Sizes, Upload, mean
 from fedtune.names import CORE, PREFIX, A, B
 from fedtune.types import derive_seed
 
@@ -83,16 +83,16 @@ class FedSB(Method):
                 sent |= {f"{n}.{number}": g for n, g in found.items()}
         return sent
 
-    def server_step(self, updates: Sequence[ClientUpdate], state: ServerState, round_: int) -> ServerState:
+    def server_step(self, updates: Sequence[ClientUpdate], state: ServerState, context: RoundContext) -> ServerState:
         """Find the bases in the first round; average R from then on. Without a run, average B under the common A."""
         if not self.in_run:
-            return super().server_step(updates, state, round_)
+            return super().server_step(updates, state, context)
         if _HOLDERS not in state.extra:
             even = evened(updates, lambda name: name.rsplit(".lora_", 1)[0])
-            return self._founded(mean(even), state, round_)
+            return self._founded(mean(even), state, context.round)
         holders = {int(c) for c in state.extra[_HOLDERS]} | {u.client for u in updates}
         extra = {**state.extra, **mean(updates), _HOLDERS: torch.tensor(sorted(holders), dtype=torch.int64)}
-        return replace(state, adapter=self._product(state, extra), round=round_, extra=extra)
+        return replace(state, adapter=self._product(state, extra), round=context.round, extra=extra)
 
     def _founded(self, sketches: Tensors, state: ServerState, round_: int) -> ServerState:
         """Return the state with bases from the SVD of the mean gradient, and R = 0."""

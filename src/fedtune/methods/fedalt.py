@@ -19,7 +19,7 @@ from fedtune.methods.base import Method
 from fedtune.methods.kept import as_of, with_previous
 from fedtune.methods.requests import ClientContext, Fitted, Program, Tensors, Train
 from fedtune.methods.sound import GROWTH
-from fedtune.methods.state import ClientUpdate, ServerState, Upload, weights
+from fedtune.methods.state import ClientUpdate, RoundContext, ServerState, Upload, weights
 from fedtune.names import FACTORS, OTHER, PREFIX, ROUTER, beside
 
 if TYPE_CHECKING:
@@ -73,12 +73,12 @@ class FedALT(Method):
         kept = with_previous(own, {n: start[n] for n in names}, client.round, _PREFIX)
         return Fitted({n: t for n, t in own.items() if n.endswith(FACTORS)}, kept)
 
-    def server_step(self, updates: Sequence[ClientUpdate], state: ServerState, round_: int) -> ServerState:
+    def server_step(self, updates: Sequence[ClientUpdate], state: ServerState, context: RoundContext) -> ServerState:
         """Average the adapters, and remember what share of the mean each client has."""
-        after, shares = super().server_step(updates, state, round_), weights(updates)
+        after, shares = super().server_step(updates, state, context), weights(updates)
         table = [[float(u.client), w / sum(shares)] for u, w in zip(updates, shares, strict=True)]
-        whole = self.adapters(updates, state, round_)
-        sizes = {f"{_SIZES}{u.client}": _sizes(a, round_) for u, a in zip(updates, whole, strict=True)}
+        whole = self.adapters(updates, state, context.round)
+        sizes = {f"{_SIZES}{u.client}": _sizes(a, context.round) for u, a in zip(updates, whole, strict=True)}
         return replace(after, extra={**after.extra, **sizes, _SHARES: torch.tensor(table, dtype=torch.float64)})
 
     def upload(self, state: ServerState, client: int, round_: int, steps: int = 0) -> Upload:

@@ -22,7 +22,7 @@ from fedtune.methods.moves_base import MovesBase, is_kept
 from fedtune.methods.requests import ClientContext, Fitted, Program, Tensors
 from fedtune.methods.sketches import directions, evened
 from fedtune.methods.sound import GROWTH, LOOSE
-from fedtune.methods.state import ClientUpdate, ServerState, Sizes, Upload, mean
+from fedtune.methods.state import ClientUpdate, RoundContext, ServerState, Sizes, Upload, mean
 from fedtune.types import UpdateError, derive_seed
 
 if TYPE_CHECKING:
@@ -136,10 +136,10 @@ class FedASK(MovesBase):
         """Tell whether sketches of a width tell a round's directions apart; by default they are as wide as that."""
         return not self.parameters.width or width >= min(module.b.shape[0], module.a.shape[1], directions)
 
-    def server_step(self, updates: Sequence[ClientUpdate], state: ServerState, round_: int) -> ServerState:
+    def server_step(self, updates: Sequence[ClientUpdate], state: ServerState, context: RoundContext) -> ServerState:
         """Find the bases from the first sketches; split Q P of the second into the next adapter and the rest."""
         if not self.in_run:
-            updates, state = self._sketched(updates, state, round_)
+            updates, state = self._sketched(updates, state, context.round)
         elif not any(name.startswith(_Q) for name in state.extra):
             return self._with_bases(updates, state)
         averaged, adapter, rest = mean(updates), {}, {}
@@ -149,7 +149,7 @@ class FedASK(MovesBase):
             adapter[path] = HLoRA(HLoRA.Parameters()).factors_of(module, best)
         kept = {n: t for n, t in state.extra.items() if not n.startswith(_Q)}
         moved = rest if self.parameters.rest == "keep" else {}
-        return self.moved(replace(state, extra=kept), adapter, moved, updates, round_)
+        return self.moved(replace(state, extra=kept), adapter, moved, updates, context.round)
 
     def _sketched(
         self, updates: Sequence[ClientUpdate], state: ServerState, round_: int
@@ -171,21 +171,17 @@ class FedASK(MovesBase):
     def upload(self, state: ServerState, client: int, round_: int, steps: int = 0) -> Upload:
         """Expect the first sketches, of any plausible size, for only their directions are used; then the second."""
         first = not any(name.startswith(_Q) for name in state.extra)
-        make = self._first_like if first else self._second_like
-        tensors = dict(make(state, path, m) for path, m in state.adapter.items())
         growth = LOOSE if first else GROWTH**2  # the second are products
+        tensors = {}
+        for path, m in state.adapter.items():
+            # as large as one of the global adapter can be, so that the screening allows for it
+            norm, (out, inner) = product.size(m), (m.b.shape[0], m.a.shape[1])
+            if first:
+                width = self.sketch_width(out, inner, self.run.rank or m.rank)
+                tensors[_Y + path] = _even(m, (out, width), norm * (width * inner) ** 0.5)
+            else:
+                tensors[_P + path] = _even(m, (state.extra[_Q + path].shape[1], inner), norm)
         return replace(super().upload(state, client, round_, steps), tensors=tensors, growth=lambda name: growth)
-
-    def _first_like(self, state: ServerState, path: str, module: LoraModule) -> tuple[str, Tensor]:
-        """Return a first sketch as large as one of the global adapter can be, so that the screening allows for it."""
-        out, inner = module.b.shape[0], module.a.shape[1]
-        width = self.sketch_width(out, inner, self.run.rank or module.rank)
-        return _Y + path, _even(module, (out, width), product.size(module) * width**0.5 * inner**0.5)
-
-    def _second_like(self, state: ServerState, path: str, module: LoraModule) -> tuple[str, Tensor]:
-        """Return a second sketch as large as one of the global adapter can be."""
-        shape = state.extra[_Q + path].shape[1], module.a.shape[1]
-        return _P + path, _even(module, shape, product.size(module))
 
 
 def _even(like: LoraModule, shape: tuple[int, int], norm: float) -> Tensor:

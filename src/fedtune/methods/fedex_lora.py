@@ -13,7 +13,7 @@ from pydantic import Field
 
 from fedtune.lora import product
 from fedtune.methods.moves_base import MovesBase
-from fedtune.methods.state import ClientUpdate, ServerState, Sizes, weights
+from fedtune.methods.state import ClientUpdate, RoundContext, ServerState, Sizes, weights
 
 if TYPE_CHECKING:
     from fedtune.config import Config
@@ -47,10 +47,10 @@ class FedExLoRA(MovesBase):
         whole = sizes.a + sizes.b
         return whole, whole * sizes.clients
 
-    def server_step(self, updates: Sequence[ClientUpdate], state: ServerState, round_: int) -> ServerState:
+    def server_step(self, updates: Sequence[ClientUpdate], state: ServerState, context: RoundContext) -> ServerState:
         """Average the factors and append the residual."""
-        adapters, shares, limit = self.adapters(updates, state, round_), weights(updates), self.parameters.residual_rank
-        whole = {path: product.residual([a[path] for a in adapters], shares) for path in adapters[0]}
+        adapters, limit = self.adapters(updates, state, context.round), self.parameters.residual_rank
+        whole = {path: product.residual([a[path] for a in adapters], weights(updates)) for path in adapters[0]}
         residual = {p: product.truncate(r, limit) if 0 < limit < r.inner else r for p, r in whole.items()}
-        averaged = super().server_step(updates, state, round_)
-        return self.moved(state, averaged.adapter, residual, updates, round_)
+        averaged = super().server_step(updates, state, context)
+        return self.moved(state, averaged.adapter, residual, updates, context.round)

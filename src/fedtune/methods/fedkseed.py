@@ -21,7 +21,7 @@ from fedtune.lazy import torch
 from fedtune.lora.state import as_kept, to_tensors, with_tensors
 from fedtune.methods.base import ANY, Method
 from fedtune.methods.requests import ClientContext, Fitted, Losses, Program, Tensors
-from fedtune.methods.state import ClientUpdate, ServerState, Sizes, Upload, mean
+from fedtune.methods.state import ClientUpdate, RoundContext, ServerState, Sizes, Upload, mean
 from fedtune.types import derive_seed
 
 if TYPE_CHECKING:
@@ -107,16 +107,16 @@ class FedKSeed(Method):
                 tensor.sub_(z[name], alpha=own.learning_rate * float(slope))
         return Fitted({_SCALARS: found})
 
-    def server_step(self, updates: Sequence[ClientUpdate], state: ServerState, round_: int) -> ServerState:
+    def server_step(self, updates: Sequence[ClientUpdate], state: ServerState, context: RoundContext) -> ServerState:
         """Add the mean of the scalars, and replay. Without a run there is no walk, and adapters are averaged."""
         if not self.in_run:
-            return super().server_step(updates, state, round_)
+            return super().server_step(updates, state, context)
         start = {n.removeprefix(_START): t for n, t in state.extra.items() if n.startswith(_START)}
         start = start or to_tensors(state.adapter)
         total = self._scalars(state) + mean(self._capped(updates))[_SCALARS]
         extra = {**state.extra, _SCALARS: total, **{_START + n: t for n, t in start.items()}}
         adapter = with_tensors(state.adapter, self.replay(start, total))
-        return replace(state, adapter=adapter, round=round_, extra=extra)
+        return replace(state, adapter=adapter, round=context.round, extra=extra)
 
     def _capped(self, updates: Sequence[ClientUpdate]) -> list[ClientUpdate]:
         """Return updates none of which is steeper than `STEEPEST` times the median of those that found any slope.

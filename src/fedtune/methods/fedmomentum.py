@@ -10,7 +10,7 @@ from dataclasses import replace
 
 from fedtune.lora import product
 from fedtune.methods.moves_base import MovesBase
-from fedtune.methods.state import ClientUpdate, ServerState, Sizes, weights
+from fedtune.methods.state import ClientUpdate, RoundContext, ServerState, Sizes, weights
 
 
 class FedMomentum(MovesBase):
@@ -29,12 +29,12 @@ class FedMomentum(MovesBase):
         whole = sizes.a + sizes.b
         return whole, whole * sizes.clients
 
-    def server_step(self, updates: Sequence[ClientUpdate], state: ServerState, round_: int) -> ServerState:
+    def server_step(self, updates: Sequence[ClientUpdate], state: ServerState, context: RoundContext) -> ServerState:
         """Split the mean product."""
-        adapters, made, rest = self.adapters(updates, state, round_), {}, {}
+        adapters, made, rest = self.adapters(updates, state, context.round), {}, {}
         for path, module in state.adapter.items():
             whole = product.stack([a[path] for a in adapters], weights(updates))
             best, rest[path] = product.split(whole, module.rank)
             b, a = (best.left / module.scale).to(module.b.dtype), best.right.to(module.a.dtype)
             made[path] = replace(module, b=b, a=a)
-        return self.moved(state, made, rest, updates, round_)
+        return self.moved(state, made, rest, updates, context.round)

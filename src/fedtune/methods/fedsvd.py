@@ -12,7 +12,7 @@ from dataclasses import replace
 from fedtune.lora.product import of, truncate
 from fedtune.lora.state import LoraModule
 from fedtune.methods.base import DORA, Method
-from fedtune.methods.state import ClientUpdate, ServerState, Sizes
+from fedtune.methods.state import ClientUpdate, RoundContext, ServerState, Sizes
 from fedtune.names import A
 
 
@@ -37,9 +37,9 @@ class FedSVD(Method):
         """Train B only; A changes on the server."""
         return A not in name
 
-    def server_step(self, updates: Sequence[ClientUpdate], state: ServerState, round_: int) -> ServerState:
+    def server_step(self, updates: Sequence[ClientUpdate], state: ServerState, context: RoundContext) -> ServerState:
         """Average B, then re-orthogonalise every module."""
-        merged = super().server_step(updates, state, round_)
+        merged = super().server_step(updates, state, context)
         return replace(merged, adapter={path: self.orthogonalise(m) for path, m in merged.adapter.items()})
 
     def orthogonalise(self, module: LoraModule) -> LoraModule:

@@ -14,7 +14,7 @@ from fedtune.lora import product
 from fedtune.lora.state import fresh
 from fedtune.methods.moves_base import MovesBase
 from fedtune.methods.requests import ClientContext, Tensors
-from fedtune.methods.state import ClientUpdate, ServerState, Sizes, weights
+from fedtune.methods.state import ClientUpdate, RoundContext, ServerState, Sizes, weights
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -44,8 +44,8 @@ class FLoRA(MovesBase):
         """Send no adapter: each round's is fresh."""
         return {}
 
-    def server_step(self, updates: Sequence[ClientUpdate], state: ServerState, round_: int) -> ServerState:
+    def server_step(self, updates: Sequence[ClientUpdate], state: ServerState, context: RoundContext) -> ServerState:
         """Move the stack into the base model."""
-        adapters, shares = self.adapters(updates, state, round_), weights(updates)
+        adapters, shares = self.adapters(updates, state, context.round), weights(updates)
         stacks = {path: product.stack([a[path] for a in adapters], shares) for path in adapters[0]}
-        return self.moved(state, fresh(state.adapter, self.seed, round_ + 1), stacks, updates, round_)
+        return self.moved(state, fresh(state.adapter, self.seed, context.round + 1), stacks, updates, context.round)

@@ -20,7 +20,7 @@ from fedtune.lora.state import LoraModule, to_tensors, with_rank, with_tensors
 from fedtune.methods.rbla import RBLA
 from fedtune.methods.requests import ClientContext, Fitted, Program, Tensors, Train
 from fedtune.methods.sound import capped
-from fedtune.methods.state import ClientUpdate, ServerState, Upload
+from fedtune.methods.state import ClientUpdate, RoundContext, ServerState, Upload
 from fedtune.names import A, B
 
 if TYPE_CHECKING:
@@ -116,9 +116,9 @@ class HetLoRA(RBLA):
         known = super().upload(state, client, round_, steps)
         return replace(known, tensors=allowed, problem=problem, ragged=True)
 
-    def server_step(self, updates: Sequence[ClientUpdate], state: ServerState, round_: int) -> ServerState:
+    def server_step(self, updates: Sequence[ClientUpdate], state: ServerState, context: RoundContext) -> ServerState:
         """Aggregate, and remember the ranks clients have pruned themselves to."""
-        after = super().server_step(updates, state, round_)
+        after = super().server_step(updates, state, context)
         ranks = {int(c): int(r) for c, r in state.extra.get(_RANKS, ())}
         for update in updates:
             ranks[update.client] = next(t.shape[0] for n, t in update.tensors.items() if n.endswith(A))

@@ -18,7 +18,7 @@ from fedtune.lazy import torch
 from fedtune.lora.state import AdapterState, to_tensors
 from fedtune.methods.base import Method
 from fedtune.methods.requests import ClientContext, Fitted, Program, Tensors, Train
-from fedtune.methods.state import ClientUpdate, RunContext, ServerState, Sizes, Upload
+from fedtune.methods.state import ClientUpdate, RoundContext, RunContext, ServerState, Sizes, Upload
 from fedtune.names import CHOSEN, A, B
 from fedtune.types import AdapterError
 
@@ -126,12 +126,12 @@ class LoRAA2(Method):
             ragged=True,
         )
 
-    def server_step(self, updates: Sequence[ClientUpdate], state: ServerState, round_: int) -> ServerState:
+    def server_step(self, updates: Sequence[ClientUpdate], state: ServerState, context: RoundContext) -> ServerState:
         """Average the trained factor."""
-        adapters = [to_tensors(a) for a in self.adapters(updates, state, round_)]
-        trained = [{n: t for n, t in own.items() if self.trainable(round_, n)} for own in adapters]
+        adapters = [to_tensors(a) for a in self.adapters(updates, state, context.round)]
+        trained = [{n: t for n, t in own.items() if self.trainable(context.round, n)} for own in adapters]
         return super().server_step(
-            [replace(u, tensors=t) for u, t in zip(updates, trained, strict=True)], state, round_
+            [replace(u, tensors=t) for u, t in zip(updates, trained, strict=True)], state, context
         )
 
 

@@ -14,7 +14,7 @@ from fedtune.lora import product
 from fedtune.lora.state import AdapterState, fresh, to_tensors, with_tensors
 from fedtune.methods.moves_base import MovesBase
 from fedtune.methods.requests import ClientContext, Tensors
-from fedtune.methods.state import ClientUpdate, ServerState, Sizes, Upload, mean
+from fedtune.methods.state import ClientUpdate, RoundContext, ServerState, Sizes, Upload, mean
 from fedtune.names import A
 
 if TYPE_CHECKING:
@@ -58,9 +58,9 @@ class RACLoRA(MovesBase):
         whole = super().upload(state, client, round_, steps)
         return replace(whole, whole=lambda tensors: with_tensors(used, {**to_tensors(used), **tensors}))
 
-    def server_step(self, updates: Sequence[ClientUpdate], state: ServerState, round_: int) -> ServerState:
+    def server_step(self, updates: Sequence[ClientUpdate], state: ServerState, context: RoundContext) -> ServerState:
         """Move mean(B) A into the base model."""
-        used = self._used(state, round_)
+        used = self._used(state, context.round)
         averaged = with_tensors(used, {**to_tensors(used), **mean(updates)})
         products = {path: product.of(module) for path, module in averaged.items()}
-        return self.moved(state, fresh(used, self.seed, round_ + 1), products, updates, round_)
+        return self.moved(state, fresh(used, self.seed, context.round + 1), products, updates, context.round)

@@ -118,6 +118,28 @@ class Sizes(NamedTuple):
     clients: int
 
 
+Note = Callable[[str], object]
+
+
+def unheard(text: str) -> None:
+    """Take a note that nobody reads."""
+
+
+@dataclass(frozen=True)
+class RoundContext:
+    """What the server knows of a round beside its updates.
+
+    Attributes:
+        round: its number.
+        refused: how many more replies were refused for what they hold.
+        note: takes remarks for the round's record.
+    """
+
+    round: int
+    refused: int = 0
+    note: Note = unheard
+
+
 @dataclass(frozen=True)
 class RunContext:
     """What a method may know of the run it is in.

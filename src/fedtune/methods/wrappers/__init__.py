@@ -7,12 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from functools import reduce
+from typing import cast
 
 from fedtune.config import Config
 from fedtune.config.section import own_problems
 from fedtune.methods.base import Method
 from fedtune.methods.wrappers.attack import Attackers
-from fedtune.methods.wrappers.base import Innermost, RoundContext, Wrapper
+from fedtune.methods.wrappers.base import Wrapper
 from fedtune.methods.wrappers.dora import DoRA
 from fedtune.methods.wrappers.fedprox import FedProx
 from fedtune.methods.wrappers.robust import Robust
@@ -23,7 +24,7 @@ from fedtune.types import Problem, nearest
 
 _OWN: tuple[type[Wrapper], ...] = (Attackers, Scaffold, Robust, DoRA, ServerOptimizer, FedProx)
 
-__all__ = ["WRAPPERS", "Innermost", "RoundContext", "Wrapper", "asked", "problems", "wrapped"]
+__all__ = ["WRAPPERS", "Wrapper", "asked", "problems", "wrapped"]
 
 
 WRAPPERS = Registry[type[Wrapper]]("wrapper", {w.name: w for w in _OWN}, subclass_of(Wrapper, texts=("name",)))
@@ -55,7 +56,7 @@ def asked(config: Config, kind: type[Method]) -> tuple[type[Wrapper], ...]:
     return tuple(wrapper for wrapper in (first, *named(config), *rest) if wrapper.asked(config, kind))
 
 
-def wrapped(method: Method, config: Config) -> Innermost:
+def wrapped(method: Method, config: Config) -> Method | Wrapper:
     """Return a method inside the wrappers that a run's settings ask for."""
-    own = Innermost(method, config)
-    return reduce(lambda inner, wrapper: wrapper(inner), reversed(asked(config, type(method))), own)
+    around = reversed(asked(config, type(method)))
+    return reduce(lambda inner, wrapper: wrapper(inner, config), around, cast("Method | Wrapper", method))

@@ -14,9 +14,9 @@ from fedtune.lora.state import AdapterState, to_tensors, with_tensors
 from fedtune.methods import sound
 from fedtune.methods.base import Method
 from fedtune.methods.requests import ClientContext, Fitted, Program, RowNorms, Tensors
-from fedtune.methods.state import ClientUpdate, ServerState, Upload, weights
+from fedtune.methods.state import ClientUpdate, RoundContext, ServerState, Upload, weights
 from fedtune.methods.traits import magnitudes
-from fedtune.methods.wrappers.base import Having, Innermost, RoundContext, Wrapper
+from fedtune.methods.wrappers.base import Having, Wrapper
 from fedtune.names import B, M
 from fedtune.types import Problem
 
@@ -49,9 +49,9 @@ class DoRA(Wrapper):
 
     name = "dora"
 
-    def __init__(self, inner: Innermost) -> None:
-        super().__init__(inner)
-        self.exact = magnitudes(type(inner.method)) == "exact"
+    def __init__(self, inner: Method | Wrapper, config: Config) -> None:
+        super().__init__(inner, config)
+        self.exact = magnitudes(type(self.method)) == "exact"
         self.one_by_one = self.exact
 
     @classmethod

@@ -8,13 +8,12 @@ from typing import TYPE_CHECKING
 
 from fedtune import spaces
 from fedtune.lora import algebra, product
-from fedtune.lora.product import Product
 from fedtune.lora.state import AdapterState, Plain, to_tensors
 from fedtune.methods.base import Method
-from fedtune.methods.state import ClientUpdate, ServerState
+from fedtune.methods.state import ClientUpdate, RoundContext, ServerState
 from fedtune.methods.traits import by_product, comparable
 from fedtune.methods.wrappers import rules
-from fedtune.methods.wrappers.base import Having, Idle, RoundContext, Wrapper
+from fedtune.methods.wrappers.base import Having, Idle, Wrapper
 from fedtune.types import Problem, RunFailedError
 
 if TYPE_CHECKING:
@@ -24,17 +23,6 @@ if TYPE_CHECKING:
     from fedtune.config.schema import RobustSettings
 
 NOBODY = -1  # stands for no client: the model as it was
-
-
-def _changes(
-    method: Method, updates: Sequence[ClientUpdate], state: ServerState, round_: int
-) -> list[dict[str, Product]]:
-    """Return each update's change of the model as products: what it claims minus what it was sent."""
-    before = {path: product.minus(product.precise(m)) for path, m in state.adapter.items()}
-    return [
-        {path: product.total(product.precise(m), before[path]) for path, m in adapter.items()}
-        for adapter in method.adapters(updates, state, round_)
-    ]
 
 
 def _balanced(update: ClientUpdate, whole: AdapterState) -> ClientUpdate:
@@ -59,7 +47,12 @@ def _compared(
         return list(updates), algebra.gram(changes)
     whole = method.adapters(updates, state, round_)
     balanced = [_balanced(u, adapter) for u, adapter in zip(updates, whole, strict=True)]
-    return balanced, product.gram(_changes(method, balanced, state, round_))
+    sent = {path: product.minus(product.precise(m)) for path, m in state.adapter.items()}
+    changed = [
+        {path: product.total(product.precise(m), sent[path]) for path, m in adapter.items()}
+        for adapter in method.adapters(balanced, state, round_)
+    ]
+    return balanced, product.gram(changed)
 
 
 def _weights(

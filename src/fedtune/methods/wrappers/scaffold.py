@@ -12,8 +12,8 @@ from fedtune.lora.state import to_tensors
 from fedtune.methods.base import Method
 from fedtune.methods.kept import as_of, with_previous
 from fedtune.methods.requests import ClientContext, Correction, Fitted, Program, Request, Tensors, Train, handled
-from fedtune.methods.state import ClientUpdate, ServerState, Upload
-from fedtune.methods.wrappers.base import Having, RoundContext, Wrapper
+from fedtune.methods.state import ClientUpdate, RoundContext, ServerState, Upload
+from fedtune.methods.wrappers.base import Having, Wrapper
 from fedtune.types import Problem
 
 if TYPE_CHECKING:
@@ -77,20 +77,6 @@ def corrected(
 def heard(controls: Tensors, clients: int) -> Tensor:
     """Return the round in which each client was last heard, int64 [clients]; 0 for never."""
     return controls[_HEARD] if _HEARD in controls else torch.zeros(clients, dtype=torch.int64)
-
-
-def down(controls: Tensors, client: int, clients: int) -> dict[str, Tensor]:
-    """Return the controls that a client downloads: the server's, and the round in which the client was last heard."""
-    return {**controls, _HEARD: heard(controls, clients)[client].clone()}
-
-
-def keeping(own: Tensors, changes: Tensors, round_: int) -> dict[str, Tensor]:
-    """Return what a client keeps after a round: its new controls, and those to go back to.
-
-    Else c would not be the mean of all c_i after a reply that was lost, and every later round would be biased.
-    """
-    new = {n: own[n] + t if n in own else t for n, t in changes.items()}
-    return with_previous({**own, **new}, own, round_)
 
 
 def bounded(controls: Tensors, train: TrainSettings) -> dict[str, Tensor]:
@@ -163,8 +149,10 @@ class Scaffold(Wrapper):
         fitted, changes = yield from corrected(program, controls, own, client)
         if not changes:
             return fitted
-        keeps = named(keeping(own, changes, client.round))
-        return Fitted({**fitted.payload, **named(changes)}, {**fitted.kept, **keeps})
+        new = {n: own[n] + t if n in own else t for n, t in changes.items()}
+        # with those to go back to: else c is not the mean of all c_i after a reply that was lost, and stays biased
+        keeps = with_previous({**own, **new}, own, client.round)
+        return Fitted({**fitted.payload, **named(changes)}, {**fitted.kept, **named(keeps)})
 
     def untrained(self, start: Tensors) -> Program[dict[str, Tensor]]:
         """Return the model's start: a control's change has none."""
@@ -175,9 +163,10 @@ class Scaffold(Wrapper):
         return state.memory.get(self.name) or zeros
 
     def view(self, state: ServerState, client: int) -> dict[str, Tensor]:
-        """Send c as well."""
-        controls = down(self._controls(state), client, self.config.federation.clients)
-        return self.inner.view(state, client) | named(controls)
+        """Send c as well, and the round in which the client was last heard."""
+        controls = self._controls(state)
+        last = heard(controls, self.config.federation.clients)[client].clone()
+        return {**self.inner.view(state, client), **named({**controls, _HEARD: last})}
 
     def upload(self, state: ServerState, client: int, round_: int, steps: int = 0) -> Upload:
         """Expect a change of the control of every tensor that is sent, bounded by what gradients are clipped to."""

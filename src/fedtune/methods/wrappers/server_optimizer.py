@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING
 
 from fedtune.lora.state import to_tensors, with_tensors
 from fedtune.methods.base import Method
-from fedtune.methods.state import ClientUpdate, ServerState
-from fedtune.methods.wrappers.base import Having, Idle, RoundContext, Wrapper
+from fedtune.methods.state import ClientUpdate, RoundContext, ServerState
+from fedtune.methods.wrappers.base import Having, Idle, Wrapper
 from fedtune.types import Problem
 
 if TYPE_CHECKING:
