@@ -6,6 +6,7 @@ import ast
 import fnmatch
 import re
 import shlex
+import textwrap
 import tomllib
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from fedtune.config import Config
 from fedtune.methods import METHODS
 from fedtune.objectives import OBJECTIVES
 from fedtune.spaces import SPACES
+from tests.outside import FEDEMA
 
 ROOT = Path(__file__).parent.parent
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("benchmarks/**/*.md")])
@@ -86,3 +88,10 @@ def test_the_layers_of_the_page_are_those_that_are_enforced() -> None:
     assert [re.split(r"\s{2,}", line)[0] for line in shown] == [
         name.replace("fedtune.", "") for name in contracts[0]["layers"]
     ]
+
+
+def test_the_package_of_the_page_is_the_one_that_is_tested() -> None:
+    page = (ROOT / "docs/add-a-method.md").read_text("utf-8").split("## In a package of your own")[1]
+    toml, code = (page.split(f"```{kind}\n")[1].split("```")[0] for kind in ("toml", "python"))
+    assert code.strip() == textwrap.dedent(FEDEMA).strip()
+    assert tomllib.loads(toml)["project"]["entry-points"] == {"fedtune.methods": {"fedema": "fedtune_ema:FedEMA"}}

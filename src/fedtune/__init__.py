@@ -20,11 +20,11 @@ if TYPE_CHECKING:
     from fedtune.objectives import OBJECTIVES
     from fedtune.results.schema import Result
     from fedtune.spaces import SPACES
-    from fedtune.types import FedtuneError
+    from fedtune.types import ConfigError, FedtuneError
 
 __version__ = "0.1.0"
 __all__ = ["__version__", "aggregate", "evaluate", "load_settings", "run", "sweep"]
-__all__ += ["Config", "FedtuneError", "Reporter", "Result", "Settings"]
+__all__ += ["Config", "ConfigError", "FedtuneError", "Reporter", "Result", "Settings"]
 __all__ += ["DOMAINS", "KINDS", "METHODS", "OBJECTIVES", "SPACES", "TASKS", "WRAPPERS"]
 
 _HOMES = {
@@ -38,7 +38,7 @@ _HOMES = {
     "fedtune.objectives": ("OBJECTIVES",),
     "fedtune.results.schema": ("Result",),
     "fedtune.spaces": ("SPACES",),
-    "fedtune.types": ("FedtuneError",),
+    "fedtune.types": ("ConfigError", "FedtuneError"),
 }
 
 

@@ -127,3 +127,10 @@ def test_a_smaller_rank_of_the_same_scale_is_a_part() -> None:
     module = next(iter(START.values()))
     cut = with_rank(module, 1)
     assert torch.allclose(cut.scale * cut.b @ cut.a, module.scale * module.b[:, :1] @ module.a[:1])
+
+
+def test_mixed_ranks_are_not_tried_on_a_method_that_takes_one() -> None:
+    for name, tried in (("fedit", False), ("flora", True)):
+        done = CliRunner().invoke(app, ["conformance", "--method", name])
+        assert (MIXED in done.output) is tried, done.output
+        assert "Error" not in done.output

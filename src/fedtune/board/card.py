@@ -85,6 +85,8 @@ def model_card(entry: Entry) -> str:
         "Load it: `PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), folder)`.",
         f"Make it again: `fedtune run --config config.toml --seed {entry.seed}`.",
     ]
+    if entry.unranked:  # also names the packages that the run used
+        lines.append(f"Not ranked: {escape_markdown('; '.join(entry.unranked))}.")
     return "\n\n".join(lines) + "\n"
 
 

@@ -5,14 +5,19 @@ from __future__ import annotations
 import importlib
 import json
 import sys
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from fedtune.cli.say import say
 from fedtune.types import ConfigError, Problem, nearest
+
+if TYPE_CHECKING:
+    from fedtune.lora.conformance import Finding
+    from fedtune.methods import Method
 
 
 def _function(name: str) -> Any:
@@ -48,9 +53,8 @@ def _of_method(name: str) -> Any:
 
     def aggregated(states: list[kit.State], weights: list[float]) -> kit.State:
         start = to_tensors(kit.ONE)
-        common = {
-            n for n in start if not method.trainable(1, n)
-        }  # what all clients have alike, such as a frozen factor
+        # what all clients have alike, such as a frozen factor
+        common = {n for n in start if not method.trainable(1, n)}
         adapters = []
         for state in states:
             whole = {**state, **{n: start[n].to(state[n].dtype) for n in common if n in state}}
@@ -63,6 +67,14 @@ def _of_method(name: str) -> Any:
         return to_tensors({p: replace(m, b=m.b * m.scale) for p, m in made.items()})
 
     return aggregated
+
+
+def _tried(kind: type[Method], found: Sequence[Finding]) -> list[Finding]:
+    """Return what was found of a method; mixed ranks are not tried on one that takes one rank."""
+    from fedtune.lora.conformance import MIXED
+
+    kept = [f for f in found if kind.mixed_ranks or f.name != MIXED]
+    return [replace(f, whose=_excused(kind.guarantee).get(f.name, f.whose)) for f in kept]
 
 
 def _excused(guarantee: str) -> dict[str, str]:
@@ -90,8 +102,8 @@ def conformance(
     if (callable_ is None) == (method is None):
         raise ConfigError("command line", [Problem("conformance", "takes either --callable or --method")])
     found = examine(_of_method(method) if method else _function(str(callable_)))
-    for name, those in _excused(METHODS[method].guarantee).items() if method else ():
-        found = [replace(f, whose=those) if f.name == name else f for f in found]
+    if method:
+        found = _tried(METHODS[method], found)
     if json_output:
         typer.echo(json.dumps([vars(f) for f in found], indent=1))
     else:

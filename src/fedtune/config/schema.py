@@ -10,8 +10,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, PositiveFloat, field_validator, model_validator
 
 from fedtune.config.rows import DataSettings, PromptSettings
-from fedtune.config.section import Chosen
-from fedtune.config.section import Section as Section  # methods declare their settings with it
+from fedtune.config.section import Chosen, Section
 from fedtune.io import digest
 
 Mode = Literal["official", "likelihood"]

@@ -64,16 +64,16 @@ class Aggregated:
 def build(name: str, settings: Mapping[str, Any]) -> Method:
     """Return a method by name with its settings. Raises ConfigError: an unknown name, and the nearest."""
     if name not in METHODS:
-        raise ConfigError("fedtune aggregate", [Problem(f"--method {name}", "unknown method", unknown(name))])
+        raise ConfigError("command line", [Problem(f"--method {name}", "unknown method", unknown(name))])
     kind = METHODS[name]
     known = kind.Parameters.model_fields
     if strange := [k for k in settings if k not in known]:
         wrong = [Problem(f"--set {k}", f"{name} has no such setting", nearest(k, known)) for k in strange]
-        raise ConfigError("fedtune aggregate", wrong)
+        raise ConfigError("command line", wrong)
     try:
         return kind(kind.Parameters.model_validate(dict(settings)))
     except ValueError as err:
-        raise ConfigError("fedtune aggregate", [Problem("--set", str(err))]) from err
+        raise ConfigError("command line", [Problem("--set", str(err))]) from err
 
 
 def relative_error(state: ServerState, clients: Sequence[AdapterState], weights: Sequence[float]) -> float:

@@ -82,6 +82,7 @@ def _mean(adapters: Sequence[AdapterState], weights: Sequence[float]) -> dict[st
 ONE, TWO, THREE = ALL = [random_adapter(seed) for seed in (1, 2, 3)]
 WEIGHTS = [1.0, 2.0, 5.0]
 COMMON_A = "exact where A is common"
+MIXED = "exact with mixed ranks"
 # of a method that is meant to stay near where it started, these do not hold
 FIXED_POINTS = ("one client is its own model", "identical clients are a fixed point")
 # adapters with their weights, as the function is given them
@@ -110,7 +111,7 @@ def _identities() -> Iterator[tuple[str, Given, Given | dict[str, Tensor], str, 
     best = {p: product.truncate(product.stack([a[p] for a in ALL], WEIGHTS), RANK).dense() for p in ONE}
     yield "the best approximation of its rank", given, best, "FlexLoRA and its kin", TOLERANCE
     mixed = [random_adapter(4, 1), random_adapter(5, 4), TWO]
-    yield "exact with mixed ranks", (mixed, WEIGHTS), _mean(mixed, WEIGHTS), "FLoRA, FedMomentum", TOLERANCE
+    yield MIXED, (mixed, WEIGHTS), _mean(mixed, WEIGHTS), "FLoRA, FedMomentum", TOLERANCE
     many, even = [random_adapter(seed, dtype=torch.bfloat16) for seed in range(64)], [1.0] * 64
     wide = [{p: replace(m, a=m.a.double(), b=m.b.double()) for p, m in a.items()} for a in many]
     yield "bfloat16 is summed in float32 or better", (many, even), (wide, even), any_, 0.02

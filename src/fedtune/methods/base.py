@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from fedtune.config.schema import Section
+from fedtune.config.section import Section
 from fedtune.lora.state import AdapterState, to_tensors, with_rank, with_tensors
 from fedtune.methods.requests import ClientContext, Fitted, Program, Tensors, Train
 from fedtune.methods.sound import reach

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from fedtune.config import Config
-from fedtune.config.schema import Section
+from fedtune.config.section import Section
 from fedtune.types import Problem
 
 if TYPE_CHECKING:

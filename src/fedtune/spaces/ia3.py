@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from pydantic import ValidationInfo, field_validator
 
 from fedtune.config import Config
-from fedtune.config.schema import Section
+from fedtune.config.section import Section
 from fedtune.models.adapter_config import AdapterConfig, IA3AdapterConfig
 from fedtune.models.patterns import try_patterns
 from fedtune.models.source import CONFIG, WEIGHTS
