@@ -77,6 +77,22 @@ def test_a_submission_does_not_say_where_the_rows_lie(good: Path, runs: list[Pat
     assert not [p for p, text in zip(packed, texts, strict=True) if path.encode() in text]
 
 
+def test_a_run_whose_reasons_quote_markup_is_packed_and_good(
+    settings: Callable[..., Settings], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    template = "<|user|> " + "x" * 400 + " {instruction}\n<|assistant|> {response}"
+    short = {"federation": {"clients": 2, "rounds": 1}, "eval": {"base": False, "modes": ["likelihood"], "limit": 4}}
+    folder = run(settings(protocol="flowertune-paper", prompt={"template": template}, **short), tmp_path / "run")[0]
+    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest["unranked"] = ["continued although something had changed: data.rows: 24 -> 25"]  # by --force-resume
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    pack([folder], tmp_path / "packed", "a team")
+    entry = from_run(folder)
+    assert any("\u2039|user|\u203a" in reason for reason in entry.unranked)
+    assert "continued although something had changed: data.rows: 24 \u2192 25" in entry.unranked
+    assert "the entry does not say" not in reasons(tmp_path / "packed")
+
+
 def test_the_card_is_for_the_hub(good: Path) -> None:
     from huggingface_hub import ModelCard
 

@@ -1,6 +1,7 @@
 """The command line as its users meet it."""
 
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -100,11 +101,14 @@ def test_eval_of_an_adapter_does_only_what_is_missing(two_runs: list[Path], data
     again = fedtune("eval", *words, "--mode", "likelihood", "--out", str(tmp_path / "e"), "--json")
     assert json.loads(again.stdout) == scores
     assert log.read_bytes() == stamp
+    for line in ("{}", '{"i": null}'):
+        log.write_bytes(stamp + line.encode() + b"\n")
+        more = fedtune("eval", *words, "--mode", "likelihood", "--out", str(tmp_path / "e"), "--json")
+        assert more.returncode == 1
+        assert "line 26 is not the sample of an item" in more.stderr
 
 
 def test_eval_refuses_a_pickled_adapter_before_loading_anything(two_runs: list[Path], tmp_path: Path) -> None:
-    import shutil
-
     folder = Path(shutil.copytree(two_runs[0] / "adapter", tmp_path / "adapter"))
     (folder / "adapter_model.safetensors").rename(folder / "adapter_model.bin")
     done = fedtune("eval", str(folder), "--domain", "finance")
@@ -121,6 +125,12 @@ def test_compare_pairs_the_same_items(two_runs: list[Path], tmp_path: Path) -> N
     itself = json.loads(fedtune("compare", str(two_runs[0]), str(two_runs[0]), "--json").stdout)["fpb.likelihood"]
     assert (itself["difference"], itself["p"]) == (0.0, 1.0)
     assert fedtune("compare", str(two_runs[0]), str(tmp_path)).returncode == 1
+    # a log that has only begun, and one with a value that is none
+    copy = Path(shutil.copytree(two_runs[0], tmp_path / "copy"))
+    for log in (copy / "evals/federated").glob("*.jsonl"):
+        log.write_bytes(log.read_bytes().split(b"\n", 1)[0] + b"\n")
+    done = fedtune("compare", str(two_runs[0]), str(copy))
+    assert (done.returncode, "have no evaluation" in done.stderr) == (1, True)
 
 
 def test_data_shows_counts_a_client_as_table_and_plot(data_folder: Path, tmp_path: Path) -> None:

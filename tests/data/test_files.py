@@ -96,8 +96,8 @@ def test_find_takes_every_known_ending(tmp_path: Path) -> None:
 def test_csv_rows_with_cells_too_many_or_too_few_stand_as_bad_rows(tmp_path: Path) -> None:
     rows = files.read_rows(_write(tmp_path / "x.csv", 'a,b\n1,2\nrose, fell,3\n\n4\n"5\n5",6\n', False))
     assert [r.reason.removeprefix(str(tmp_path)) for r in rows if isinstance(r, files.BadRow)] == [
-        "/x.csv: line 3 has 3 cells, the header 2",
-        "/x.csv: line 5 has 1 cells, the header 2",
+        "x.csv: line 3 has 3 cells, the header 2",
+        "x.csv: line 5 has 1 cells, the header 2",
     ]
     assert [r for r in rows if r] == [{"a": "1", "b": "2"}, {"a": "5\n5", "b": "6"}]
 

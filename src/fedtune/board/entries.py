@@ -18,6 +18,7 @@ from fedtune.evaluation.known import samples_sha256
 from fedtune.evaluation.metrics import as_counted, sample_value
 from fedtune.io import only_files, read_json, read_lines, reading
 from fedtune.models.zoo import zoo
+from fedtune.results.bounds import as_reason
 from fedtune.results.entry import Answers, Costs, Entry, Point
 from fedtune.results.schema import Arm, Result
 from fedtune.settings import load
@@ -109,7 +110,7 @@ def _read(run: Path, texts: dict[str, str]) -> Entry:
         config_sha256=recipe_hash(run / "config.toml"),
         protocol=result.protocol,
         protocol_sha256=result.protocol_sha256,
-        unranked=list(dict.fromkeys(unranked)),
+        unranked=list(dict.fromkeys(map(as_reason, unranked))),
         arms=result.arms,
         answers=answers,
         curve=_curve(run),

@@ -24,6 +24,7 @@ from fedtune.domains import TASKS
 from fedtune.evaluation import again, scorers
 from fedtune.io import file_sha256
 from fedtune.models import zoo
+from fedtune.results.bounds import as_reason
 from fedtune.results.entry import Entry
 from fedtune.settings import load
 from fedtune.types import FedtuneError, Problem, ProblemsError
@@ -143,7 +144,7 @@ def _settings(folder: Path, entry: Entry) -> Iterator[Problem]:
     # a folder of the submitter's machine is not one here: any reason that is about the base model will do
     of_model = [] if zoo.LOCAL in entry.unranked else zoo.unranked_reasons(config)
     for reason in (*settings.unranked, *domains.unranked_reasons(config), *of_model):
-        if reason not in entry.unranked:
+        if as_reason(reason) not in entry.unranked:
             yield Problem("config.toml", f"{reason}; the entry does not say that this makes it unranked")
 
 

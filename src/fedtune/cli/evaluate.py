@@ -90,7 +90,8 @@ def compare(
         if not run.is_dir():
             raise DataError(f"{run}: no such run folder")
     pairs = [(log, second / "evals" / arm / log.name) for log in sorted((first / "evals" / arm).glob("*.jsonl"))]
-    results = {one.stem: test(*paired(one, two)) for one, two in pairs if two.exists() and _same_items(one, two)}
+    shared = {one.stem: paired(one, two) for one, two in pairs if two.exists() and _same_items(one, two)}
+    results = {name: test(*scores) for name, scores in shared.items() if scores[0]}
     if not results:
         raise DataError(f"{first} and {second} have no evaluation of {arm!r} on the same items")
     if json_output:

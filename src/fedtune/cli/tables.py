@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from fedtune.evaluation.metrics import as_counted, sample_value, trivial_score
 from fedtune.io import read_lines, reading
 from fedtune.results.schema import Arm, Result, Score
 from fedtune.results.stats import compare
-from fedtune.types import counted
+from fedtune.types import CorruptFileError, counted
 
 
 def number(value: float | None, metric: str = "accuracy") -> str:
@@ -31,7 +32,10 @@ def _samples(path: Path) -> dict[int, float]:
     rows = read_lines(path, torn_tail=True)[1:]
     with reading(path):
         # a solution that raised has no likelihood, not even a bad one
-        return {int(r["i"]): sample_value(r) for r in as_counted(rows) if not ("value" in r and r["value"] is None)}
+        found = {int(r["i"]): sample_value(r) for r in as_counted(rows) if not ("value" in r and r["value"] is None)}
+    if wrong := [i for i, value in found.items() if not math.isfinite(value)]:
+        raise CorruptFileError(f"{path}: item {wrong[0]} has a score of {found[wrong[0]]}")
+    return found
 
 
 def paired(first: Path, second: Path) -> tuple[list[float], list[float]]:
@@ -49,7 +53,10 @@ def _delta(run: Path | None, arm: Arm, score: Score) -> str:
     first, second = run / "evals/base" / name, run / "evals" / arm.name / name
     if not (first.exists() and second.exists()):
         return ""
-    result = compare(*paired(first, second))
+    base, own = paired(first, second)
+    if not own:
+        return ""
+    result = compare(base, own)
     mark = " *" if result.interval.low > 0 or result.interval.high < 0 else ""
     return f"{result.difference:+.3f} [{result.interval.low:+.3f}, {result.interval.high:+.3f}]{mark}"
 

@@ -120,7 +120,9 @@ def _read_csv(text: str, where: str) -> list[Row]:
             raise CorruptFileError(f"{where}: line 1 is one column; it looks separated by {mark!r}, a comma is wanted")
         if twins := [name for name, count in Counter(header).items() if count > 1]:
             raise CorruptFileError(f"{where}: line 1: several columns are called {twins[0]!r:.60}")
-        return [_csv_row(header, cells, f"{where}: line {reader.line_num}") for cells in reader if cells]
+        # without its folder: what is wrong with rows is packed into submissions
+        name = Path(where).name
+        return [_csv_row(header, cells, f"{name}: line {reader.line_num}") for cells in reader if cells]
     except csv.Error as err:
         raise CorruptFileError(f"{where}: line {reader.line_num}: {err}") from err
 

@@ -65,8 +65,8 @@ def _readable() -> list[str]:
     return [p for p in dict.fromkeys([*system, *python]) if Path(p).exists()]
 
 
-def _bubblewrap(folder: Path, out: Path | None) -> list[str]:
-    """Return the command that enters a sandbox in which only /tmp can be written, in memory, and /out, if there is one.
+def _bubblewrap(folder: Path) -> list[str]:
+    """Return the command that enters a sandbox in which only /tmp can be written, in memory.
 
     Root gets no user namespace but a user of its own inside: the kernel does not limit the number of
     root's processes, whatever the namespace calls it, so a fork bomb would not stop.
@@ -82,7 +82,6 @@ def _bubblewrap(folder: Path, out: Path | None) -> list[str]:
     words += [word for name, value in known.items() for word in ("--setenv", name, value)]
     # /tmp first, so that a Python that lives below it is seen through it
     words += ["--perms", "1777", "--size", str(TMP_BYTES), "--tmpfs", "/tmp"]  # noqa: S108
-    words += ["--bind", str(out), "/out"] if out else []
     for path in _readable():
         words += ["--symlink", os.readlink(path), path] if os.path.islink(path) else ["--ro-bind", path, path]
     words += ["--proc", "/proc", "--dev", "/dev", "--remount-ro", "/dev"]
@@ -98,14 +97,13 @@ def _nobody() -> list[str]:
     return [*words, "--inh-caps=-all", "--bounding-set=-all"]
 
 
-def _container(name: str, folder: Path, out: Path | None, limits: Limits) -> list[str]:
+def _container(name: str, folder: Path, limits: Limits) -> list[str]:
     """Return the command that enters a container; it ends by itself, since killing the client would not end it."""
     words = [name, "run", "--rm", "-i", "--pull", "never", "--network", "none", "--read-only", "--cap-drop", "ALL"]
     words += ["--security-opt", "no-new-privileges", "--user", "65534:65534", "--pids-limit", str(limits.processes)]
     words += ["--memory", str(limits.memory), "--memory-swap", str(limits.memory)]
     words += ["--workdir", "/tmp", "--env", "HOME=/tmp", "--env", "PYTHONHASHSEED=0"]  # noqa: S108
     words += ["--tmpfs", f"/tmp:rw,exec,nosuid,mode=1777,size={TMP_BYTES}"]  # noqa: S108
-    words += ["-v", f"{out}:/out"] if out else []
     words += ["-v", f"{folder}:/job:ro", IMAGE]
     return [*words, "timeout", "-s", "KILL", str(int(limits.clock) + 2)]
 
@@ -121,10 +119,10 @@ def _works(words: Sequence[str]) -> bool:
 def engine() -> str | None:
     """Return the sandbox that works here: `bwrap`, `docker`, `podman`, or None."""
     with tempfile.TemporaryDirectory() as empty:
-        if shutil.which("bwrap") and _works([*_bubblewrap(Path(empty), None), *_nobody(), "true"]):
+        if shutil.which("bwrap") and _works([*_bubblewrap(Path(empty)), *_nobody(), "true"]):
             return "bwrap"
         for name in ("docker", "podman"):
-            if shutil.which(name) and _works([*_container(name, Path(empty), None, Limits(30.0)), "true"]):
+            if shutil.which(name) and _works([*_container(name, Path(empty), Limits(30.0)), "true"]):
                 return name
     return None
 
@@ -136,7 +134,7 @@ def has_tool(tool: str) -> bool:
     if name in (None, "bwrap"):
         return shutil.which(tool) is not None
     with tempfile.TemporaryDirectory() as empty:
-        inside = _container(str(name), Path(empty), None, Limits(30.0))
+        inside = _container(str(name), Path(empty), Limits(30.0))
         return _works([*inside, "sh", "-c", f"command -v {tool}"])
 
 
@@ -151,7 +149,7 @@ def command(words: Sequence[str], limits: Limits, map_limit: bool, folder: Path,
     limited += [f"--fsize={limits.output}", "--core=0", f"--nproc={limits.processes}"]
     name = engine()
     if name == "bwrap":
-        return [*_bubblewrap(folder, out), *limited, *_nobody(), *words]
+        return [*_bubblewrap(folder), *limited, *_nobody(), *words]
     # the image has a Python of its own
     own = ["python3" if word == sys.executable else word for word in words]
-    return [*_container(str(name), folder, out, limits), *limited, *own]
+    return [*_container(str(name), folder, limits), *limited, *own]

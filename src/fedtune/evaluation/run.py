@@ -64,9 +64,10 @@ def _resumable(
         write_lines(log, [header])
         return []
     for number, (row, place) in enumerate(zip_longest(lines[1:], loaded.places[: len(lines) - 1]), 2):
-        if not isinstance(row, dict) or row.get("i") != place:
+        if place is None or not isinstance(row, dict) or row.get("i") != place:
+            where = "an item" if place is None else f"item {place}"
             raise CorruptFileError(
-                f"{log}: line {number} is not the sample of item {place}: was it written by two evaluations at once, "
+                f"{log}: line {number} is not the sample of {where}: was it written by two evaluations at once, "
                 "or by hand? Move the file away, and the task is evaluated anew"
             )
         if why := _unsound(row, loaded.items[number - 2], marks.get(place, {}), scorer):

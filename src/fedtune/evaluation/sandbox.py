@@ -68,12 +68,17 @@ JAVASCRIPT = Language(
     finish="\n;process.stdout.write('\\n{token}');\n",
     map_limit=False,
 )
+# what a compiler writes stays in memory with all else in /tmp; the executable comes out as what the command prints
+_COMPILE = (
+    "g++ -std=c++17 -o /tmp/program /job/program.cpp 2> /tmp/errors; code=$?; "
+    "tail -c 8192 /tmp/errors >&2; [ $code = 0 ] && cat /tmp/program; exit $code"
+)
 CPP = Language(
     "c++",
     "program.cpp",
     ("/job/program",),
     Limits(15.0),
-    compile=("g++", "-std=c++17", "-o", "/out/program", "/job/program.cpp"),
+    compile=("sh", "-c", _COMPILE),
     tool="g++",
 )
 
@@ -158,15 +163,15 @@ def _judge(ended: _Ended, token: str) -> Outcome:
     return Outcome("error", detail, compiled=_SYNTAX.search(detail) is None)
 
 
-def _compile(language: Language, folder: Path, out: Path, logs: Path) -> Outcome | None:
+def _compile(language: Language, folder: Path, logs: Path) -> Outcome | None:
     """Compile where the language needs it; None when that went well."""
     if not language.compile:
         return None
     limits = Limits(language.limits.seconds, output=64 * MEBIBYTE)
-    ended = _call(command(language.compile, limits, True, folder, out), limits, logs)
+    ended = _call(command(language.compile, limits, True, folder), limits, logs)
     if ended.code == 0:
-        # what runs may not write where the compiler did, which is the host's disk
-        os.replace(out / "program", folder / "program")
+        os.replace(logs / "out", folder / "program")
+        os.chmod(folder / "program", 0o755)  # noqa: S103 - the sandbox's user is nobody
         return None
     slow = ended.code in (None, 128 + signal.SIGXCPU)
     return Outcome("timeout" if slow else "error", ended.err[-2000:], compiled=False)
@@ -186,16 +191,15 @@ def execute(program: str, language: Language, finish: str = "") -> Outcome:
         return Outcome("no-sandbox", MISSING, compiled=False)
     token = secrets.token_hex(16)
     with tempfile.TemporaryDirectory(prefix="fedtune-") as root:
-        folder, out, logs = (Path(root) / name for name in ("work", "out", "logs"))
-        for path in (folder, out, logs):
+        folder, logs = (Path(root) / name for name in ("work", "logs"))
+        for path in (folder, logs):
             path.mkdir()
         os.chmod(root, 0o755)  # noqa: S103 - the sandbox's user is nobody
-        os.chmod(out, 0o777)  # noqa: S103
         text = program + (finish or language.finish).replace("{token}", token)
         (folder / language.file).write_bytes(text.encode("utf-8", "surrogatepass"))
         for name, content in language.extra.items():
             (folder / name).write_text(content, encoding="utf-8")
-        if failed := _compile(language, folder, out, logs):
+        if failed := _compile(language, folder, logs):
             return failed
         words = [word.replace("{token}", token) for word in language.run]
         entered = command(words, language.limits, language.map_limit, folder)

@@ -28,7 +28,7 @@ _PINNED = re.compile(r"[0-9a-f]{40}|sha256:[0-9a-f]{64}")
 def _check_base(folder: Path, config: AdapterConfig, base: LoadedModel, insist: bool) -> None:
     """Refuse another base model than the adapter names, or say so where it is insisted on."""
     if config.base and not config.is_of(base.name):
-        differs = f"{folder} was trained on {config.base!r}, the model given is {base.name!r}"
+        differs = f"{folder} was trained on {config.base[:200]!r}, the model given is {base.name!r}"
         if not insist:
             raise AdapterError(f"{differs}; give --base to insist")
         log.warning("%s", differs)

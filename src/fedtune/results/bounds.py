@@ -10,7 +10,7 @@ from pydantic import BaseModel, Field
 
 LARGEST_INT = 2**53 - 1  # what a browser holds exactly
 LARGEST = 1e100  # squares and sums over seeds stay finite
-MOST_TEXT, DEEPEST = 10_000, 12
+MOST_TEXT, MOST_REASON, DEEPEST = 10_000, 500, 12
 Count = Annotated[int, Field(ge=0, le=LARGEST_INT)]
 Amount = Annotated[float, Field(ge=0, le=LARGEST)]
 Share = Annotated[float, Field(ge=0, le=1)]
@@ -32,6 +32,13 @@ def plain_text(value: str) -> str:
     if _MARKUP.search(value):
         raise ValueError("has markup, control, invisible or direction-changing characters; write plain text")
     return value
+
+
+def as_reason(value: str) -> str:
+    """Return a text of this program's, which may quote any other, as one that may stand on the page: one line."""
+    shown = " ".join(value.replace("->", "\u2192").replace("<", "\u2039").replace(">", "\u203a").split())
+    plain = "".join(c if c.isprintable() or c in _KEPT else "?" for c in _MARKUP.sub("?", shown))
+    return plain[:MOST_REASON].rstrip()
 
 
 def _text(value: str, most: int) -> str:

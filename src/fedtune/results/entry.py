@@ -16,7 +16,7 @@ import numpy.typing as npt
 from pydantic import Field, field_validator, model_validator
 
 from fedtune.config import Config
-from fedtune.results.bounds import LARGEST, LARGEST_INT, MOST_TEXT, Amount, Count, plain_text, unbounded
+from fedtune.results.bounds import LARGEST, LARGEST_INT, MOST_REASON, MOST_TEXT, Amount, Count, plain_text, unbounded
 from fedtune.results.schema import Arm, Arms, Document, Name
 
 __all__ = ["Answers", "Arm", "Costs", "Entry", "Point", "Privacy", "State", "escape_markdown", "plain_text"]
@@ -178,7 +178,7 @@ class Entry(Document):
     @field_validator("reasons", "unranked")
     @classmethod
     def _plain_lines(cls, value: list[str]) -> list[str]:
-        return [plain_text(line)[:500] for line in value]
+        return [plain_text(line)[:MOST_REASON] for line in value]
 
     @model_validator(mode="after")
     def _bounded(self) -> Entry:

@@ -7,9 +7,10 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PrivateAttr
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PrivateAttr, field_validator
 
 from fedtune.io import read_json, reading
+from fedtune.results.bounds import as_reason
 
 SCHEMA_VERSION = 1
 RESULT = "result.json"
@@ -56,6 +57,11 @@ class Score(Document):
     trivial: dict[str, float] = Field(default_factory=dict)
     details: dict[str, float] = Field(default_factory=dict)
     items_sha256: str = ""
+
+    @field_validator("withheld")
+    @classmethod
+    def _legible(cls, value: str) -> str:
+        return as_reason(value)
 
     @property
     def key(self) -> str:
