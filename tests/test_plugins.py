@@ -318,3 +318,50 @@ def test_a_class_whose_settings_are_no_section_is_refused(offer: Offer, registry
     assert "Broken.Parameters is no subclass of " in registry.fault("broken")
     offer(source, **{f"{registry.kind}s": {"sound": "Broken"}})
     assert "Broken.name is 'broken'" in registry.fault("sound")
+
+
+STAMPED = """
+from dataclasses import replace
+import torch
+from fedtune.methods.wrappers import Wrapper
+
+def split(tensors):
+    own = {n: t for n, t in tensors.items() if n.startswith("stamp/")}
+    return {n: t for n, t in tensors.items() if n not in own}, own
+
+class Stamp(Wrapper):
+    '''Sends a tensor down, and what a client makes of it up.'''
+    name = "stamp"
+    one_by_one = True
+    def view(self, state, client):
+        return {**self.inner.view(state, client), "stamp/x": torch.ones(2)}
+    def begin(self, client, download):
+        sent, own = split(download)
+        return {**self.inner.begin(client, sent), **own}
+    def fit(self, client, start):
+        model, own = split(start)
+        fitted = yield from self.inner.fit(client, model)
+        return replace(fitted, payload={**fitted.payload, "stamp/x": 2 * own["stamp/x"]})
+    def untrained(self, start):
+        return self.inner.untrained(split(start)[0])
+    def upload(self, state, client, round_, steps=0):
+        inner = self.inner.upload(state, client, round_, steps)
+        return replace(
+            inner,
+            tensors={**inner.tensors, "stamp/x": torch.zeros(2)},
+            whole=lambda sent: inner.whole(split(sent)[0]),
+            problem=lambda sent: inner.problem(split(sent)[0]),
+        )
+    def server_step(self, updates, state, context):
+        assert all(torch.equal(u.tensors["stamp/x"], torch.full((2,), 2.0)) for u in updates)
+        return self.inner.server_step([replace(u, tensors=split(u.tensors)[0]) for u in updates], state, context)
+"""
+
+
+@pytest.mark.parametrize("method", ["fedit", "fedsa_lora", "feddpa", "fedalt"])
+def test_a_wrapper_adds_to_what_travels_around_methods_whose_clients_have_own_models(
+    offer: Offer, settings: Callable[..., Settings], tmp_path: Path, method: str
+) -> None:
+    offer(STAMPED, wrappers={"stamp": "Stamp"})
+    _, result = run(settings(method__name=method, wrappers__stamp={}, federation__rounds=2), tmp_path / "run")
+    assert (result.rounds, result.lost_clients, result.skipped_rounds) == (2, 0, 0)

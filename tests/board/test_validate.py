@@ -82,7 +82,10 @@ def test_a_run_whose_reasons_quote_markup_is_packed_and_good(
 ) -> None:
     template = "<|user|> " + "x" * 400 + " {instruction}\n<|assistant|> {response}"
     short = {"federation": {"clients": 2, "rounds": 1}, "eval": {"base": False, "modes": ["likelihood"], "limit": 4}}
-    folder = run(settings(protocol="flowertune-paper", prompt={"template": template}, **short), tmp_path / "run")[0]
+    folder = run(
+        settings(protocol="flowertune-paper", prompt={"template": template}, train={"max_length": 1024}, **short),
+        tmp_path / "run",
+    )[0]
     manifest = json.loads((folder / "manifest.json").read_text())
     manifest["unranked"] = ["continued although something had changed: data.rows: 24 -> 25"]  # by --force-resume
     (folder / "manifest.json").write_text(json.dumps(manifest))

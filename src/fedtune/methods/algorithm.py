@@ -15,7 +15,7 @@ from fedtune.methods.base import Method
 from fedtune.methods.requests import ClientContext, Fitted, Program, Tensors
 from fedtune.methods.state import ClientUpdate, RoundContext, ServerState, Upload
 from fedtune.methods.traits import comparable
-from fedtune.methods.wrappers import Wrapper, wrapped
+from fedtune.methods.wrappers import Wrapper, asked, wrapped
 from fedtune.names import A, B
 from fedtune.types import UpdateError
 
@@ -38,6 +38,7 @@ class Algorithm(Wrapper):
 
     def __init__(self, method: Method, config: Config) -> None:
         super().__init__(wrapped(method, config), config)
+        self._names = {wrapper.name for wrapper in asked(config, type(method))}
 
     def initial(self, adapter: AdapterState) -> ServerState:
         """Return the server's state before the first round."""
@@ -46,6 +47,10 @@ class Algorithm(Wrapper):
     def work(self, client: ClientContext, download: Tensors) -> Program[Fitted]:
         """Do a client's work of one exchange from what it downloaded; in later ones it starts from just that."""
         return self.fit(client, download if client.phase > 1 else self.begin(client, download))
+
+    def loadable(self, tensors: Tensors) -> Program[dict[str, Tensor]]:
+        """Return tensors of a model as PEFT has them, without what wrappers put beside them."""
+        return self.inner.loadable({n: t for n, t in tensors.items() if n.partition("/")[0] not in self._names})
 
     def view(self, state: ServerState, client: int) -> dict[str, Tensor]:
         """Return what a client downloads."""

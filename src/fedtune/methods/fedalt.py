@@ -18,7 +18,6 @@ from fedtune.lora.state import AdapterState, to_tensors
 from fedtune.methods.base import Method
 from fedtune.methods.kept import as_of, with_previous
 from fedtune.methods.requests import ClientContext, Fitted, Program, Tensors, Train
-from fedtune.methods.sound import GROWTH
 from fedtune.methods.state import ClientUpdate, RoundContext, ServerState, Upload, weights
 from fedtune.names import FACTORS, OTHER, PREFIX, ROUTER, beside
 
@@ -28,6 +27,7 @@ if TYPE_CHECKING:
 _SHARE, _SHARES, _ROUND = "fedalt/share", "fedalt/shares", "fedalt/round"
 # by client: the round of its last update, and of each layer the norms of A, B and their product
 _SIZES = "fedalt/sizes/"
+_ENDS = tuple(enumerate(FACTORS))
 # of what a client keeps beside its newest adapter and router
 _PREFIX = "fedalt/"
 
@@ -69,7 +69,7 @@ class FedALT(Method):
         names = [n for n in start if not n.endswith(OTHER)]
         trained = yield Train(start, names)
         own = {n: trained[n] for n in names}
-        # a skipped round is in no mean: what was trained in it would be subtracted from what does not have it
+        # what was trained in a round of which the server did not hear is in no mean, and nothing can be counted from it
         kept = with_previous(own, {n: start[n] for n in names}, client.round, _PREFIX)
         return Fitted({n: t for n, t in own.items() if n.endswith(FACTORS)}, kept)
 
@@ -82,23 +82,22 @@ class FedALT(Method):
         return replace(after, extra={**after.extra, **sizes, _SHARES: torch.tensor(table, dtype=torch.float64)})
 
     def upload(self, state: ServerState, client: int, round_: int, steps: int = 0) -> Upload:
-        """Count bounds from a client's own adapter, which it has trained in each round since its last update.
-
-        That a reply was lost does not take its round back: it was trained on.
-        """
+        """Count bounds from a client's own adapter, which it goes back to where a reply of it was not heard."""
         known, paths = super().upload(state, client, round_, steps), sorted(state.adapter)
-        last, *own = state.extra.get(f"{_SIZES}{client}", _sizes(state.adapter, 0)).tolist()
-        now, grown = _sizes(state.adapter, round_).tolist()[1:], GROWTH * max(1.0, round_ - last)
-        beyond = [max(0.0, mine - server) for mine, server in zip(own, now, strict=True)]
-        places = {f"{PREFIX}{path}{end}": 3 * i + j for i, path in enumerate(paths) for j, end in enumerate(FACTORS)}
+        now = _sizes(state.adapter, round_)
+        own = state.extra.get(f"{_SIZES}{client}", now)
+        beyond = (own - now)[1:].clamp(min=0).tolist()
+        factors = {f"{PREFIX}{path}{end}": beyond[3 * i + j] for i, path in enumerate(paths) for j, end in _ENDS}
+        products = dict(zip(paths, beyond[2::3], strict=True))
         return replace(
             known,
-            growth=lambda name: grown + beyond[places[name]],
-            product=lambda path: grown**2 + beyond[3 * paths.index(path) + 2],
+            growth=lambda name: known.growth(name) + factors.get(name, 0.0),
+            product=lambda path: known.product(path) + products[path],
         )
 
     def view(self, state: ServerState, client: int) -> dict[str, Tensor]:
-        """Send the mean, its round, and this client's share in it."""
+        """Send the mean, this client's share in it, and the round in which the client was last heard."""
         shares = {int(c): s for c, s in state.extra.get(_SHARES, torch.zeros(0, 2)).tolist()}
         share = torch.tensor(shares.get(client, 0.0), dtype=torch.float64)
-        return {**super().view(state, client), _SHARE: share, _ROUND: torch.tensor(state.round)}
+        last = state.extra.get(f"{_SIZES}{client}", torch.zeros(1))[0]
+        return {**super().view(state, client), _SHARE: share, _ROUND: last.long()}
