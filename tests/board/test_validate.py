@@ -80,7 +80,7 @@ def test_a_submission_does_not_say_where_the_rows_lie(good: Path, runs: list[Pat
 def test_a_run_whose_reasons_quote_markup_is_packed_and_good(
     settings: Callable[..., Settings], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    template = "<|user|> " + "x" * 400 + " {instruction}\n<|assistant|> {response}"
+    template = "<|user|> " + "x" * 400 + " {instruction}\n### Response: {response}"
     short = {"federation": {"clients": 2, "rounds": 1}, "eval": {"base": False, "modes": ["likelihood"], "limit": 4}}
     folder = run(
         settings(protocol="flowertune-paper", prompt={"template": template}, train={"max_length": 1024}, **short),
