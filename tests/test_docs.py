@@ -95,11 +95,3 @@ def test_the_package_of_the_page_is_the_one_that_is_tested() -> None:
     toml, code = (page.split(f"```{kind}\n")[1].split("```")[0] for kind in ("toml", "python"))
     assert code.strip() == textwrap.dedent(FEDEMA).strip()
     assert tomllib.loads(toml)["project"]["entry-points"] == {"fedtune.methods": {"fedema": "fedtune_ema:FedEMA"}}
-
-
-def test_the_task_of_the_page_is_the_one_that_is_scored() -> None:
-    from tests.test_plugins import SUMS
-
-    line = re.search(r'^Task\("words".*$', (ROOT / "docs/add-a-task.md").read_text("utf-8"), re.M)
-    assert line
-    assert f"words = {line[0]}" in SUMS

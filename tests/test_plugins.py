@@ -147,8 +147,8 @@ def test_a_domain_of_another_package_brings_its_tasks(
 
 SUMS = """
 from dataclasses import replace
-from fedtune.domains import DOMAINS, Item, Task
-words = Task("words", "number", lambda row: Item(row["asked"], row["asked"], (row["gold"],), 0), file="words")
+from fedtune.domains import DOMAINS
+words = WORDS
 school = replace(DOMAINS.own["finance"], name="school", tasks=(words,), packaged_tasks=())
 half = {"sometimes": NUMBERS["likelihood"]}
 """
