@@ -1,3 +1,4 @@
+import contextlib
 import json
 import os
 import subprocess
@@ -10,6 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from fedtune import io
+from fedtune.io import only_files
 from fedtune.types import CorruptFileError, LockedError
 
 
@@ -193,3 +195,21 @@ def test_a_pipe_that_a_shell_gives_is_read(tmp_path: Path) -> None:
     assert done.stdout.strip() == "settings"
     long = subprocess.run([sys.executable, "-c", read], input="x" * 99, capture_output=True, text=True, check=False)
     assert "more than the 9 this file may have" in long.stderr
+
+
+def test_folders_inside_each_other_without_end_are_refused_before_they_are_walked(tmp_path: Path) -> None:
+    (tmp_path / "/".join("a" * 20)).mkdir(parents=True)
+    only_files(tmp_path)
+    place = os.open(tmp_path, os.O_RDONLY)
+    for _ in range(1500):  # deeper than Python may recurse
+        with contextlib.suppress(FileExistsError):
+            os.mkdir("a", dir_fd=place)
+        inner = os.open("a", os.O_RDONLY, dir_fd=place)
+        os.close(place)
+        place = inner
+    os.close(place)
+    try:
+        with pytest.raises(CorruptFileError, match="lies more than 20 folders deep"):
+            only_files(tmp_path)
+    finally:
+        subprocess.run(["rm", "-rf", str(tmp_path / "a")], check=True)

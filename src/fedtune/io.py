@@ -109,6 +109,7 @@ def parse_json(text: str, where: str) -> Any:
 
 
 DEEPEST = 100
+DEEPEST_FOLDER = 20
 # what a shell puts in a file's place: fedtune run --config <(cat settings.toml)
 _GIVEN_PIPES = ("/dev/stdin", "/dev/fd/", "/proc/self/fd/")
 
@@ -183,8 +184,18 @@ def only_files(folder: Path, which: str = "**/*") -> None:
     """
     if not folder.is_dir():
         raise MissingFileError(f"{folder}: no such folder")
+    only_shallow(folder)
     for path in sorted(folder.glob(which)):
         _check_kind(path)
+
+
+def only_shallow(folder: Path) -> None:
+    """Refuse folders inside each other without end, before anything walks through them. Raises CorruptFileError."""
+    level = [str(folder)]
+    for _ in range(DEEPEST_FOLDER + 1):
+        level = [e.path for place in level for e in list(os.scandir(place)) if e.is_dir(follow_symlinks=False)]
+    if level:
+        raise CorruptFileError(f"{level[0][:200]}: lies more than {DEEPEST_FOLDER} folders deep")
 
 
 def _check_kind(path: Path) -> None:

@@ -104,6 +104,7 @@ def test_an_archive_that_python_cannot_unpack_says_why_once(
         (["s/entry.json", "s/Entry.JSON"], "differs from another name in case only"),
         (["s/\u00e9.json", "s/e\u0301.json"], "differs from another name in case only"),
         (["inner.zip"], "is an archive inside the archive"),
+        (["s/" + "a/" * 900 + "x.md"], "lies more than 20 folders deep"),
         (["s/x.tar.gz"], "is an archive inside the archive"),
         (["readme.md"], "has no entry.json, nor has a folder in it"),
     ],

@@ -18,7 +18,9 @@ from fedtune.federation.local import LocalGrid
 from fedtune.federation.nodes import connect
 from fedtune.federation.pool import complete
 from fedtune.federation.rounds import Federation, one_round
-from fedtune.lora.state import LoraModule
+from fedtune.lora.product import size
+from fedtune.lora.state import LoraModule, to_tensors
+from fedtune.methods import ClientUpdate, RoundContext
 from fedtune.settings import load
 from tests.faults.hostile import Toy, clients
 
@@ -55,3 +57,28 @@ def test_clients_that_move_apart_are_accepted(method: str, dropout: float, tmp_p
         now = complete(one_round(fed, round_, now))
         assert {x.reason for x in now.records[-1].rejected} <= {"no_reply"}, now.records[-1]
     assert sum(len(r.clients) for r in now.records) > CLIENTS * 12 * (1 - dropout) / 2
+
+
+def test_a_client_of_fedalt_is_measured_by_its_own_last_update() -> None:
+    """Another one that grows by 30 a round lifts nobody's bound but its own."""
+    config = load([{"domain": "finance", "method": {"name": "fedalt"}, "lora": {"r": 2, "alpha": 2.0}}]).config
+    algorithm = methods.create(config)
+    a = torch.randn(2, 30, generator=torch.Generator().manual_seed(1))
+    state = algorithm.initial({"layer.q": LoraModule(a / a.norm(), torch.zeros(40, 2), 1.0)})
+    for round_ in range(1, 5):
+        sent = [
+            {n: torch.full_like(t, norm / t.numel() ** 0.5) for n, t in to_tensors(state.adapter).items()}
+            for norm in (30.0 * round_, 2.0)
+        ]
+        updates = [ClientUpdate(c, t, 1.0) for c, t in enumerate(sent)]
+        for update in updates:
+            upload = algorithm.upload(state, update.client, round_)
+            for name, tensor in upload.tensors.items():
+                limit = upload.growth(name) + float(tensor.norm())
+                last = state.extra.get(f"fedalt/sizes/{update.client}")
+                own = float(tensor.norm()) if last is None else float(last[1 + name.endswith("lora_B.weight")])
+                assert limit == pytest.approx(100 + own, rel=1e-6)
+        state = algorithm.server_step(updates, state, RoundContext(round_))
+    assert algorithm.upload(state, 1, 5).product("layer.q") + size(state.adapter["layer.q"]) == pytest.approx(
+        10_002, rel=1e-6
+    )

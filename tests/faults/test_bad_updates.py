@@ -153,6 +153,7 @@ CASES: dict[str, tuple[Answer, str, str]] = {
     "broadcastable shape": (_put(A, lambda t: t[:1, :1]), "shape", r"\(1, 1\), expected \(2, 3\)"),
     "wrong rank": (_put(A, lambda t: t[:1]), "rank", "rank 1, this client's is 2"),
     "wrong dtype": (_put(B, lambda t: t.half()), "dtype", "torch.float16, expected torch.float32"),
+    "announces": (_with(lambda t: t | {f"x{i}": torch.zeros(1).expand(2**60) for i in range(64)}), "keys", "unknown"),
     "stale": (_identity(round=0), "claims", "round 0.1, now is run run round 1.1"),
     "other run": (_identity(run="yesterday"), "claims", "yesterday"),
     "impostor": (_identity(client=1), "claims", "claims to be client|claims to be 1"),
@@ -175,6 +176,7 @@ def test_one_bad_client_changes_nothing_but_the_record(config: Config, tmp_path:
     assert [c.client for c in record.clients] == [0, 1, 3]
     want, got = to_tensors(without.state.adapter), to_tensors(done.state.adapter)
     assert all(torch.equal(want[n], got[n]) for n in want)
+    assert record.bytes_up < 2 * without.records[0].bytes_up + 2**20
 
 
 @pytest.mark.parametrize(("claimed", "registered", "used"), [(1e12, 50, 8), (50.0, 50, 8), (8.0, 3, 3)])

@@ -23,7 +23,7 @@ from fedtune.models import trained
 from fedtune.models.adapter import shapes_as
 from fedtune.models.adapter_config import KNOWN, read_config
 from fedtune.models.load import LoadedModel, load
-from fedtune.models.patterns import Pattern, try_patterns
+from fedtune.models.patterns import Pattern, malformed, try_patterns
 from fedtune.models.source import CONFIG, WEIGHTS
 from fedtune.models.trained import load_folder
 from fedtune.types import AdapterError, CorruptFileError, FedtuneError, ProblemsError
@@ -374,3 +374,8 @@ def test_a_target_of_a_convolutional_model_keeps_its_orientation(tmp_path: Path)
     GPT2LMHeadModel(GPT2Config(vocab_size=512, n_embd=32, n_layer=2, n_head=4)).save_pretrained(model)
     folder = _made(model, tmp_path / "adapter", target_modules=["c_attn", "c_fc"], fan_in_fan_out=True)
     assert torch.allclose(_own(model, folder), _peft(model, folder), atol=1e-5)
+
+
+def test_a_pattern_of_very_many_classes_is_refused_before_it_is_compiled() -> None:
+    many = Pattern("target_modules", "x", "(?i:[!-\uffff])" * 5000)
+    assert malformed([many]) == "target_modules: has 5,000 classes of letters, at most 500 are taken"

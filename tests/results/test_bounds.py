@@ -24,6 +24,8 @@ def test_long_names_are_not_written_out_for_each_value_below_them() -> None:
 @example("config.a: 1 -> 2")
 @example("prompt.template is '<|user|>\x1b[2J\u200b\ufeff'")
 @example("x" * 10_000)
+@example("\u0645\u06cc\u200c\u200f")
+@example("\u0645" * 499 + "\u200c\u0645")
 def test_any_text_becomes_a_reason_that_the_page_can_show(text: str) -> None:
     shown = as_reason(text)
     assert plain_text(shown) == shown == as_reason(shown)

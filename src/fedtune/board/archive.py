@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 from tempfile import TemporaryDirectory
 
+from fedtune.io import DEEPEST_FOLDER, only_shallow
 from fedtune.types import Problem
 
 MAX_FILES, MAX_FILE, MAX_TOTAL = 2_000, 512 * 1024**2, 1024**3
@@ -53,6 +54,8 @@ def _info_problem(info: zipfile.ZipInfo) -> tuple[str, str]:
         return "is a link", "submit the file itself"
     if kind not in (0, FOLDER, FILE):
         return "is neither a file nor a folder", ""
+    if name.count("/") > DEEPEST_FOLDER:
+        return f"lies more than {DEEPEST_FOLDER} folders deep", "zip the submission's folder itself"
     if info.flag_bits & 1:
         return "is encrypted", "zip it without a password"
     if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
@@ -133,6 +136,7 @@ def packed_runs(root: Path) -> tuple[list[Path], list[Problem]]:
     links = [p for p in sorted(root.iterdir()) if p.is_symlink()]
     if links:
         return [], [Problem(str(p.relative_to(root)), "is a link", "submit the folder itself") for p in links]
+    only_shallow(root)
     there = [p for p in sorted(root.rglob("*")) if not is_clutter(p.relative_to(root))]
     found = sorted({p.parent for p in there if p.name == ENTRY and p.is_file() and not p.is_symlink()})
     if not found:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -12,6 +11,7 @@ from rich.table import Column, Table
 from fedtune.evaluation import scorers
 from fedtune.evaluation.metrics import as_counted, sample_value, trivial_score
 from fedtune.io import read_lines, reading
+from fedtune.results.bounds import LARGEST
 from fedtune.results.schema import Arm, Result, Score
 from fedtune.results.stats import compare
 from fedtune.types import CorruptFileError, counted
@@ -33,7 +33,7 @@ def _samples(path: Path) -> dict[int, float]:
     with reading(path):
         # a solution that raised has no likelihood, not even a bad one
         found = {int(r["i"]): sample_value(r) for r in as_counted(rows) if not ("value" in r and r["value"] is None)}
-    if wrong := [i for i, value in found.items() if not math.isfinite(value)]:
+    if wrong := [i for i, value in found.items() if not abs(value) <= LARGEST]:
         raise CorruptFileError(f"{path}: item {wrong[0]} has a score of {found[wrong[0]]}")
     return found
 

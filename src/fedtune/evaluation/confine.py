@@ -152,4 +152,6 @@ def command(words: Sequence[str], limits: Limits, map_limit: bool, folder: Path,
         return [*_bubblewrap(folder), *limited, *_nobody(), *words]
     # the image has a Python of its own
     own = ["python3" if word == sys.executable else word for word in words]
-    return [*_container(str(name), folder, limits), *limited, *own]
+    # what is printed comes through a pipe of the container's, so its client is bounded as well
+    client = ["prlimit", f"--fsize={limits.output}"]
+    return [*client, *_container(str(name), folder, limits), *limited, *own]

@@ -181,8 +181,8 @@ def exchange(fed: Federation, cohort: Sequence[int], when: When, state: ServerSt
     def take(message: Message) -> None:
         nonlocal up
         reply = messages.read_reply(message, fed.nodes)
-        up += reply.bytes
         update = screening.take(replace(reply, asked=orders.answered(reply.client, message)))
+        up += message_bytes(update.tensors) if update else reply.bytes
         if update is not None:
             updates.add(update)
 

@@ -203,6 +203,11 @@ def read_reply(message: Message, clients: Mapping[int, int]) -> Reply:
         return Reply(client, None, None, {}, problem=problem)
 
 
+def _held(tensors: Mapping[str, Tensor]) -> int:
+    """Return the bytes of tensors on the wire; of one that announces more numbers than it holds, what it holds."""
+    return message_bytes(tensors) - sum(max(0, t.nbytes - t.untyped_storage().nbytes()) for t in tensors.values())
+
+
 def _read(message: Message, client: int | None) -> Reply:
     if message.has_error() and message.error.code == FALSE_REPLY:
         return Reply(client, None, None, {}, problem=plain(str(message.error.reason)))
@@ -213,7 +218,7 @@ def _read(message: Message, client: int | None) -> Reply:
     claims = _claims(content)
     try:
         tensors = unpack(arrays) if isinstance(arrays, ArrayRecord) else None
-        size = message_bytes(tensors or {})
+        size = _held(tensors or {})
     except Exception as err:
         return Reply(client, claims, None, {}, problem=f"unreadable arrays: {err}")
     return Reply(client, claims, tensors, metrics(content), bytes=size)

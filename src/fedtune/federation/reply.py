@@ -21,7 +21,7 @@ class Reply:
         metrics: numbers by name.
         error: the client's traceback, if it failed.
         problem: what of the reply could not be read.
-        bytes: of the update on the wire.
+        bytes: of the update on the wire; of tensors that announce more than they hold, what they hold.
         asked: it answers this exchange's own order, as the transport knows: other claims than that order's are false.
     """
 

@@ -86,9 +86,9 @@ class FedALT(Method):
         known, paths = super().upload(state, client, round_, steps), sorted(state.adapter)
         now = _sizes(state.adapter, round_)
         own = state.extra.get(f"{_SIZES}{client}", now)
-        beyond = (own - now)[1:].clamp(min=0).tolist()
-        factors = {f"{PREFIX}{path}{end}": beyond[3 * i + j] for i, path in enumerate(paths) for j, end in _ENDS}
-        products = dict(zip(paths, beyond[2::3], strict=True))
+        more = (own - now)[1:].tolist()
+        factors = {f"{PREFIX}{path}{end}": more[3 * i + j] for i, path in enumerate(paths) for j, end in _ENDS}
+        products = dict(zip(paths, more[2::3], strict=True))
         return replace(
             known,
             growth=lambda name: known.growth(name) + factors.get(name, 0.0),

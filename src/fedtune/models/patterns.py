@@ -16,6 +16,8 @@ from typing import NamedTuple
 from fedtune.types import AdapterError
 
 _NAME = re.compile(r"[\w.]*")
+# to compile a class of letters can take milliseconds
+MOST_CLASSES = 500
 _KEPT = 500  # patterns that `re` keeps compiled; of more, each is compiled anew for each layer
 _TRY = """
 import json, re, sys
@@ -37,6 +39,8 @@ class Pattern(NamedTuple):
 
 def malformed(patterns: Sequence[Pattern]) -> str:
     """Name the first pattern that is none, with the reason, or return an empty string."""
+    if (classes := sum(pattern.expression.count("[") for pattern in patterns)) > MOST_CLASSES:
+        return f"{patterns[0].field}: has {classes:,} classes of letters, at most {MOST_CLASSES:,} are taken"
     for pattern in patterns:
         try:
             re.compile(pattern.expression)

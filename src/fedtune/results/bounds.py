@@ -37,8 +37,10 @@ def plain_text(value: str) -> str:
 def as_reason(value: str) -> str:
     """Return a text of this program's, which may quote any other, as one that may stand on the page: one line."""
     shown = " ".join(value.replace("->", "\u2192").replace("<", "\u2039").replace(">", "\u203a").split())
-    plain = "".join(c if c.isprintable() or c in _KEPT else "?" for c in _MARKUP.sub("?", shown))
-    return plain[:MOST_REASON].rstrip()
+    plain = "".join(c if c.isprintable() or c in _KEPT else "?" for c in shown)[:MOST_REASON].rstrip()
+    while (less := _MARKUP.sub("?", plain)) != plain:  # whether a joiner may stand depends on its neighbours
+        plain = less
+    return plain
 
 
 def _text(value: str, most: int) -> str:
