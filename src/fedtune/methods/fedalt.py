@@ -39,7 +39,7 @@ def rest_of_world(mean: Tensor, own: Tensor, share: float) -> Tensor:
 
 
 def _sizes(adapter: AdapterState, round_: int) -> Tensor:
-    """Return an adapter's sizes, and its round: float64 [3 layers + 1], the layers in order."""
+    """Return a round, then the norms of A, B and their product of each layer in order: float64 [1 + 3 layers]."""
     layers = [(float(m.a.norm()), float(m.b.norm()), size(m)) for _, m in sorted(adapter.items())]
     return torch.tensor([float(round_), *chain.from_iterable(layers)], dtype=torch.float64)
 

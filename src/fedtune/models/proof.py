@@ -32,7 +32,7 @@ TOLERANCE = {torch.float64: 1e-6, torch.float32: 2e-3}
 # backwards through twice as many, and can send a token to another expert
 COARSE_LOGITS, COARSE_GRADIENT = 0.1, 0.3
 ENDLESS = 2**31
-# how much further apart two seeds are than one is from itself, where a device does not repeat a pass to the bit
+# how much further apart two seeds are than one is from itself, where a device does not give the same bits twice
 FURTHER = 4
 
 
